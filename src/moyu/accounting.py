@@ -1,0 +1,52 @@
+"""Bytes that one decode step reads: the currency in which methods are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from moyu.methods.base import Method, Site, SiteParams
+from moyu.surgery import Anatomy, text_config
+
+
+def dense_step_bytes(model: nn.Module, anatomy: Anatomy) -> float:
+    """Bytes of parameters that one dense decode step reads at batch 1, context excluded.
+
+    All linears, norms and biases; of routed experts only the routed ones; the head once even if tied; one row of every
+    embedding table.
+    """
+    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = getattr(model.get_output_embeddings(), "weight", None)  # pyright: ignore[reportCallIssue]
+    routed = {id(p) for e in anatomy.experts for p in e.module.parameters()}
+    share = 1.0
+    if anatomy.experts:
+        config = text_config(model)
+        share = config.num_experts_per_tok / len(anatomy.experts[0].blocks)
+    total = 0.0
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        if id(parameter) in tables and parameter is not head:
+            continue
+        total += size * share if id(parameter) in routed else size
+    return total + sum(t.shape[1] * t.element_size() for t in tables.values())
+
+
+def added_bytes(method: Method, parts: Iterable[tuple[Site, SiteParams]]) -> int:
+    """Bytes that a plan makes a step read beyond the model's: biases, bases, low-rank parts, thresholds, scores."""
+    return sum(params.extra_bytes() + method.score_bytes(site, params) for site, params in parts)
+
+
+def floor(model: nn.Module, anatomy: Anatomy, method: Method) -> float:
+    """The least byte fraction that skipping every unit of every site of `method` leaves."""
+    sites = [s for b in anatomy.all_blocks() for s in method.sites(b)]
+    total = dense_step_bytes(model, anatomy)
+    return (total - skippable_bytes(model, anatomy, sites)) / total
+
+
+def skippable_bytes(model: nn.Module, anatomy: Anatomy, sites: Iterable[Site]) -> float:
+    """Bytes of all units of the sites, experts weighted by how many of them a token is routed to."""
+    share = 1.0
+    if anatomy.experts:
+        share = text_config(model).num_experts_per_tok / len(anatomy.experts[0].blocks)
+    return sum(s.units * s.unit_bytes * (share if s.expert is not None else 1.0) for s in sites)

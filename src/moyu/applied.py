@@ -1,0 +1,258 @@
+"""A model with a plan applied: attach, run, restore."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moyu import kernels, runtime, surgery
+from moyu.errors import UserError
+from moyu.execution import AttentionLinear, DenseLinear, ExpertsCall, FfnCall, SiteState
+from moyu.methods.base import Controller, Rows
+from moyu.runtime import Chooser, ForwardCall, GenerateCall, Observer, Pass, SequenceMemory, TrainCall
+from moyu.surgery import Anatomy
+
+if TYPE_CHECKING:
+    from moyu.plan import Plan
+
+Engine = Literal["skip", "mask"]
+Backend = Literal["auto", "reference", "cpu", "gpu"]
+
+
+class Applied(AbstractContextManager):
+    """A plan applied to a model until `restore()` or the end of the `with` block.
+
+    While applied the model generates, evaluates, copies and casts as before; training and loading other weights are
+    refused. Afterwards parameters and logits are bit-identical to before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan | None,
+        *,
+        backend: Backend = "auto",
+        engine: Engine = "skip",
+        controller: Controller | None = None,
+        anatomy: Anatomy | None = None,
+        check: bool = True,
+    ) -> None:
+        """Attach `plan` (None: nothing is skipped; for observers).
+
+        engine "mask" simulates: dense products, masked. "skip" uses the kernels of `backend` where every row of a call
+        is sparse and there are at most MAX_SKIPPING_ROWS of them. Raises UserError for a plan made for another model.
+        """
+        if isinstance(getattr(model, "forward", None), ForwardCall):
+            raise UserError("a plan is already applied to this model", "restore() it first")
+        if model.training:
+            raise UserError("the model is in training mode", "call model.eval() first")
+        kernels.require(backend)
+        self.model, self.plan, self.backend, self.engine = model, plan, backend, engine
+        self.controller = controller
+        self.anatomy = anatomy or surgery.dissect(model)
+        if plan is not None and check:
+            plan.check(model, self.anatomy)
+        self.method_name = "dense" if plan is None else plan.method.name
+        self.granularity = "static" if plan is None else plan.method.granularity
+        self.observer: Observer | None = None
+        self.chooser: Chooser | None = None
+        self.layout_lock = _CopyableLock()
+        self._undo: list[tuple[nn.Module, str, Any]] = []
+        self._hooks: list[Any] = []
+        self._laid_out: list[nn.Module] = []
+        self.ffns: list[FfnCall] = []
+        self.linears: list[AttentionLinear] = []
+        try:
+            self._attach()
+        except BaseException:
+            self.restore()
+            raise
+
+    # ------------------------------------------------------------------------------------------------ what users call
+
+    def prompt(self, columns: int) -> AbstractContextManager[None]:
+        """For direct calls of the model: columns before `columns` are dense, later ones sparse."""
+        return runtime.prompt(self, columns)
+
+    @contextmanager
+    def watched(self, *, observer: Observer | None = None, chooser: Chooser | None = None) -> Iterator[None]:
+        """Show taps and masks to an observer, or let a chooser replace masks (record, replay, matched baselines)."""
+        before = self.observer, self.chooser
+        self.observer, self.chooser = observer, chooser
+        try:
+            yield
+        finally:
+            self.observer, self.chooser = before
+
+    def restore(self) -> nn.Module:
+        """Undo everything; safe to call twice. Returns the model."""
+        for handle in self._hooks:
+            handle.remove()
+        for module, name, before in reversed(self._undo):
+            if before is None:
+                vars(module).pop(name, None)
+            else:
+                setattr(module, name, before)
+        for module in self._laid_out:
+            surgery.pack(module)
+        self._undo, self._hooks, self._laid_out = [], [], []
+        return self.model
+
+    def __exit__(self, *exc: object) -> None:
+        """restore()."""
+        self.restore()
+
+    # --------------------------------------------------------------------------------------------------- one forward
+
+    def new_pass(self, rows: Rows, memory: SequenceMemory) -> Pass:
+        """The state of one forward over `rows`."""
+        any_sparse = bool(rows.sparse.any())
+        any_dense = bool((rows.valid & ~rows.sparse).any())
+        skipping = (
+            self.engine == "skip"
+            and any_sparse
+            and not any_dense
+            and rows.seq.numel() <= runtime.MAX_SKIPPING_ROWS
+            and self.observer is None
+            and not torch.is_grad_enabled()
+        )
+        return Pass(rows, memory, any_sparse, any_dense, skipping, self.observer, self.chooser)
+
+    def lay_out_again(self, pieces: list[surgery.Piece], roles: list) -> None:
+        """Called by an executor whose weights something has repacked."""
+        with self.layout_lock:
+            surgery.lay_out(pieces, roles)
+
+    # --------------------------------------------------------------------------------------------------------- attach
+
+    def _replace(self, module: nn.Module, name: str, value: Any) -> None:
+        self._undo.append((module, name, vars(module).get(name)))
+        vars(module)[name] = value
+
+    def _states(self, block: surgery.Block) -> list[SiteState]:
+        if self.plan is None:
+            return []
+        parts = self.plan.parts_of(block.layer, block.expert)
+        return [SiteState(site, params, self.plan.method) for site, params in parts]
+
+    def _attach(self) -> None:
+        lookahead = {(s.source_layer, s.reads) for s in self.plan.sites() if s.source_layer != s.layer} if self.plan else set()
+        routed = {e.layer: e for e in self.anatomy.experts}
+        taken: set[int] = set()
+        for block in self.anatomy.blocks:
+            states = self._states(block)
+            for name in ("q", "k", "v", "qkv", "o"):
+                if name in block.pieces:
+                    call = AttentionLinear(self, block, name, states, lookahead)
+                    self.linears.append(call)
+                    self._wrap_linear(call, block.pieces[name], taken)
+            if block.has_ffn:
+                self._wrap_ffn(FfnCall(self, block, states, lookahead), taken)
+            if block.layer in routed:
+                self._wrap_experts(routed[block.layer], lookahead)
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        if isinstance(head, nn.Linear) and surgery.is_linear(head) and id(head) not in taken:
+            self._replace(head, "forward", MethodType(DenseLinear.forward, DenseLinear(self, surgery.Piece(head))))
+        self._replace(self.model, "forward", ForwardCall(self, self.model.forward))
+        if callable(getattr(self.model, "generate", None)):
+            self._replace(self.model, "generate", GenerateCall(self, self.model.generate))  # pyright: ignore
+        self._replace(self.model, "train", TrainCall(self, self.model.train))
+        self._hooks.append(self.model.register_load_state_dict_pre_hook(_refuse_loading))
+        self._hooks.append(self.model.register_state_dict_post_hook(_contiguous))
+
+    def _wrap_linear(self, call: AttentionLinear, piece: surgery.Piece, taken: set[int]) -> None:
+        taken.add(id(piece.module))
+        if self.engine == "skip" and call.role == "column":
+            surgery.lay_out([piece], ["column"])
+            self._laid_out.append(piece.module)
+        self._replace(piece.module, "forward", MethodType(AttentionLinear.forward, call))
+
+    def _wrap_ffn(self, call: FfnCall, taken: set[int]) -> None:
+        block = call.block
+        self.ffns.append(call)
+        if self.engine == "skip":
+            call.lay_out()
+            self._laid_out += [p.module for p in block.pieces.values()]
+        call.bind()
+        if block.host is not None:
+            self._replace(block.host, "forward", MethodType(FfnCall.forward, call))
+            return
+        inner = {}
+        for name in ("gate", "up", "down"):
+            if name in block.pieces and id(block.pieces[name].module) not in inner:
+                module = block.pieces[name].module
+                taken.add(id(module))
+                inner[id(module)] = module.forward
+                entry = FfnCall.leave if name == "down" else FfnCall.enter
+                self._replace(module, "forward", MethodType(_Bound.run, _Bound(call, module.forward, entry)))
+
+    def _wrap_experts(self, experts: surgery.Experts, lookahead: set) -> None:
+        calls = [FfnCall(self, b, self._states(b), lookahead) for b in experts.blocks]
+        self.ffns += calls
+        if self.engine == "skip":
+            for call in calls:
+                call.lay_out()
+            self._laid_out.append(experts.module)
+        for call in calls:
+            call.bind()
+        call = ExpertsCall(self, experts, calls, experts.module.forward)
+        self._replace(experts.module, "forward", MethodType(ExpertsCall.forward, call))
+
+
+class _Bound:
+    """A linear of an inline network: its part in the network's call, with the forward that it replaces."""
+
+    def __init__(self, call: FfnCall, inner: Callable, entry: Callable) -> None:
+        self.call, self.inner, self.entry = call, inner, entry
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.entry(self.call, x, self.inner)
+
+
+class _CopyableLock:
+    """A lock that deepcopy replaces by a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict) -> _CopyableLock:
+        return _CopyableLock()
+
+
+def _refuse_loading(module: nn.Module, *args: Any) -> None:
+    raise UserError("a plan is applied, and it was made for the weights that are loaded now", "restore() before loading others")
+
+
+def _contiguous(module: nn.Module, state: dict, prefix: str, metadata: Any) -> None:
+    """Saved tensors are contiguous whatever the layout in memory."""
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and not tensor.is_contiguous():
+            state[name] = tensor.detach().contiguous()
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    backend: Backend = "auto",
+    engine: Engine = "skip",
+    controller: Controller | None = None,
+) -> Applied:
+    """Apply a plan to a model: `with moyu.apply(model, plan): model.generate(...)`.
+
+    The result is a context manager with `.restore()`. Raises UserError where the plan does not fit the model, where a
+    plan is applied already, and where a back end was asked for that this machine has not.
+    """
+    return Applied(model, plan, backend=backend, engine=engine, controller=controller)

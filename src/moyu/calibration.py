@@ -1,0 +1,243 @@
+"""From text to a plan: blocks in order, each fitted on what it will meet.
+
+Each layer is walked with two streams of hidden states, the dense model's and the one whose earlier sites are already
+sparsified; only the current layer's activations are held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moyu import kernels, runtime, surgery
+from moyu.applied import Applied
+from moyu.errors import UserError
+from moyu.execution import SiteState
+from moyu.methods.base import TAPS, Acts, Method, Rows, Site, SiteParams, Tap
+from moyu.plan import Plan, digests, fingerprint
+from moyu.surgery import Anatomy, Block
+
+Progress = Callable[[int, int], None]  # (layers done, layers)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration or evaluation text as token windows."""
+
+    tokens: Tensor  # (B, T) int64
+    prompt: int  # positions before this one are dense
+    source: Mapping[str, Any] = field(default_factory=dict)  # fingerprint of the text
+
+
+class _Taps:
+    """An observer that keeps every tap and decision of one layer."""
+
+    def __init__(self) -> None:
+        self.taps: dict[tuple[int | None, Tap], Tensor] = {}
+        self.rows: dict[tuple[int | None, Tap], Rows] = {}
+        self.skipped: dict[str, Tensor] = {}
+
+    def see(self, layer: int, expert: int | None, tap: Tap, x: Tensor, rows: Rows) -> None:
+        self.taps[expert, tap] = x.detach()
+        self.rows[expert, tap] = rows
+
+    def mask(self, site: Site, values: Tensor, mask: Tensor, rows: Rows) -> None:
+        missing = torch.where(mask, 0, values.float())[rows.sparse]
+        self.skipped[site.key] = missing.mean(0)
+
+    def acts(self, expert: int | None) -> tuple[dict[Tap, Tensor], Rows | None]:
+        taps = {t: x for (e, t), x in self.taps.items() if e in (expert, None)}
+        rows = next((r for (e, t), r in self.rows.items() if e == expert), None)
+        if rows is None and not any(e is not None for e, _ in self.rows):
+            rows = next(iter(self.rows.values()), None)
+        return taps, rows
+
+
+def calibrate(
+    model: nn.Module,
+    method: Method,
+    windows: Windows,
+    *,
+    sparsity: float,
+    name: str = "",
+    revision: str | None = None,
+    bias: bool = False,
+    seed: int = 0,
+    anatomy: Anatomy | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Fit `method` to `model` for a target sparsity in [0, 1): fraction of units skipped at every site.
+
+    bias: add the closed-form correction W E[v - S(v)] at every site (off by default).
+    Raises UserError where the model offers no site to this method.
+    """
+    if not 0 <= sparsity < 1:
+        raise UserError(f"sparsity must be in [0, 1), not {sparsity}", "0.5 skips half of the units")
+    anatomy = anatomy or surgery.dissect(model)
+    blocks = [[b for b in anatomy.all_blocks() if b.layer == i] for i in range(len(anatomy.layers))]
+    if not any(method.sites(b) for layer in blocks for b in layer):
+        acts = {b.act for layer in blocks for b in layer if b.act}
+        gated = any(b.gated for layer in blocks for b in layer)
+        raise UserError(
+            f"method {method.name!r} has nothing to skip in {type(model).__name__} "
+            f"({'gated' if gated else 'plain'} network, {'/'.join(sorted(acts))})",
+            "`moyu methods` says what each method needs",
+        )
+    parts: dict[str, tuple[Site, SiteParams]] = {}
+    draft = Plan(method, parts, {"name": name, "revision": revision})
+    with torch.no_grad(), Applied(model, draft, engine="mask", anatomy=anatomy, check=False) as applied:
+        walk = _Walk(applied, windows)
+        for index, layer_blocks in enumerate(blocks):
+            _fit_layer(walk, index, layer_blocks, method, parts, sparsity, bias)
+            if progress:
+                progress(index + 1, len(blocks))
+    return dataclasses.replace(
+        draft,
+        parts=dict(parts),
+        model={
+            "name": name,
+            "revision": revision,
+            "fingerprint": fingerprint(model),
+            "digests": digests(anatomy, (s for s, _ in parts.values())),
+        },
+        target_sparsity=sparsity if method.solves_target else None,
+        calibration={"source": dict(windows.source), "windows": list(windows.tokens.shape), "prompt": windows.prompt},
+        seed=seed,
+        versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")} | {"python": platform.python_version()},
+    )
+
+
+def _fit_layer(
+    walk: _Walk,
+    index: int,
+    blocks: list[Block],
+    method: Method,
+    parts: dict[str, tuple[Site, SiteParams]],
+    sparsity: float,
+    bias: bool,
+) -> None:
+    sites = [(block, site) for block in blocks for site in method.sites(block)]
+    dense = walk.observe(index, walk.dense)
+    taps_used = sorted({s.reads for _, s in sites}, key=TAPS.index)
+    stages = [("attn_in",), ("heads",), ("mlp_in", "gate", "up"), ("mid",)]
+    for stage in stages:
+        fresh = [(b, s) for b, s in sites if s.reads in stage]
+        if not fresh or not set(stage) & set(taps_used):
+            continue
+        seen = walk.observe(index, walk.sparse)  # earlier stages of this layer are already sparse
+        for block, site in fresh:
+            sparse_taps, rows = seen.acts(site.expert)
+            dense_taps, dense_rows = dense.acts(site.expert)
+            if rows is None or not bool((rows.sparse & rows.valid).any()):
+                raise UserError(
+                    f"{site.key} saw no calibration token (an expert that the text never routes to)",
+                    "calibrate on more text: --tokens",
+                )
+            if dense_rows is None or len(dense_rows.seq) != len(rows.seq):
+                dense_taps = sparse_taps  # routing differs between the streams: fit on what will be met
+            weights = {n: p.weight.detach() for n, p in block.pieces.items()}
+            parts[site.key] = (site, method.fit(site, Acts(dense_taps, sparse_taps, rows, weights), sparsity))
+        walk.attach(index, parts, method)
+        if bias and sparsity > 0:
+            seen = walk.observe(index, walk.sparse)
+            for block, site in fresh:
+                target = "down" if site.skips in ("rows", "neurons") else site.linears[-1]
+                if site.key in seen.skipped:
+                    correction = block.pieces[target].weight.float() @ seen.skipped[site.key]
+                    parts[site.key] = (site, dataclasses.replace(parts[site.key][1], bias=correction))
+            walk.attach(index, parts, method)
+    walk.advance(index)
+
+
+class _Walk:
+    """Runs single layers on two streams of hidden states."""
+
+    def __init__(self, applied: Applied, windows: Windows) -> None:
+        self.applied, self.windows = applied, windows
+        self.layers = applied.anatomy.layers
+        self.kwargs: list[tuple[tuple, dict]] = []
+        model = applied.model
+        device = next(model.parameters()).device
+        self.tokens = windows.tokens.to(device)
+        batch, length = self.tokens.shape
+        if not 0 <= windows.prompt < length:
+            raise UserError(f"prompt of {windows.prompt} in windows of {length} tokens", "use a prompt shorter than the window")
+        self.rows = runtime.rows_of((batch, length), None, 0, windows.prompt, device)
+        inputs: list[Tensor] = []
+        handles = [layer.register_forward_pre_hook(self._capture(inputs), with_kwargs=True) for layer in self.layers]
+        try:
+            with applied.prompt(length):
+                model(input_ids=self.tokens, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.dense = self.sparse = inputs[0]
+
+    def _capture(self, inputs: list[Tensor]) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if not inputs:
+                inputs.append(args[0] if args else kwargs["hidden_states"])
+            self.kwargs.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+
+        return hook
+
+    def _run(self, index: int, hidden: Tensor, boundary: int, observer: _Taps | None) -> Tensor:
+        rows = self.rows._replace(sparse=self.rows.pos >= boundary)
+        memory = self.memory = runtime.SequenceMemory(prompt=boundary)
+        state = self.applied.new_pass(rows, memory)
+        state.observer = observer
+        args, kwargs = self.kwargs[index]
+        with runtime.entered(self.applied, state), kernels.use(self.applied.backend):
+            output = self.layers[index](hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def observe(self, index: int, hidden: Tensor) -> _Taps:
+        """Taps and decisions of one layer; sites that are attached to it act beyond the prompt."""
+        taps = _Taps()
+        self._run(index, hidden, self.windows.prompt, taps)
+        return taps
+
+    def attach(self, index: int, parts: Mapping[str, tuple[Site, SiteParams]], method: Method) -> None:
+        """Give the layer's executors the sites fitted so far."""
+        for call in (*self.applied.ffns, *self.applied.linears):
+            if call.block.layer == index:
+                own = [p for p in parts.values() if (p[0].layer, p[0].expert) == (index, call.block.expert)]
+                call.attach([SiteState(site, params, method) for site, params in own])
+
+    def advance(self, index: int) -> None:
+        """Move both streams behind the layer."""
+        same = self.dense is self.sparse
+        states = {id(c): c.states for c in (*self.applied.ffns, *self.applied.linears) if c.block.layer == index}
+        self.sparse_next = self._run(index, self.sparse, self.windows.prompt, None)
+        if same and not any(states.values()):
+            self.dense = self.sparse = self.sparse_next
+            return
+        self.dense = self._run(index, self.dense, self.tokens.shape[1], None)
+        self.sparse = self.sparse_next
+
+
+def solve_bytes(sites: list[Site], total: int, added: int, byte_fraction: float) -> float:
+    """The sparsity at which a decode step reads `byte_fraction` of `total` bytes; UserError below the method's floor.
+
+    `added` is what the plan itself makes a step read.
+    """
+    skippable = sum(s.units * s.unit_bytes for s in sites)
+    floor = (total + added - skippable) / total
+    sparsity = (total + added - byte_fraction * total) / skippable
+    if sparsity >= 1:
+        raise UserError(f"byte fraction {byte_fraction} is out of reach: n/a (floor {floor:.2f})", "ask for more bytes")
+    return max(0.0, sparsity)
+
+
+def split_windows(tokens: list[int], bos: int | None, length: int, count: int) -> Iterator[list[int]]:
+    """Consecutive windows of `length` tokens, each beginning with BOS where the model has one."""
+    step = length - (bos is not None)
+    for start in range(0, min(len(tokens) - step + 1, step * count), step):
+        yield ([] if bos is None else [bos]) + tokens[start : start + step]

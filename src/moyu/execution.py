@@ -1,0 +1,417 @@
+"""How a block computes under a plan: one order of events, with masked products or with kernels that skip.
+
+`Products` is the only difference between simulating and skipping. Scores, rules and memory are the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moyu import kernels, runtime, selection, surgery
+from moyu.methods.base import Method, Rows, Site, SiteParams, Tap
+from moyu.surgery import Block, Experts, Piece
+
+if TYPE_CHECKING:
+    from moyu.applied import Applied
+    from moyu.runtime import Pass
+
+
+class SiteState:
+    """A site, its part of the plan, and its method."""
+
+    def __init__(self, site: Site, params: SiteParams, method: Method) -> None:
+        """Values only; what changes in a sequence is in the pass and its memory."""
+        self.site, self.params, self.method = site, params, method
+        self.static_mask: Tensor | None = None
+
+    def decide(self, x: Tensor | None, rows: Rows, state: Pass) -> Tensor:
+        """The method's own mask of these rows, (N, n) bool before dense rows are freed."""
+        site, params, method = self.site, self.params, self.method
+        if method.granularity == "static":
+            if self.static_mask is None:
+                self.static_mask = self._expand(method.score(None, rows.take(rows.seq[:1] * 0), site, params, {}))
+            return self.static_mask.expand(len(rows.seq), -1)
+        if method.granularity == "sequence":
+            frozen = state.memory.masks.get(site.key)
+            if frozen is None:
+                memory = state.memory.sites.get(site.key)
+                slots = Rows.one_each(rows.slots, rows.seq.device)
+                if memory is None:  # an expert that no prompt token was routed to: nothing is known, nothing is skipped
+                    frozen = torch.ones(rows.slots, site.units, dtype=torch.bool, device=rows.seq.device)
+                else:
+                    frozen = self._expand(method.score(None, slots, site, params, memory))
+                state.memory.masks[site.key] = frozen
+            return frozen[rows.seq]
+        return self._expand(method.score(x, rows, site, params, {}))
+
+    def _expand(self, scores: Tensor) -> Tensor:
+        mask = selection.select(scores, self.params.rule)
+        return mask if self.params.blocks is None else mask[:, self.params.blocks.to(mask.device)]
+
+    def remember(self, x: Tensor, rows: Rows, state: Pass) -> None:
+        """Let the dense valid rows of the tap `x` (N, n) into the sequence memory."""
+        dense = rows.valid & ~rows.sparse
+        if self.method.granularity != "sequence" or not bool(dense.any()):
+            return
+        memory = state.memory
+        before = memory.sites.get(self.site.key, {})
+        memory.sites[self.site.key] = dict(self.method.update(before, x, rows, self.site, self.params))
+        memory.masks.pop(self.site.key, None)
+
+
+class _Executor:
+    """What every replaced forward shares: choosing masks and making products."""
+
+    def __init__(self, applied: Applied, block: Block, states: list[SiteState], lookahead: set) -> None:
+        self.applied, self.block, self.states, self.lookahead = applied, block, states, lookahead
+
+    def attach(self, states: list[SiteState]) -> None:
+        """Replace the sites (calibration fits them one after another)."""
+        self.states = states
+
+    def site(self, *, reads: Tap | None = None, skips: str | None = None, linear: str | None = None) -> SiteState | None:
+        """The site of this block that fits, if any."""
+        for state in self.states:
+            site = state.site
+            if (
+                (reads is None or site.reads == reads)
+                and (skips is None or site.skips == skips)
+                and (linear is None or linear in site.linears)
+            ):
+                return state
+        return None
+
+    def see(self, tap: Tap, x: Tensor, rows: Rows, state: Pass) -> None:
+        """Show a tap to the observer and to sites that look ahead."""
+        if state.observer is not None:
+            state.observer.see(self.block.layer, self.block.expert, tap, x, rows)
+        if (self.block.layer, tap) in self.lookahead:
+            state.taps[self.block.layer, tap] = x
+
+    def choose(
+        self, site: SiteState, x: Tensor | None, rows: Rows, state: Pass, oracle: Callable[[], Tensor]
+    ) -> Tensor:
+        """The mask (N, n) of a site: the method's, or what a chooser makes of it; dense rows keep everything."""
+        if site.site.source_layer != site.site.layer:
+            x = state.taps[site.site.source_layer, site.site.reads]
+        mask = site.decide(x, rows, state)
+        if state.chooser is not None:
+            mask = state.chooser(site.site, mask, rows, oracle)
+        return mask if state.skipping else mask | ~rows.sparse[:, None]
+
+    def observe(self, site: SiteState, values: Tensor, mask: Tensor, rows: Rows, state: Pass) -> None:
+        """Show a decision to the observer."""
+        if state.observer is not None:
+            state.observer.mask(site.site, values, mask, rows)
+
+    def dense(self, piece: Piece, x: Tensor, state: Pass) -> Tensor:
+        """The whole product, (N, in) -> (N, out)."""
+        weight = piece.weight
+        if state.skipping and weight.stride(1) == 1:
+            return kernels.rows(x, weight, None, bias=piece.bias)
+        return functional.linear(x, weight, piece.bias)
+
+    def columns(self, piece: Piece, name: str, x: Tensor, site: SiteState | None, rows: Rows, state: Pass) -> Tensor:
+        """The product with inputs (columns) skipped where a site says so, (N, in) -> (N, out)."""
+        if site is None:
+            return self.dense(piece, x, state)
+        params = site.params
+        if params.basis is not None or params.centre is not None:
+            return self._transformed(piece, name, x, site, rows, state)
+        mask = self.choose(site, x, rows, state, lambda: x.abs() * column_norms(piece))
+        self.observe(site, x, mask, rows, state)
+        return self._masked_columns(piece, name, x, mask, site, rows, state)
+
+    def _masked_columns(
+        self, piece: Piece, name: str, x: Tensor, mask: Tensor, site: SiteState, rows: Rows, state: Pass
+    ) -> Tensor:
+        if state.skipping:
+            self._ensure([piece], ["column"])
+            y = kernels.columns(x, piece.weight, mask, bias=piece.bias)
+        else:
+            y = functional.linear(torch.where(mask, x, 0), piece.weight, piece.bias)
+        if site.params.low_rank is not None:
+            outer, inner = (t.to(x.dtype) for t in site.params.low_rank)
+            y = y + functional.linear(functional.linear(torch.where(mask, 0, x), inner), outer)
+        return self.compensate(y, name, site, rows)
+
+    def _transformed(self, piece: Piece, name: str, x: Tensor, site: SiteState, rows: Rows, state: Pass) -> Tensor:
+        """Masks in a rotated or centred basis: S(v) = Q (mask * Q.T (v - c)) + c. Products stay dense."""
+        basis, centre = site.params.basis, site.params.centre
+        shifted = x if centre is None else x - centre.to(x.dtype)
+        turned = shifted if basis is None else shifted @ basis.to(x.dtype)
+        mask = self.choose(site, turned, rows, state, lambda: turned.abs())
+        self.observe(site, turned, mask, rows, state)
+        kept = torch.where(mask, turned, 0)
+        back = kept if basis is None else kept @ basis.to(x.dtype).t()
+        back = back if centre is None else back + centre.to(x.dtype)
+        y = functional.linear(back, piece.weight, piece.bias)
+        if site.params.low_rank is not None:
+            outer, inner = (t.to(x.dtype) for t in site.params.low_rank)
+            y = y + functional.linear(functional.linear(x - back, inner), outer)
+        return self.compensate(y, name, site, rows)
+
+    def compensate(self, y: Tensor, name: str, site: SiteState, rows: Rows) -> Tensor:
+        """Add the plan's bias to sparse rows."""
+        bias = site.params.bias
+        return y if bias is None else y + torch.where(rows.sparse[:, None], bias.to(y.dtype), 0)
+
+    def _ensure(self, pieces: list[Piece], roles: list) -> None:
+        """Lay out again what `.to`, `deepcopy` or an assignment has packed."""
+        if not all(surgery.is_laid_out(p, r) for p, r in zip(pieces, roles, strict=True)):
+            self.applied.lay_out_again(pieces, roles)
+
+
+class FfnCall(_Executor):
+    """A feed-forward network under a plan: down(mask * act(gate) * up) whatever the order of decisions."""
+
+    def __init__(self, applied: Applied, block: Block, states: list[SiteState], lookahead: set) -> None:
+        """`states` may hold sites of the attention; they are not this network's."""
+        super().__init__(applied, block, [], lookahead)
+        self.attach(states)
+        self.inner: Callable | None = None
+
+    def attach(self, states: list[SiteState]) -> None:
+        """Keep the sites of the network."""
+        taps = ("gate", "up", "mid", "mlp_in")
+        self.states = [s for s in states if s.site.skips != "heads" and (s.site.reads in taps or s.site.skips == "neurons")]
+
+    def bind(self) -> None:
+        """Keep the host's forward, for calls in which nothing is skipped."""
+        self.inner = None if self.block.host is None else self.block.host.forward
+
+    @cached_property
+    def layout(self) -> list[tuple[list[Piece], list]]:
+        """Groups of pieces that a decode step reads neuron by neuron, with their roles."""
+        pieces = self.block.pieces
+        columns = [n for n in ("gate", "up") if self.site(reads="mlp_in", skips="columns", linear=n)]
+        together = {
+            "neurons": ["gate", "up", "down"],
+            "gate": ["up", "down"],
+            "up": ["gate", "down"],
+        }
+        for key, names in together.items():
+            if self.site(skips="neurons") if key == "neurons" else self.site(reads=key, skips="rows"):  # pyright: ignore
+                names = [n for n in names if n in pieces]
+                return [([pieces[n] for n in names], ["column" if n == "down" else "row" for n in names])]
+        groups = [([pieces[n]], ["column"]) for n in columns]
+        return groups + ([([pieces["down"]], ["column"])] if self.site(reads="mid") else [])
+
+    def lay_out(self) -> None:
+        """Store the weights as this plan's kernels read them."""
+        for pieces, roles in self.layout:
+            surgery.lay_out(pieces, roles)
+
+    def active(self) -> Pass | None:
+        """The running pass where this network has something to decide, remember or show."""
+        state = runtime.current(self.applied)
+        if state is None:
+            return None
+        remembers = state.any_dense and any(s.method.granularity == "sequence" for s in self.states)
+        watched = state.observer is not None or any(layer == self.block.layer for layer, _ in self.lookahead)
+        works = self.states and state.any_sparse
+        return state if works or remembers or watched or state.skipping else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Stands for the forward of the network's module, (..., d) -> (..., d)."""
+        state = self.active()
+        if state is None:
+            return self.inner(x, *args, **kwargs)  # pyright: ignore[reportOptionalCall]
+        return self.run(x.reshape(-1, x.shape[-1]), state.rows, state).reshape(x.shape)
+
+    def enter(self, x: Tensor, inner: Callable) -> Tensor:
+        """Stands for gate's or up's forward where the network is inline: the input waits for `leave`."""
+        state = self.active()
+        if state is None:
+            return inner(x)
+        state.pending[id(self)] = x
+        return x.new_empty(*x.shape[:-1], 0)
+
+    def leave(self, x: Tensor, inner: Callable) -> Tensor:
+        """Stands for down's forward where the network is inline."""
+        state = self.active()
+        if state is None:
+            return inner(x)
+        x = state.pending.pop(id(self))
+        y = self.run(x.reshape(-1, x.shape[-1]), state.rows, state)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def run(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
+        """The network on N rows, (N, d) -> (N, d)."""
+        pieces, act = self.block.pieces, kernels.activation(self.block.act or "identity")
+        up, down, gate = pieces["up"], pieces["down"], pieces.get("gate")
+        self.see("mlp_in", x, rows, state)
+        neurons = self.site(skips="neurons")
+        gate_first, up_first = self.site(reads="gate"), self.site(reads="up")
+        norms = column_norms(down) if state.chooser is not None else None
+
+        def hindsight() -> Tensor:  # oracle score ||n_j||, (N, f)
+            value = functional.linear(x, up.weight, up.bias)
+            gated = act(value) if gate is None else act(functional.linear(x, gate.weight, gate.bias)) * value
+            return gated.abs() * (column_norms(down) if norms is None else norms)
+
+        if neurons is not None and state.skipping:
+            given = x if neurons.site.reads == "mlp_in" else None
+            return self._neurons(x, None, neurons, self.choose(neurons, given, rows, state, hindsight), rows)
+        mask, decided = None, None
+        if gate is not None and gate_first is not None:
+            opened = act(self.dense(gate, x, state))  # (N, f)
+            self.see("gate", opened, rows, state)
+            mask, decided = self.choose(gate_first, opened, rows, state, hindsight), gate_first
+            if state.skipping:
+                return self._neurons(x, opened, gate_first, mask, rows)
+            value = opened * self.dense(up, x, state)
+        elif gate is not None and up_first is not None:
+            risen = self.dense(up, x, state)  # (N, f)
+            self.see("up", risen, rows, state)
+            mask, decided = self.choose(up_first, risen, rows, state, hindsight), up_first
+            if state.skipping:
+                return self._neurons(x, risen, up_first, mask, rows)
+            value = act(self.dense(gate, x, state)) * risen
+        else:
+            site = self.site(reads="mlp_in", skips="columns", linear="up")
+            value = self.columns(up, "up", x, site, rows, state)
+            if gate is None:
+                value = act(value)
+            else:
+                self.see("up", value, rows, state)
+                site = self.site(reads="mlp_in", skips="columns", linear="gate")
+                opened = act(self.columns(gate, "gate", x, site, rows, state))
+                self.see("gate", opened, rows, state)
+                value = opened * value
+        self.see("mid", value, rows, state)
+        if neurons is not None:
+            if neurons.site.reads == "mid":
+                neurons.remember(value, rows, state)
+            if state.any_sparse:
+                mask, decided = self.choose(neurons, x, rows, state, hindsight), neurons
+        if decided is None:
+            return self.columns(down, "down", value, self.site(reads="mid", skips="columns"), rows, state)
+        self.observe(decided, value, mask, rows, state)  # pyright: ignore[reportArgumentType]
+        y = functional.linear(torch.where(mask, value, 0), down.weight, down.bias)  # pyright: ignore
+        return self.compensate(y, "down", decided, rows)
+
+    def _neurons(self, x: Tensor, given: Tensor | None, site: SiteState, mask: Tensor, rows: Rows) -> Tensor:
+        """Kept neurons only; `given` is what was computed densely to decide, its matrix is not read again."""
+        self._ensure(*self.layout[0])
+        pieces = self.block.pieces
+        gate, up, down = pieces.get("gate"), pieces.get("up"), pieces["down"]
+        if given is not None and site.site.reads == "gate":
+            gate = None
+        if given is not None and site.site.reads == "up":
+            up = None
+        y = kernels.neurons(
+            x,
+            None if gate is None else gate.weight,
+            None if up is None else up.weight,
+            down.weight,
+            mask,
+            act=self.block.act or "identity",
+            gate_bias=None if gate is None else gate.bias,
+            up_bias=None if up is None else up.bias,
+            down_bias=down.bias,
+            given=given,
+        )
+        return self.compensate(y, "down", site, rows)
+
+
+class AttentionLinear(_Executor):
+    """One linear of an attention: columns of its input, rows or columns of skipped heads."""
+
+    def __init__(self, applied: Applied, block: Block, name: str, states: list[SiteState], lookahead: set) -> None:
+        """`name` is the linear's: q, k, v, qkv or o."""
+        super().__init__(applied, block, states, lookahead)
+        self.name = name
+        self.piece = block.pieces[name]
+        self.inner = self.piece.module.forward
+        self.attach(states)
+
+    def attach(self, states: list[SiteState]) -> None:
+        """Keep the sites and look up this linear's."""
+        self.states = states
+        self.heads = self.site(skips="heads")
+        self.own = self.site(skips="columns", linear=self.name)
+
+    @property
+    def role(self) -> str | None:
+        """Whether kernels read this linear by columns."""
+        return "column" if self.own or (self.heads and self.name == "o") else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Stands for the linear's forward, (..., in) -> (..., out)."""
+        state = runtime.current(self.applied)
+        works = state is not None and (self.own or self.heads) and state.any_sparse
+        watched = state is not None and (state.observer is not None or bool(self.lookahead))
+        if state is None or not (works or watched or state.skipping):
+            return self.inner(x)
+        flat, rows = x.reshape(-1, x.shape[-1]), state.rows
+        tap: Tap = "heads" if self.name == "o" else "attn_in"
+        if self.name in ("q", "qkv", "o"):
+            self.see(tap, flat, rows, state)
+        if self.heads is not None and state.any_sparse:
+            y = self._with_heads(flat, rows, state)
+        else:
+            y = self.columns(self.piece, self.name, flat, self.own if state.any_sparse else None, rows, state)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _with_heads(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
+        """q without the rows of skipped heads (k and v whole: KV policy `full`), o without their columns."""
+        heads = self.heads
+        assert heads is not None
+        if self.name in ("q", "qkv"):
+            state.masks[heads.site.key] = self.choose(heads, x, rows, state, lambda: x.new_zeros(len(x), heads.site.units))
+        mask = state.masks[heads.site.key]
+        wide = mask.repeat_interleave(self.piece.weight.shape[0 if self.name == "q" else 1] // heads.site.units, dim=1)
+        if self.name == "o":
+            self.observe(heads, x, wide, rows, state)
+            return self._masked_columns(self.piece, "o", x, wide, heads, rows, state)
+        if self.name == "q" and state.skipping:
+            return kernels.rows(x, self.piece.weight, wide, bias=self.piece.bias)
+        return self.dense(self.piece, x, state)
+
+
+class DenseLinear:
+    """A linear that no site governs: in a skipping step it runs on the kernels, which reach the memory's rate."""
+
+    def __init__(self, applied: Applied, piece: Piece) -> None:
+        """`piece` is the whole linear."""
+        self.applied, self.piece = applied, piece
+        self.inner = piece.module.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Stands for the linear's forward, (..., in) -> (..., out)."""
+        state = runtime.current(self.applied)
+        if state is None or not state.skipping or x.numel() // x.shape[-1] > runtime.MAX_SKIPPING_ROWS:
+            return self.inner(x)
+        y = kernels.rows(x.reshape(-1, x.shape[-1]), self.piece.weight, None, bias=self.piece.bias)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class ExpertsCall:
+    """Routed experts under a plan: each expert is a network of its own on the rows that are routed to it."""
+
+    def __init__(self, applied: Applied, experts: Experts, calls: list[FfnCall], inner: Callable) -> None:
+        """`calls` are the experts' networks, in the order of their index."""
+        self.applied, self.experts, self.calls, self.inner = applied, experts, calls, inner
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Stands for the experts' forward: hidden (N, d), index and weights (N, k) -> (N, d)."""
+        state = runtime.current(self.applied)
+        if state is None or not any(call.active() for call in self.calls):
+            return self.inner(hidden, index, weights)
+
+        def run(block: Block, x: Tensor, token: Tensor) -> Tensor:
+            return self.calls[block.expert or 0].run(x, state.rows.take(token), state)
+
+        return surgery.run_experts(self.experts.blocks, hidden, index, weights, run)
+
+
+def column_norms(piece: Piece) -> Tensor:
+    """||W[:, i]||_2 of a logical linear, (in,) float."""
+    return piece.weight.detach().float().norm(dim=0)

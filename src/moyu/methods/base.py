@@ -1,0 +1,249 @@
+"""The contract of a method: where it looks, what it may skip, how it ranks.
+
+A method ranks units; MOYU selects, skips and measures. Everything here is a value: what changes while a sequence is
+decoded lives in the memory that is passed in, never in a method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moyu import selection
+from moyu.selection import PerUnitThreshold, Threshold, TopK
+
+if TYPE_CHECKING:
+    from moyu.surgery import Block
+
+Tap = Literal["attn_in", "heads", "mlp_in", "gate", "up", "mid"]
+Skips = Literal["columns", "rows", "neurons", "heads"]
+Family = Literal["threshold", "router_off_loop", "router_in_loop", "sequence", "static", "reference", "own"]
+Granularity = Literal["token", "sequence", "static"]
+Memory = Mapping[str, Tensor]  # one site's sequence memory; every tensor is (B, ...)
+TAPS: tuple[Tap, ...] = ("attn_in", "heads", "mlp_in", "gate", "up", "mid")
+
+
+class Rows(NamedTuple):
+    """What is known of N flat activation rows: B x T, OPT's 2-D, routed experts and packed batches alike."""
+
+    seq: Tensor  # (N,) int64, slot in the batch
+    pos: Tensor  # (N,) int64, position in the sequence, padding not counted
+    valid: Tensor  # (N,) bool, False = padding, enters no statistic
+    sparse: Tensor  # (N,) bool, True = skip here
+    slots: int  # B; every seq is below it, some may have no row here
+
+    def take(self, index: Tensor) -> Rows:
+        """The rows at `index` (M,)."""
+        return Rows(self.seq[index], self.pos[index], self.valid[index], self.sparse[index], self.slots)
+
+    @classmethod
+    def one_each(cls, slots: int, device: torch.device) -> Rows:
+        """One sparse row a slot."""
+        index = torch.arange(slots, device=device)
+        everyone = torch.ones(slots, dtype=torch.bool, device=device)
+        return cls(index, index, everyone, everyone, slots)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One mask: which activation it is decided from and which pieces of which weights it skips."""
+
+    layer: int
+    reads: Tap
+    skips: Skips
+    linears: tuple[str, ...]
+    units: int
+    unit_bytes: int  # bytes that skipping one unit saves, in whole 64-byte lines
+    expert: int | None = None
+    reads_layer: int | None = None  # another layer: look-ahead
+
+    @property
+    def source_layer(self) -> int:
+        """The layer whose activation decides."""
+        return self.layer if self.reads_layer is None else self.reads_layer
+
+    @property
+    def key(self) -> str:
+        """A stable name, unique within a plan."""
+        expert = "" if self.expert is None else f".expert{self.expert}"
+        return f"layer{self.layer}{expert}.{self.reads}.{self.skips}.{'+'.join(self.linears)}"
+
+
+@dataclass(frozen=True)
+class SiteParams:
+    """One site's part of a plan."""
+
+    rule: Threshold | PerUnitThreshold | TopK
+    blocks: Tensor | None = None  # (f,) unit of each neuron: MoEfication, LTE
+    basis: Tensor | None = None  # (n, n) orthogonal; the mask acts on basis.T @ v (LaRoSA)
+    centre: Tensor | None = None  # (n,) the mask acts on v - centre (SCAP)
+    low_rank: tuple[Tensor, Tensor] | None = None  # (q, r), (r, n): output path of the skipped part (R-Sparse)
+    bias: Tensor | None = None  # (q,) added on sparse rows only, never folded (E1, E2)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def extra_bytes(self) -> int:
+        """Bytes that a decode step reads for the plan itself, scores aside."""
+        tensors = [self.basis, self.centre, self.bias, *(self.low_rank or ())]
+        if isinstance(self.rule, PerUnitThreshold):
+            tensors.append(self.rule.values)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@dataclass(frozen=True)
+class Acts:
+    """What `fit` sees of one site: its tap on calibration rows.
+
+    `dense` comes from the dense model, `sparse` from the model whose earlier sites are already sparsified (the site's own
+    block still dense). Both are (N, n) with the same rows.
+    """
+
+    dense: Mapping[Tap, Tensor]
+    sparse: Mapping[Tap, Tensor]
+    rows: Rows
+    weights: Mapping[str, Tensor]  # name -> (out, in)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A dynamic activation method. Leaves are frozen dataclasses whose fields are the knobs.
+
+    The class variables are declared, never detected.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    family: ClassVar[Family]
+    granularity: ClassVar[Granularity]
+    exact: ClassVar[bool] = False  # skips only what contributes exactly nothing
+    needs_calibration: ClassVar[bool] = True
+    trains: ClassVar[bool] = False
+    solves_target: ClassVar[bool] = True  # False: the model decides how much is skipped
+
+    @abstractmethod
+    def sites(self, block: Block) -> tuple[Site, ...]:
+        """The masks this method puts on a block; empty where the block has not what it needs."""
+
+    @abstractmethod
+    def score(self, x: Tensor | None, rows: Rows, site: Site, params: SiteParams, memory: Memory) -> Tensor:
+        """Rank the units: (N, n) -> (N, units); row-wise, causal; larger is kept. `x` is None where only memory speaks."""
+
+    def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
+        """Buffers that `score` needs, from weights and calibration activations."""
+        return {}
+
+    def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
+        """Solve the site for `target` sparsity (fraction of units skipped) on the calibration rows."""
+        params = SiteParams(rule=Threshold(-math.inf), buffers=self.prepare(site, acts))
+        if target == 0.0:
+            return params
+        scores = self.calibration_scores(site, acts, params)
+        return dataclasses.replace(params, rule=Threshold(selection.quantile(scores, target)))
+
+    def calibration_scores(self, site: Site, acts: Acts, params: SiteParams) -> Tensor:
+        """The scores of the calibration rows that a deployed mask would be decided from."""
+        if self.granularity == "sequence":
+            memory = self.update({}, acts.sparse[site.reads], acts.rows, site, params)
+            return self.score(None, Rows.one_each(acts.rows.slots, acts.rows.seq.device), site, params, memory)
+        rows = acts.rows.take((acts.rows.sparse & acts.rows.valid).nonzero().squeeze(1))
+        x = acts.sparse[site.reads][acts.rows.sparse & acts.rows.valid]
+        return self.score(x, rows, site, params, {})
+
+    def update(self, memory: Memory, x: Tensor, rows: Rows, site: Site, params: SiteParams) -> Memory:
+        """Sequence memory after these rows; pure. Only dense valid rows may enter it."""
+        return memory
+
+    def score_bytes(self, site: Site, params: SiteParams) -> int:
+        """Bytes read in order to decide, beyond weights that the step reads anyway."""
+        return 0
+
+    def knobs(self) -> dict[str, Any]:
+        """The knobs and their values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+class Trained(Method):
+    """A method whose score is learned: refused until it was trained."""
+
+    trains: ClassVar[bool] = True
+
+    @abstractmethod
+    def router(self, site: Site, width: int) -> nn.Module:
+        """An untrained router, (N, width) -> (N, units) logits."""
+
+    @abstractmethod
+    def loss(self, logits: Tensor, acts: Acts, site: Site) -> Tensor:
+        """Scalar training loss of the router's logits (N, units)."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Go on with the masks as they are."""
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Run the last `tokens` tokens through the dense model again, cache and sequence memory included."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a controller sees after a decode step."""
+
+    index: int  # decode steps so far in this sequence
+    logits: Tensor  # (B, V) of the newest position
+    tokens: Tensor  # (B, t) every token so far
+
+
+class Controller(ABC):
+    """Decides between steps; at most one a plan. A pure function of what it is shown (CLADA, Sirius)."""
+
+    @abstractmethod
+    def after(self, step: Step) -> Keep | Refresh:
+        """The decision after a decode step."""
+
+
+# ------------------------------------------------------------------------------------------------ sites of a block, by shape
+
+
+def whole_lines(size: int) -> int:
+    """Bytes of a piece that skipping saves for sure: whole 64-byte lines."""
+    return size if size % 64 == 0 else max(0, (size - 63) // 64 * 64)
+
+
+def _row_bytes(block: Block, name: str) -> int:
+    weight = block.pieces[name].weight
+    return whole_lines(weight.shape[1] * weight.element_size())
+
+
+def _column_bytes(block: Block, name: str) -> int:
+    weight = block.pieces[name].weight
+    return whole_lines(weight.shape[0] * weight.element_size())
+
+
+def column_site(block: Block, reads: Tap, linear: str) -> Site:
+    """Skip columns (input channels) of one linear."""
+    width = block.pieces[linear].weight.shape[1]
+    return Site(block.layer, reads, "columns", (linear,), width, _column_bytes(block, linear), block.expert)
+
+
+def row_site(block: Block, reads: Literal["gate", "up"]) -> Site:
+    """Decide on gate (or up), computed densely; skip rows of the other and columns of down."""
+    other = "up" if reads == "gate" else "gate"
+    size = _row_bytes(block, other) + _column_bytes(block, "down")
+    return Site(block.layer, reads, "rows", (other, "down"), block.neurons, size, block.expert)
+
+
+def neuron_site(block: Block, reads: Literal["mlp_in", "mid"], reads_layer: int | None = None) -> Site:
+    """Skip whole neurons: rows of gate and up, columns of down. "mid" is the prompt's, not the current token's."""
+    rows = [n for n in ("gate", "up") if n in block.pieces]
+    size = sum(_row_bytes(block, n) for n in rows) + _column_bytes(block, "down")
+    return Site(block.layer, reads, "neurons", (*rows, "down"), block.neurons, size, block.expert, reads_layer)

@@ -1,0 +1,197 @@
+"""A plan: everything a method decided for one model, as JSON and safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from moyu import methods
+from moyu.errors import UserError
+from moyu.files import atomic_write_bytes
+from moyu.methods.base import Method, Site, SiteParams
+from moyu.selection import PerUnitThreshold, Threshold, TopK
+from moyu.surgery import Anatomy, Block
+
+FORMAT = 1
+SAMPLES = 4096  # weights of each planned tensor that the digest looks at
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sites with their parameters, and what they were made for."""
+
+    method: Method
+    parts: Mapping[str, tuple[Site, SiteParams]]
+    model: Mapping[str, Any]  # name, revision, fingerprint, digests
+    target_sparsity: float | None = None
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # corpus, windows, prompt, bos, template
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    kv_policy: str = "full"
+
+    def sites(self) -> Iterator[Site]:
+        """Every site of the plan."""
+        return (site for site, _ in self.parts.values())
+
+    def parts_of(self, layer: int, expert: int | None) -> list[tuple[Site, SiteParams]]:
+        """The sites of one block."""
+        return [p for p in self.parts.values() if (p[0].layer, p[0].expert) in ((layer, expert), (layer, None))]
+
+    def check(self, model: nn.Module, anatomy: Anatomy) -> None:
+        """Refuse a model this plan was not made for, a fine-tune of it included (UserError)."""
+        found = fingerprint(model)
+        if found != self.model["fingerprint"]:
+            raise UserError(
+                f"this plan was made for {self.model['name']!r}, whose configuration differs from {type(model).__name__}'s",
+                "calibrate this model: `moyu calibrate MODEL`",
+            )
+        fresh = digests(anatomy, self.sites())
+        changed = [name for name, value in self.model["digests"].items() if fresh.get(name) != value]
+        if changed:
+            raise UserError(
+                f"this plan was made for other weights of {self.model['name']!r} ({len(changed)} of "
+                f"{len(self.model['digests'])} planned tensors differ, first {changed[0]})",
+                "a fine-tuned or cast model needs its own plan: `moyu calibrate MODEL`",
+            )
+
+    @property
+    def hash(self) -> str:
+        """Names the experiment in every record: 12 hex digits over all of the plan."""
+        header, tensors = self._split()
+        digest = hashlib.sha256(json.dumps({**header, "versions": None}, sort_keys=True).encode())
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def save(self, folder: Path) -> Path:
+        """Write `plan.json` and `plan.safetensors` into a folder, each atomically, the JSON last."""
+        header, tensors = self._split()
+        payload = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
+        header["tensors_sha256"] = hashlib.sha256(payload).hexdigest()
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(folder / "plan.safetensors", payload)
+        atomic_write_bytes(folder / "plan.json", json.dumps(header, indent=1).encode())
+        return folder
+
+    def _split(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        tensors: dict[str, Tensor] = {}
+        parts = []
+        for key, (site, params) in self.parts.items():
+            entry: dict[str, Any] = {"site": dataclasses.asdict(site)}
+            match params.rule:
+                case Threshold(value):
+                    entry["rule"] = {"threshold": "-inf" if value == -math.inf else value}
+                case TopK(k):
+                    entry["rule"] = {"top_k": k}
+                case PerUnitThreshold(values):
+                    entry["rule"] = {"per_unit": True}
+                    tensors[f"{key}/rule"] = values
+            for name in ("blocks", "basis", "centre", "bias"):
+                if getattr(params, name) is not None:
+                    tensors[f"{key}/{name}"] = getattr(params, name)
+            for name, tensor in zip(("outer", "inner"), params.low_rank or (), strict=False):
+                tensors[f"{key}/{name}"] = tensor
+            for name, tensor in params.buffers.items():
+                tensors[f"{key}/buffer.{name}"] = tensor
+            parts.append(entry)
+        header = {
+            "format": FORMAT,
+            "method": self.method.name,
+            "knobs": self.method.knobs(),
+            "model": dict(self.model),
+            "target_sparsity": self.target_sparsity,
+            "calibration": dict(self.calibration),
+            "seed": self.seed,
+            "versions": dict(self.versions),
+            "kv_policy": self.kv_policy,
+            "parts": parts,
+        }
+        return header, tensors
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """Read a plan; UserError for one that is missing, truncated or of another format."""
+        again = "make it again with `moyu calibrate`"
+        try:
+            header = json.loads((folder / "plan.json").read_text())
+            payload = (folder / "plan.safetensors").read_bytes()
+        except OSError as error:
+            raise UserError(f"no plan in {folder} ({error.strerror})", again) from error
+        except ValueError as error:
+            raise UserError(f"{folder / 'plan.json'} is truncated or not a plan", again) from error
+        try:
+            if header["format"] != FORMAT:
+                raise UserError(f"{folder} has plan format {header['format']}, this MOYU reads {FORMAT}", again)
+            if hashlib.sha256(payload).hexdigest() != header["tensors_sha256"]:
+                raise UserError(f"{folder / 'plan.safetensors'} is truncated or not this plan's", again)
+            tensors = safetensors.torch.load(payload)
+            parts = {}
+            for entry in header["parts"]:
+                site = Site(**{**entry["site"], "linears": tuple(entry["site"]["linears"])})
+                parts[site.key] = (site, _params(site.key, entry["rule"], tensors))
+            return cls(
+                method=methods.method(header["method"], **header["knobs"]),
+                parts=parts,
+                **{k: header[k] for k in ("model", "target_sparsity", "calibration", "seed", "versions", "kv_policy")},
+            )
+        except (KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise UserError(f"{folder / 'plan.json'} is truncated or not a plan ({error})", again) from error
+
+
+def _params(key: str, rule: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SiteParams:
+    own = {k.removeprefix(f"{key}/"): v for k, v in tensors.items() if k.startswith(f"{key}/")}
+    if "threshold" in rule:
+        parsed = Threshold(float(rule["threshold"]))
+    elif "top_k" in rule:
+        parsed = TopK(rule["top_k"])
+    else:
+        parsed = PerUnitThreshold(own["rule"])
+    return SiteParams(
+        rule=parsed,
+        blocks=own.get("blocks"),
+        basis=own.get("basis"),
+        centre=own.get("centre"),
+        low_rank=(own["outer"], own["inner"]) if "outer" in own else None,
+        bias=own.get("bias"),
+        buffers={k.removeprefix("buffer."): v for k, v in own.items() if k.startswith("buffer.")},
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the configuration that shapes the model: type, widths, depth, activation, vocabulary."""
+    ignored = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "_attn_implementation")
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ignored}  # pyright: ignore
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def digests(anatomy: Anatomy, sites: Iterator[Site]) -> dict[str, str]:
+    """A digest of sampled weights of each planned tensor; the same for a copy in bfloat16 and in float32 of its values."""
+    blocks: dict[tuple[int, int | None], Block] = {(b.layer, b.expert): b for b in anatomy.all_blocks()}
+    out = {}
+    for site in sites:
+        block = blocks.get((site.layer, site.expert))
+        if block is None:
+            continue
+        for name in site.linears:
+            key = f"layer{site.layer}" + ("" if site.expert is None else f".expert{site.expert}") + f".{name}"
+            if key not in out and name in block.pieces:
+                out[key] = _digest(block.pieces[name].weight)
+    return out
+
+
+def _digest(weight: Tensor) -> str:
+    rows, columns = weight.shape
+    index = torch.linspace(0, rows * columns - 1, min(SAMPLES, rows * columns), dtype=torch.float64).long()
+    sample = weight.detach()[index // columns, index % columns].to("cpu", torch.bfloat16)
+    return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
