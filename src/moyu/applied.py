@@ -52,7 +52,10 @@ class Applied(AbstractContextManager):
             raise UserError("a plan is already applied to this model", "restore() it first")
         if model.training:
             raise UserError("the model is in training mode", "call model.eval() first")
-        kernels.require(backend)
+        try:
+            kernels.require(backend)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(str(error), "or use backend 'auto'") from error
         self.model, self.plan, self.backend, self.engine = model, plan, backend, engine
         self.controller = controller
         self.anatomy = anatomy or surgery.dissect(model)

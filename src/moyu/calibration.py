@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,21 +223,13 @@ class _Walk:
         self.sparse = self.sparse_next
 
 
-def solve_bytes(sites: list[Site], total: int, added: int, byte_fraction: float) -> float:
+def solve_bytes(skippable: float, total: float, added: float, byte_fraction: float) -> float:
     """The sparsity at which a decode step reads `byte_fraction` of `total` bytes; UserError below the method's floor.
 
-    `added` is what the plan itself makes a step read.
+    skippable: bytes of all units of all sites; added: what the plan itself makes a step read.
     """
-    skippable = sum(s.units * s.unit_bytes for s in sites)
     floor = (total + added - skippable) / total
     sparsity = (total + added - byte_fraction * total) / skippable
     if sparsity >= 1:
         raise UserError(f"byte fraction {byte_fraction} is out of reach: n/a (floor {floor:.2f})", "ask for more bytes")
     return max(0.0, sparsity)
-
-
-def split_windows(tokens: list[int], bos: int | None, length: int, count: int) -> Iterator[list[int]]:
-    """Consecutive windows of `length` tokens, each beginning with BOS where the model has one."""
-    step = length - (bos is not None)
-    for start in range(0, min(len(tokens) - step + 1, step * count), step):
-        yield ([] if bos is None else [bos]) + tokens[start : start + step]

@@ -1,0 +1,128 @@
+# Everything the project needs lives in .venv, and is installed once: each stage leaves a stamp named after the contents
+# of what it depends on, so a second `make` goes straight to the tool.
+#
+#   PYTHON     the interpreter that .venv is made from (3.11 or newer)
+#   PIP_ARGS   more arguments for pip, for instance --extra-index-url https://download.pytorch.org/whl/cpu
+#   ARGS       more arguments for `moyu run`
+#   TESTS      what pytest runs, and its options: make unit TESTS="tests/kernels -x"
+#   KERNELS    optional: go on where the C++ kernels do not compile, which only test and unit refuse otherwise
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+TESTS ?=
+KERNELS ?= $(if $(filter test unit,$(MAKECMDGOALS)),required,optional)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input -c constraints.txt $(PIP_ARGS)
+NEED_GB := 4
+
+checksum = $(shell cat $(1) 2>/dev/null | cksum | cut -d ' ' -f 1)
+DEPS_KEY := $(call checksum,pyproject.toml constraints.txt)
+CORE := $(VENV)/.stamp-core-$(DEPS_KEY)
+DEV := $(VENV)/.stamp-dev-$(DEPS_KEY)
+BUILT := $(VENV)/.stamp-kernels-$(call checksum,constraints.txt CMakeLists.txt $(sort $(wildcard src/moyu/kernels/csrc/*)))
+EXTENSION := src/moyu/kernels/_cpu.*.so
+BUILD_LOG := build/kernels/make.log
+
+# The requirements of a part of pyproject.toml, one a line, for pip's -r.
+requirements = $(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*$(1), sep="\n")'
+say = echo "==>"
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo setup dev test lint types unit format browser clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk '/^#   [A-Z]/ { sub(/^#   /, "  "); print }' Makefile
+
+demo: $(CORE) $(BUILT)  ## set up what is missing, then `moyu run` on an embedded model
+	@$(BIN)/moyu run $(ARGS)
+
+setup: $(CORE) $(BUILT)  ## .venv with the pinned packages, moyu (editable) and its C++ kernels
+	@:
+
+dev: $(CORE) $(DEV) $(BUILT)  ## the same, with the tools for tests and style
+	@:
+
+test: dev lint types browser unit  ## everything that CI runs
+
+lint: $(CORE) $(DEV)  ## ruff: rules and formatting
+	@$(say) "ruff"
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: $(CORE) $(DEV)  ## pyright on src
+	@$(say) "pyright"
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+unit: $(CORE) $(DEV) $(BUILT)  ## pytest
+	@$(say) "pytest"
+	@$(BIN)/python -m pytest $(TESTS)
+
+format: $(CORE) $(DEV)  ## let ruff fix and format the code
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean:  ## remove builds and caches, keep .venv
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(EXTENSION) $(VENV)/.stamp-kernels-*
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	rm -rf $(VENV)
+
+# ------------------------------------------------------------------------------------------------ stages
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "moyu needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1)."; \
+	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; } >&2
+	@free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }'); [ "$$free" -ge $(NEED_GB) ] || { \
+	  echo "moyu's environment needs about $(NEED_GB) GB of disk, and $$free GB are free here ($$PWD)."; \
+	  echo "Free some, or clone the repository to a larger disk."; exit 1; } >&2
+	@$(say) "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "Python could not make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+# moyu itself is installed as a path to src, so that edits, new files and moved ones count at once.
+$(CORE): | $(BIN)/python
+	@$(say) "installing torch, transformers and the rest (pinned; some minutes the first time)"
+	@$(call requirements,p["build-system"]["requires"]+p["project"]["dependencies"]) > $(VENV)/core.txt
+	@if ! command -v cmake >/dev/null; then echo cmake >> $(VENV)/core.txt; fi
+	@$(PIP) -r $(VENV)/core.txt
+	@$(PIP) --no-deps --no-build-isolation -C editable.mode=inplace -C wheel.cmake=false -e .
+	@rm -f $(VENV)/.stamp-core-* && touch $@
+
+$(DEV): | $(CORE)
+	@$(say) "installing the tools for tests and style (pinned)"
+	@$(call requirements,p["project"]["optional-dependencies"]["dev"]) > $(VENV)/dev.txt
+	@$(PIP) -r $(VENV)/dev.txt
+	@rm -f $(VENV)/.stamp-dev-* && touch $@
+
+# No stamp is left where nothing was built, so that the next run tries again.
+$(BUILT): | $(CORE)
+	@$(say) "building the CPU kernels"
+	@mkdir -p $(dir $(BUILD_LOG)) && rm -f $(EXTENSION) $(VENV)/.stamp-kernels-* build/kernels/CMakeCache.txt
+	@unset MAKEFLAGS MAKELEVEL; PATH="$(CURDIR)/$(BIN):$$PATH"; { \
+	  cmake -S . -B build/kernels -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/src/moyu/kernels" \
+	  && cmake --build build/kernels --parallel $$(nproc 2>/dev/null || echo 2); } > $(BUILD_LOG) 2>&1 || { \
+	  grep -E -i 'error' $(BUILD_LOG) | head -n 20; echo "    The CPU kernels do not compile: see $(BUILD_LOG)"; \
+	  [ "$(KERNELS)" = optional ] || { echo "    To go on without them: make KERNELS=optional $(MAKECMDGOALS)"; exit 1; }; } >&2
+	@if ls $(EXTENSION) >/dev/null 2>&1; then touch $@; else \
+	  echo "    not built (see $(BUILD_LOG)): moyu will run on its reference kernels, which are slow"; fi
+
+# The report's page is tested in a real browser.
+browser:
+	@if ! command -v chromium chromium-browser google-chrome >/dev/null; then \
+	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	    $(say) "installing chromium (apt-get), for the report's tests"; \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	      apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } > $(VENV)/browser.log 2>&1 \
+	    || echo "    that failed (see $(VENV)/browser.log): tests of the report in a browser will be skipped"; \
+	  else \
+	    echo "No chromium here: tests of the report in a browser will be skipped"; \
+	  fi; \
+	fi

@@ -1,0 +1,269 @@
+"""Kernels that read only the weights that a mask keeps: whole neurons, rows, or columns.
+
+The three are ``torch.library`` operators (``torch.ops.moyu.neurons``, ``rows``, ``columns``) with fake implementations and
+these thin functions in front. Any number of rows N is correct; speed is for small decode batches: all rows that keep a
+piece of weight use it while it is in the cache, so it is read once (once per 32 rows in the ``cpu`` back end).
+
+Back ends: ``reference`` (plain torch, defines the meaning) and ``cpu`` (C++). ``use("cpu")`` insists on one, ``auto`` takes
+``cpu`` for CPU tensors of a dtype it has where the extension is built, else ``reference``; ``describe()`` says which.
+"""
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+from .checks import activation, check_columns, check_neurons, check_rows
+from .cpu import read_ceiling
+from .reference import ACTIVATIONS
+
+__all__ = [
+    "ACTIVATIONS",
+    "Backend",
+    "ByteCounter",
+    "activation",
+    "available",
+    "columns",
+    "count_bytes",
+    "describe",
+    "neurons",
+    "read_ceiling",
+    "require",
+    "rows",
+    "use",
+]
+
+Backend = Literal["auto", "reference", "cpu", "gpu"]
+
+_BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}  # a back end: one module and one entry
+_NOT_BUILT = {"gpu": "not built yet: this version has no GPU kernels; use 'reference', which runs on any device"}
+
+_asked: ContextVar[str] = ContextVar("moyu_backend", default="auto")
+_counter: ContextVar["ByteCounter | None"] = ContextVar("moyu_byte_counter", default=None)
+
+
+def neurons(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor | None,
+    down: Tensor,
+    mask: Tensor,
+    *,
+    act: str,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    given: Tensor | None = None,
+) -> Tensor:
+    """The feed-forward network of the kept neurons: ``y = sum over kept j of value_j * down[:, j] + down_bias``.
+
+    =============  ==================================================  ==================================
+    passed         value of neuron j                                   for
+    =============  ==================================================  ==================================
+    gate, up       act(gate_j · x + gate_bias_j) * (up_j · x + up_bias_j)  gated feed-forward networks
+    up             act(up_j · x + up_bias_j)                           plain ones
+    up, given      given_j * (up_j · x + up_bias_j)                    gate computed first (CATS)
+    gate, given    act(gate_j · x + gate_bias_j) * given_j             up computed first (COUNTDOWN)
+    =============  ==================================================  ==================================
+
+    Args:
+        x: (N, d).
+        gate: (f, d) or None, ``stride(1) == 1``, any row stride.
+        up: (f, d) or None, ``stride(1) == 1``, any row stride.
+        down: (d_out, f), ``stride(0) == 1``, any column stride. Fastest is the layout ``neuron_major``: gate, up and down
+            are views of one storage (f, k, d), so that what a neuron needs is side by side.
+        mask: (N, f) bool, True = computed. The weights of neurons that no row keeps are not read.
+        act: a name in ``ACTIVATIONS``.
+        gate_bias, up_bias: (f,) or None.
+        down_bias: (d_out,) or None; always added.
+        given: (N, f) or None, the factor that the caller has already computed; skipped entries are ignored.
+
+    Returns:
+        (N, d_out) in x's dtype, contiguous; sums are taken in float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape, stride, combination or activation that does not fit.
+        TypeError: dtypes or devices that differ (all floating tensors share x's), a mask that is not bool.
+    """
+    return _op_neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given)
+
+
+def rows(x: Tensor, weight: Tensor, mask: Tensor | None = None, *, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` where the mask keeps an output; skipped outputs are exactly 0, without bias.
+
+    Args:
+        x: (N, n).
+        weight: (q, n), ``stride(1) == 1``, any row stride.
+        mask: (N, q) bool, True = computed, or None = all.
+        bias: (q,) or None.
+
+    Returns:
+        (N, q) in x's dtype, contiguous; sums are taken in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: as ``neurons``.
+    """
+    return _op_rows(x, weight, mask, bias)
+
+
+def columns(x: Tensor, weight: Tensor, mask: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """``sum over kept i of x_i * weight[:, i] + bias``: the inputs that the mask skips count as 0, their columns are not read.
+
+    Args:
+        x: (N, n).
+        weight: (q, n), ``stride(0) == 1`` (layout ``input_major``: weight.T is contiguous), any column stride.
+        mask: (N, n) bool, True = used.
+        bias: (q,) or None.
+
+    Returns:
+        (N, q) in x's dtype, contiguous; sums are taken in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: as ``neurons``.
+    """
+    return _op_columns(x, weight, mask, bias)
+
+
+def available() -> dict[str, str | None]:
+    """Each back end's name -> None where it can be used here, else the reason and the remedy."""
+    return {name: module.unavailable() for name, module in _BACKENDS.items()} | _NOT_BUILT
+
+
+def require(backend: Backend) -> None:
+    """Raise ValueError for an unknown name, RuntimeError with reason and remedy for a back end that cannot be used here."""
+    if backend == "auto":
+        return
+    reasons = available()
+    if backend not in reasons:
+        near = difflib.get_close_matches(str(backend), ["auto", *reasons], 1, 0.0)[0]
+        raise ValueError(f"unknown back end {backend!r}; the nearest is {near!r}, of auto, {', '.join(reasons)}")
+    if reasons[backend] is not None:
+        raise RuntimeError(f"The {backend} back end was asked for but is not available: {reasons[backend]}")
+
+
+@contextlib.contextmanager
+def use(backend: Backend) -> Iterator[None]:
+    """Run the kernels inside on this back end. Holds for the present thread (or task) only; a new thread starts on auto.
+
+    Raises what ``require`` raises; calls inside raise RuntimeError for tensors that the back end cannot serve.
+    """
+    require(backend)
+    token = _asked.set(backend)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def describe() -> str:
+    """What runs now for bfloat16 on the CPU, for example ``auto: cpu (avx512, 2 threads)``; for records."""
+    asked = _asked.get()
+    module = _choose(torch.empty(0, 0, dtype=torch.bfloat16))
+    name = next(name for name, candidate in _BACKENDS.items() if candidate is module)
+    reason = cpu.unavailable() if name != "cpu" and asked == "auto" else None
+    return f"{asked}: {name} ({module.details()})" + (f"; not cpu: {reason}" if reason else "")
+
+
+@dataclass
+class ByteCounter:
+    """Bytes of weights and biases that the kernels read: a piece once for all the rows that share one reading of it."""
+
+    by_op: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_op.values())
+
+
+@contextlib.contextmanager
+def count_bytes() -> Iterator[ByteCounter]:
+    """Count what the kernels inside read, as added up by the back end itself; of this thread only. The innermost counts."""
+    counter = ByteCounter()
+    token = _counter.set(counter)
+    try:
+        yield counter
+    finally:
+        _counter.reset(token)
+
+
+def _choose(x: Tensor) -> ModuleType:
+    asked = _asked.get()
+    if asked == "auto":
+        if cpu.unavailable() is None:
+            return cpu if cpu.unsupported(x) is None else reference
+        if cpu.forced():
+            raise RuntimeError(f"The cpu kernels were configured but are not available: {cpu.unavailable()}")
+        return reference
+    module = _BACKENDS[asked]
+    reason = module.unsupported(x)
+    if reason is not None:
+        raise RuntimeError(f"The {asked} back end was asked for but cannot serve this call: {reason}; use('auto') would")
+    return module
+
+
+def _finish(op: str, result: tuple[Tensor, int]) -> Tensor:
+    counter = _counter.get()
+    if counter is not None:
+        counter.by_op[op] = counter.by_op.get(op, 0) + result[1]
+    return result[0]
+
+
+# define and impl rather than torch.library.custom_op: 2 instead of 4 µs a call on top of the function itself.
+_library = torch.library.Library("moyu", "DEF")
+_library.define(
+    "neurons(Tensor x, Tensor? gate, Tensor? up, Tensor down, Tensor mask, str act, Tensor? gate_bias=None, "
+    "Tensor? up_bias=None, Tensor? down_bias=None, Tensor? given=None) -> Tensor"
+)
+_library.define("rows(Tensor x, Tensor weight, Tensor? mask=None, Tensor? bias=None) -> Tensor")
+_library.define("columns(Tensor x, Tensor weight, Tensor mask, Tensor? bias=None) -> Tensor")
+
+
+def _run_neurons(x, gate, up, down, mask, act, gate_bias=None, up_bias=None, down_bias=None, given=None):
+    args = (x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given)
+    check_neurons(*args)
+    return _finish("neurons", _choose(x).neurons(*args))
+
+
+def _run_rows(x, weight, mask=None, bias=None):
+    check_rows(x, weight, mask, bias)
+    return _finish("rows", _choose(x).rows(x, weight, mask, bias))
+
+
+def _run_columns(x, weight, mask, bias=None):
+    check_columns(x, weight, mask, bias)
+    return _finish("columns", _choose(x).columns(x, weight, mask, bias))
+
+
+def _fake_neurons(x, gate, up, down, mask, act, gate_bias=None, up_bias=None, down_bias=None, given=None):
+    check_neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given)
+    return x.new_empty((x.shape[0], down.shape[0]))
+
+
+def _fake_rows(x, weight, mask=None, bias=None):
+    check_rows(x, weight, mask, bias)
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _fake_columns(x, weight, mask, bias=None):
+    check_columns(x, weight, mask, bias)
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+for _name, _run, _fake in (
+    ("neurons", _run_neurons, _fake_neurons),
+    ("rows", _run_rows, _fake_rows),
+    ("columns", _run_columns, _fake_columns),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moyu::{_name}", _fake, lib=_library)
+
+_op_neurons = torch.ops.moyu.neurons.default
+_op_rows = torch.ops.moyu.rows.default
+_op_columns = torch.ops.moyu.columns.default

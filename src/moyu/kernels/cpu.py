@@ -1,0 +1,162 @@
+"""The C++ kernels: float32, bfloat16 and float16 on the CPU, with AVX-512, AVX2 or portable code chosen at run time.
+
+MOYU_ISA=avx512|avx2|portable asks for one of them. Threads: as many as torch.get_num_threads() says at each call.
+Each function returns its output and the bytes of weights and biases that were read, added up where they are read.
+"""
+
+import os
+import time
+
+import torch
+from torch import Tensor
+
+_REMEDY = "install moyu where there is a C++17 compiler (g++ or clang), or run `make setup` in a checkout"
+try:
+    from . import _cpu
+
+    _why_not: str | None = None
+except (ImportError, RuntimeError) as error:  # not built, built for another Python, or an instruction set not to be had
+    _cpu = None
+    _why_not = f"the extension moyu.kernels._cpu did not load ({error}); {_REMEDY}"
+    if "MOYU_ISA" in str(error):
+        _why_not = str(error)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CODES: dict[str, int] = {} if _cpu is None else {name: code for code, name in enumerate(_cpu.activations)}
+if _CODES:
+    _CODES["gelu_new"] = _CODES["gelu_pytorch_tanh"] = _CODES["gelu_tanh"]
+
+
+def unavailable() -> str | None:
+    """Why this back end cannot be used here, with the remedy; None = it can."""
+    return _why_not
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why it cannot serve tensors of x's device and dtype; None = it can."""
+    if x.device.type != "cpu":
+        return f"its tensors live on the CPU, x is on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"it has float32, bfloat16 and float16, x is {x.dtype}"
+    return None
+
+
+def forced() -> bool:
+    """True where the environment names an instruction set, so that falling back to another back end would disobey."""
+    return bool(os.environ.get("MOYU_ISA"))
+
+
+def details() -> str:
+    return f"{_loaded().isa()}, {torch.get_num_threads()} threads"
+
+
+def neurons(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor | None,
+    down: Tensor,
+    mask: Tensor,
+    act: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    given: Tensor | None,
+) -> tuple[Tensor, int]:
+    x, mask = _inner(x), _inner(mask)
+    given = None if given is None else _inner(given)
+    n, d = x.shape
+    d_out, f = down.shape
+    y = torch.empty((n, d_out), dtype=x.dtype)
+    read = _loaded().neurons(
+        _DTYPES[x.dtype],
+        _CODES[act],
+        torch.get_num_threads(),
+        n,
+        d,
+        f,
+        d_out,
+        x.data_ptr(),
+        x.stride(0),
+        0 if gate is None else gate.data_ptr(),
+        0 if gate is None else gate.stride(0),
+        0 if up is None else up.data_ptr(),
+        0 if up is None else up.stride(0),
+        down.data_ptr(),
+        down.stride(1),
+        mask.data_ptr(),
+        mask.stride(0),
+        0 if gate_bias is None else gate_bias.data_ptr(),
+        0 if up_bias is None else up_bias.data_ptr(),
+        0 if down_bias is None else down_bias.data_ptr(),
+        0 if given is None else given.data_ptr(),
+        0 if given is None else given.stride(0),
+        y.data_ptr(),
+    )
+    return y, read
+
+
+def rows(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
+    return _multiply(_loaded().rows, x, weight, weight.stride(0), mask, bias)
+
+
+def columns(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+    return _multiply(_loaded().columns, x, weight, weight.stride(1), mask, bias)
+
+
+def _multiply(kernel, x: Tensor, weight: Tensor, stride: int, mask: Tensor | None, bias: Tensor | None):
+    x = _inner(x)
+    mask = None if mask is None else _inner(mask)
+    n_rows, n = x.shape
+    q = weight.shape[0]
+    y = torch.empty((n_rows, q), dtype=x.dtype)
+    read = kernel(
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+        n_rows,
+        n,
+        q,
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        stride,
+        0 if mask is None else mask.data_ptr(),
+        0 if mask is None else mask.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+    )
+    return y, read
+
+
+def read_once(buffer: Tensor, loop: int) -> None:
+    """Read the whole of a float32 buffer with one of the extension's loops (0 .. read_loops - 1), for timing."""
+    _loaded().read(buffer.data_ptr(), buffer.numel() * 4, loop, torch.get_num_threads())
+
+
+def read_ceiling(bytes: int = 256 << 20, repeats: int = 10) -> float:
+    """The fastest that torch.get_num_threads() threads read memory here, in GB/s (10^9): best loop, best repeat.
+
+    `bytes` should be several times the last-level cache. The loops alternate, so that a disturbance hits all of them.
+    Raises ValueError for less than 1 MiB or no repeat, RuntimeError where the extension is not built.
+    """
+    if bytes < 1 << 20 or repeats < 1:
+        raise ValueError(f"read_ceiling needs bytes >= {1 << 20} and repeats >= 1, got {bytes} and {repeats}")
+    extension = _loaded()
+    buffer = torch.ones(bytes // 4, dtype=torch.float32)
+    best = float("inf")
+    for _ in range(repeats):
+        for loop in range(extension.read_loops):
+            start = time.perf_counter()
+            read_once(buffer, loop)
+            best = min(best, time.perf_counter() - start)
+    return buffer.numel() * 4 / best / 1e9
+
+
+def _inner(activation: Tensor) -> Tensor:
+    """Activations and masks (not weights) are copied where their rows are not contiguous."""
+    return activation if activation.stride(1) == 1 else activation.contiguous()
+
+
+def _loaded():
+    if _cpu is None:
+        raise RuntimeError(f"The cpu kernels are not available: {_why_not}")
+    return _cpu

@@ -1,0 +1,106 @@
+// y = x · Wᵀ with skipped rows of W (`rows`) or skipped columns of W (`columns`).
+#pragma once
+
+#include "pieces.h"
+
+namespace {
+
+constexpr int64_t kRowWindow = 16384;
+constexpr int64_t kColumnWindow = 16384;
+
+template <class T>
+int64_t rows_block(const LinearArgs &a) {
+    const int64_t row_bytes = a.n * static_cast<int64_t>(sizeof(T));
+    const int64_t bias_bytes = a.bias ? static_cast<int64_t>(sizeof(T)) : 0;
+
+    Arena arena(4 * (a.rows * round_up(a.n) + a.q) + a.q + 8 * a.threads);
+    float *x = arena.take<float>(a.rows * round_up(a.n));
+    int32_t *kept = arena.take<int32_t>(a.q);
+    uint8_t *any = arena.take<uint8_t>(a.q);
+    int64_t *bytes = arena.take<int64_t>(a.threads);
+
+    load_rows<T>(a.x, a.x_stride, a.rows, a.n, x);
+    T *out = static_cast<T *>(a.out);
+    if (a.mask)
+        for (int64_t i = 0; i < a.rows * a.q; ++i) out[i] = T{};
+    const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.q, any, kept);
+    int64_t threads = threads_for(count * row_bytes, count, a.threads);
+    const int64_t ahead = pieces_ahead(XW(kRowWindow), row_bytes);
+
+    auto work = [&](int64_t thread) {
+        const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
+        int rows[kRowBlock];
+        float value[kRowBlock];
+        int64_t read = 0;
+        for (int64_t t = begin; t < end; ++t) {
+            const int64_t j = kept[t], next = kept[t + ahead < end ? t + ahead : end - 1];
+            const int m = rows_keeping(a.mask, a.mask_stride, a.rows, j, rows);
+            dots(at<T>(a.weight, j * a.weight_stride), x, rows, m, a.n, at<T>(a.weight, next * a.weight_stride), value);
+            const float bias = bias_at<T>(a.bias, j);
+            for (int r = 0; r < m; ++r) narrow(value[r] + bias, out[rows[r] * a.q + j]);
+            read += row_bytes + bias_bytes;
+        }
+        bytes[thread] = read;
+    };
+    if (threads < 1) threads = 1;
+    run_parallel(threads, work);
+
+    int64_t total = 0;
+    for (int64_t t = 0; t < threads; ++t) total += bytes[t];
+    return total;
+}
+
+template <class T>
+int64_t columns_block(const LinearArgs &a) {
+    const int64_t column_bytes = a.q * static_cast<int64_t>(sizeof(T));
+    const int64_t sums_size = a.rows * round_up(a.q);
+
+    Arena arena(4 * (a.threads * sums_size + a.n) + a.n + 8 * a.threads);
+    float *sums = arena.take<float>(a.threads * sums_size);
+    int32_t *kept = arena.take<int32_t>(a.n);
+    uint8_t *any = arena.take<uint8_t>(a.n);
+    int64_t *bytes = arena.take<int64_t>(a.threads);
+
+    const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.n, any, kept);
+    int64_t threads = threads_for(count * column_bytes, count, a.threads);
+    const int64_t ahead = pieces_ahead(XW(kColumnWindow), column_bytes);
+
+    auto work = [&](int64_t thread) {
+        const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
+        float *y = sums + thread * sums_size;
+        for (int64_t i = 0; i < sums_size; ++i) y[i] = 0.0f;
+        int rows[kRowBlock];
+        float value[kRowBlock];
+        int64_t read = 0;
+        for (int64_t t = begin; t < end; ++t) {
+            const int64_t j = kept[t], next = kept[t + ahead < end ? t + ahead : end - 1];
+            const int m = rows_keeping(a.mask, a.mask_stride, a.rows, j, rows);
+            for (int r = 0; r < m; ++r) value[r] = widen(*at<T>(a.x, rows[r] * a.x_stride + j));
+            axpys(at<T>(a.weight, j * a.weight_stride), value, y, rows, m, a.q, at<T>(a.weight, next * a.weight_stride));
+            read += column_bytes;
+        }
+        bytes[thread] = read;
+    };
+    if (threads < 1) threads = 1;
+    run_parallel(threads, work);
+
+    int64_t total = write_sums<T>(sums, threads, a.rows, a.q, a.bias, static_cast<T *>(a.out));
+    for (int64_t t = 0; t < threads; ++t) total += bytes[t];
+    return total;
+}
+
+template <class T, int64_t (*block)(const LinearArgs &)>
+int64_t by_blocks(const LinearArgs &all) {
+    int64_t bytes = 0;
+    for (int64_t row = 0; row < all.rows; row += kRowBlock) {
+        LinearArgs a = all;
+        a.rows = all.rows - row < kRowBlock ? all.rows - row : kRowBlock;
+        a.x = at<T>(all.x, row * all.x_stride);
+        if (all.mask) a.mask = all.mask + row * all.mask_stride;
+        a.out = static_cast<T *>(all.out) + row * all.q;
+        bytes += block(a);
+    }
+    return bytes;
+}
+
+}  // namespace

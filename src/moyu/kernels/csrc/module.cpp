@@ -1,0 +1,101 @@
+// The Python face: chooses the instruction set once, turns integers into arguments, releases the GIL.
+// Addresses and strides come as integers, so that the extension is built and linked without torch.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using namespace moyu;
+
+namespace {
+
+#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#else
+bool has_avx512() { return false; }
+bool has_avx2() { return false; }
+#endif
+
+std::vector<const Table *> usable_tables() {  // best first
+    std::vector<const Table *> tables;
+    if (avx512_table() != nullptr && has_avx512()) tables.push_back(avx512_table());
+    if (avx2_table() != nullptr && has_avx2()) tables.push_back(avx2_table());
+    tables.push_back(portable_table());
+    return tables;
+}
+
+const Table *choose_table() {
+    const auto tables = usable_tables();
+    const char *asked = std::getenv("MOYU_ISA");
+    if (asked == nullptr || *asked == '\0') return tables.front();
+    std::string names;
+    for (const Table *table : tables) {
+        if (table->isa == std::string(asked)) return table;
+        names += std::string(names.empty() ? "" : ", ") + table->isa;
+    }
+    throw std::runtime_error("MOYU_ISA=" + std::string(asked) + " cannot be used here; unset it or set it to one of: " + names);
+}
+
+const Table *table = nullptr;
+
+const void *pointer(uintptr_t address) { return reinterpret_cast<const void *>(address); }
+
+int64_t neurons(int dtype, int act, int64_t threads, int64_t rows, int64_t d, int64_t f, int64_t d_out, uintptr_t x,
+                int64_t x_stride, uintptr_t gate, int64_t gate_stride, uintptr_t up, int64_t up_stride, uintptr_t down,
+                int64_t down_stride, uintptr_t mask, int64_t mask_stride, uintptr_t gate_bias, uintptr_t up_bias,
+                uintptr_t down_bias, uintptr_t given, int64_t given_stride, uintptr_t out) {
+    return table->neurons[dtype]({rows, d, f, d_out, threads, static_cast<Act>(act), pointer(x), x_stride, pointer(gate),
+                                  gate_stride, pointer(up), up_stride, pointer(down), down_stride,
+                                  static_cast<const uint8_t *>(pointer(mask)), mask_stride, pointer(gate_bias),
+                                  pointer(up_bias), pointer(down_bias), pointer(given), given_stride,
+                                  reinterpret_cast<void *>(out)});
+}
+
+LinearArgs linear(int64_t threads, int64_t rows, int64_t n, int64_t q, uintptr_t x, int64_t x_stride, uintptr_t weight,
+                  int64_t weight_stride, uintptr_t mask, int64_t mask_stride, uintptr_t bias, uintptr_t out) {
+    return {rows, n, q, threads, pointer(x), x_stride, pointer(weight), weight_stride,
+            static_cast<const uint8_t *>(pointer(mask)), mask_stride, pointer(bias), reinterpret_cast<void *>(out)};
+}
+
+template <bool by_columns>
+int64_t multiply(int dtype, int64_t threads, int64_t rows, int64_t n, int64_t q, uintptr_t x, int64_t x_stride,
+                 uintptr_t weight, int64_t weight_stride, uintptr_t mask, int64_t mask_stride, uintptr_t bias,
+                 uintptr_t out) {
+    const LinearArgs args = linear(threads, rows, n, q, x, x_stride, weight, weight_stride, mask, mask_stride, bias, out);
+    return by_columns ? table->columns[dtype](args) : table->rows[dtype](args);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    table = choose_table();
+    using release = nb::call_guard<nb::gil_scoped_release>;
+    m.def("neurons", &neurons, release());
+    m.def("rows", &multiply<false>, release());
+    m.def("columns", &multiply<true>, release());
+    m.def("read", [](uintptr_t data, int64_t bytes, int loop, int64_t threads) {
+        return table->read(pointer(data), bytes, loop, threads);
+    }, release());
+    m.def("isa", [] { return std::string(table->isa); });
+    m.def("isas", [] {
+        std::vector<std::string> names;
+        for (const Table *usable : usable_tables()) names.emplace_back(usable->isa);
+        return names;
+    });
+    m.attr("read_loops") = kReadLoops;
+    // In the order of enum Act.
+    m.attr("activations") = nb::make_tuple("relu", "relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity");
+}

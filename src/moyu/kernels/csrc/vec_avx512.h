@@ -1,0 +1,58 @@
+// 16 floats in one AVX-512 register.
+#pragma once
+
+#include <immintrin.h>
+
+#include "element.h"
+
+namespace {
+
+struct Vec {
+    static constexpr const char *isa = "avx512";
+    static constexpr int width = 16;
+    static constexpr int max_rows = 4;  // rows of x that share one load of a weight: 32 registers are enough for 4
+    using Reg = __m512;
+
+    static Reg zero() { return _mm512_setzero_ps(); }
+    static Reg set(float value) { return _mm512_set1_ps(value); }
+    static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+    static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+    static float sum(Reg a) { return _mm512_reduce_add_ps(a); }
+
+    static Reg load(const float *p) { return _mm512_loadu_ps(p); }
+
+    // 2 * width elements in two registers. For bf16 the first holds the even and the second the odd ones: one load, a
+    // shift and a mask instead of two loads, two lane-crossing widenings and two shifts. x and the sums are kept in the
+    // same order (see `place`), so nobody else notices.
+    struct Pair { Reg a, b; };
+    template <class T>
+    static constexpr bool split = is_bf16<T>;
+
+    static Pair halves(__m512i bits) {
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)),
+                _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+    }
+    static Pair halves(__m256i low, __m256i high) { return {_mm512_cvtph_ps(low), _mm512_cvtph_ps(high)}; }
+
+    static Pair load2(const float *p) { return {load(p), load(p + width)}; }
+    static Pair load2(const BF16 *p) { return halves(_mm512_loadu_si512(p)); }
+    static Pair load2(const F16 *p) {
+        const __m256i *q = reinterpret_cast<const __m256i *>(p);
+        return halves(_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1));
+    }
+    // The first `count` < 2 * width elements, the others 0; touches no memory beyond them.
+    static __mmask32 lanes(int count) { return (1u << count) - 1u; }
+    static Pair load2_part(const float *p, int count) {
+        const __mmask32 mask = lanes(count);
+        return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p),
+                _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), p + width)};
+    }
+    static Pair load2_part(const BF16 *p, int count) { return halves(_mm512_maskz_loadu_epi16(lanes(count), p)); }
+    static Pair load2_part(const F16 *p, int count) {
+        const __m512i bits = _mm512_maskz_loadu_epi16(lanes(count), p);
+        return halves(_mm512_castsi512_si256(bits), _mm512_extracti64x4_epi64(bits, 1));
+    }
+    static void store(float *p, Reg a) { _mm512_storeu_ps(p, a); }
+};
+
+}  // namespace

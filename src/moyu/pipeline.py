@@ -1,0 +1,507 @@
+"""The straight way from a model to a report; every stage is also a command of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moyu import accounting, kernels, methods, models, records, surgery, text
+from moyu.applied import Applied, Backend
+from moyu.benchmark import Comparison, Timing, compare
+from moyu.calibration import Windows, calibrate, solve_bytes
+from moyu.errors import UserError
+from moyu.evaluation import Quality, evaluate
+from moyu.methods.base import Method
+from moyu.models import Loaded
+from moyu.plan import Plan
+from moyu.profiling import Profile, profile
+from moyu.records import Record
+from moyu.surgery import Anatomy
+
+DEFAULT_METHODS = ("cett", "cats", "teal", "griffin", "tda", "popularity")
+DEFAULT_SPARSITY = 0.5
+KL_WARNING = 0.5  # nats a token; above it the model is no longer itself
+PROMPT_TEXT = "def read_config(path):\n"
+
+Stage = Callable[[str, int, int], None]  # (name of the stage, done, all)
+
+
+def quiet(name: str, done: int, total: int) -> None:
+    """A progress display that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was asked for."""
+
+    methods: Sequence[str] = DEFAULT_METHODS
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: float | None = None
+    bytes: float | None = None
+    bias: bool = False
+    text: Path | None = None
+    prompt: str | None = None
+    window: int = 256
+    boundary: int = 128
+    calibration: int = 24
+    test: int = 48
+    new_tokens: int = 48
+    seed: int = 0
+    backend: Backend = "auto"
+
+    def target(self) -> float:
+        """The sparsity asked for."""
+        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+    def check(self) -> None:
+        """Refuse what cannot be run, before anything is loaded."""
+        if self.sparsity is not None and self.bytes is not None:
+            raise UserError("both a sparsity and a byte fraction are given", "give one of --sparsity and --bytes")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise UserError(f"sparsity must be in [0, 1), not {self.sparsity}", "0.5 skips half of the units")
+        if self.bytes is not None and not 0 < self.bytes <= 1:
+            raise UserError(f"byte fraction must be in (0, 1], not {self.bytes}", "0.6 reads 60 % of the dense bytes")
+        if not 1 <= self.boundary < self.window - 1:
+            raise UserError(
+                f"a prompt of {self.boundary} tokens leaves nothing to score in windows of {self.window}",
+                "use --prompt-tokens smaller than --window by at least 2",
+            )
+        for name in self.methods:
+            methods.method_class(name)
+
+
+@dataclass
+class Context:
+    """A loaded model with its text, ready for the stages."""
+
+    loaded: Loaded
+    anatomy: Anatomy
+    split: text.Split
+    settings: Settings
+
+    @classmethod
+    def open(cls, name: str, settings: Settings, stage: Stage = quiet) -> Context:
+        """Load a model and its text."""
+        settings.check()
+        stage("load", 0, 1)
+        loaded = models.load(name)
+        anatomy = surgery.dissect(loaded.model)
+        length = settings.window
+        split = text.windows_for(
+            loaded,
+            settings.text,
+            length=length,
+            prompt=settings.boundary,
+            calibration=settings.calibration,
+            test=settings.test,
+            seed=settings.seed,
+        )
+        stage("load", 1, 1)
+        return cls(loaded, anatomy, split, settings)
+
+    def common(self, plan: Plan | None = None, **fields: Any) -> dict[str, Any]:
+        """Fields that every record about this model carries."""
+        base = {
+            "model": self.loaded.name,
+            "weights": "trained",
+            "seed": self.settings.seed,
+            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "protocol": {"prompt": self.settings.boundary, "window": self.settings.window, "table": "main"},
+        }
+        if plan is not None:
+            base |= of_plan(plan)
+        return base | fields
+
+    def method(self, name: str) -> Method:
+        """A method with the knobs that it has."""
+        legal = {f for f in methods.method_class(name).__dataclass_fields__}  # pyright: ignore[reportAttributeAccessIssue]
+        unknown = [k for k in self.settings.knobs if not any(k in _knobs(m) for m in self.settings.methods)]
+        if unknown:
+            return methods.method(name, **{unknown[0]: None})  # raises with the nearest knob
+        return methods.method(name, **{k: v for k, v in self.settings.knobs.items() if k in legal})
+
+    def applicable(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Methods that have a site in this model, and those that have none."""
+        able = [n for n in names if any(self.method(n).sites(b) for b in self.anatomy.all_blocks())]
+        return able, [n for n in names if n not in able]
+
+    def target_for(self, method: Method) -> float:
+        """The sparsity that meets the settings' target; UserError below the method's floor."""
+        if self.settings.bytes is None:
+            return self.settings.target()
+        sites = [s for b in self.anatomy.all_blocks() for s in method.sites(b)]
+        total = accounting.dense_step_bytes(self.loaded.model, self.anatomy)
+        skippable = accounting.skippable_bytes(self.loaded.model, self.anatomy, sites)
+        return solve_bytes(skippable, total, 0, self.settings.bytes)
+
+    def plan(self, name: str, sparsity: float | None = None, progress: Callable[[int, int], None] | None = None) -> Plan:
+        """Calibrate one method."""
+        method = self.method(name)
+        return calibrate(
+            self.loaded.model,
+            method,
+            self.split.calibration,
+            sparsity=self.target_for(method) if sparsity is None else sparsity,
+            name=self.loaded.name,
+            revision=self.loaded.revision,
+            bias=self.settings.bias,
+            seed=self.settings.seed,
+            anatomy=self.anatomy,
+            progress=progress,
+        )
+
+    def quality(self, plan: Plan, *, matched: bool = True) -> Quality:
+        """Evaluate a plan on the test windows."""
+        return evaluate(
+            self.loaded.model,
+            plan,
+            self.split.test,
+            matched=matched,
+            anatomy=self.anatomy,
+            text_bytes=self.split.test_bytes,
+        )
+
+    def profile(self) -> Profile:
+        """Sketch the model's activations on the calibration windows."""
+        return profile(self.loaded.model, self.split.calibration, anatomy=self.anatomy)
+
+
+def _knobs(name: str) -> set[str]:
+    return set(methods.method_class(name).__dataclass_fields__)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def of_plan(plan: Plan) -> dict[str, Any]:
+    """Fields of a record that name the method and its plan."""
+    method = plan.method
+    return {
+        "method": method.name,
+        "family": method.family,
+        "granularity": method.granularity,
+        "plan": plan.hash,
+        "target_sparsity": plan.target_sparsity,
+    }
+
+
+def quality_record(context: Context, plan: Plan, quality: Quality) -> Record:
+    """One row of the quality table."""
+    bits = None if quality.text_bytes is None else 1 / (torch.log(torch.tensor(2.0)).item() * quality.text_bytes)
+    notes = []
+    kl = float(quality.method.kl.mean())
+    if kl > KL_WARNING:
+        notes.append(f"KL {kl:.2f} nats a token: the model is no longer itself")
+    extra: dict[str, Any] = {}
+    for kind in ("random", "oracle"):
+        scores = getattr(quality, kind)
+        if scores is not None:
+            extra |= {f"ppl_{kind}": scores.perplexity, f"kl_{kind}": max(0.0, float(scores.kl.mean()))}
+    return records.stamp(
+        kind="quality",
+        **context.common(plan),
+        simulated=True,
+        realized_sparsity=quality.realized_sparsity,
+        byte_fraction=quality.byte_fraction,
+        corpus=dict(context.split.test.source),
+        tokens=quality.tokens,
+        ppl_dense=quality.dense.perplexity,
+        ppl=quality.method.perplexity,
+        bits_per_byte_dense=None if bits is None else float(quality.dense.nll.sum()) * bits,
+        bits_per_byte=None if bits is None else float(quality.method.nll.sum()) * bits,
+        kl=max(0.0, kl),
+        top1_agreement=float(quality.method.agree.float().mean()),
+        sparsity_by_layer=quality.sparsity_by_layer,
+        floor=quality.floor,
+        compensation=context.settings.bias,
+        notes=notes,
+        **extra,
+    )
+
+
+def out_of_reach_record(context: Context, name: str, floor: float) -> Record:
+    """A row for a method whose floor is above the byte target."""
+    method = context.method(name)
+    return records.stamp(
+        kind="quality",
+        **context.common(),
+        method=method.name,
+        family=method.family,
+        granularity=method.granularity,
+        simulated=True,
+        floor=floor,
+        status=f"n/a (floor {floor:.2f})",
+    )
+
+
+def profile_record(context: Context, result: Profile) -> Record:
+    """Over-activation of the dense model."""
+    return records.stamp(
+        kind="profile",
+        **context.common(),
+        corpus=dict(result.windows.source),
+        layers=[
+            {
+                "layer": p.layer,
+                "neurons": p.neurons,
+                "needed_mean": float(p.needed.mean()),
+                "needed_p95": float(p.needed.quantile(0.95)),
+                "exact_zero_share": p.exact_zero_share,
+            }
+            for p in result.layers
+        ],
+        token_curve=[{"position_bucket": p, "needed_mean": n} for p, n in result.needed_by_position()],
+    )
+
+
+def speed_records(
+    comparison: Comparison, plans: Mapping[str, Plan], base: Mapping[str, Any], *, context_name: str, layers: int, backend: str
+) -> list[Record]:
+    """A row a variant."""
+    dense, out = comparison.dense, []
+    variants: dict[str, Timing] = comparison.variants or {"dense": dense}
+    for name, timing in variants.items():
+        speedup = timing.tokens_per_second / dense.tokens_per_second
+        notes = []
+        if name != "dense" and speedup < 1:
+            notes.append("skipping is slower than dense here")
+        out.append(
+            records.stamp(
+                kind="speed",
+                **base,
+                **(of_plan(plans[name]) if name in plans else {"method": "dense"}),
+                simulated=False,
+                realized_sparsity=timing.realized_sparsity,
+                byte_fraction=timing.byte_fraction,
+                context=context_name,
+                layers=layers,
+                tok_s=timing.tokens_per_second,
+                tok_s_dense=dense.tokens_per_second,
+                speedup=speedup,
+                speedup_limit=1 / timing.byte_fraction,
+                gb_s=timing.gb_s,
+                gb_s_dense=dense.gb_s,
+                read_ceiling_gb_s=comparison.read_ceiling_gb_s,
+                ceiling_share=timing.gb_s / comparison.read_ceiling_gb_s,
+                peak_bytes=comparison.peak_bytes,
+                p20=timing.quantile(0.2),
+                p50=timing.quantile(0.5),
+                p80=timing.quantile(0.8),
+                backend=backend,
+                batch=1,
+                dense_baseline="transformers eager",
+                notes=notes,
+            )
+        )
+    return out
+
+
+def _backend(asked: Backend) -> str:
+    """What ran: back end, instruction set, threads."""
+    with kernels.use(asked):
+        return kernels.describe()
+
+
+@torch.no_grad()
+def generate(context: Context, plan: Plan | None, prompt: str, new_tokens: int) -> tuple[list[int], list[str]]:
+    """Greedy ids and their strings after a prompt, dense where there is no plan."""
+    tokenizer, model = context.loaded.tokenizer, context.loaded.model
+    encoded = tokenizer(prompt, return_tensors="pt")
+    ids: Tensor = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
+    if ids.shape[1] == 0:
+        raise UserError("the prompt has no token", "give some text to --prompt")
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id or 0}
+    manager = contextlib.nullcontext()
+    if plan is not None:
+        manager = Applied(model, plan, backend=context.settings.backend, anatomy=context.anatomy)
+    with manager:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # pyright: ignore[reportCallIssue]
+    fresh = out[0, ids.shape[1] :].tolist()
+    return fresh, [tokenizer.decode([t]) for t in fresh]
+
+
+def generation_record(context: Context, plan: Plan, prompt: str, dense: tuple[list[int], list[str]]) -> Record:
+    """Dense and sparse text side by side."""
+    new_tokens = context.settings.new_tokens
+    sparse = generate(context, plan, prompt, new_tokens)
+    pairs = zip(dense[0], sparse[0], strict=False)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if first is None and len(dense[0]) != len(sparse[0]):
+        first = min(len(dense[0]), len(sparse[0]))
+    return records.stamp(
+        kind="generation",
+        **context.common(plan),
+        simulated=False,
+        prompt=prompt,
+        dense_text=context.loaded.tokenizer.decode(dense[0]),
+        sparse_text=context.loaded.tokenizer.decode(sparse[0]),
+        dense_tokens=dense[1],
+        sparse_tokens=sparse[1],
+        first_difference=first,
+        new_tokens=len(sparse[0]),
+    )
+
+
+def bench_model(context: Context, plans: Mapping[str, Plan], *, tokens: int = 24, stage: Stage = quiet) -> list[Record]:
+    """Time the model itself."""
+    comparison = compare(
+        context.loaded.model,
+        dict(plans),
+        prompt=context.split.test.tokens[:1, :32],
+        tokens=tokens,
+        backend=context.settings.backend,
+        anatomy=context.anatomy,
+        progress=lambda done, total: stage("benchmark", done, total),
+    )
+    return speed_records(
+        comparison,
+        plans,
+        context.common(),
+        context_name="model itself",
+        layers=len(context.anatomy.layers),
+        backend=_backend(context.settings.backend),
+    )
+
+
+@torch.no_grad()
+def bench_shape(
+    shape: str,
+    targets: Mapping[str, float],
+    *,
+    layers: int | None = None,
+    tokens: int = 8,
+    rounds: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: Backend = "auto",
+    seed: int = 0,
+    stage: Stage = quiet,
+) -> list[Record]:
+    """Time a random-weight model of a published shape at given sparsities (method name -> fraction skipped)."""
+    total = len(targets) + 1
+    stage(f"random {shape}", 0, total)
+    model = models.random_model(shape, layers=layers, dtype=dtype, seed=seed)
+    anatomy = surgery.dissect(model)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, model.config.vocab_size, (1, 24), generator=generator)
+    plans = {}
+    for done, (name, target) in enumerate(targets.items()):
+        method = methods.method(name)
+        plans[name] = calibrate(model, method, Windows(ids, 8), sparsity=target, name=shape, seed=seed, anatomy=anatomy)
+        stage(f"random {shape}", done + 1, total)
+    comparison = compare(
+        model,
+        plans,
+        prompt=ids[:, :16],
+        tokens=tokens,
+        rounds=rounds,
+        backend=backend,
+        anatomy=anatomy,
+        progress=lambda done, whole: stage(f"time random {shape}", done, whole),
+    )
+    depth = len(anatomy.layers)
+    full = models.SHAPES[shape]().num_hidden_layers
+    base = {
+        "model": shape if depth == full else f"{shape} ({depth} of {full} layers)",
+        "weights": "random",
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed,
+    }
+    return speed_records(comparison, plans, base, context_name=shape, layers=depth, backend=_backend(backend))
+
+
+def largest_sparsity(context: Context, name: str, max_increase: float, stage: Stage = quiet, steps: int = 7) -> tuple[Plan, float]:
+    """The most that can be skipped while perplexity rises by at most `max_increase` (0.01 = 1 %), and the rise reached.
+
+    Bisection on the sparsity target; the text it is decided on is the test half, so confirm on text of your own.
+    """
+    low, high, best = 0.0, 1.0, None
+    for step in range(steps):
+        target = (low + high) / 2
+        plan = context.plan(name, sparsity=target)
+        quality = context.quality(plan, matched=False)
+        rise = quality.method.perplexity / quality.dense.perplexity - 1
+        if rise <= max_increase:
+            low, best = target, (plan, rise)
+        else:
+            high = target
+        stage(f"search {name}", step + 1, steps)
+    if best is None:
+        raise UserError(
+            f"{name} exceeds a perplexity increase of {max_increase:.1%} even at sparsity {high:.3f}", "allow a larger increase"
+        )
+    return best
+
+
+def run(
+    name: str, settings: Settings, out: Path, *, shape: str | None = "llama-3.2-1b", shape_layers: int = 8, stage: Stage = quiet
+) -> list[Record]:
+    """Everything: load, profile, calibrate, evaluate, generate, benchmark, report. Writes into `out`."""
+    check_writable(out)
+    context = Context.open(name, settings, stage)
+    names, without = context.applicable(settings.methods)
+    if not names:
+        raise UserError(f"none of {', '.join(settings.methods)} has anything to skip in {name!r}", "see `moyu methods`")
+    rows: list[Record] = [records.stamp(kind="environment", notes=[f"{n}: nothing to skip in this model" for n in without])]
+    stage("profile", 0, 1)
+    result = context.profile()
+    result.save(out / "profile")
+    rows.append(profile_record(context, result))
+    stage("profile", 1, 1)
+    plans: dict[str, Plan] = {}
+    for done, each in enumerate(names):
+        stage("calibrate", done, len(names))
+        try:
+            plans[each] = context.plan(each)
+        except UserError as error:
+            if "out of reach" not in error.problem:
+                raise
+            rows.append(out_of_reach_record(context, each, accounting.floor(context.loaded.model, context.anatomy, context.method(each))))
+            continue
+        plans[each].save(out / "plans" / each)
+    stage("calibrate", len(names), len(names))
+    realized = {}
+    for done, (each, plan) in enumerate(plans.items()):
+        stage("evaluate", done, len(plans))
+        quality = context.quality(plan)
+        realized[each] = min(max(quality.realized_sparsity, 0.0), 0.99)
+        rows.append(quality_record(context, plan, quality))
+    stage("evaluate", len(plans), len(plans))
+    prompt = settings.prompt or _default_prompt(context)
+    dense = generate(context, None, prompt, settings.new_tokens)
+    for done, plan in enumerate(plans.values()):
+        stage("generate", done, len(plans))
+        rows.append(generation_record(context, plan, prompt, dense))
+    stage("generate", len(plans), len(plans))
+    rows += bench_model(context, plans, stage=stage)
+    if shape is not None:
+        able = {n: s for n, s in realized.items() if methods.method_class(n).solves_target}
+        rows += bench_shape(shape, able, layers=shape_layers, backend=settings.backend, seed=settings.seed, stage=stage)
+    stage("report", 0, 1)
+    records.write(out / "records.jsonl", rows)
+    from moyu.reporting import write_report
+
+    write_report(rows, out / "report.html")
+    stage("report", 1, 1)
+    return rows
+
+
+def _default_prompt(context: Context) -> str:
+    """A prompt in the model's own language: the start of a held-out window."""
+    if context.loaded.embedded and context.settings.text is None:
+        return PROMPT_TEXT
+    tokens = context.split.test.tokens[0, :32]
+    return str(context.loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def check_writable(out: Path) -> None:
+    """Refuse an output folder that cannot be written, before any work is done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {str(out)!r} ({error.strerror})", "choose another folder with --out") from error
+    if not os.access(out, os.W_OK):
+        raise UserError(f"cannot write to {str(out)!r}", "choose another folder with --out")

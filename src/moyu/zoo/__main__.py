@@ -1,0 +1,36 @@
+"""`python -m moyu.zoo`: make the zoo's data and train its models, on this machine or one with an accelerator."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from moyu.zoo import names, training
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(prog="python -m moyu.zoo", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser("prepare", help="read the corpus, train the tokenizer, write token files")
+    prepare.add_argument("--data", type=Path, required=True)
+    train = commands.add_parser("train", help="train one model; resumes where it was stopped")
+    train.add_argument("name", choices=names())
+    train.add_argument("--data", type=Path, required=True)
+    train.add_argument("--out", type=Path, required=True)
+    train.add_argument("--tokens", type=int, default=training.TOKENS)
+    train.add_argument("--device")
+    train.add_argument("--minutes", type=float)
+    args = parser.parse_args()
+    if args.command == "prepare":
+        print(json.dumps(training.prepare(args.data), indent=1))
+    else:
+        done = training.train(
+            args.name, args.data, args.out, tokens=args.tokens, device=args.device, minutes=args.minutes
+        )
+        print("finished" if done else "stopped by --minutes; run again to go on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The trainer that made the zoo: a tokenizer, token files, and resumable training of a small decoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from moyu.zoo import corpus
+
+VOCABULARY = 4096
+LENGTH = 512
+BATCH = 64  # sequences a step
+TOKENS = 120_000_000  # what the shipped models saw
+TRAIN_FILE_TOKENS = 26_000_000  # of the corpus' 54 million: 52 MB of token files travel to another machine easily
+PEAK_RATE, WARM_UP, DECAY = 1.5e-3, 200, 0.1
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SPECIAL = ("<pad>", "<bos>", "<eos>")
+
+
+def config_of(name: str) -> LlamaConfig | OPTConfig:
+    """The configuration of a zoo model."""
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "max_position_embeddings": LENGTH, "tie_word_embeddings": True, **IDS,
+    }  # fmt: skip
+    if name == "swiglu":
+        return LlamaConfig(**common, intermediate_size=688)
+    return OPTConfig(**common, ffn_dim=1024, word_embed_proj_dim=256, dropout=0.0, activation_function=name)
+
+
+def build(name: str, seed: int) -> PreTrainedModel:
+    """A zoo model before training."""
+    torch.manual_seed(seed)
+    config = config_of(name)
+    return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else OPTForCausalLM(config)
+
+
+def prepare(folder: Path) -> dict[str, Any]:
+    """Read the corpus, train the tokenizer, write token files and `listing.json` into `folder`; returns the counts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = corpus.collect()
+    tokenizer = train_tokenizer(d.text for d in splits["train"][:4000])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    counts: dict[str, Any] = {}
+    for split, documents in splits.items():
+        ids: list[int] = []
+        for start in range(0, len(documents), 256):
+            for encoding in tokenizer([d.text for d in documents[start : start + 256]], verbose=False)["input_ids"]:  # pyright: ignore
+                ids += encoding  # every document begins with <bos>
+            if split == "train" and len(ids) >= TRAIN_FILE_TOKENS:
+                ids = ids[:TRAIN_FILE_TOKENS]
+                break
+        np.asarray(ids, dtype=np.uint16).tofile(folder / f"{split}.bin")
+        size = sum(len(d.text.encode()) for d in documents)
+        counts[split] = {"documents": len(documents), "bytes": size, "tokens": len(ids)}
+    test = "".join(d.text for d in splits["test"][:40])
+    np.asarray(tokenizer(corpus.shuffled(test), verbose=False)["input_ids"], dtype=np.uint16).tofile(folder / "shuffled.bin")
+    counts["shuffled"] = {"bytes": len(test.encode())}
+    digest = hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest()[:16]
+    (folder / "listing.json").write_text(json.dumps(corpus.listing(splits), indent=0))
+    (folder / "meta.json").write_text(json.dumps({"splits": counts, "train_sha256": digest}, indent=1))
+    return counts
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `VOCABULARY` tokens that puts <bos> first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=alphabet)  # pyright: ignore
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="<bos> $A", special_tokens=[("<bos>", IDS["bos_token_id"])]
+    )
+    pad, bos, eos = SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, model_max_length=LENGTH
+    )
+
+
+def rate(step: int, steps: int) -> float:
+    """Learning rate: linear warm-up, then a cosine to a tenth."""
+    warm = min(WARM_UP, max(1, steps // 10))
+    if step < warm:
+        return PEAK_RATE * (step + 1) / warm
+    share = (step - warm) / max(1, steps - warm)
+    return PEAK_RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+
+
+def train(
+    name: str,
+    data: Path,
+    out: Path,
+    *,
+    tokens: int = TOKENS,
+    batch: int = BATCH,
+    device: str | None = None,
+    seed: int = 0,
+    minutes: float | None = None,
+    checkpoint_every: int = 500,
+) -> bool:
+    """Train a zoo model on prepared token files; True when finished, False when `minutes` ran out (call again to go on).
+
+    Deterministic in the data order: step i sees the windows that (seed, i) draws, so a resumed run sees the same text.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    started = time.monotonic()
+    model = build(name, seed).to(device)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=device == "cuda")
+    data_ids = torch.from_numpy(np.fromfile(data / "train.bin", dtype=np.uint16).astype(np.int32)).to(device)
+    steps = max(1, tokens // (batch * LENGTH))
+    state_file = out / "checkpoint.pt"
+    first, curve = 0, []
+    out.mkdir(parents=True, exist_ok=True)
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        if state["steps"] == steps:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            first, curve = state["step"], state["curve"]
+    offsets = torch.arange(LENGTH, device=device)
+    model.train()
+    for step in range(first, steps):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        starts = torch.randint(0, len(data_ids) - LENGTH, (batch, 1), generator=generator).to(device)
+        ids = data_ids[starts + offsets].long()
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, steps)
+        with torch.autocast(device, torch.bfloat16):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % max(1, steps // 200) == 0 or step == steps - 1:
+            curve.append([step, round(loss.item(), 4)])
+            seconds = time.monotonic() - started
+            speed = (step - first + 1) * batch * LENGTH / seconds
+            print(f"{name}: step {step}/{steps} loss {loss.item():.3f} {speed:,.0f} tokens/s", flush=True)
+        over = minutes is not None and time.monotonic() - started > minutes * 60
+        if over or (step + 1) % checkpoint_every == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            _save(state_file, state | {"step": step + 1, "steps": steps, "curve": curve})
+        if over and step + 1 < steps:
+            return False
+    export(name, model.eval(), data, out, {"tokens": steps * batch * LENGTH, "seed": seed, "loss": curve})
+    state_file.unlink(missing_ok=True)
+    return True
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        torch.save(state, file)
+    os.replace(file.name, path)
+
+
+def export(name: str, model: PreTrainedModel, data: Path, out: Path, facts: dict[str, Any]) -> None:
+    """Write bf16 safetensors, tokenizer and training.json with the evidence that the model is trained."""
+    meta = json.loads((data / "meta.json").read_text())
+    untrained = build(name, facts["seed"]).to(model.device).eval()
+    evidence = {
+        "held_out": bits_per_byte(model, data / "test.bin", meta["splits"]["test"]),
+        "random_initialisation": bits_per_byte(untrained, data / "test.bin", meta["splits"]["test"]),
+        "shuffled_text": bits_per_byte(model, data / "shuffled.bin", None, meta["splits"]["shuffled"]["bytes"]),
+    }
+    model.to(torch.bfloat16).save_pretrained(out)
+    PreTrainedTokenizerFast.from_pretrained(data / "tokenizer").save_pretrained(out)
+    (out / "training.json").write_text(
+        json.dumps(
+            {
+                "name": name,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                **facts,
+                "batch": BATCH,
+                "length": LENGTH,
+                "corpus": meta,
+                "bits_per_byte": evidence,
+                "versions": {
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                    "python": platform.python_version(),
+                },
+            },
+            indent=1,
+        )
+    )
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: PreTrainedModel, tokens: Path, counts: dict[str, int] | None, size: int | None = None, windows: int = 256
+) -> float:
+    """Bits a byte on the first `windows` windows of a token file; bytes a token from the file's totals."""
+    ids = torch.from_numpy(np.fromfile(tokens, dtype=np.uint16).astype(np.int64))
+    per_token = counts["bytes"] / counts["tokens"] if counts else (size or 0) / len(ids)
+    total = torch.tensor(0.0)
+    used = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[:windows]
+    for part in used.split(16):
+        part = part.to(model.device)
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").cpu()
+    return float(total) / math.log(2) / (used.numel() - len(used)) / per_token

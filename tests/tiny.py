@@ -1,0 +1,59 @@
+"""Tiny models from configs: one row a structure."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+)
+
+VOCABULARY = 128
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+WIDE = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, **IDS}
+GATED = {"intermediate_size": 96, "num_key_value_heads": 2}
+
+
+def _opt(activation: str) -> PreTrainedModel:
+    config = OPTConfig(**WIDE, ffn_dim=96, word_embed_proj_dim=64, dropout=0.0, max_position_embeddings=256)
+    config.activation_function = activation
+    return OPTForCausalLM(config)
+
+
+BUILDERS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, **GATED)),
+    "reglu": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, **GATED, hidden_act="relu")),
+    "opt-relu": lambda: _opt("relu"),
+    "opt-gelu": lambda: _opt("gelu"),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, **IDS)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**WIDE, **GATED)),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**WIDE, **GATED, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")
+    ),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+    """A tiny model with weights large enough that its logits differ between tokens."""
+    torch.manual_seed(seed)
+    model = BUILDERS[name]().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+        else:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    return model.to(dtype)
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Random ids that are no special token."""
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
