@@ -85,6 +85,8 @@ class Blocked(Griffin):
     """Blocks of 8 neurons, decided by the prompt."""
 
     def sites(self, block):
+        if not block.has_ffn:
+            return ()
         site = neuron_site(block, "mid")
         return (dataclasses.replace(site, units=site.units // 8, unit_bytes=site.unit_bytes * 8),)
 

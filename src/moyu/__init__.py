@@ -28,7 +28,7 @@ _HOMES = {
 }
 
 try:
-    __version__ = version("moyu")
+    __version__ = version("moyu-llm")
 except PackageNotFoundError:  # running from a source tree that was never installed
     __version__ = "0+source"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moyu import kernels, runtime, surgery
 from moyu.errors import UserError
 from moyu.execution import AttentionLinear, DenseLinear, ExpertsCall, FfnCall, SiteState
-from moyu.methods.base import Controller, Rows
+from moyu.methods.base import Controller, Rows, Tap
 from moyu.runtime import Chooser, ForwardCall, GenerateCall, Observer, Pass, SequenceMemory, TrainCall
 from moyu.surgery import Anatomy
 
@@ -69,6 +69,7 @@ class Applied(AbstractContextManager):
         self._undo: list[tuple[nn.Module, str, Any]] = []
         self._hooks: list[Any] = []
         self._laid_out: list[nn.Module] = []
+        self.lookahead: set[tuple[int, Tap]] = set()  # taps that sites of other layers read
         self.ffns: list[FfnCall] = []
         self.linears: list[AttentionLinear] = []
         try:
@@ -145,7 +146,9 @@ class Applied(AbstractContextManager):
         return [SiteState(site, params, self.plan.method) for site, params in parts]
 
     def _attach(self) -> None:
-        lookahead = {(s.source_layer, s.reads) for s in self.plan.sites() if s.source_layer != s.layer} if self.plan else set()
+        if self.plan is not None:
+            self.lookahead |= {(s.source_layer, s.reads) for s in self.plan.sites() if s.source_layer != s.layer}
+        lookahead = self.lookahead
         routed = {e.layer: e for e in self.anatomy.experts}
         taken: set[int] = set()
         for block in self.anatomy.blocks:

@@ -93,6 +93,8 @@ def calibrate(
     parts: dict[str, tuple[Site, SiteParams]] = {}
     draft = Plan(method, parts, {"name": name, "revision": revision})
     with torch.no_grad(), Applied(model, draft, engine="mask", anatomy=anatomy, check=False) as applied:
+        ahead = [s for layer in blocks for b in layer for s in method.sites(b) if s.source_layer != s.layer]
+        applied.lookahead |= {(s.source_layer, s.reads) for s in ahead}
         walk = _Walk(applied, windows)
         for index, layer_blocks in enumerate(blocks):
             _fit_layer(walk, index, layer_blocks, method, parts, sparsity, bias)
@@ -124,7 +126,7 @@ def _fit_layer(
     bias: bool,
 ) -> None:
     sites = [(block, site) for block in blocks for site in method.sites(block)]
-    dense = walk.observe(index, walk.dense)
+    dense = walk.observe(index, walk.dense)  # also the taps that later layers look at
     taps_used = sorted({s.reads for _, s in sites}, key=TAPS.index)
     stages = [("attn_in",), ("heads",), ("mlp_in", "gate", "up"), ("mid",)]
     for stage in stages:
@@ -142,6 +144,10 @@ def _fit_layer(
                 )
             if dense_rows is None or len(dense_rows.seq) != len(rows.seq):
                 dense_taps = sparse_taps  # routing differs between the streams: fit on what will be met
+            if site.source_layer != site.layer:
+                source = (site.source_layer, site.reads)
+                dense_taps = dense_taps | {site.reads: walk.dense_taps[source]}
+                sparse_taps = sparse_taps | {site.reads: walk.sparse_taps[source]}
             weights = {n: p.weight.detach() for n, p in block.pieces.items()}
             parts[site.key] = (site, method.fit(site, Acts(dense_taps, sparse_taps, rows, weights), sparsity))
         walk.attach(index, parts, method)
@@ -163,6 +169,8 @@ class _Walk:
         self.applied, self.windows = applied, windows
         self.layers = applied.anatomy.layers
         self.kwargs: list[tuple[tuple, dict]] = []
+        self.dense_taps: dict[tuple[int, Tap], Tensor] = {}  # of earlier layers, for sites that look ahead
+        self.sparse_taps: dict[tuple[int, Tap], Tensor] = {}
         model = applied.model
         device = next(model.parameters()).device
         self.tokens = windows.tokens.to(device)
@@ -190,9 +198,9 @@ class _Walk:
 
     def _run(self, index: int, hidden: Tensor, boundary: int, observer: _Taps | None) -> Tensor:
         rows = self.rows._replace(sparse=self.rows.pos >= boundary)
-        memory = self.memory = runtime.SequenceMemory(prompt=boundary)
-        state = self.applied.new_pass(rows, memory)
+        state = self.applied.new_pass(rows, runtime.SequenceMemory(prompt=boundary))
         state.observer = observer
+        state.taps = self.dense_taps if hidden is self.dense and boundary == self.tokens.shape[1] else self.sparse_taps
         args, kwargs = self.kwargs[index]
         with runtime.entered(self.applied, state), kernels.use(self.applied.backend):
             output = self.layers[index](hidden, *args, **kwargs)
@@ -213,14 +221,9 @@ class _Walk:
 
     def advance(self, index: int) -> None:
         """Move both streams behind the layer."""
-        same = self.dense is self.sparse
-        states = {id(c): c.states for c in (*self.applied.ffns, *self.applied.linears) if c.block.layer == index}
-        self.sparse_next = self._run(index, self.sparse, self.windows.prompt, None)
-        if same and not any(states.values()):
-            self.dense = self.sparse = self.sparse_next
-            return
+        sparse = self._run(index, self.sparse, self.windows.prompt, None)
         self.dense = self._run(index, self.dense, self.tokens.shape[1], None)
-        self.sparse = self.sparse_next
+        self.sparse = sparse
 
 
 def solve_bytes(skippable: float, total: float, added: float, byte_fraction: float) -> float:

@@ -21,8 +21,8 @@ class Recorder:
 
     def __call__(self, site: Site, mask: Tensor, rows: Rows, oracle: Callable[[], Tensor]) -> Tensor:
         """Keep the masks of sparse rows."""
-        own = self.masks.setdefault(site.key, {})
         for n in rows.sparse.nonzero().squeeze(1).tolist():
+            own = self.masks.setdefault(site.key, {})
             own[int(rows.seq[n]), int(rows.pos[n])] = mask[n].clone()
         return mask
 

@@ -43,7 +43,8 @@ class SiteState:
                 memory = state.memory.sites.get(site.key)
                 slots = Rows.one_each(rows.slots, rows.seq.device)
                 if memory is None:  # an expert that no prompt token was routed to: nothing is known, nothing is skipped
-                    frozen = torch.ones(rows.slots, site.units, dtype=torch.bool, device=rows.seq.device)
+                    width = site.units if params.blocks is None else len(params.blocks)
+                    frozen = torch.ones(rows.slots, width, dtype=torch.bool, device=rows.seq.device)
                 else:
                     frozen = self._expand(method.score(None, slots, site, params, memory))
                 state.memory.masks[site.key] = frozen

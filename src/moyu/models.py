@@ -19,6 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from transformers.utils import logging
+
 from moyu import zoo
 from moyu.errors import UserError
 
@@ -36,13 +38,18 @@ class Loaded:
     embedded: bool = False  # from the zoo
 
 
-def load(name: str, *, dtype: str | torch.dtype = torch.float32, revision: str | None = None) -> Loaded:
+def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None = None) -> Loaded:
     """Load a causal LM for inference.
 
     name: a zoo name (`moyu zoo`), a local folder, or a hub id. Raises UserError where there is none.
+    dtype: "float32", "bfloat16", "float16", or "auto": float32 for the small embedded models, else the checkpoint's own.
     """
-    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     embedded = name in zoo.names()
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = DTYPES[dtype]
+    elif dtype == "auto" and embedded:
+        dtype = torch.float32
+    logging.disable_progress_bar()
     source = str(zoo.path(name)) if embedded else name
     if not embedded and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
         near = difflib.get_close_matches(name, zoo.names(), n=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,6 +170,10 @@ class Context:
             text_bytes=self.split.test_bytes,
         )
 
+    def use_profile(self, folder: Path) -> None:
+        """Calibrate on the windows of a saved profile."""
+        self.split = dataclasses.replace(self.split, calibration=Profile.load(folder).windows)
+
     def profile(self) -> Profile:
         """Sketch the model's activations on the calibration windows."""
         return profile(self.loaded.model, self.split.calibration, anatomy=self.anatomy)
@@ -218,6 +224,7 @@ def quality_record(context: Context, plan: Plan, quality: Quality) -> Record:
         sparsity_by_layer=quality.sparsity_by_layer,
         floor=quality.floor,
         compensation=context.settings.bias,
+        target_byte_fraction=context.settings.bytes,
         notes=notes,
         **extra,
     )
@@ -234,6 +241,7 @@ def out_of_reach_record(context: Context, name: str, floor: float) -> Record:
         granularity=method.granularity,
         simulated=True,
         floor=floor,
+        target_byte_fraction=context.settings.bytes,
         status=f"n/a (floor {floor:.2f})",
     )
 
@@ -505,3 +513,63 @@ def check_writable(out: Path) -> None:
         raise UserError(f"cannot make {str(out)!r} ({error.strerror})", "choose another folder with --out") from error
     if not os.access(out, os.W_OK):
         raise UserError(f"cannot write to {str(out)!r}", "choose another folder with --out")
+
+
+def check_shape(shape: str) -> None:
+    """Refuse an unknown shape before any work is done."""
+    if shape != "none" and shape not in models.SHAPES:
+        near = difflib.get_close_matches(shape, models.SHAPES, n=1, cutoff=0.2) or [next(iter(models.SHAPES))]
+        raise UserError(f"unknown shape {shape!r}", f"did you mean {near[0]!r}? There are {', '.join(models.SHAPES)}")
+
+
+def parse_share(text_: str) -> float:
+    """"1%" or "0.01" as 0.01; UserError for anything that is no share above 0."""
+    try:
+        value = float(text_.removesuffix("%")) / (100 if text_.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 10:
+        raise UserError(f"{text_!r} is no share", "write 1% or 0.01")
+    return value
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What MOYU finds in a model: `moyu info`."""
+    loaded = models.load(name)
+    anatomy = surgery.dissect(loaded.model)
+    blocks = list(anatomy.all_blocks())
+    networks = [b for b in blocks if b.has_ffn]
+    first = networks[0]
+    floors = {}
+    for each in methods.names():
+        method = methods.method(each)
+        able = any(method.sites(b) for b in blocks)
+        floors[each] = accounting.floor(loaded.model, anatomy, method) if able else None
+    return {
+        "model": name,
+        "type": type(loaded.model).__name__,
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "layers": len(anatomy.layers),
+        "feed-forward": f"{'gated' if first.gated else 'plain'}, {first.act}, {first.neurons} neurons, proved in {len(networks)} blocks",
+        "attention": ", ".join(n for n in ("q", "k", "v", "qkv", "o") if n in blocks[0].pieces) or "left dense",
+        "left dense": anatomy.gaps or "nothing",
+        "kernels": _backend("auto"),
+        "bytes a token": round(accounting.dense_step_bytes(loaded.model, anatomy)),
+        "floors": floors,
+    }
+
+
+def generate_command(
+    name: str, plan_folder: Path | None, prompt: str | None, new_tokens: int, backend: Backend
+) -> tuple[Record | None, str]:
+    """Text after a prompt, and the record that sets it beside dense where there is a plan."""
+    settings = Settings(new_tokens=new_tokens, backend=backend)
+    loaded = models.load(name)
+    plan = None if plan_folder is None else Plan.load(plan_folder)
+    nothing = Windows(torch.zeros(1, 2, dtype=torch.long), 1)
+    context = Context(loaded, surgery.dissect(loaded.model), text.Split(nothing, nothing, 0), settings)
+    prompt = PROMPT_TEXT if prompt is None else prompt
+    if plan is None:
+        return None, prompt + loaded.tokenizer.decode(generate(context, None, prompt, new_tokens)[0])
+    row = generation_record(context, plan, prompt, generate(context, None, prompt, new_tokens))
+    return row, prompt + row.sparse_text  # pyright: ignore[reportAttributeAccessIssue]

@@ -204,7 +204,9 @@ def _choose(x: Tensor) -> ModuleType:
     module = _BACKENDS[asked]
     reason = module.unsupported(x)
     if reason is not None:
-        raise RuntimeError(f"The {asked} back end was asked for but cannot serve this call: {reason}; use('auto') would")
+        raise RuntimeError(
+            f"The {asked} back end was asked for but cannot serve this call: {reason}; use('auto') would"
+        )
     return module
 
 

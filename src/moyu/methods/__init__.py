@@ -37,6 +37,18 @@ def method_class(name: str) -> type[Method]:
     return getattr(importlib.import_module(module), attribute)
 
 
+def table() -> list[dict[str, Any]]:
+    """What each method declares of itself, a row a method: for the CLI, README and docs."""
+    keys = ("family", "granularity", "exact", "needs_calibration", "trains", "paper")
+    rows = []
+    for name in METHODS:
+        cls = method_class(name)
+        summary = (importlib.import_module(cls.__module__).__doc__ or "").partition("\n")[0]
+        knobs = {f.name: f.default for f in dataclasses.fields(cls)}
+        rows.append({"method": name, **{k: getattr(cls, k) for k in keys}, "knobs": knobs, "summary": summary})
+    return rows
+
+
 def method(name: str, **knobs: Any) -> Method:
     """A method by name with its knobs; UserError for an unknown name, knob or value."""
     cls = method_class(name)

@@ -1,7 +1,7 @@
 """The zoo's text: Python sources that every machine with MOYU has, split by a hash of their names.
 
-Training, validation and test files never share a name; held-out files of which more than a fifth of their 5-line shingles
-occur in training are dropped; transformers' model files, most of which repeat each other, are training only.
+Training, validation and test files never share a name; held-out files of which more than a fifth of their 5-line
+shingles occur in training are dropped; transformers' model files, most of which repeat each other, are training only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,7 +119,7 @@ def shared(text: str, known: set[int]) -> float:
 
 
 def listing(splits: dict[Split, list[Document]]) -> dict[str, Any]:
-    """What ships with the package so that nobody has to read everything again: held-out and calibration files by hash."""
+    """What ships so that nobody has to read everything again: held-out and calibration files by hash."""
     entries = {
         split: [[d.name, _digest(d.text)] for d in splits[split][: CALIBRATION_FILES if split == "train" else None]]
         for split in ("train", "validation", "test")
@@ -135,8 +136,8 @@ def train_documents(max_bytes: int | None = None) -> list[Document]:
 def held_out(split: Literal["validation", "test"] = "test", max_bytes: int | None = None) -> list[Document]:
     """Files that no zoo model was trained on, in a fixed order, about `max_bytes` of them.
 
-    Only files that are on this machine as they were at training count; where fewer than 20 are (another Python or torch),
-    the standard library's files of the same split stand in, and `fingerprint` says so.
+    Only files that are on this machine as they were at training count; where fewer than 20 are (another Python or
+    torch), the standard library's files of the same split stand in, and `fingerprint` says so.
     """
     return _listed(split, max_bytes)
 
@@ -156,10 +157,13 @@ def _listed(split: Split, max_bytes: int | None) -> list[Document]:
 
 def _stand_in(split: Split, max_bytes: int | None) -> list[Document]:
     documents, size = [], 0
-    for name, path in files():
-        if not name.startswith("stdlib/") or (max_bytes is not None and size >= max_bytes):
+    stdlib = takewhile(lambda file: file[0].startswith("stdlib/"), files())
+    candidates = [file for file in stdlib if split_of(file[0]) == split]
+    random.Random(0).shuffle(candidates)
+    for name, path in candidates:
+        if max_bytes is not None and size >= max_bytes:
             break
-        text = read(path) if split_of(name) == split else None
+        text = read(path)
         if text is not None:
             documents.append(Document(name, text))
             size += len(text)
@@ -186,7 +190,7 @@ def _digest(text: str) -> str:
 
 
 def fingerprint(documents: Iterable[Document]) -> dict[str, Any]:
-    """What a text was: documents, bytes, one hash over all, and whether they are the files that were listed at training."""
+    """What a text was: documents, bytes, one hash over all, and whether all are files as listed at training."""
     documents = list(documents)
     listed = {n: d for split in _shipped()["files"].values() for n, d in split}
     total = hashlib.sha256()
@@ -196,7 +200,7 @@ def fingerprint(documents: Iterable[Document]) -> dict[str, Any]:
         "documents": len(documents),
         "bytes": sum(len(d.text.encode()) for d in documents),
         "sha256": total.hexdigest()[:16],
-        "exact": all(listed.get(d.name) == _digest(d.text) for d in documents),
+        "exact": bool(documents) and all(listed.get(d.name) == _digest(d.text) for d in documents),
     }
 
 

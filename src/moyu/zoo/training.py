@@ -75,7 +75,8 @@ def prepare(folder: Path) -> dict[str, Any]:
         size = sum(len(d.text.encode()) for d in documents)
         counts[split] = {"documents": len(documents), "bytes": size, "tokens": len(ids)}
     test = "".join(d.text for d in splits["test"][:40])
-    np.asarray(tokenizer(corpus.shuffled(test), verbose=False)["input_ids"], dtype=np.uint16).tofile(folder / "shuffled.bin")
+    mixed = tokenizer(corpus.shuffled(test), verbose=False)["input_ids"]
+    np.asarray(mixed, dtype=np.uint16).tofile(folder / "shuffled.bin")
     counts["shuffled"] = {"bytes": len(test.encode())}
     digest = hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest()[:16]
     (folder / "listing.json").write_text(json.dumps(corpus.listing(splits), indent=0))
@@ -121,13 +122,13 @@ def train(
     minutes: float | None = None,
     checkpoint_every: int = 500,
 ) -> bool:
-    """Train a zoo model on prepared token files; True when finished, False when `minutes` ran out (call again to go on).
+    """Train a zoo model on prepared token files; True when finished, False when `minutes` ran out (call to go on).
 
     Deterministic in the data order: step i sees the windows that (seed, i) draws, so a resumed run sees the same text.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     started = time.monotonic()
-    model = build(name, seed).to(device)
+    model = build(name, seed).to(device)  # pyright: ignore[reportArgumentType]
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -169,7 +170,8 @@ def train(
             _save(state_file, state | {"step": step + 1, "steps": steps, "curve": curve})
         if over and step + 1 < steps:
             return False
-    export(name, model.eval(), data, out, {"tokens": steps * batch * LENGTH, "seed": seed, "loss": curve})
+    facts = {"tokens": steps * batch * LENGTH, "batch": batch, "seed": seed, "loss": curve}
+    export(name, model.eval(), data, out, facts)
     state_file.unlink(missing_ok=True)
     return True
 
@@ -183,13 +185,13 @@ def _save(path: Path, state: dict[str, Any]) -> None:
 def export(name: str, model: PreTrainedModel, data: Path, out: Path, facts: dict[str, Any]) -> None:
     """Write bf16 safetensors, tokenizer and training.json with the evidence that the model is trained."""
     meta = json.loads((data / "meta.json").read_text())
-    untrained = build(name, facts["seed"]).to(model.device).eval()
+    untrained = build(name, facts["seed"]).to(model.device).eval()  # pyright: ignore[reportArgumentType]
     evidence = {
         "held_out": bits_per_byte(model, data / "test.bin", meta["splits"]["test"]),
         "random_initialisation": bits_per_byte(untrained, data / "test.bin", meta["splits"]["test"]),
         "shuffled_text": bits_per_byte(model, data / "shuffled.bin", None, meta["splits"]["shuffled"]["bytes"]),
     }
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.to(torch.bfloat16).save_pretrained(out)  # pyright: ignore[reportArgumentType]
     PreTrainedTokenizerFast.from_pretrained(data / "tokenizer").save_pretrained(out)
     (out / "training.json").write_text(
         json.dumps(
@@ -197,7 +199,6 @@ def export(name: str, model: PreTrainedModel, data: Path, out: Path, facts: dict
                 "name": name,
                 "parameters": sum(p.numel() for p in model.parameters()),
                 **facts,
-                "batch": BATCH,
                 "length": LENGTH,
                 "corpus": meta,
                 "bits_per_byte": evidence,

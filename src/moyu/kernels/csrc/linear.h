@@ -5,9 +5,6 @@
 
 namespace {
 
-constexpr int64_t kRowWindow = 16384;
-constexpr int64_t kColumnWindow = 16384;
-
 template <class T>
 int64_t rows_block(const LinearArgs &a) {
     const int64_t row_bytes = a.n * static_cast<int64_t>(sizeof(T));
@@ -25,20 +22,25 @@ int64_t rows_block(const LinearArgs &a) {
         for (int64_t i = 0; i < a.rows * a.q; ++i) out[i] = T{};
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.q, any, kept);
     int64_t threads = threads_for(count * row_bytes, count, a.threads);
-    const int64_t ahead = pieces_ahead(XW(kRowWindow), row_bytes);
 
     auto work = [&](int64_t thread) {
         const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
-        int rows[kRowBlock];
-        float value[kRowBlock];
+        int which[kTogether];
+        float value[kTogether];
         int64_t read = 0;
-        for (int64_t t = begin; t < end; ++t) {
-            const int64_t j = kept[t], next = kept[t + ahead < end ? t + ahead : end - 1];
-            const int m = rows_keeping(a.mask, a.mask_stride, a.rows, j, rows);
-            dots(at<T>(a.weight, j * a.weight_stride), x, rows, m, a.n, at<T>(a.weight, next * a.weight_stride), value);
-            const float bias = bias_at<T>(a.bias, j);
-            for (int r = 0; r < m; ++r) narrow(value[r] + bias, out[rows[r] * a.q + j]);
-            read += row_bytes + bias_bytes;
+        for (int64_t step = 0; step < Taken::steps(begin, end); ++step) {
+            const Taken taken(kept, begin, end, step);
+            for (int64_t r = 0; r < a.rows; ++r) {
+                const bool all = a.mask == nullptr || a.rows == 1;
+                const int own = taken.kept_by(all ? nullptr : a.mask + r * a.mask_stride, which);
+                project(Weights<T>(taken, which, own, a.weight, a.weight_stride, a.weight, a.weight_stride, true), x, r, a.n,
+                        value);
+                for (int i = 0; i < own; ++i) {
+                    const int64_t j = taken.piece[which[i]];
+                    narrow(value[i] + bias_at<T>(a.bias, j), out[r * a.q + j]);
+                }
+            }
+            read += taken.count * (row_bytes + bias_bytes);
         }
         bytes[thread] = read;
     };
@@ -63,21 +65,23 @@ int64_t columns_block(const LinearArgs &a) {
 
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.n, any, kept);
     int64_t threads = threads_for(count * column_bytes, count, a.threads);
-    const int64_t ahead = pieces_ahead(XW(kColumnWindow), column_bytes);
 
     auto work = [&](int64_t thread) {
         const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
         float *y = sums + thread * sums_size;
         for (int64_t i = 0; i < sums_size; ++i) y[i] = 0.0f;
-        int rows[kRowBlock];
-        float value[kRowBlock];
+        int which[kTogether];
+        float value[kTogether];
         int64_t read = 0;
-        for (int64_t t = begin; t < end; ++t) {
-            const int64_t j = kept[t], next = kept[t + ahead < end ? t + ahead : end - 1];
-            const int m = rows_keeping(a.mask, a.mask_stride, a.rows, j, rows);
-            for (int r = 0; r < m; ++r) value[r] = widen(*at<T>(a.x, rows[r] * a.x_stride + j));
-            axpys(at<T>(a.weight, j * a.weight_stride), value, y, rows, m, a.q, at<T>(a.weight, next * a.weight_stride));
-            read += column_bytes;
+        for (int64_t step = 0; step < Taken::steps(begin, end); ++step) {
+            const Taken taken(kept, begin, end, step);
+            for (int64_t r = 0; r < a.rows; ++r) {
+                const int own = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which);
+                for (int i = 0; i < own; ++i) value[i] = widen(*at<T>(a.x, r * a.x_stride + taken.piece[which[i]]));
+                accumulate(Weights<T>(taken, which, own, a.weight, a.weight_stride, a.weight, a.weight_stride, true), value, y,
+                           r, a.q);
+            }
+            read += taken.count * column_bytes;
         }
         bytes[thread] = read;
     };

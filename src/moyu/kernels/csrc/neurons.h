@@ -23,8 +23,6 @@ inline float activate(Act act, float z) {
     return z;
 }
 
-constexpr int64_t kNeuronWindow = 24576;  // two neurons of 3 x 2048 bf16: the best of 1, 2, 3 and 4 in trials
-
 template <class T>
 int64_t neurons_block(const NeuronsArgs &a) {
     const int64_t parts = (a.gate ? 1 : 0) + (a.up ? 1 : 0);
@@ -42,32 +40,50 @@ int64_t neurons_block(const NeuronsArgs &a) {
     load_rows<T>(a.x, a.x_stride, a.rows, a.d, x);
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.f, any, kept);
     int64_t threads = threads_for(count * neuron_bytes, count, a.threads);
-    const int64_t ahead = pieces_ahead(XW(kNeuronWindow), neuron_bytes);
 
     auto work = [&](int64_t thread) {
         const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
         float *y = sums + thread * sums_size;
         for (int64_t i = 0; i < sums_size; ++i) y[i] = 0.0f;
-        int rows[kRowBlock];
-        float gate[kRowBlock], up[kRowBlock], value[kRowBlock];
+        int which[kRowBlock][kTogether], own[kRowBlock];
+        float gate[kRowBlock][kTogether], up[kRowBlock][kTogether];
         int64_t read = 0;
-        for (int64_t t = begin; t < end; ++t) {
-            const int64_t j = kept[t], next = kept[t + ahead < end ? t + ahead : end - 1];
-            const int m = rows_keeping(a.mask, a.mask_stride, a.rows, j, rows);
-            if (a.gate) dots(at<T>(a.gate, j * a.gate_stride), x, rows, m, a.d, at<T>(a.gate, next * a.gate_stride), gate);
-            if (a.up) dots(at<T>(a.up, j * a.up_stride), x, rows, m, a.d, at<T>(a.up, next * a.up_stride), up);
-            const float gate_bias = bias_at<T>(a.gate_bias, j), up_bias = bias_at<T>(a.up_bias, j);
-            for (int r = 0; r < m; ++r) {
-                const float g = gate[r] + gate_bias, u = up[r] + up_bias;
-                if (a.given) {
-                    const float given = widen(*at<T>(a.given, rows[r] * a.given_stride + j));
-                    value[r] = a.gate ? activate(a.act, g) * given : given * u;
-                } else {
-                    value[r] = a.gate ? activate(a.act, g) * u : activate(a.act, u);
+        // Part by part and not row by row: 4 pieces of one part and a row of x fit in L1, 4 whole neurons do not. The
+        // prefetch goes from gate to up to down to the next neuron's first part, in neuron_major layout a straight line.
+        const void *first = a.gate ? a.gate : a.up;
+        const int64_t first_stride = a.gate ? a.gate_stride : a.up_stride;
+        for (int64_t step = 0; step < Taken::steps(begin, end); ++step) {
+            const Taken taken(kept, begin, end, step);
+            for (int64_t r = 0; r < a.rows; ++r) {
+                own[r] = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which[r]);
+                if (a.gate) {
+                    const bool up_next = a.up != nullptr;
+                    const Weights<T> w(taken, which[r], own[r], a.gate, a.gate_stride, up_next ? a.up : a.down,
+                                       up_next ? a.up_stride : a.down_stride, false);
+                    project(w, x, r, a.d, gate[r]);
                 }
             }
-            axpys(at<T>(a.down, j * a.down_stride), value, y, rows, m, a.d_out, at<T>(a.down, next * a.down_stride));
-            read += neuron_bytes + bias_bytes;
+            if (a.up)
+                for (int64_t r = 0; r < a.rows; ++r)
+                    project(Weights<T>(taken, which[r], own[r], a.up, a.up_stride, a.down, a.down_stride, false), x, r, a.d,
+                            up[r]);
+            for (int64_t r = 0; r < a.rows; ++r) {
+                float value[kTogether];
+                for (int i = 0; i < own[r]; ++i) {
+                    const int64_t j = taken.piece[which[r][i]];
+                    const float g = a.gate ? gate[r][i] + bias_at<T>(a.gate_bias, j) : 0.0f;
+                    const float u = a.up ? up[r][i] + bias_at<T>(a.up_bias, j) : 0.0f;
+                    if (a.given) {
+                        const float given = widen(*at<T>(a.given, r * a.given_stride + j));
+                        value[i] = a.gate ? activate(a.act, g) * given : given * u;
+                    } else {
+                        value[i] = a.gate ? activate(a.act, g) * u : activate(a.act, u);
+                    }
+                }
+                const Weights<T> w(taken, which[r], own[r], a.down, a.down_stride, first, first_stride, true);
+                accumulate(w, value, y, r, a.d_out);
+            }
+            read += taken.count * (neuron_bytes + bias_bytes);
         }
         bytes[thread] = read;
     };

@@ -1,29 +1,28 @@
 // A piece is what one mask bit keeps: contiguous weights, read once for all rows of x that keep it.
-// Here: the list of kept pieces, a piece times rows (`dots`), rows plus a multiple of a piece (`axpys`), the epilogue.
+// Here: the list of kept pieces, a few pieces times a row of x (`dot`), a row plus multiples of pieces (`axpy`), the end.
 //
-// Pieces are scattered, so the hardware prefetcher is of no use. Software prefetch of a later piece, line by line inside
-// the arithmetic on the present one, and with the non-temporal hint (weights are not read again before they are evicted)
-// was the difference between 30 and over 40 GB/s of the 42 to 48 that plain streaming reaches on the machine measured.
+// Pieces are scattered. One core of the machine measured (Zen 5) streams 40 GB/s, but one piece after the other only 16,
+// or 22 with every line of the next piece prefetched by software: that is bound by the L1 cache's miss buffers. Four pieces
+// in lockstep give the L2 cache's own prefetcher four streams to run ahead of, and a prefetch of the first lines of the
+// next four starts it early: 36 GB/s. Two or six at a time are slower, so are more lines than two.
 #pragma once
 
 #include "kernels.h"
 
-#ifndef PFH
-#define PFH 0
-#endif
-#ifdef EXPW
-#include <stdlib.h>
-static int64_t envw(const char*n,int64_t d){const char*v=getenv(n);return v?atoll(v):d;}
-#define XW(k) envw("W",k)
-#else
-#define XW(k) k
-#endif
 namespace {
 
 using moyu::LinearArgs;
 using moyu::NeuronsArgs;
 
 constexpr int64_t kLineBytes = 64;
+constexpr int kTogether = 4;             // pieces read in lockstep
+#ifndef PD
+#define PD 1024
+#endif
+#ifndef HINT
+#define HINT 0
+#endif
+constexpr int64_t kAheadBytes = PD;      // how far the prefetch is ahead in each of them
 constexpr int64_t kRowBlock = 32;        // rows of x that are taken together; weights are read once a block
 constexpr int64_t kSerialBytes = 65536;  // less work than this is done before a second thread has woken up
 
@@ -35,12 +34,6 @@ void run_parallel(int64_t threads, F &f) {
 inline int64_t threads_for(int64_t bytes, int64_t pieces, int64_t threads) {
     if (bytes < kSerialBytes) return 1;
     return threads < pieces ? threads : pieces;
-}
-
-// How many pieces ahead to prefetch so that about `window` bytes are on their way.
-inline int64_t pieces_ahead(int64_t window, int64_t piece_bytes) {
-    const int64_t pieces = (window + piece_bytes - 1) / (piece_bytes ? piece_bytes : 1);
-    return pieces < 1 ? 1 : pieces > 64 ? 64 : pieces;
 }
 
 inline int64_t round_up(int64_t count) { return (count + 31) / 32 * 32; }  // floats: two registers of any Vec
@@ -62,6 +55,12 @@ inline int64_t place(int64_t i) {
     return first + rest % 2 * Vec::width + rest / 2;
 }
 
+// The last elements of a piece, fewer than two registers or (after a longer step) more: the others are 0.
+template <class T>
+inline auto load2_rest(const T *w, int64_t count) {
+    return count >= 2 * Vec::width ? Vec::load2(w) : Vec::load2_part(w, static_cast<int>(count));
+}
+
 // x in fp32, rows padded with zeros, so that the loops below need no tail on its side.
 template <class T>
 void load_rows(const void *x, int64_t stride, int64_t rows, int64_t n, float *out) {
@@ -69,7 +68,7 @@ void load_rows(const void *x, int64_t stride, int64_t rows, int64_t n, float *ou
     for (int64_t r = 0; r < rows; ++r, out += round_up(n)) {
         const T *row = at<T>(x, r * stride);
         for (int64_t i = 0; i < n; i += 2 * W) {
-            const auto pair = n - i >= 2 * W ? Vec::load2(row + i) : Vec::load2_part(row + i, static_cast<int>(n - i));
+            const auto pair = load2_rest(row + i, n - i);
             Vec::store(out + i, pair.a);
             Vec::store(out + i + W, pair.b);
         }
@@ -92,108 +91,159 @@ inline int64_t list_kept(const uint8_t *mask, int64_t stride, int64_t rows, int6
     return count;
 }
 
-inline int rows_keeping(const uint8_t *mask, int64_t stride, int64_t rows, int64_t piece, int *out) {
+// The pieces of one step of a thread that has kept[begin .. end): the thread's part is cut into kTogether runs, a step takes
+// one piece of each, so that even where everything is kept the lockstep has that many long streams.
+struct Taken {
+    int64_t piece[kTogether], next[kTogether];  // what to compute, and what the following step will
     int count = 0;
-    for (int64_t r = 0; r < rows; ++r)
-        if (mask == nullptr || rows == 1 || mask[r * stride + piece]) out[count++] = static_cast<int>(r);
-    return count;
-}
+    Taken(const int32_t *kept, int64_t begin, int64_t end, int64_t step) {
+        const int64_t run = steps(begin, end);
+        for (int64_t at = begin + step; at < end && count < kTogether; at += run) {
+            piece[count] = kept[at];
+            next[count++] = kept[step + 1 < run && at + 1 < end ? at + 1 : at];
+        }
+    }
+    static int64_t steps(int64_t begin, int64_t end) { return (end - begin + kTogether - 1) / kTogether; }
+    // Which of them a row keeps, as positions among them; null = all.
+    int kept_by(const uint8_t *row_mask, int *which) const {
+        int kept = 0;
+        for (int c = 0; c < count; ++c)
+            if (row_mask == nullptr || row_mask[piece[c]]) which[kept++] = c;
+        return kept;
+    }
+};
+
+// The weights of some of the pieces of a step, and what is read after each: the prefetch runs on into it.
+template <class T>
+struct Weights {
+    const T *now[kTogether], *then[kTogether];
+    int count;
+    Weights(const Taken &taken, const int *which, int kept, const void *weight, int64_t stride, const void *after,
+            int64_t after_stride, bool after_is_next) : count(kept) {
+        for (int i = 0; i < kept; ++i) {
+            const int64_t piece = taken.piece[which[i]];
+            now[i] = at<T>(weight, piece * stride);
+            then[i] = at<T>(after, (after_is_next ? taken.next[which[i]] : piece) * after_stride);
+        }
+    }
+};
 
 template <int64_t bytes>
 inline void prefetch(const void *address) {
-    for (int64_t i = 0; i < bytes; i += kLineBytes) {
 #if defined(__GNUC__) || defined(__clang__)
-        if (PFH==0) __builtin_prefetch(static_cast<const char *>(address) + i, 0, 0); else __builtin_prefetch(static_cast<const char *>(address) + i, 0, PFH);
+    for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(static_cast<const char *>(address) + i, 0, HINT);
 #else
-        (void)address;
+    (void)address;
 #endif
-    }
 }
 
-// out[r] = w · x[r] for R rows; reads w once. Ahead: prefetch as many elements at `next` on the way.
-template <int R, bool Ahead, class T>
-inline void dot(const T *w, const float *const *x, int64_t n, const T *next, float *out) {
-    constexpr int W = Vec::width, U = 2;  // 2 pairs = 4 independent sums hide the latency of an FMA
-    typename Vec::Reg a[R][U], b[R][U];
-    for (int r = 0; r < R; ++r)
-        for (int u = 0; u < U; ++u) a[r][u] = b[r][u] = Vec::zero();
+// Calls body(i, prefetch from) for i = 0, step, .. while a whole step fits into n; returns where it stopped.
+template <int64_t step, class T, int C, bool Ahead, class Body>
+inline int64_t stream(const Weights<T> &w, int64_t n, Body body) {
+    constexpr int64_t distance = kAheadBytes / static_cast<int64_t>(sizeof(T));
+    const int64_t own = n > distance ? n - distance : 0;  // up to here the prefetch stays inside the piece
+    const T *from[C];
     int64_t i = 0;
-    for (; i + U * 2 * W <= n; i += U * 2 * W) {
-        if (Ahead) prefetch<U * 2 * W * sizeof(T)>(next + i);
-        for (int u = 0; u < U; ++u) {
-            const int64_t k = i + u * 2 * W;
-            const auto pair = Vec::load2(w + k);
-            for (int r = 0; r < R; ++r) {
-                a[r][u] = Vec::fma(pair.a, Vec::load(x[r] + k), a[r][u]);
-                b[r][u] = Vec::fma(pair.b, Vec::load(x[r] + k + W), b[r][u]);
+    auto run = [&](int64_t end) {
+        for (; i + step <= end; i += step)
+            body(i, [&](int c) {
+                if (Ahead) prefetch<step * sizeof(T)>(from[c] + i);
+            });
+    };
+    for (int c = 0; c < C; ++c) from[c] = w.now[c] + distance;
+    run(own);
+    for (int c = 0; c < C; ++c) from[c] = w.then[c] - own;
+    run(n);
+    return i;
+}
+
+// out[c] = w[c] · x for C pieces in lockstep.
+template <int C, bool Ahead, class T>
+inline void dot_together(const Weights<T> &w, const float *x, int64_t n, float *out) {
+    constexpr int W = Vec::width, U = C <= 2 ? 2 : 1;  // at least 4 independent sums hide the latency of an FMA
+    typename Vec::Reg a[C][U], b[C][U];
+    for (int c = 0; c < C; ++c)
+        for (int u = 0; u < U; ++u) a[c][u] = b[c][u] = Vec::zero();
+    int64_t i = stream<U * 2 * W, T, C, Ahead>(w, n, [&](int64_t k, auto prefetch_piece) {
+        for (int u = 0; u < U; ++u, k += 2 * W) {
+            const auto x0 = Vec::load(x + k), x1 = Vec::load(x + k + W);
+            for (int c = 0; c < C; ++c) {
+                if (u == 0) prefetch_piece(c);
+                const auto pair = Vec::load2(w.now[c] + k);
+                a[c][u] = Vec::fma(pair.a, x0, a[c][u]);
+                b[c][u] = Vec::fma(pair.b, x1, b[c][u]);
             }
         }
-    }
-    for (; i < n; i += 2 * W) {
-        const auto pair = n - i >= 2 * W ? Vec::load2(w + i) : Vec::load2_part(w + i, static_cast<int>(n - i));
-        for (int r = 0; r < R; ++r) {
-            a[r][0] = Vec::fma(pair.a, Vec::load(x[r] + i), a[r][0]);
-            b[r][0] = Vec::fma(pair.b, Vec::load(x[r] + i + W), b[r][0]);
+    });
+    for (; i < n; i += 2 * W)
+        for (int c = 0; c < C; ++c) {
+            const auto pair = load2_rest(w.now[c] + i, n - i);
+            a[c][0] = Vec::fma(pair.a, Vec::load(x + i), a[c][0]);
+            b[c][0] = Vec::fma(pair.b, Vec::load(x + i + W), b[c][0]);
         }
+    for (int c = 0; c < C; ++c) {
+        auto total = Vec::add(a[c][0], b[c][0]);
+        for (int u = 1; u < U; ++u) total = Vec::add(total, Vec::add(a[c][u], b[c][u]));
+        out[c] = Vec::sum(total);
     }
-    for (int r = 0; r < R; ++r) out[r] = Vec::sum(Vec::add(Vec::add(a[r][0], a[r][1]), Vec::add(b[r][0], b[r][1])));
 }
 
-// y[r] += scale[r] * w for R rows; y is padded and ordered as x is.
-template <int R, bool Ahead, class T>
-inline void axpy(const T *w, const float *scale, float *const *y, int64_t n, const T *next) {
-    constexpr int W = Vec::width, U = 2;
-    typename Vec::Reg s[R];
-    for (int r = 0; r < R; ++r) s[r] = Vec::set(scale[r]);
-    auto add = [&](auto pair, int64_t k) {
-        for (int r = 0; r < R; ++r) {
-            Vec::store(y[r] + k, Vec::fma(pair.a, s[r], Vec::load(y[r] + k)));
-            Vec::store(y[r] + k + W, Vec::fma(pair.b, s[r], Vec::load(y[r] + k + W)));
+// y += sum over C pieces in lockstep of scale[c] * w[c]; y is padded and ordered as x is.
+template <int C, bool Ahead, class T>
+inline void axpy_together(const Weights<T> &w, const float *scale, float *y, int64_t n) {
+    constexpr int W = Vec::width;
+    typename Vec::Reg s[C];
+    for (int c = 0; c < C; ++c) s[c] = Vec::set(scale[c]);
+    auto add = [&](int64_t i, auto load) {
+        auto y0 = Vec::load(y + i), y1 = Vec::load(y + i + W);
+        for (int c = 0; c < C; ++c) {
+            const auto pair = load(c);
+            y0 = Vec::fma(pair.a, s[c], y0);
+            y1 = Vec::fma(pair.b, s[c], y1);
         }
+        Vec::store(y + i, y0);
+        Vec::store(y + i + W, y1);
     };
-    int64_t i = 0;
-    for (; i + U * 2 * W <= n; i += U * 2 * W) {
-        if (Ahead) prefetch<U * 2 * W * sizeof(T)>(next + i);
-        for (int u = 0; u < U; ++u) add(Vec::load2(w + i + u * 2 * W), i + u * 2 * W);
+    int64_t i = stream<2 * W, T, C, Ahead>(w, n, [&](int64_t k, auto prefetch_piece) {
+        add(k, [&](int c) {
+            prefetch_piece(c);
+            return Vec::load2(w.now[c] + k);
+        });
+    });
+    if (i < n) add(i, [&](int c) { return load2_rest(w.now[c] + i, n - i); });
+}
+
+// The two for as many pieces as there are. Ahead for the first row that takes them: the others find them in the cache.
+template <bool Ahead, class T>
+inline void dot(const Weights<T> &w, const float *x, int64_t n, float *out) {
+    switch (w.count) {
+        case 4: return dot_together<4, Ahead>(w, x, n, out);
+        case 3: return dot_together<3, Ahead>(w, x, n, out);
+        case 2: return dot_together<2, Ahead>(w, x, n, out);
+        case 1: return dot_together<1, Ahead>(w, x, n, out);
     }
-    for (; i < n; i += 2 * W) add(n - i >= 2 * W ? Vec::load2(w + i) : Vec::load2_part(w + i, static_cast<int>(n - i)), i);
 }
 
-template <int R>
-struct Group { static constexpr int rows = R; };
-
-// Cuts a list of rows into groups of max_rows, 2 and 1.
-template <class F>
-inline void by_groups(int count, F run) {
-    int i = 0;
-    for (; count - i >= Vec::max_rows; i += Vec::max_rows) run(i, Group<Vec::max_rows>{});
-    for (; count - i >= 2; i += 2) run(i, Group<2>{});
-    for (; count - i >= 1; i += 1) run(i, Group<1>{});
+template <bool Ahead, class T>
+inline void axpy(const Weights<T> &w, const float *scale, float *y, int64_t n) {
+    switch (w.count) {
+        case 4: return axpy_together<4, Ahead>(w, scale, y, n);
+        case 3: return axpy_together<3, Ahead>(w, scale, y, n);
+        case 2: return axpy_together<2, Ahead>(w, scale, y, n);
+        case 1: return axpy_together<1, Ahead>(w, scale, y, n);
+    }
 }
 
-// The two above for any list of rows: the first group also prefetches, the others find w in L1.
+// The two on row r of x or of y.
 template <class T>
-inline void dots(const T *w, const float *x, const int *rows, int count, int64_t n, const T *next, float *out) {
-    const int64_t padded = round_up(n);
-    const float *p[kRowBlock];
-    for (int i = 0; i < count; ++i) p[i] = x + rows[i] * padded;
-    by_groups(count, [&](int i, auto group) {
-        constexpr int R = decltype(group)::rows;
-        if (i == 0) dot<R, true>(w, p, n, next, out);
-        else dot<R, false>(w, p + i, n, next, out + i);
-    });
+inline void project(const Weights<T> &w, const float *x, int64_t r, int64_t n, float *out) {
+    if (r == 0) dot<true>(w, x, n, out);
+    else dot<false>(w, x + r * round_up(n), n, out);
 }
-
 template <class T>
-inline void axpys(const T *w, const float *scale, float *y, const int *rows, int count, int64_t n, const T *next) {
-    const int64_t padded = round_up(n);
-    float *p[kRowBlock];
-    for (int i = 0; i < count; ++i) p[i] = y + rows[i] * padded;
-    by_groups(count, [&](int i, auto group) {
-        constexpr int R = decltype(group)::rows;
-        if (i == 0) axpy<R, true>(w, scale, p, n, next);
-        else axpy<R, false>(w, scale + i, p + i, n, next);
-    });
+inline void accumulate(const Weights<T> &w, const float *scale, float *y, int64_t r, int64_t n) {
+    if (r == 0) axpy<true>(w, scale, y, n);
+    else axpy<false>(w, scale, y + r * round_up(n), n);
 }
 
 // out = sum over threads of sums (threads, rows, padded n) + bias, always in the order of the threads. Returns bias bytes.

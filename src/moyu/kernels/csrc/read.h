@@ -15,7 +15,7 @@ float read_streams(const float *p, int64_t count) {
     for (int64_t i = 0; i < length; i += U * W)
         for (int s = 0; s < Streams; ++s) {
             const float *q = p + s * length + i;
-            if (Distance) prefetch<U * W * sizeof(float)>(q + Distance / sizeof(float));
+            if (Distance) prefetch<U * W * sizeof(float)>(q + Distance / static_cast<int64_t>(sizeof(float)));
             for (int u = 0; u < U; ++u) sum[u] = Vec::add(sum[u], Vec::load(q + u * W));
         }
     return Vec::sum(Vec::add(Vec::add(sum[0], sum[1]), Vec::add(sum[2], sum[3])));

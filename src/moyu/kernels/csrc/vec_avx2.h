@@ -10,7 +10,6 @@ namespace {
 struct Vec {
     static constexpr const char *isa = "avx2";
     static constexpr int width = 8;
-    static constexpr int max_rows = 2;  // 16 registers
     using Reg = __m256;
 
     static Reg zero() { return _mm256_setzero_ps(); }

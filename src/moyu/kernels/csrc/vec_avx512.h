@@ -10,7 +10,6 @@ namespace {
 struct Vec {
     static constexpr const char *isa = "avx512";
     static constexpr int width = 16;
-    static constexpr int max_rows = 4;  // rows of x that share one load of a weight: 32 registers are enough for 4
     using Reg = __m512;
 
     static Reg zero() { return _mm512_setzero_ps(); }

@@ -8,7 +8,6 @@ namespace {
 struct Vec {
     static constexpr const char *isa = "portable";
     static constexpr int width = 8;
-    static constexpr int max_rows = 2;
     struct Reg { float lane[width]; };
 
     static Reg zero() { return set(0.0f); }

@@ -1,0 +1,449 @@
+"""The command line: one sub-command a stage. Parses, calls one function, prints."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moyu.errors import UserError
+
+if TYPE_CHECKING:
+    from moyu.pipeline import Settings, Stage
+    from moyu.records import Record
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Decode with a language model without reading the weights that the next token does not need.",
+)
+
+Model = Annotated[str, typer.Argument(help="zoo name, local folder or hub id")]
+Methods = Annotated[list[str] | None, typer.Option("--method", "-m", help="a method of `moyu methods`; may be repeated")]
+Sparsity = Annotated[float | None, typer.Option(help="fraction of units to skip, in [0, 1)")]
+Bytes = Annotated[float | None, typer.Option(help="byte fraction to reach instead, in (0, 1]")]
+Knobs = Annotated[list[str] | None, typer.Option("--knob", help="a method's knob, NAME=VALUE; may be repeated")]
+Text = Annotated[Path | None, typer.Option(help="text to calibrate on (first half) and test on (second half)")]
+Prompt = Annotated[str | None, typer.Option(help="text to generate after")]
+Window = Annotated[int, typer.Option(help="tokens of a window")]
+Boundary = Annotated[int, typer.Option("--prompt-tokens", help="P: positions before it are dense, the rest sparse and scored")]
+Bias = Annotated[bool, typer.Option(help="add the closed-form bias correction")]
+Seed = Annotated[int, typer.Option(help="seed of everything random")]
+BackendName = Annotated[str, typer.Option("--backend", help="auto, reference, cpu or gpu")]
+Json = Annotated[bool, typer.Option("--json", help="print records, and nothing else, on stdout")]
+Out = Annotated[Path, typer.Option("--out", help="folder for what is written")]
+RUNS = Path("runs")
+
+
+def _settings(
+    methods: list[str] | None = None,
+    sparsity: float | None = None,
+    bytes_: float | None = None,
+    knobs: list[str] | None = None,
+    **rest: Any,
+) -> Settings:
+    from moyu.pipeline import DEFAULT_METHODS, Settings
+
+    parsed = {}
+    for knob in knobs or []:
+        name, sign, value = knob.partition("=")
+        if not sign:
+            raise UserError(f"--knob {knob!r} has no value", "write NAME=VALUE, e.g. tau=0.2")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            parsed[name] = value
+    settings = Settings(methods=methods or DEFAULT_METHODS, sparsity=sparsity, bytes=bytes_, knobs=parsed, **rest)
+    settings.check()
+    return settings
+
+
+@contextmanager
+def _progress() -> Iterator[Stage]:
+    """A display on stderr that names the stage and the time left; plain lines where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        seen: set[str] = set()
+
+        def line(name: str, done: int, total: int) -> None:
+            if name not in seen:
+                seen.add(name)
+                print(f"moyu: {name}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, Any] = {}
+
+        def stage(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=total)
+            progress.update(tasks[name], completed=done, total=total)
+
+        yield stage
+
+
+def _print(rows: list[Record], as_json: bool) -> None:
+    if as_json:
+        for row in rows:
+            print(row.model_dump_json())
+        return
+    from rich.console import Console
+
+    from moyu.reporting import tables
+    from moyu.reporting.summary import notes
+
+    wide = 140 if not sys.stdout.isatty() else None
+    console = Console(width=wide, soft_wrap=False)
+    for table in tables(rows):
+        console.print(table)
+    for subject, note in notes(rows):
+        console.print(f"! {subject}: {note}", markup=False, highlight=False)
+
+
+@app.command()
+def run(
+    model: Model = "swiglu",
+    method: Methods = None,
+    sparsity: Sparsity = None,
+    bytes_: Annotated[float | None, typer.Option("--bytes", help="byte fraction to reach instead, in (0, 1]")] = None,
+    knob: Knobs = None,
+    text: Text = None,
+    prompt: Prompt = None,
+    out: Out = RUNS / "latest",
+    window: Window = 256,
+    prompt_tokens: Boundary = 128,
+    bias: Bias = False,
+    shape: Annotated[str, typer.Option(help="random-weight shape to time as well; `none` for no such timing")] = "llama-3.2-1b",
+    shape_layers: Annotated[int, typer.Option(help="layers of that shape")] = 8,
+    backend: BackendName = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Everything: profile, calibrate, evaluate, generate, benchmark; writes records, plans and a report."""
+    settings = _settings(
+        method, sparsity, bytes_, knob, text=text, prompt=prompt, window=window, boundary=prompt_tokens, bias=bias,
+        seed=seed, backend=backend,
+    )  # fmt: skip
+    from moyu import pipeline
+
+    pipeline.check_shape(shape)
+    with _progress() as stage:
+        rows = pipeline.run(
+            model, settings, out, shape=None if shape == "none" else shape, shape_layers=shape_layers, stage=stage
+        )
+    _print(rows, as_json)
+    if not as_json:
+        print(f"\nreport   {out / 'report.html'}\nrecords  {out / 'records.jsonl'}\nplans    {out / 'plans'}")
+
+
+@app.command(name="methods")
+def list_methods(as_json: Json = False) -> None:
+    """Every method, with what it reads, skips and needs."""
+    from moyu import methods
+
+    rows = methods.table()
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "family", "granularity", "exact", "calibration", "knobs", "source")
+    for row in rows:
+        knobs = ", ".join(f"{k}={v}" for k, v in row["knobs"].items()) or "-"
+        exact, needs = ("yes" if row[k] else "no" for k in ("exact", "needs_calibration"))
+        table.add_row(row["method"], row["family"], row["granularity"], exact, needs, knobs, row["paper"])
+    Console().print(table)
+
+
+@app.command()
+def info(model: Model = "swiglu", as_json: Json = False) -> None:
+    """What MOYU finds in a model, and what each method could skip."""
+    from moyu import pipeline
+
+    facts = pipeline.describe(model)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        if name != "floors":
+            print(f"{name:16s} {value}")
+    print("least byte fraction a method can reach:")
+    for name, value in facts["floors"].items():
+        print(f"  {name:14s} {'nothing to skip' if value is None else f'{value:.2f}'}")
+
+
+@app.command()
+def profile(
+    model: Model = "swiglu",
+    text: Text = None,
+    out: Out = RUNS / "profile",
+    window: Window = 256,
+    prompt_tokens: Boundary = 128,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """What a model activates on a text; the profile is what `calibrate --profile` reads."""
+    from moyu import pipeline
+
+    settings = _settings(text=text, window=window, boundary=prompt_tokens, seed=seed)
+    pipeline.check_writable(out)
+    with _progress() as stage:
+        context = pipeline.Context.open(model, settings, stage)
+        result = context.profile()
+    result.save(out)
+    row = pipeline.profile_record(context, result)
+    if as_json:
+        print(row.model_dump_json())
+        return
+    for layer in result.layers:
+        mean, high = float(layer.needed.mean()), float(layer.needed.quantile(0.95))
+        zero = f", {layer.exact_zero_share:.0%} exactly zero" if layer.exact_zero_share > 0.001 else ""
+        print(f"layer {layer.layer:3d}: {mean:.0%} of {layer.neurons} neurons needed for CETT 0.2 (95th percentile {high:.0%}){zero}")
+    print(f"profile  {out}")
+
+
+@app.command()
+def calibrate(
+    model: Model = "swiglu",
+    method: Methods = None,
+    sparsity: Sparsity = None,
+    bytes_: Annotated[float | None, typer.Option("--bytes", help="byte fraction to reach instead, in (0, 1]")] = None,
+    max_ppl_increase: Annotated[str | None, typer.Option(help="skip as much as this rise of perplexity allows, e.g. 1%")] = None,
+    knob: Knobs = None,
+    text: Text = None,
+    profile: Annotated[Path | None, typer.Option(help="a folder that `moyu profile` wrote: calibrate on its windows")] = None,
+    out: Out = RUNS / "plans",
+    window: Window = 256,
+    prompt_tokens: Boundary = 128,
+    bias: Bias = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Make plans: one folder a method."""
+    from moyu import pipeline
+
+    settings = _settings(method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, seed=seed)
+    budget = None if max_ppl_increase is None else pipeline.parse_share(max_ppl_increase)
+    pipeline.check_writable(out)
+    rows = []
+    with _progress() as stage:
+        context = pipeline.Context.open(model, settings, stage)
+        if profile is not None:
+            context.use_profile(profile)
+        names = method or [n for n in settings.methods if n in context.applicable(settings.methods)[0]]
+        for done, name in enumerate(names):
+            stage("calibrate", done, len(names))
+            plan = context.plan(name) if budget is None else pipeline.largest_sparsity(context, name, budget, stage)[0]
+            plan.save(out / name)
+            rows.append(pipeline.quality_record(context, plan, context.quality(plan, matched=False)))
+        stage("calibrate", len(names), len(names))
+    _print(rows, as_json)
+    if not as_json:
+        print(f"plans    {out}")
+
+
+@app.command()
+def generate(
+    model: Model = "swiglu",
+    plan: Annotated[Path | None, typer.Option(help="a plan's folder; without one the model runs dense")] = None,
+    prompt: Prompt = None,
+    new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 64,
+    backend: BackendName = "auto",
+    as_json: Json = False,
+) -> None:
+    """Generate text under a plan, dense beside it."""
+    from moyu import pipeline
+
+    if new_tokens < 1:
+        raise UserError(f"--new-tokens must be at least 1, not {new_tokens}", "64 is the default")
+    row, text = pipeline.generate_command(model, plan, prompt, new_tokens, backend)
+    if as_json and row is not None:
+        print(row.model_dump_json())
+    elif as_json:
+        print(json.dumps({"text": text}))
+    else:
+        print(text)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model = "swiglu",
+    plan: Annotated[list[Path] | None, typer.Option(help="a plan's folder; may be repeated")] = None,
+    method: Methods = None,
+    sparsity: Sparsity = None,
+    bytes_: Annotated[float | None, typer.Option("--bytes", help="byte fraction to reach instead, in (0, 1]")] = None,
+    knob: Knobs = None,
+    text: Text = None,
+    window: Window = 256,
+    prompt_tokens: Boundary = 128,
+    bias: Bias = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Quality against dense on held-out text, with the matched random and the matched oracle."""
+    from moyu import pipeline
+    from moyu.plan import Plan
+
+    settings = _settings(method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, seed=seed)
+    loaded = [Plan.load(p) for p in plan or []]
+    with _progress() as stage:
+        context = pipeline.Context.open(model, settings, stage)
+        names = [] if loaded else (method or context.applicable(settings.methods)[0])
+        rows = []
+        for done, item in enumerate([*loaded, *names]):
+            stage("evaluate", done, len(loaded) + len(names))
+            made = context.plan(item) if isinstance(item, str) else item
+            rows.append(pipeline.quality_record(context, made, context.quality(made)))
+        stage("evaluate", len(rows), len(rows))
+    _print(rows, as_json)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(help="zoo name, local folder or hub id; or use --shape")] = None,
+    shape: Annotated[str | None, typer.Option(help="random weights of a published shape, e.g. llama-3.2-1b")] = None,
+    layers: Annotated[int | None, typer.Option(help="cut the shape to so many layers")] = None,
+    method: Methods = None,
+    sparsity: Sparsity = 0.5,
+    tokens: Annotated[int, typer.Option(help="decode steps a round")] = 16,
+    rounds: Annotated[int, typer.Option(help="rounds, variants alternating")] = 3,
+    backend: BackendName = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Decoding speed, dense and skipping alternating in one run, beside the measured read ceiling."""
+    from moyu import pipeline
+
+    settings = _settings(method, sparsity, backend=backend, seed=seed)
+    if (model is None) == (shape is None):
+        raise UserError("say what to time", "give MODEL or --shape, not both")
+    with _progress() as stage:
+        if shape is not None:
+            pipeline.check_shape(shape)
+            names = method or ["cats", "teal", "griffin", "popularity"]
+            targets = {n: settings.target() for n in names}
+            rows = pipeline.bench_shape(
+                shape, targets, layers=layers, tokens=tokens, rounds=rounds, backend=settings.backend, seed=seed, stage=stage
+            )
+        else:
+            context = pipeline.Context.open(model or "", settings, stage)
+            names = method or context.applicable(settings.methods)[0]
+            rows = pipeline.bench_model(context, {n: context.plan(n) for n in names}, tokens=tokens, stage=stage)
+    _print(rows, as_json)
+
+
+@app.command()
+def report(
+    records: Annotated[Path, typer.Argument(help="a records.jsonl")] = RUNS / "latest" / "records.jsonl",
+    out: Annotated[Path | None, typer.Option("--out", help="the page to write; default: beside the records")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the report of a records file again."""
+    from moyu import pipeline
+    from moyu import records as store
+    from moyu.reporting import write_report
+
+    rows = store.read(records)
+    page = out or records.parent / "report.html"
+    pipeline.check_writable(page.parent)
+    write_report(rows, page)
+    if as_json:
+        _print(rows, True)
+    else:
+        print(f"report   {page}")
+
+
+zoo_app = typer.Typer(help="The embedded models, and how to make them again.", invoke_without_command=True)
+app.add_typer(zoo_app, name="zoo")
+
+
+@zoo_app.callback()
+def zoo_list(context: typer.Context, as_json: Json = False) -> None:
+    """The embedded models."""
+    if context.invoked_subcommand is not None:
+        return
+    from moyu import zoo
+
+    for name in zoo.names():
+        facts = zoo.describe(name)
+        if as_json:
+            print(json.dumps({k: v for k, v in facts.items() if k != "loss"}))
+            continue
+        bits = facts["bits_per_byte"]
+        print(
+            f"{name:8s} {facts['parameters'] / 1e6:.1f} M parameters, {facts['tokens'] / 1e6:.0f} M tokens; bits a byte on "
+            f"held-out text {bits['held_out']:.2f} (random initialisation {bits['random_initialisation']:.2f}, "
+            f"shuffled words {bits['shuffled_text']:.2f})"
+        )
+
+
+@zoo_app.command(name="train")
+def zoo_train(
+    name: Annotated[str, typer.Argument(help="swiglu, relu or gelu")],
+    data: Annotated[Path, typer.Option(help="folder for the token files; made where it has none")] = RUNS / "zoo-data",
+    out: Annotated[Path | None, typer.Option(help="folder for the model")] = None,
+    tokens: Annotated[int | None, typer.Option(help="training tokens; default: what the shipped models saw")] = None,
+    minutes: Annotated[float | None, typer.Option(help="stop after so long; run again to go on")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Make an embedded model again, from nothing; resumable."""
+    from moyu import zoo
+    from moyu.pipeline import check_writable
+    from moyu.zoo import training
+
+    zoo.path(name)
+    target = out or RUNS / "zoo" / name
+    check_writable(target)
+    check_writable(data)
+    if not (data / "meta.json").exists():
+        print("reading the corpus and training the tokenizer (some minutes)", file=sys.stderr)
+        training.prepare(data)
+    done = training.train(name, data, target, tokens=tokens or training.TOKENS, minutes=minutes, seed=seed)
+    print(f"{'finished' if done else 'stopped by --minutes; run again to go on'}: {target}")
+
+
+def main() -> None:
+    """The `moyu` command: a user's mistake is one line and exit code 2, Ctrl-C is 130."""
+    warnings.filterwarnings("ignore", module="transformers")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("moyu: stopped", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        where = f" {error.filename!r}" if error.filename else ""
+        remedy = "free some disk, or choose another --out" if error.errno == errno.ENOSPC else "choose another --out"
+        _fail(f"{error.strerror or error}{where}: {remedy}")
+    except Exception as error:
+        if type(error).__module__.startswith("typer") and hasattr(error, "format_message"):
+            _fail(error.format_message())  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+
+
+def _fail(message: str) -> None:
+    print(f"moyu: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Records that may share a table: same model, same protocol, masked apart from skipped, trained apart from random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from moyu.records import Quality, Record, Speed
+from moyu.reporting.columns import number
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one table."""
+
+    title: str
+    caption: str
+    rows: list[Any]
+
+
+def quality_groups(records: Iterable[Record]) -> list[Group]:
+    """Quality rows by model, protocol, dtype and whether they are simulated, in the order of the records."""
+    found: dict[Any, list[Quality]] = {}
+    for r in records:
+        if isinstance(r, Quality):
+            key = (r.model, r.protocol.model_dump_json() if r.protocol else None, r.dtype, r.simulated)
+            found.setdefault(key, []).append(r)
+    return [Group(_quality_title(rows[0]), _quality_caption(rows), rows) for rows in found.values()]
+
+
+def speed_groups(records: Iterable[Record]) -> list[Group]:
+    """Speed rows by model, context, dtype, device and back end, in the order of the records."""
+    found: dict[Any, list[Speed]] = {}
+    for r in records:
+        if isinstance(r, Speed):
+            key = (r.weights, r.model, r.context, r.dtype, r.device, r.backend, r.batch, r.layers, r.dense_baseline)
+            found.setdefault(key, []).append(r)
+    return [Group(_speed_title(rows[0]), _speed_caption(rows), rows) for rows in found.values()]
+
+
+def _quality_title(record: Quality) -> str:
+    return f"Quality of {record.model}, " + ("simulated by masking" if record.simulated else "really skipped")
+
+
+def _quality_caption(rows: list[Quality]) -> str:
+    first, parts = rows[0], []
+    if first.protocol:
+        p, t = first.protocol.prompt, first.protocol.window
+        parts.append(
+            f"Windows of {t} tokens: the first {p} dense, the rest sparse and scored"
+            if p
+            else f"Windows of {t} tokens, all sparse and scored"
+        )
+    scored = [r for r in rows if r.tokens is not None]
+    if scored:
+        counts = sorted({r.tokens or 0 for r in scored})
+        parts.append(
+            f"{counts[-1]:,} tokens scored" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,} tokens scored"
+        )
+    bits = next((r.bits_per_byte_dense for r in scored if r.bits_per_byte_dense is not None), None)
+    if bits is not None:
+        parts.append(f"dense: {number(bits)} bits a byte")
+    if first.dtype:
+        parts.append(first.dtype)
+    return "; ".join(parts) + "." if parts else ""
+
+
+def _speed_title(record: Speed) -> str:
+    if record.weights == "random":
+        return f"Speed of {record.model}, random weights: speed only"
+    return f"Speed of {record.model}, " + ("the model itself" if record.context == "model itself" else record.context)
+
+
+def _speed_caption(rows: list[Speed]) -> str:
+    r = rows[0]
+    ceilings = sorted({x.read_ceiling_gb_s for x in rows})
+    ceiling = number(ceilings[0]) if len(ceilings) == 1 else f"{number(ceilings[0])} to {number(ceilings[-1])}"
+    layers = f"; {r.layers} layers" if r.layers else ""
+    dtype = f"; {r.dtype}" if r.dtype else ""
+    peak = max((x.peak_bytes or 0 for x in rows), default=0)
+    memory = f"; peak memory {peak / 1e9:.1f} GB" if peak else ""
+    return (
+        f"Measured on {r.device}, {r.threads} threads, back end {r.backend}, batch {r.batch}; "
+        f"dense is {r.dense_baseline}; read ceiling {ceiling} GB/s{layers}{dtype}{memory}."
+    )

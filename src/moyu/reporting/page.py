@@ -1,0 +1,124 @@
+"""One self-contained HTML page from records: no script, no network, one file to send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment as Jinja
+from jinja2 import PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from moyu.errors import UserError
+from moyu.files import atomic_write_text
+from moyu.records import Coverage, Environment, Generation, Kernel, ModelRecord, Profile, Quality, Record, Study
+from moyu.reporting import columns, figures, summary
+from moyu.reporting.differences import marked
+from moyu.reporting.figures import Figure
+from moyu.reporting.groups import quality_groups, speed_groups
+
+
+def render(records: Iterable[Record]) -> str:
+    """The page; UserError where there is nothing to report."""
+    rows = list(records)
+    if not rows:
+        raise UserError("there are no records to report", "make some with `moyu run`")
+    jinja = Jinja(
+        loader=PackageLoader("moyu.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    jinja.globals |= {"columns": columns, "number": columns.number, "fixed": columns.fixed, "percent": columns.percent}
+    return jinja.get_template("report.html.j2").render(**view(rows))
+
+
+def write_report(records: Iterable[Record], path: Path) -> None:
+    """Write the page, whole or not at all. UserError where there is nothing to report."""
+    atomic_write_text(path, render(records))
+
+
+def view(rows: Sequence[Record]) -> dict[str, Any]:
+    """What the template shows."""
+    palette = figures.colours([r.method for r in rows if isinstance(r, Quality)])
+    quality, speed = [], []
+    for group in quality_groups(rows):
+        chosen = columns.used(columns.QUALITY, group.rows)
+        shown = [figures.quality(group.rows, palette), figures.layers(group.rows)]
+        quality.append((group, chosen, columns.heads(chosen), _there(shown)))
+    for group in speed_groups(rows):
+        chosen = columns.used(columns.SPEED, group.rows)
+        shown = [figures.speedup(group.rows), figures.read_rate(group.rows)]
+        speed.append((group, chosen, columns.heads(chosen), _there(shown)))
+    profiles = [r for r in rows if isinstance(r, Profile)]
+    about = [r for r in rows if isinstance(r, ModelRecord)]
+    return {
+        "models": list(dict.fromkeys(r.model for r in about if r.weights == "trained"))
+        or list(dict.fromkeys(r.model for r in about)),
+        "dates": _span([r.date for r in rows]),
+        "headline": summary.headline(rows),
+        "warnings": summary.warnings(rows),
+        "notes": summary.notes(rows),
+        "quality": quality,
+        "speed": speed,
+        "profiles": [(p, _there([figures.needed_by_layer(p), figures.needed_by_position(p)])) for p in profiles],
+        "prompts": _prompts([r for r in rows if isinstance(r, Generation)]),
+        "kernels": [r for r in rows if isinstance(r, Kernel)],
+        "studies": [r for r in rows if isinstance(r, Study)],
+        "coverage": [r for r in rows if isinstance(r, Coverage)],
+        "environment": environment(rows),
+        "corpora": _corpora(rows),
+        "commands": list(dict.fromkeys(r.command for r in rows if isinstance(r, Environment) and r.command)),
+    }
+
+
+def environment(rows: Sequence[Record]) -> list[tuple[str, str]]:
+    """Where the records come from; several values where they differ."""
+
+    def values(found: Iterable[Any]) -> str:
+        return ", ".join(dict.fromkeys(str(v) for v in found if v is not None))
+
+    machines = [r for r in rows if isinstance(r, Environment)]
+    packages = dict.fromkeys(p for r in rows for p in r.versions)
+    commits = [(r.commit[:12] + (" with uncommitted changes" if r.dirty else "")) for r in rows if r.commit]
+    table = [
+        ("Device", values(r.device for r in rows)),
+        ("System", values(f"{r.platform}, {r.cores} cores" for r in machines)),
+        ("Threads", values(r.threads for r in rows)),
+        ("Weights' type", values(r.dtype for r in rows)),
+        *((p, values(r.versions.get(p) for r in rows)) for p in packages),
+        ("Commit", values(commits)),
+        ("Seed", values(r.seed for r in rows)),
+        ("Plans", values(f"{r.method} {r.plan}" for r in rows if isinstance(r, Quality) and r.plan)),
+        ("Date", _span([r.date for r in rows])),
+    ]
+    return [(name, value) for name, value in table if value]
+
+
+def _there(candidates: Sequence[Figure | None]) -> list[Figure]:
+    return [f for f in candidates if f is not None]
+
+
+def _span(dates: Sequence[str]) -> str:
+    first, last = min(dates), max(dates)
+    shown = [f"{d[:10]} {d[11:16]}" for d in (first, last)]
+    return f"{shown[0]} UTC" if shown[0] == shown[1] else f"{shown[0]} to {shown[1]} UTC"
+
+
+def _prompts(rows: Sequence[Generation]) -> list[tuple[str, str, list[tuple[Generation, Markup, Markup]]]]:
+    """Generations by model and prompt: model, prompt, (record, dense, sparse)."""
+    found: dict[tuple[str, str], list[tuple[Generation, Markup, Markup]]] = {}
+    for r in rows:
+        found.setdefault((r.model, r.prompt), []).append((r, *marked(r)))
+    return [(model, prompt, members) for (model, prompt), members in found.items()]
+
+
+def _corpora(rows: Sequence[Record]) -> list[tuple[str, str]]:
+    """Each text once: what it was used for, and its fingerprint."""
+    found: dict[str, dict[str, None]] = {}
+    for r in rows:
+        if isinstance(r, ModelRecord) and r.corpus:
+            found.setdefault(", ".join(f"{k} {v}" for k, v in r.corpus.items()), {})[r.kind] = None
+    return [(", ".join(kinds), text) for text, kinds in found.items()]

@@ -1,0 +1,125 @@
+"""What the records say, in sentences: never more than they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from moyu.records import Quality, Record, Speed
+from moyu.reporting.columns import fixed, label, number, percent, times
+from moyu.reporting.groups import Group, quality_groups, speed_groups
+
+KL_CLOSE = 0.1  # nats a token; below it the sparse model is called close to the dense one
+KL_LOST = 0.5  # above it the model is no longer itself
+SMALL_STEP = 256e6  # bytes a dense step reads; below it caches and Python's overhead rule the timing
+
+
+def headline(records: Sequence[Record]) -> list[str]:
+    """A sentence for each quality table and each speed table."""
+    sentences, chosen = [], set()
+    for group in quality_groups(records):
+        sentence, best = _quality_sentence(group)
+        sentences.append(sentence)
+        chosen |= {best} if best else set()
+    return sentences + [_speed_sentence(g, chosen) for g in speed_groups(records)]
+
+
+def _quality_sentence(group: Group) -> tuple[str, str | None]:
+    rows = [r for r in group.rows if r.kl is not None and r.family != "reference"]
+    first: Quality = group.rows[0]
+    how = "simulated by masking" if first.simulated else "really skipped"
+    if not rows:
+        return f"On {first.model} no method could meet the target.", None
+    close = [r for r in rows if r.kl < KL_CLOSE and r.byte_fraction is not None and r.byte_fraction < 1]
+    if not close:
+        r = min(rows, key=lambda r: r.kl)
+        return (
+            f"On {first.model} no method here saves bytes and stays below {KL_CLOSE} nats of KL a token ({how}); the "
+            f"closest is {label(r)} with {number(r.kl)} nats at {percent(r.realized_sparsity)} of its units skipped.",
+            r.method,
+        )
+    r = min(close, key=lambda r: (r.byte_fraction, r.kl))
+    among = f"Of {len(rows)} plans on {first.model}" if len(rows) > 1 else f"On {first.model}"
+    most = "reads the fewest bytes while staying" if len(rows) > 1 else "stays"
+    return (
+        f"{among}, {label(r)} {most} below {KL_CLOSE} nats of KL a token: it reads "
+        f"{fixed(r.byte_fraction)} of the dense model's, with {percent(r.realized_sparsity)} of its units skipped and "
+        f"perplexity {number(r.ppl)} where dense has {number(r.ppl_dense)} ({how}).",
+        r.method,
+    )
+
+
+def _speed_sentence(group: Group, chosen: set[str]) -> str:
+    rows: list[Speed] = [r for r in group.rows if r.method != "dense"]
+    first: Speed = group.rows[0]
+    where = f"{first.model}" + (" with random weights" if first.weights == "random" else "")
+    if not rows:
+        return f"Measured on {where}: dense decodes {number(first.tok_s_dense)} tokens a second."
+    featured = [r for r in rows if r.method in chosen]
+    r = max(featured or rows, key=lambda r: r.speedup)
+    pace = f"{times(r.speedup)} the speed of dense" + ("" if r.speedup >= 1 else ", which is slower")
+    lead = "" if featured else "the fastest, "
+    return f"Measured on {where}: {lead}{r.method} decodes at {pace}; its limit by bytes is {times(r.speedup_limit)}."
+
+
+def warnings(records: Sequence[Record]) -> list[str]:
+    """What must be known before the numbers are used."""
+    quality = [r for r in records if isinstance(r, Quality) and r.kl is not None]
+    speed = [r for r in records if isinstance(r, Speed) and r.method != "dense"]
+    trained = [r for r in speed if r.weights == "trained"]
+    lost = [r for r in quality if (r.kl or 0) > KL_LOST]
+    vain = [r for r in quality if r.kl_random is not None and (r.kl or 0) >= r.kl_random and r.family != "reference"]
+    out = [
+        _warn(lost, f"KL above {KL_LOST} nats a token: the model is no longer itself."),
+        _warn(vain, "no better than its matched random: the ranking adds nothing here."),
+        _warn([r for r in speed if r.speedup < 1], "skipping is slower than dense.", where=True),
+        _warn(
+            [r for r in speed if r.speedup > r.speedup_limit * 1.05],
+            "faster than its bytes allow: part of the gain is a faster loop than the dense baseline's, not skipping.",
+            where=True,
+        ),
+        _warn(
+            [r for r in speed if r.ceiling_share > 1],
+            "reads faster than the measured ceiling: the weights came from a cache.",
+            where=True,
+        ),
+    ]
+    small = {r.model: s for r in trained if (s := _step_bytes(r)) < SMALL_STEP}
+    out += [
+        f"{m} reads {s / 1e6:.0f} MB a token: so small that its timings show overhead, not skipping."
+        for m, s in small.items()
+    ]
+    if any(r.weights == "random" for r in speed):
+        out.append("Random weights show what skipping saves at a given sparsity. They say nothing about quality.")
+    commits = {(r.commit, r.dirty) for r in records}
+    if any(dirty for _, dirty in commits):
+        out.append("The code had uncommitted changes: its commit does not name it fully.")
+    if len(commits) > 1:
+        out.append("The records come from more than one state of the code.")
+    return [w for w in out if w]
+
+
+def _step_bytes(r: Speed) -> float:
+    """Bytes a dense step reads."""
+    return (r.gb_s_dense / r.tok_s_dense if r.gb_s_dense else r.gb_s / r.tok_s * r.speedup_limit) * 1e9
+
+
+def _warn(rows: Sequence[Quality | Speed], text: str, *, where: bool = False) -> str:
+    found: dict[str, dict[str, None]] = {}
+    for r in rows:
+        place = r.model if where else ""
+        found.setdefault(place, {})[label(r)] = None
+    return (
+        " ".join(f"{', '.join(names)}{f' on {place}' if place else ''}:" for place, names in found.items()) + f" {text}"
+        if found
+        else ""
+    )
+
+
+def notes(records: Iterable[Record]) -> list[tuple[str, str]]:
+    """Each note once, with the records that carry it."""
+    found: dict[str, dict[str, None]] = {}
+    for r in records:
+        who = getattr(r, "method", None) or r.kind
+        for note in r.notes:
+            found.setdefault(note, {})[who] = None
+    return [(", ".join(who), note) for note, who in found.items()]

@@ -1,0 +1,44 @@
+"""The main tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from moyu.records import Record
+from moyu.reporting import columns
+from moyu.reporting.columns import Column
+from moyu.reporting.groups import Group, quality_groups, speed_groups
+
+
+def tables(records: Iterable[Record]) -> list[Table]:
+    """A quality table a protocol, then a speed table a timed model; for 100 columns and more."""
+    rows = list(records)
+    quality = [_table(g, columns.QUALITY) for g in quality_groups(rows)]
+    return quality + [_table(g, columns.SPEED) for g in speed_groups(rows)]
+
+
+def _table(group: Group, candidates: Sequence[Column]) -> Table:
+    chosen = columns.used([c for c in candidates if c.title != "p20 to p80"], group.rows)
+    table = Table(
+        title=Text(group.title),
+        caption=Text(group.caption),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    table.title_style, table.caption_style, table.caption_justify = "bold", "dim", "left"
+    table.add_column("method", no_wrap=True)
+    for column in chosen:
+        table.add_column(column.short, justify="right")
+    for row in group.rows:
+        status = getattr(row, "status", None)
+        cells = [c.text(row) for c in chosen]
+        if status:
+            cells[-1] = status
+        table.add_row(Text(columns.label(row)), *(Text(c) for c in cells))
+    return table

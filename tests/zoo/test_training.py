@@ -1,0 +1,107 @@
+"""The trainer: token files, the schedule, and that stopping and going on changes nothing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moyu import zoo
+from moyu.zoo import corpus, training
+from moyu.zoo.corpus import Document
+
+STEPS, BATCH, LENGTH = 3, 2, 32
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A prepared folder of a corpus of a few functions, windows of 32 tokens, and a model of two small layers."""
+    texts = [f"def function_{i}(x, y):\n    return x * {i} + y\n\n" * 8 for i in range(60)]
+    documents = [Document(f"stdlib/f{i}.py", text) for i, text in enumerate(texts)]
+    splits = {"train": documents[:40], "validation": documents[40:50], "test": documents[50:]}
+    monkeypatch.setattr(corpus, "collect", lambda: splits)
+    monkeypatch.setattr(training, "LENGTH", LENGTH)
+    whole = training.config_of
+
+    def small(name):
+        config = whole(name)
+        config.num_hidden_layers, config.hidden_size = 2, 64
+        if name != "swiglu":
+            config.word_embed_proj_dim = 64
+        else:
+            config.head_dim = 16
+        return config
+
+    monkeypatch.setattr(training, "config_of", small)
+    training.prepare(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def _train(name, data, out, **options):
+    tokens = STEPS * BATCH * LENGTH
+    return training.train(name, data, out, tokens=tokens, batch=BATCH, device="cpu", **options)
+
+
+def test_models_are_matched_in_size():
+    sizes = {name: sum(p.numel() for p in training.build(name, 0).parameters()) for name in zoo.names()}
+    assert sizes["relu"] == sizes["gelu"]
+    assert sizes["swiglu"] == pytest.approx(sizes["relu"], rel=0.03)
+    assert all(5.5e6 < size < 6.5e6 for size in sizes.values())
+
+
+def test_relu_and_gelu_differ_in_the_activation_only():
+    relu, gelu = (training.config_of(name).to_dict() for name in ("relu", "gelu"))
+    assert {key for key in relu if relu[key] != gelu[key]} == {"activation_function"}
+    for a, b in zip(training.build("relu", 3).parameters(), training.build("gelu", 3).parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_schedule_warms_up_and_falls_to_a_tenth():
+    rates = [training.rate(step, 1000) for step in range(1000)]
+    peak = rates.index(max(rates))
+    assert max(rates) == pytest.approx(training.PEAK_RATE)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1 * training.PEAK_RATE, rel=0.01)
+
+
+def test_token_files_hold_the_documents_each_after_bos(data):
+    meta = json.loads((data / "meta.json").read_text())["splits"]
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+    for split, documents in corpus.collect().items():
+        ids = np.fromfile(data / f"{split}.bin", dtype=np.uint16)
+        assert len(ids) == meta[split]["tokens"]
+        assert ids[0] == tokenizer.bos_token_id and (ids == tokenizer.bos_token_id).sum() == len(documents)
+        assert tokenizer.decode(ids.tolist(), skip_special_tokens=True) == "".join(d.text for d in documents)
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_stopped_and_resumed_training_ends_in_the_same_weights(name, data, tmp_path):
+    assert _train(name, data, tmp_path / "whole")
+    stops = 0
+    while not _train(name, data, tmp_path / "parts", minutes=0.0):
+        stops += 1
+    assert stops == STEPS - 1
+    whole, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    facts = [json.loads((tmp_path / run / "training.json").read_text()) for run in ("whole", "parts")]
+    assert facts[0] == facts[1]
+    assert (facts[0]["tokens"], facts[0]["batch"], facts[0]["length"]) == (STEPS * BATCH * LENGTH, BATCH, LENGTH)
+
+
+def test_export_is_a_model_that_transformers_loads(data, tmp_path):
+    _train("relu", data, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+    assert tokenizer("def")["input_ids"][0] == tokenizer.bos_token_id == model.config.bos_token_id
+
+
+def test_another_seed_trains_another_model(data, tmp_path):
+    _train("gelu", data, tmp_path / "a", seed=1)
+    _train("gelu", data, tmp_path / "b", seed=2)
+    a, b = (load_file(tmp_path / run / "model.safetensors") for run in "ab")
+    assert any(not torch.equal(a[key], b[key]) for key in a)
