@@ -91,7 +91,9 @@ class Blocked(Griffin):
         return (dataclasses.replace(site, units=site.units // 8, unit_bytes=site.unit_bytes * 8),)
 
     def fit(self, site, acts, target):
-        return dataclasses.replace(super().fit(site, acts, target), blocks=torch.arange(site.units).repeat_interleave(8))
+        return dataclasses.replace(
+            super().fit(site, acts, target), blocks=torch.arange(site.units).repeat_interleave(8)
+        )
 
     def score(self, x, rows, site, params, memory):
         return super().score(x, rows, site, params, memory).unflatten(1, (site.units, 8)).sum(2)

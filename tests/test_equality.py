@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from tiny import build, tokens
 
 import moyu
 from fixtures_methods import FIXTURES, Every
@@ -15,6 +15,7 @@ from moyu import kernels, methods, surgery
 from moyu.applied import Applied
 from moyu.calibration import Windows, calibrate
 from moyu.choosers import Recorder, Replayer
+from tiny import build, tokens
 
 PROMPT, LENGTH = 8, 14
 STRUCTURES = ["llama", "opt-relu", "gpt2", "phi3", "mixtral"]
@@ -58,7 +59,7 @@ def stepwise(model, plan, ids, mask, *, backend="reference", recorder=None, choo
         with applied.watched(chooser=recorder or chooser):
             cache = None
             cuts = [round(i * PROMPT / chunks) for i in range(chunks + 1)] + list(range(PROMPT + 1, LENGTH + 1))
-            for start, stop in zip(cuts, cuts[1:], strict=False):
+            for start, stop in itertools.pairwise(cuts):
                 out = model(
                     ids[:, start:stop],
                     attention_mask=mask[:, :stop],
@@ -229,7 +230,10 @@ def test_low_rank_of_full_rank_is_dense():
     for key, (site, params) in plan.parts.items():
         block = surgery.dissect(model).blocks[site.layer]
         weight = block.pieces[site.linears[0]].weight.detach().clone()
-        parts[key] = (site, dataclasses.replace(params, low_rank=(weight, torch.eye(weight.shape[1], dtype=weight.dtype))))
+        parts[key] = (
+            site,
+            dataclasses.replace(params, low_rank=(weight, torch.eye(weight.shape[1], dtype=weight.dtype))),
+        )
     ids, mask = padded(1)
     with torch.no_grad():
         dense = model(ids).logits
@@ -245,7 +249,9 @@ def test_bias_acts_on_sparse_rows_only_and_helps():
     with torch.no_grad():
         dense = model(ids).logits
     assert torch.allclose(one_pass(model, biased, ids, mask)[:, :PROMPT], dense[:, :PROMPT], atol=1e-10)
-    assert not torch.equal(one_pass(model, biased, ids, mask)[:, PROMPT:], one_pass(model, plain, ids, mask)[:, PROMPT:])
+    assert not torch.equal(
+        one_pass(model, biased, ids, mask)[:, PROMPT:], one_pass(model, plain, ids, mask)[:, PROMPT:]
+    )
     held_out = Windows(tokens(8, 40, seed=5), 20)
     kl = [moyu.evaluate(model, p, held_out, matched=False).method.kl.mean() for p in (plain, biased)]
     assert kl[1] < kl[0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moyu import kernels, runtime, surgery
 from moyu.errors import UserError
 from moyu.execution import AttentionLinear, DenseLinear, ExpertsCall, FfnCall, SiteState
+from moyu.kernels import Backend
 from moyu.methods.base import Controller, Rows, Tap
 from moyu.runtime import Chooser, ForwardCall, GenerateCall, Observer, Pass, SequenceMemory, TrainCall
 from moyu.surgery import Anatomy
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from moyu.plan import Plan
 
 Engine = Literal["skip", "mask"]
-Backend = Literal["auto", "reference", "cpu", "gpu"]
 
 
 class Applied(AbstractContextManager):
@@ -56,7 +56,8 @@ class Applied(AbstractContextManager):
             kernels.require(backend)
         except (ValueError, RuntimeError) as error:
             raise UserError(str(error), "or use backend 'auto'") from error
-        self.model, self.plan, self.backend, self.engine = model, plan, backend, engine
+        self.model, self.plan, self.engine = model, plan, engine
+        self.backend: Backend = backend
         self.controller = controller
         self.anatomy = anatomy or surgery.dissect(model)
         if plan is not None and check:
@@ -162,7 +163,7 @@ class Applied(AbstractContextManager):
                 self._wrap_ffn(FfnCall(self, block, states, lookahead), taken)
             if block.layer in routed:
                 self._wrap_experts(routed[block.layer], lookahead)
-        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        head = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
         if isinstance(head, nn.Linear) and surgery.is_linear(head) and id(head) not in taken:
             self._replace(head, "forward", MethodType(DenseLinear.forward, DenseLinear(self, surgery.Piece(head))))
         self._replace(self.model, "forward", ForwardCall(self, self.model.forward))
@@ -238,7 +239,9 @@ class _CopyableLock:
 
 
 def _refuse_loading(module: nn.Module, *args: Any) -> None:
-    raise UserError("a plan is applied, and it was made for the weights that are loaded now", "restore() before loading others")
+    raise UserError(
+        "a plan is applied, and it was made for the weights that are loaded now", "restore() before loading others"
+    )
 
 
 def _contiguous(module: nn.Module, state: dict, prefix: str, metadata: Any) -> None:

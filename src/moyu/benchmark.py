@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from moyu import accounting, kernels, surgery
-from moyu.applied import Applied, Backend
+from moyu.applied import Applied
 from moyu.choosers import Counter
 from moyu.errors import UserError
+from moyu.kernels import Backend
 from moyu.plan import Plan
 from moyu.surgery import Anatomy
 

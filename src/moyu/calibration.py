@@ -53,7 +53,7 @@ class _Taps:
         self.skipped[site.key] = missing.mean(0)
 
     def acts(self, expert: int | None) -> tuple[dict[Tap, Tensor], Rows | None]:
-        taps = {t: x for (e, t), x in self.taps.items() if e in (expert, None)}
+        taps: dict[Tap, Tensor] = {t: x for (e, t), x in self.taps.items() if e in (expert, None)}
         rows = next((r for (e, t), r in self.rows.items() if e == expert), None)
         if rows is None and not any(e is not None for e, _ in self.rows):
             rows = next(iter(self.rows.values()), None)
@@ -112,7 +112,8 @@ def calibrate(
         target_sparsity=sparsity if method.solves_target else None,
         calibration={"source": dict(windows.source), "windows": list(windows.tokens.shape), "prompt": windows.prompt},
         seed=seed,
-        versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")} | {"python": platform.python_version()},
+        versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")}
+        | {"python": platform.python_version()},
     )
 
 
@@ -146,8 +147,8 @@ def _fit_layer(
                 dense_taps = sparse_taps  # routing differs between the streams: fit on what will be met
             if site.source_layer != site.layer:
                 source = (site.source_layer, site.reads)
-                dense_taps = dense_taps | {site.reads: walk.dense_taps[source]}
-                sparse_taps = sparse_taps | {site.reads: walk.sparse_taps[source]}
+                dense_taps[site.reads] = walk.dense_taps[source]
+                sparse_taps[site.reads] = walk.sparse_taps[source]
             weights = {n: p.weight.detach() for n, p in block.pieces.items()}
             parts[site.key] = (site, method.fit(site, Acts(dense_taps, sparse_taps, rows, weights), sparsity))
         walk.attach(index, parts, method)
@@ -176,7 +177,9 @@ class _Walk:
         self.tokens = windows.tokens.to(device)
         batch, length = self.tokens.shape
         if not 0 <= windows.prompt < length:
-            raise UserError(f"prompt of {windows.prompt} in windows of {length} tokens", "use a prompt shorter than the window")
+            raise UserError(
+                f"prompt of {windows.prompt} in windows of {length} tokens", "use a prompt shorter than the window"
+            )
         self.rows = runtime.rows_of((batch, length), None, 0, windows.prompt, device)
         inputs: list[Tensor] = []
         handles = [layer.register_forward_pre_hook(self._capture(inputs), with_kwargs=True) for layer in self.layers]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,14 +28,18 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="zoo name, local folder or hub id")]
-Methods = Annotated[list[str] | None, typer.Option("--method", "-m", help="a method of `moyu methods`; may be repeated")]
+Methods = Annotated[
+    list[str] | None, typer.Option("--method", "-m", help="a method of `moyu methods`; may be repeated")
+]
 Sparsity = Annotated[float | None, typer.Option(help="fraction of units to skip, in [0, 1)")]
 Bytes = Annotated[float | None, typer.Option(help="byte fraction to reach instead, in (0, 1]")]
 Knobs = Annotated[list[str] | None, typer.Option("--knob", help="a method's knob, NAME=VALUE; may be repeated")]
 Text = Annotated[Path | None, typer.Option(help="text to calibrate on (first half) and test on (second half)")]
 Prompt = Annotated[str | None, typer.Option(help="text to generate after")]
 Window = Annotated[int, typer.Option(help="tokens of a window")]
-Boundary = Annotated[int, typer.Option("--prompt-tokens", help="P: positions before it are dense, the rest sparse and scored")]
+Boundary = Annotated[
+    int, typer.Option("--prompt-tokens", help="P: positions before it are dense, the rest sparse and scored")
+]
 Bias = Annotated[bool, typer.Option(help="add the closed-form bias correction")]
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
 BackendName = Annotated[str, typer.Option("--backend", help="auto, reference, cpu or gpu")]
@@ -84,7 +88,13 @@ def _progress() -> Iterator[Stage]:
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, Any] = {}
 
@@ -104,12 +114,14 @@ def _print(rows: list[Record], as_json: bool) -> None:
     from rich.console import Console
 
     from moyu.reporting import tables
-    from moyu.reporting.summary import notes
+    from moyu.reporting.summary import notes, warnings
 
     wide = 140 if not sys.stdout.isatty() else None
     console = Console(width=wide, soft_wrap=False)
     for table in tables(rows):
         console.print(table)
+    for warning in warnings(rows):
+        console.print(f"! {warning}", markup=False, highlight=False)
     for subject, note in notes(rows):
         console.print(f"! {subject}: {note}", markup=False, highlight=False)
 
@@ -127,7 +139,9 @@ def run(
     window: Window = 256,
     prompt_tokens: Boundary = 128,
     bias: Bias = False,
-    shape: Annotated[str, typer.Option(help="random-weight shape to time as well; `none` for no such timing")] = "llama-3.2-1b",
+    shape: Annotated[
+        str, typer.Option(help="random-weight shape to time as well; `none` for no such timing")
+    ] = "llama-3.2-1b",
     shape_layers: Annotated[int, typer.Option(help="layers of that shape")] = 8,
     backend: BackendName = "auto",
     seed: Seed = 0,
@@ -143,7 +157,13 @@ def run(
     pipeline.check_shape(shape)
     with _progress() as stage:
         rows = pipeline.run(
-            model, settings, out, shape=None if shape == "none" else shape, shape_layers=shape_layers, stage=stage
+            model,
+            settings,
+            out,
+            shape=None if shape == "none" else shape,
+            shape_layers=shape_layers,
+            command=shlex.join(["moyu", *sys.argv[1:]]),
+            stage=stage,
         )
     _print(rows, as_json)
     if not as_json:
@@ -214,7 +234,9 @@ def profile(
     for layer in result.layers:
         mean, high = float(layer.needed.mean()), float(layer.needed.quantile(0.95))
         zero = f", {layer.exact_zero_share:.0%} exactly zero" if layer.exact_zero_share > 0.001 else ""
-        print(f"layer {layer.layer:3d}: {mean:.0%} of {layer.neurons} neurons needed for CETT 0.2 (95th percentile {high:.0%}){zero}")
+        print(
+            f"layer {layer.layer:3d}: {mean:.0%} of {layer.neurons} neurons needed for CETT 0.2 (95th percentile {high:.0%}){zero}"
+        )
     print(f"profile  {out}")
 
 
@@ -224,10 +246,14 @@ def calibrate(
     method: Methods = None,
     sparsity: Sparsity = None,
     bytes_: Annotated[float | None, typer.Option("--bytes", help="byte fraction to reach instead, in (0, 1]")] = None,
-    max_ppl_increase: Annotated[str | None, typer.Option(help="skip as much as this rise of perplexity allows, e.g. 1%")] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(help="skip as much as this rise of perplexity allows, e.g. 1%")
+    ] = None,
     knob: Knobs = None,
     text: Text = None,
-    profile: Annotated[Path | None, typer.Option(help="a folder that `moyu profile` wrote: calibrate on its windows")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="a folder that `moyu profile` wrote: calibrate on its windows")
+    ] = None,
     out: Out = RUNS / "plans",
     window: Window = 256,
     prompt_tokens: Boundary = 128,
@@ -238,7 +264,9 @@ def calibrate(
     """Make plans: one folder a method."""
     from moyu import pipeline
 
-    settings = _settings(method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, seed=seed)
+    settings = _settings(
+        method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, seed=seed
+    )
     budget = None if max_ppl_increase is None else pipeline.parse_share(max_ppl_increase)
     pipeline.check_writable(out)
     rows = []
@@ -272,7 +300,7 @@ def generate(
 
     if new_tokens < 1:
         raise UserError(f"--new-tokens must be at least 1, not {new_tokens}", "64 is the default")
-    row, text = pipeline.generate_command(model, plan, prompt, new_tokens, backend)
+    row, text = pipeline.generate_command(model, plan, prompt, new_tokens, backend)  # pyright: ignore
     if as_json and row is not None:
         print(row.model_dump_json())
     elif as_json:
@@ -300,7 +328,9 @@ def evaluate(
     from moyu import pipeline
     from moyu.plan import Plan
 
-    settings = _settings(method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, seed=seed)
+    settings = _settings(
+        method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, seed=seed
+    )
     loaded = [Plan.load(p) for p in plan or []]
     with _progress() as stage:
         context = pipeline.Context.open(model, settings, stage)
@@ -339,7 +369,14 @@ def bench(
             names = method or ["cats", "teal", "griffin", "popularity"]
             targets = {n: settings.target() for n in names}
             rows = pipeline.bench_shape(
-                shape, targets, layers=layers, tokens=tokens, rounds=rounds, backend=settings.backend, seed=seed, stage=stage
+                shape,
+                targets,
+                layers=layers,
+                tokens=tokens,
+                rounds=rounds,
+                backend=settings.backend,
+                seed=seed,
+                stage=stage,
             )
         else:
             context = pipeline.Context.open(model or "", settings, stage)
@@ -420,7 +457,6 @@ def zoo_train(
 
 def main() -> None:
     """The `moyu` command: a user's mistake is one line and exit code 2, Ctrl-C is 130."""
-    warnings.filterwarnings("ignore", module="transformers")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

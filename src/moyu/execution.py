@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moyu import kernels, runtime, selection, surgery
-from moyu.methods.base import Method, Rows, Site, SiteParams, Tap
+from moyu.methods.base import NOTHING, Method, Rows, Site, SiteParams, Tap
 from moyu.surgery import Block, Experts, Piece
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ class SiteState:
         self.site, self.params, self.method = site, params, method
         self.static_mask: Tensor | None = None
 
-    def decide(self, x: Tensor | None, rows: Rows, state: Pass) -> Tensor:
+    def decide(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
         """The method's own mask of these rows, (N, n) bool before dense rows are freed."""
         site, params, method = self.site, self.params, self.method
         if method.granularity == "static":
             if self.static_mask is None:
-                self.static_mask = self._expand(method.score(None, rows.take(rows.seq[:1] * 0), site, params, {}))
+                self.static_mask = self._expand(method.score(NOTHING, rows.take(rows.seq[:1] * 0), site, params, {}))
             return self.static_mask.expand(len(rows.seq), -1)
         if method.granularity == "sequence":
             frozen = state.memory.masks.get(site.key)
@@ -46,7 +46,7 @@ class SiteState:
                     width = site.units if params.blocks is None else len(params.blocks)
                     frozen = torch.ones(rows.slots, width, dtype=torch.bool, device=rows.seq.device)
                 else:
-                    frozen = self._expand(method.score(None, slots, site, params, memory))
+                    frozen = self._expand(method.score(NOTHING, slots, site, params, memory))
                 state.memory.masks[site.key] = frozen
             return frozen[rows.seq]
         return self._expand(method.score(x, rows, site, params, {}))
@@ -76,7 +76,9 @@ class _Executor:
         """Replace the sites (calibration fits them one after another)."""
         self.states = states
 
-    def site(self, *, reads: Tap | None = None, skips: str | None = None, linear: str | None = None) -> SiteState | None:
+    def site(
+        self, *, reads: Tap | None = None, skips: str | None = None, linear: str | None = None
+    ) -> SiteState | None:
         """The site of this block that fits, if any."""
         for state in self.states:
             site = state.site
@@ -95,9 +97,7 @@ class _Executor:
         if (self.block.layer, tap) in self.lookahead:
             state.taps[self.block.layer, tap] = x
 
-    def choose(
-        self, site: SiteState, x: Tensor | None, rows: Rows, state: Pass, oracle: Callable[[], Tensor]
-    ) -> Tensor:
+    def choose(self, site: SiteState, x: Tensor, rows: Rows, state: Pass, oracle: Callable[[], Tensor]) -> Tensor:
         """The mask (N, n) of a site: the method's, or what a chooser makes of it; dense rows keep everything."""
         if site.site.source_layer != site.site.layer:
             x = state.taps[site.site.source_layer, site.site.reads]
@@ -181,7 +181,9 @@ class FfnCall(_Executor):
     def attach(self, states: list[SiteState]) -> None:
         """Keep the sites of the network."""
         taps = ("gate", "up", "mid", "mlp_in")
-        self.states = [s for s in states if s.site.skips != "heads" and (s.site.reads in taps or s.site.skips == "neurons")]
+        self.states = [
+            s for s in states if s.site.skips != "heads" and (s.site.reads in taps or s.site.skips == "neurons")
+        ]
 
     def bind(self) -> None:
         """Keep the host's forward, for calls in which nothing is skipped."""
@@ -258,7 +260,7 @@ class FfnCall(_Executor):
             return gated.abs() * (column_norms(down) if norms is None else norms)
 
         if neurons is not None and state.skipping:
-            given = x if neurons.site.reads == "mlp_in" else None
+            given = x if neurons.site.reads == "mlp_in" else NOTHING
             return self._neurons(x, None, neurons, self.choose(neurons, given, rows, state, hindsight), rows)
         mask, decided = None, None
         if gate is not None and gate_first is not None:
@@ -366,7 +368,9 @@ class AttentionLinear(_Executor):
         heads = self.heads
         assert heads is not None
         if self.name in ("q", "qkv"):
-            state.masks[heads.site.key] = self.choose(heads, x, rows, state, lambda: x.new_zeros(len(x), heads.site.units))
+            state.masks[heads.site.key] = self.choose(
+                heads, x, rows, state, lambda: x.new_zeros(len(x), heads.site.units)
+            )
         mask = state.masks[heads.site.key]
         wide = mask.repeat_interleave(self.piece.weight.shape[0 if self.name == "q" else 1] // heads.site.units, dim=1)
         if self.name == "o":

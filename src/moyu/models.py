@@ -18,7 +18,6 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-
 from transformers.utils import logging
 
 from moyu import zoo
@@ -54,13 +53,17 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None =
     if not embedded and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
         near = difflib.get_close_matches(name, zoo.names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"no model {name!r}", f"{hint}give a zoo name ({', '.join(zoo.names())}), a local folder or a hub id")
+        raise UserError(
+            f"no model {name!r}", f"{hint}give a zoo name ({', '.join(zoo.names())}), a local folder or a hub id"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load {name!r}: {line}", "check the folder or the hub id, and that this machine reaches the hub") from error
+        raise UserError(
+            f"cannot load {name!r}: {line}", "check the folder or the hub id, and that this machine reaches the hub"
+        ) from error
     return Loaded(name, model.eval(), tokenizer, revision, embedded)
 
 
@@ -100,7 +103,9 @@ SHAPES = {
 }  # fmt: skip
 
 
-def random_model(shape: str, *, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PreTrainedModel:
+def random_model(
+    shape: str, *, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> PreTrainedModel:
     """A random-weight model with the widths of `shape`; `layers` cuts its depth. Raises UserError for an unknown shape."""
     if shape not in SHAPES:
         near = difflib.get_close_matches(shape, SHAPES, n=3, cutoff=0.2) or SHAPES
@@ -112,7 +117,7 @@ def random_model(shape: str, *, layers: int | None = None, dtype: torch.dtype = 
             config.layer_types = config.layer_types[: config.num_hidden_layers]
     kind = Qwen2ForCausalLM if isinstance(config, Qwen2Config) else LlamaForCausalLM
     with torch.device("meta"):
-        model = kind(config).to(dtype)
+        model: PreTrainedModel = kind(config).to(dtype)  # pyright: ignore
     model = model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     # One block of normal numbers, read from a different offset for each tensor: drawing billions of them takes minutes.

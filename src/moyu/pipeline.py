@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from moyu import accounting, kernels, methods, models, records, surgery, text
-from moyu.applied import Applied, Backend
+from moyu.applied import Applied
 from moyu.benchmark import Comparison, Timing, compare
 from moyu.calibration import Windows, calibrate, solve_bytes
 from moyu.errors import UserError
 from moyu.evaluation import Quality, evaluate
+from moyu.kernels import Backend
 from moyu.methods.base import Method
 from moyu.models import Loaded
 from moyu.plan import Plan
@@ -29,7 +30,6 @@ from moyu.surgery import Anatomy
 
 DEFAULT_METHODS = ("cett", "cats", "teal", "griffin", "tda", "popularity")
 DEFAULT_SPARSITY = 0.5
-KL_WARNING = 0.5  # nats a token; above it the model is no longer itself
 PROMPT_TEXT = "def read_config(path):\n"
 
 Stage = Callable[[str, int, int], None]  # (name of the stage, done, all)
@@ -143,7 +143,9 @@ class Context:
         skippable = accounting.skippable_bytes(self.loaded.model, self.anatomy, sites)
         return solve_bytes(skippable, total, 0, self.settings.bytes)
 
-    def plan(self, name: str, sparsity: float | None = None, progress: Callable[[int, int], None] | None = None) -> Plan:
+    def plan(
+        self, name: str, sparsity: float | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> Plan:
         """Calibrate one method."""
         method = self.method(name)
         return calibrate(
@@ -198,10 +200,7 @@ def of_plan(plan: Plan) -> dict[str, Any]:
 def quality_record(context: Context, plan: Plan, quality: Quality) -> Record:
     """One row of the quality table."""
     bits = None if quality.text_bytes is None else 1 / (torch.log(torch.tensor(2.0)).item() * quality.text_bytes)
-    notes = []
     kl = float(quality.method.kl.mean())
-    if kl > KL_WARNING:
-        notes.append(f"KL {kl:.2f} nats a token: the model is no longer itself")
     extra: dict[str, Any] = {}
     for kind in ("random", "oracle"):
         scores = getattr(quality, kind)
@@ -225,7 +224,6 @@ def quality_record(context: Context, plan: Plan, quality: Quality) -> Record:
         floor=quality.floor,
         compensation=context.settings.bias,
         target_byte_fraction=context.settings.bytes,
-        notes=notes,
         **extra,
     )
 
@@ -267,16 +265,19 @@ def profile_record(context: Context, result: Profile) -> Record:
 
 
 def speed_records(
-    comparison: Comparison, plans: Mapping[str, Plan], base: Mapping[str, Any], *, context_name: str, layers: int, backend: str
+    comparison: Comparison,
+    plans: Mapping[str, Plan],
+    base: Mapping[str, Any],
+    *,
+    context_name: str,
+    layers: int,
+    backend: str,
 ) -> list[Record]:
     """A row a variant."""
     dense, out = comparison.dense, []
     variants: dict[str, Timing] = comparison.variants or {"dense": dense}
     for name, timing in variants.items():
         speedup = timing.tokens_per_second / dense.tokens_per_second
-        notes = []
-        if name != "dense" and speedup < 1:
-            notes.append("skipping is slower than dense here")
         out.append(
             records.stamp(
                 kind="speed",
@@ -302,7 +303,6 @@ def speed_records(
                 backend=backend,
                 batch=1,
                 dense_baseline="transformers eager",
-                notes=notes,
             )
         )
     return out
@@ -322,14 +322,18 @@ def generate(context: Context, plan: Plan | None, prompt: str, new_tokens: int) 
     ids: Tensor = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
     if ids.shape[1] == 0:
         raise UserError("the prompt has no token", "give some text to --prompt")
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id or 0}
+    options: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+        "pad_token_id": tokenizer.pad_token_id or 0,
+    }
     manager = contextlib.nullcontext()
     if plan is not None:
         manager = Applied(model, plan, backend=context.settings.backend, anatomy=context.anatomy)
     with manager:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # pyright: ignore[reportCallIssue]
-    fresh = out[0, ids.shape[1] :].tolist()
-    return fresh, [tokenizer.decode([t]) for t in fresh]
+    fresh: list[int] = out[0, ids.shape[1] :].tolist()
+    return fresh, [str(tokenizer.decode([t])) for t in fresh]
 
 
 def generation_record(context: Context, plan: Plan, prompt: str, dense: tuple[list[int], list[str]]) -> Record:
@@ -421,7 +425,9 @@ def bench_shape(
     return speed_records(comparison, plans, base, context_name=shape, layers=depth, backend=_backend(backend))
 
 
-def largest_sparsity(context: Context, name: str, max_increase: float, stage: Stage = quiet, steps: int = 7) -> tuple[Plan, float]:
+def largest_sparsity(
+    context: Context, name: str, max_increase: float, stage: Stage = quiet, steps: int = 7
+) -> tuple[Plan, float]:
     """The most that can be skipped while perplexity rises by at most `max_increase` (0.01 = 1 %), and the rise reached.
 
     Bisection on the sparsity target; the text it is decided on is the test half, so confirm on text of your own.
@@ -439,13 +445,21 @@ def largest_sparsity(context: Context, name: str, max_increase: float, stage: St
         stage(f"search {name}", step + 1, steps)
     if best is None:
         raise UserError(
-            f"{name} exceeds a perplexity increase of {max_increase:.1%} even at sparsity {high:.3f}", "allow a larger increase"
+            f"{name} exceeds a perplexity increase of {max_increase:.1%} even at sparsity {high:.3f}",
+            "allow a larger increase",
         )
     return best
 
 
 def run(
-    name: str, settings: Settings, out: Path, *, shape: str | None = "llama-3.2-1b", shape_layers: int = 8, stage: Stage = quiet
+    name: str,
+    settings: Settings,
+    out: Path,
+    *,
+    shape: str | None = "llama-3.2-1b",
+    shape_layers: int = 8,
+    command: str | None = None,
+    stage: Stage = quiet,
 ) -> list[Record]:
     """Everything: load, profile, calibrate, evaluate, generate, benchmark, report. Writes into `out`."""
     check_writable(out)
@@ -453,7 +467,11 @@ def run(
     names, without = context.applicable(settings.methods)
     if not names:
         raise UserError(f"none of {', '.join(settings.methods)} has anything to skip in {name!r}", "see `moyu methods`")
-    rows: list[Record] = [records.stamp(kind="environment", notes=[f"{n}: nothing to skip in this model" for n in without])]
+    rows: list[Record] = [
+        records.stamp(
+            kind="environment", command=command, notes=[f"{n}: nothing to skip in this model" for n in without]
+        )
+    ]
     stage("profile", 0, 1)
     result = context.profile()
     result.save(out / "profile")
@@ -467,7 +485,11 @@ def run(
         except UserError as error:
             if "out of reach" not in error.problem:
                 raise
-            rows.append(out_of_reach_record(context, each, accounting.floor(context.loaded.model, context.anatomy, context.method(each))))
+            rows.append(
+                out_of_reach_record(
+                    context, each, accounting.floor(context.loaded.model, context.anatomy, context.method(each))
+                )
+            )
             continue
         plans[each].save(out / "plans" / each)
     stage("calibrate", len(names), len(names))
@@ -523,7 +545,7 @@ def check_shape(shape: str) -> None:
 
 
 def parse_share(text_: str) -> float:
-    """"1%" or "0.01" as 0.01; UserError for anything that is no share above 0."""
+    """ "1%" or "0.01" as 0.01; UserError for anything that is no share above 0."""
     try:
         value = float(text_.removesuffix("%")) / (100 if text_.endswith("%") else 1)
     except ValueError:
@@ -570,6 +592,6 @@ def generate_command(
     context = Context(loaded, surgery.dissect(loaded.model), text.Split(nothing, nothing, 0), settings)
     prompt = PROMPT_TEXT if prompt is None else prompt
     if plan is None:
-        return None, prompt + loaded.tokenizer.decode(generate(context, None, prompt, new_tokens)[0])
+        return None, prompt + str(loaded.tokenizer.decode(generate(context, None, prompt, new_tokens)[0]))
     row = generation_record(context, plan, prompt, generate(context, None, prompt, new_tokens))
     return row, prompt + row.sparse_text  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -54,7 +54,7 @@ class Profile:
         edges = torch.linspace(0, length, buckets + 1).long().tolist()
         needed = torch.cat([p.needed for p in self.layers])
         positions = torch.cat([p.positions for p in self.layers])
-        inside = [(start, (positions >= start) & (positions < stop)) for start, stop in zip(edges, edges[1:], strict=False)]
+        inside = [(start, (positions >= start) & (positions < stop)) for start, stop in itertools.pairwise(edges)]
         return [(start, float(needed[chosen].mean())) for start, chosen in inside if bool(chosen.any())]
 
     def save(self, folder: Path) -> Path:
@@ -63,12 +63,16 @@ class Profile:
         for layer in self.layers:
             tensors[f"layer{layer.layer}.needed"] = layer.needed
             tensors[f"layer{layer.layer}.positions"] = layer.positions
-        tensors |= {f"quantiles/{k}": v for k, v in self.quantiles.items()} | {f"norms/{k}": v for k, v in self.norms.items()}
+        tensors |= {f"quantiles/{k}": v for k, v in self.quantiles.items()} | {
+            f"norms/{k}": v for k, v in self.norms.items()
+        }
         payload = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
         header = {
             "prompt": self.windows.prompt,
             "source": dict(self.windows.source),
-            "layers": [{"layer": p.layer, "neurons": p.neurons, "exact_zero_share": p.exact_zero_share} for p in self.layers],
+            "layers": [
+                {"layer": p.layer, "neurons": p.neurons, "exact_zero_share": p.exact_zero_share} for p in self.layers
+            ],
             "tensors_sha256": hashlib.sha256(payload).hexdigest(),
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +91,9 @@ class Profile:
                 raise UserError(f"{folder / 'profile.safetensors'} is truncated or not this profile's", again)
             tensors = safetensors.torch.load(payload)
             layers = [
-                LayerProfile(**p, needed=tensors[f"layer{p['layer']}.needed"], positions=tensors[f"layer{p['layer']}.positions"])
+                LayerProfile(
+                    **p, needed=tensors[f"layer{p['layer']}.needed"], positions=tensors[f"layer{p['layer']}.positions"]
+                )
                 for p in header["layers"]
             ]
             windows = Windows(tensors["tokens"], header["prompt"], header["source"])
@@ -97,7 +103,10 @@ class Profile:
             raise
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder / 'profile.json'} is truncated or not a profile", again) from error
-        named = {kind: {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(kind)} for kind in ("quantiles", "norms")}
+        named = {
+            kind: {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(kind)}
+            for kind in ("quantiles", "norms")
+        }
         return cls(windows, layers, **named)
 
 
@@ -159,7 +168,11 @@ def profile(
     anatomy = anatomy or surgery.dissect(model)
     sketch = _Sketch({b.layer: b for b in anatomy.blocks if b.has_ffn}, tokens)
     some = windows.tokens[:8]
-    with Applied(model, None, anatomy=anatomy) as applied, applied.prompt(some.shape[1]), applied.watched(observer=sketch):
+    with (
+        Applied(model, None, anatomy=anatomy) as applied,
+        applied.prompt(some.shape[1]),
+        applied.watched(observer=sketch),
+    ):
         model(input_ids=some, use_cache=False)
     if progress:
         progress(1, 1)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 # Rows up to which the skipping kernels are used; above it the same masks run as dense products.
 MAX_SKIPPING_ROWS = 8
 
-_pass: ContextVar[Mapping[int, Pass]] = ContextVar("moyu_pass", default={})
-_prompt: ContextVar[Mapping[int, int]] = ContextVar("moyu_prompt", default={})
+_pass: ContextVar[Mapping[int, Pass]] = ContextVar("moyu_pass", default=MappingProxyType({}))
+_prompt: ContextVar[Mapping[int, int]] = ContextVar("moyu_prompt", default=MappingProxyType({}))
 
 
 class Observer(Protocol):

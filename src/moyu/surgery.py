@@ -150,10 +150,13 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     depth = text_config(model).num_hidden_layers
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
-        raise UserError(f"{type(model).__name__} has no list of {depth} decoder layers", "is it a causal LM of transformers?")
+        raise UserError(
+            f"{type(model).__name__} has no list of {depth} decoder layers", "is it a causal LM of transformers?"
+        )
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
+@torch.no_grad()
 def dissect(model: nn.Module) -> Anatomy:
     """Find and prove every block of a causal LM. Runs the model once on a few tokens.
 
@@ -328,7 +331,10 @@ def _prove_experts(experts: Experts, calls: list[_Call]) -> str | None:
     hidden, index, weights = call.inputs[:3]
     for name in kernels.ACTIVATIONS:
         act = kernels.activation(name)
-        if _close(call.y, run_experts(experts.blocks, hidden, index, weights, lambda b, x, rows, act=act: plain_ffn(b, x, act))):
+        if _close(
+            call.y,
+            run_experts(experts.blocks, hidden, index, weights, lambda b, x, rows, act=act: plain_ffn(b, x, act)),
+        ):
             for block in experts.blocks:
                 block.act = name
             return None

@@ -42,7 +42,9 @@ def windows_for(
     """
     limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise UserError(f"windows of {length} tokens, but {loaded.name!r} reads at most {limit}", f"use --window {limit}")
+        raise UserError(
+            f"windows of {length} tokens, but {loaded.name!r} reads at most {limit}", f"use --window {limit}"
+        )
     if file is None:
         return _from_corpus(loaded, length, prompt, calibration, test, seed)
     text = read_text(file)
@@ -58,7 +60,9 @@ def read_text(file: Path) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read text {str(file)!r} ({error.strerror})", "give a readable text file to --text") from error
+        raise UserError(
+            f"cannot read text {str(file)!r} ({error.strerror})", "give a readable text file to --text"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{str(file)!r} is not UTF-8 text", "convert it, or give another file to --text") from error
     if not text.strip():
@@ -92,7 +96,8 @@ def _windows(
         rows += [([] if bos is None else [bos]) + ids[i : i + step] for i in range(0, len(ids) - step + 1, step)]
     if not rows:
         raise UserError(
-            f"the text has {total} tokens, fewer than one window of {length}", "give a longer text, or a smaller --window"
+            f"the text has {total} tokens, fewer than one window of {length}",
+            "give a longer text, or a smaller --window",
         )
     random.Random(seed).shuffle(rows)
     return Windows(torch.tensor(rows[:count]), prompt, source)

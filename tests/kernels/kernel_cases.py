@@ -58,7 +58,7 @@ class Neurons:
 
 def make_neurons(n, d, f, d_out=None, dtype=torch.float32, form="gated", act="silu", layout="neuron_major",
                  density=0.4, biases=True, seed=0) -> Neurons:  # fmt: skip
-    """A random case. density 0 and 1 are exact; layout: neuron_major, separate, or padded (a stride of its own each)."""
+    """A random case. density 0 and 1 are exact; layout: neuron_major, separate, or padded (rows longer than d)."""
     generator = torch.Generator().manual_seed(seed)
     d_out = d if d_out is None else d_out
 

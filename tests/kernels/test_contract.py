@@ -107,7 +107,7 @@ def test_bad_rows_and_columns_raise(backend):
         kernels.columns(x, by_input, rows_mask)
     with pytest.raises(ValueError, match="columns: bias has shape"):
         kernels.columns(x, by_input, columns_mask, bias=torch.ones(8))
-    with pytest.raises(TypeError, match="rows: bias is torch.float64"):
+    with pytest.raises(TypeError, match=r"rows: bias is torch\.float64"):
         kernels.rows(x, weight, bias=torch.ones(5, dtype=torch.float64))
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from reporting.sample import METHODS, environment, full, generation, make, profile, quality, speed
 
 from moyu.errors import UserError
 from moyu.reporting import render, tables, write_report
 from moyu.reporting.summary import headline, warnings
+from reporting.sample import METHODS, environment, full, generation, make, profile, quality, speed
 
 SECTIONS = ["summary", "quality", "speed", "over-activation", "generations", "kernels", "studies", "coverage"]
 ALWAYS = ["environment", "reproduce", "glossary"]
@@ -136,9 +136,13 @@ def test_differences_are_marked_from_the_first_one_on():
 def test_the_headline_claims_what_the_records_hold():
     first, *rest = headline([*(quality(m) for m in METHODS), *(speed(m) for m in METHODS)])
     assert "Of 6 plans on swiglu, cett" in first and "0.69" in first and "simulated" in first
-    assert rest == [
-        "Measured on swiglu: cett decodes at 0.76× the speed of dense, which is slower; its limit by bytes is 1.46×."
-    ]
+    (told,) = rest
+    assert (
+        "Measured on swiglu: cett with 49.7% of its units skipped decodes at 0.76× the speed of dense, which is slower"
+        in told
+    )
+    faster = speed(METHODS[0], plan="other", realized_sparsity=0.8, tok_s=344.0, speedup=2.0)
+    assert "0.76×" in headline([quality(), speed(), faster])[1]  # not a speed at another sparsity than the quality's
     assert "no method here saves bytes and stays below" in headline([quality(METHODS[5])])[0]
     assert "with random weights" in headline([speed(shape=True)])[0]
     free = quality(method="oracle", family="reference", byte_fraction=0.3)
@@ -147,11 +151,13 @@ def test_the_headline_claims_what_the_records_hold():
 
 def test_warnings_name_what_must_be_known():
     said = " ".join(warnings([*full(), quality(METHODS[1], kl=0.99)]))
-    assert "popularity, cats: KL above 0.5" in said
-    assert "cats: no better than its matched random" in said
+    assert "popularity, cats at 51.2% on swiglu: KL above 0.5" in said
+    assert "cats at 51.2% on swiglu: no better than its matched random" in said
     assert "swiglu reads 46 MB a token" in said and "skipping is slower than dense" in said
     fast = speed(METHODS[0], tok_s=1000.0, speedup=1000 / 172, ceiling_share=1.2)
     assert "faster than its bytes allow" in " ".join(warnings([fast]))
+    assert "so the rest is not from skipping" in headline([fast])[0]
+    assert "noisy" in " ".join(warnings([speed(p80=1.0)]))
     assert "from a cache" in " ".join(warnings([fast]))
     assert warnings([quality()]) == []
     assert "more than one state" in warnings([quality(), quality(commit=None)])[0]

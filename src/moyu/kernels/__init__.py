@@ -1,11 +1,12 @@
 """Kernels that read only the weights that a mask keeps: whole neurons, rows, or columns.
 
-The three are ``torch.library`` operators (``torch.ops.moyu.neurons``, ``rows``, ``columns``) with fake implementations and
-these thin functions in front. Any number of rows N is correct; speed is for small decode batches: all rows that keep a
-piece of weight use it while it is in the cache, so it is read once (once per 32 rows in the ``cpu`` back end).
+The three are ``torch.library`` operators (``torch.ops.moyu.neurons``, ``rows``, ``columns``) with fake implementations,
+and these thin functions are in front. Any number of rows N is correct; speed is for small decode batches: all rows that
+keep a piece of weight use it while it is in the cache, so it is read once (once per 32 rows in the ``cpu`` back end).
 
-Back ends: ``reference`` (plain torch, defines the meaning) and ``cpu`` (C++). ``use("cpu")`` insists on one, ``auto`` takes
-``cpu`` for CPU tensors of a dtype it has where the extension is built, else ``reference``; ``describe()`` says which.
+Back ends: ``reference`` (plain torch, defines the meaning) and ``cpu`` (C++). ``use("cpu")`` insists on one, ``auto``
+takes ``cpu`` for CPU tensors of a dtype it has where the extension is built, else ``reference``; ``describe()`` says
+which.
 """
 
 import contextlib
@@ -77,8 +78,8 @@ def neurons(
         x: (N, d).
         gate: (f, d) or None, ``stride(1) == 1``, any row stride.
         up: (f, d) or None, ``stride(1) == 1``, any row stride.
-        down: (d_out, f), ``stride(0) == 1``, any column stride. Fastest is the layout ``neuron_major``: gate, up and down
-            are views of one storage (f, k, d), so that what a neuron needs is side by side.
+        down: (d_out, f), ``stride(0) == 1``, any column stride. Fastest is the layout ``neuron_major``: gate, up and
+            down are views of one storage (f, k, d), so that what a neuron needs is side by side.
         mask: (N, f) bool, True = computed. The weights of neurons that no row keeps are not read.
         act: a name in ``ACTIVATIONS``.
         gate_bias, up_bias: (f,) or None.
@@ -114,7 +115,7 @@ def rows(x: Tensor, weight: Tensor, mask: Tensor | None = None, *, bias: Tensor 
 
 
 def columns(x: Tensor, weight: Tensor, mask: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """``sum over kept i of x_i * weight[:, i] + bias``: the inputs that the mask skips count as 0, their columns are not read.
+    """``sum over kept i of x_i * weight[:, i] + bias``: skipped inputs count as 0, their columns are not read.
 
     Args:
         x: (N, n).
@@ -137,7 +138,7 @@ def available() -> dict[str, str | None]:
 
 
 def require(backend: Backend) -> None:
-    """Raise ValueError for an unknown name, RuntimeError with reason and remedy for a back end that cannot be used here."""
+    """Raise ValueError for an unknown name, RuntimeError with the remedy for a back end that cannot be used here."""
     if backend == "auto":
         return
     reasons = available()
@@ -150,7 +151,7 @@ def require(backend: Backend) -> None:
 
 @contextlib.contextmanager
 def use(backend: Backend) -> Iterator[None]:
-    """Run the kernels inside on this back end. Holds for the present thread (or task) only; a new thread starts on auto.
+    """Run the kernels inside on this back end. Holds for this thread (or task) only; a new thread starts on auto.
 
     Raises what ``require`` raises; calls inside raise RuntimeError for tensors that the back end cannot serve.
     """
@@ -184,7 +185,7 @@ class ByteCounter:
 
 @contextlib.contextmanager
 def count_bytes() -> Iterator[ByteCounter]:
-    """Count what the kernels inside read, as added up by the back end itself; of this thread only. The innermost counts."""
+    """Count what the kernels inside read, as the back end itself adds it up; this thread only. The innermost counts."""
     counter = ByteCounter()
     token = _counter.set(counter)
     try:

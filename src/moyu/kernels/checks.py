@@ -1,4 +1,4 @@
-"""What every kernel call must satisfy, in one place and before any pointer is taken. Written for speed: a few µs a call."""
+"""What every kernel call must satisfy, in one place and before any pointer is taken; a few µs a call."""
 
 import difflib
 from collections.abc import Callable

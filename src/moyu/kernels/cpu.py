@@ -12,7 +12,7 @@ from torch import Tensor
 
 _REMEDY = "install moyu where there is a C++17 compiler (g++ or clang), or run `make setup` in a checkout"
 try:
-    from . import _cpu
+    from . import _cpu  # pyright: ignore[reportAttributeAccessIssue]
 
     _why_not: str | None = None
 except (ImportError, RuntimeError) as error:  # not built, built for another Python, or an instruction set not to be had

@@ -1,6 +1,6 @@
 """The kernels in plain torch: any device, any floating dtype. This file defines what the other back ends compute.
 
-Skipped pieces do not contribute even where they hold NaN or infinities. Sums are taken in float32, in float64 for float64.
+Skipped pieces do not contribute even where they hold NaN or infinities. Sums are taken in float32 (float64 for float64).
 Each function returns its output and the bytes of weights and biases that it read.
 """
 
@@ -124,7 +124,7 @@ def columns(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> tup
 def _weighted_sum(value: Tensor, mask: Tensor, pieces: Tensor) -> Tensor:
     """sum over the kept k of value[:, k] * pieces[:, k]; value and mask (N, k), pieces (m, k) -> (N, m)."""
     y = torch.where(mask, value, 0.0) @ pieces.T
-    # A piece that one row skips and another keeps is in the product as 0 * w: nothing for a finite w, NaN for any other.
+    # A piece that one row skips and another keeps is in the product as 0 * w: nothing for a finite w, else NaN.
     # Such rows are few and are done again, each with its own pieces alone.
     for row in (~torch.isfinite(y).all(1)).nonzero()[:, 0].tolist():
         own = mask[row]

@@ -27,6 +27,7 @@ Skips = Literal["columns", "rows", "neurons", "heads"]
 Family = Literal["threshold", "router_off_loop", "router_in_loop", "sequence", "static", "reference", "own"]
 Granularity = Literal["token", "sequence", "static"]
 Memory = Mapping[str, Tensor]  # one site's sequence memory; every tensor is (B, ...)
+NOTHING = torch.empty(0)  # stands for an activation that a score does not look at
 TAPS: tuple[Tap, ...] = ("attn_in", "heads", "mlp_in", "gate", "up", "mid")
 
 
@@ -131,8 +132,8 @@ class Method(ABC):
         """The masks this method puts on a block; empty where the block has not what it needs."""
 
     @abstractmethod
-    def score(self, x: Tensor | None, rows: Rows, site: Site, params: SiteParams, memory: Memory) -> Tensor:
-        """Rank the units: (N, n) -> (N, units); row-wise, causal; larger is kept. `x` is None where only memory speaks."""
+    def score(self, x: Tensor, rows: Rows, site: Site, params: SiteParams, memory: Memory) -> Tensor:
+        """Rank the units: (N, n) -> (N, units); row-wise, causal; larger is kept. `x` is NOTHING where only memory speaks."""
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
         """Buffers that `score` needs, from weights and calibration activations."""
@@ -150,7 +151,7 @@ class Method(ABC):
         """The scores of the calibration rows that a deployed mask would be decided from."""
         if self.granularity == "sequence":
             memory = self.update({}, acts.sparse[site.reads], acts.rows, site, params)
-            return self.score(None, Rows.one_each(acts.rows.slots, acts.rows.seq.device), site, params, memory)
+            return self.score(NOTHING, Rows.one_each(acts.rows.slots, acts.rows.seq.device), site, params, memory)
         rows = acts.rows.take((acts.rows.sparse & acts.rows.valid).nonzero().squeeze(1))
         x = acts.sparse[site.reads][acts.rows.sparse & acts.rows.valid]
         return self.score(x, rows, site, params, {})

@@ -78,7 +78,8 @@ def quality(rows: Sequence[Quality], palette: Colours) -> Figure | None:
             5.5,
             f"{label(r)}: KL {number(r.kl)} at {fixed(_bytes(r))}",
         )
-    for r in rows:
+    first = {label(r): r for r in sorted(rows, key=_bytes, reverse=True)}  # a sweep is labelled once, at its left end
+    for r in first.values():
         canvas.label(x(_bytes(r)), y(r.kl or 0.0), label(r))
     return Figure(
         "Quality against bytes read",

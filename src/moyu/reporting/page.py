@@ -103,8 +103,10 @@ def _there(candidates: Sequence[Figure | None]) -> list[Figure]:
 
 def _span(dates: Sequence[str]) -> str:
     first, last = min(dates), max(dates)
-    shown = [f"{d[:10]} {d[11:16]}" for d in (first, last)]
-    return f"{shown[0]} UTC" if shown[0] == shown[1] else f"{shown[0]} to {shown[1]} UTC"
+    day, end, start, stop = first[:10], last[:10], first[11:16], last[11:16]
+    if day != end:
+        return f"{day} {start} to {end} {stop} UTC"
+    return f"{day} {start} UTC" if start == stop else f"{day} {start} to {stop} UTC"
 
 
 def _prompts(rows: Sequence[Generation]) -> list[tuple[str, str, list[tuple[Generation, Markup, Markup]]]]:

@@ -30,7 +30,7 @@ inline float widen(BF16 value) { return from_bits(static_cast<uint32_t>(value.bi
 inline float widen(F16 value) {
     const uint32_t sign = (value.bits & 0x8000u) << 16, rest = value.bits & 0x7fffu;
     if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));  // infinity, NaN
-    if (rest < 0x0400u) {                                                                 // zero, subnormal: rest * 2^-24
+    if (rest < 0x0400u) {                                                  // zero and subnormal: rest * 2^-24
         const float magnitude = static_cast<float>(rest) * 5.9604644775390625e-8f;
         return sign ? -magnitude : magnitude;
     }

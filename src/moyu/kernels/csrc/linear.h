@@ -21,7 +21,7 @@ int64_t rows_block(const LinearArgs &a) {
     if (a.mask)
         for (int64_t i = 0; i < a.rows * a.q; ++i) out[i] = T{};
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.q, any, kept);
-    int64_t threads = threads_for(count * row_bytes, count, a.threads);
+    const int64_t threads = threads_for(count * row_bytes, count, a.threads);
 
     auto work = [&](int64_t thread) {
         const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
@@ -33,8 +33,8 @@ int64_t rows_block(const LinearArgs &a) {
             for (int64_t r = 0; r < a.rows; ++r) {
                 const bool all = a.mask == nullptr || a.rows == 1;
                 const int own = taken.kept_by(all ? nullptr : a.mask + r * a.mask_stride, which);
-                project(Weights<T>(taken, which, own, a.weight, a.weight_stride, a.weight, a.weight_stride, true), x, r, a.n,
-                        value);
+                const Weights<T> w(taken, which, own, a.weight, a.weight_stride, a.weight, a.weight_stride, true);
+                project(w, x, r, a.n, value);
                 for (int i = 0; i < own; ++i) {
                     const int64_t j = taken.piece[which[i]];
                     narrow(value[i] + bias_at<T>(a.bias, j), out[r * a.q + j]);
@@ -44,7 +44,6 @@ int64_t rows_block(const LinearArgs &a) {
         }
         bytes[thread] = read;
     };
-    if (threads < 1) threads = 1;
     run_parallel(threads, work);
 
     int64_t total = 0;
@@ -64,7 +63,7 @@ int64_t columns_block(const LinearArgs &a) {
     int64_t *bytes = arena.take<int64_t>(a.threads);
 
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.n, any, kept);
-    int64_t threads = threads_for(count * column_bytes, count, a.threads);
+    const int64_t threads = threads_for(count * column_bytes, count, a.threads);
 
     auto work = [&](int64_t thread) {
         const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
@@ -78,14 +77,13 @@ int64_t columns_block(const LinearArgs &a) {
             for (int64_t r = 0; r < a.rows; ++r) {
                 const int own = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which);
                 for (int i = 0; i < own; ++i) value[i] = widen(*at<T>(a.x, r * a.x_stride + taken.piece[which[i]]));
-                accumulate(Weights<T>(taken, which, own, a.weight, a.weight_stride, a.weight, a.weight_stride, true), value, y,
-                           r, a.q);
+                const Weights<T> w(taken, which, own, a.weight, a.weight_stride, a.weight, a.weight_stride, true);
+                accumulate(w, value, y, r, a.q);
             }
             read += taken.count * column_bytes;
         }
         bytes[thread] = read;
     };
-    if (threads < 1) threads = 1;
     run_parallel(threads, work);
 
     int64_t total = write_sums<T>(sums, threads, a.rows, a.q, a.bias, static_cast<T *>(a.out));

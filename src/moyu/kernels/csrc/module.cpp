@@ -46,7 +46,8 @@ const Table *choose_table() {
         if (table->isa == std::string(asked)) return table;
         names += std::string(names.empty() ? "" : ", ") + table->isa;
     }
-    throw std::runtime_error("MOYU_ISA=" + std::string(asked) + " cannot be used here; unset it or set it to one of: " + names);
+    throw std::runtime_error("MOYU_ISA=" + std::string(asked) +
+                             " cannot be used here; unset it or set it to one of: " + names);
 }
 
 const Table *table = nullptr;
@@ -57,24 +58,21 @@ int64_t neurons(int dtype, int act, int64_t threads, int64_t rows, int64_t d, in
                 int64_t x_stride, uintptr_t gate, int64_t gate_stride, uintptr_t up, int64_t up_stride, uintptr_t down,
                 int64_t down_stride, uintptr_t mask, int64_t mask_stride, uintptr_t gate_bias, uintptr_t up_bias,
                 uintptr_t down_bias, uintptr_t given, int64_t given_stride, uintptr_t out) {
-    return table->neurons[dtype]({rows, d, f, d_out, threads, static_cast<Act>(act), pointer(x), x_stride, pointer(gate),
-                                  gate_stride, pointer(up), up_stride, pointer(down), down_stride,
-                                  static_cast<const uint8_t *>(pointer(mask)), mask_stride, pointer(gate_bias),
-                                  pointer(up_bias), pointer(down_bias), pointer(given), given_stride,
-                                  reinterpret_cast<void *>(out)});
-}
-
-LinearArgs linear(int64_t threads, int64_t rows, int64_t n, int64_t q, uintptr_t x, int64_t x_stride, uintptr_t weight,
-                  int64_t weight_stride, uintptr_t mask, int64_t mask_stride, uintptr_t bias, uintptr_t out) {
-    return {rows, n, q, threads, pointer(x), x_stride, pointer(weight), weight_stride,
-            static_cast<const uint8_t *>(pointer(mask)), mask_stride, pointer(bias), reinterpret_cast<void *>(out)};
+    const NeuronsArgs args = {rows, d, f, d_out, threads, static_cast<Act>(act), pointer(x), x_stride, pointer(gate),
+                              gate_stride, pointer(up), up_stride, pointer(down), down_stride,
+                              static_cast<const uint8_t *>(pointer(mask)), mask_stride, pointer(gate_bias),
+                              pointer(up_bias), pointer(down_bias), pointer(given), given_stride,
+                              reinterpret_cast<void *>(out)};
+    return table->neurons[dtype](args);
 }
 
 template <bool by_columns>
 int64_t multiply(int dtype, int64_t threads, int64_t rows, int64_t n, int64_t q, uintptr_t x, int64_t x_stride,
                  uintptr_t weight, int64_t weight_stride, uintptr_t mask, int64_t mask_stride, uintptr_t bias,
                  uintptr_t out) {
-    const LinearArgs args = linear(threads, rows, n, q, x, x_stride, weight, weight_stride, mask, mask_stride, bias, out);
+    const LinearArgs args = {rows, n, q, threads, pointer(x), x_stride, pointer(weight), weight_stride,
+                             static_cast<const uint8_t *>(pointer(mask)), mask_stride, pointer(bias),
+                             reinterpret_cast<void *>(out)};
     return by_columns ? table->columns[dtype](args) : table->rows[dtype](args);
 }
 

@@ -39,7 +39,7 @@ int64_t neurons_block(const NeuronsArgs &a) {
 
     load_rows<T>(a.x, a.x_stride, a.rows, a.d, x);
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.f, any, kept);
-    int64_t threads = threads_for(count * neuron_bytes, count, a.threads);
+    const int64_t threads = threads_for(count * neuron_bytes, count, a.threads);
 
     auto work = [&](int64_t thread) {
         const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
@@ -65,8 +65,8 @@ int64_t neurons_block(const NeuronsArgs &a) {
             }
             if (a.up)
                 for (int64_t r = 0; r < a.rows; ++r)
-                    project(Weights<T>(taken, which[r], own[r], a.up, a.up_stride, a.down, a.down_stride, false), x, r, a.d,
-                            up[r]);
+                    project(Weights<T>(taken, which[r], own[r], a.up, a.up_stride, a.down, a.down_stride, false), x, r,
+                            a.d, up[r]);
             for (int64_t r = 0; r < a.rows; ++r) {
                 float value[kTogether];
                 for (int i = 0; i < own[r]; ++i) {
@@ -87,7 +87,6 @@ int64_t neurons_block(const NeuronsArgs &a) {
         }
         bytes[thread] = read;
     };
-    if (threads < 1) threads = 1;
     run_parallel(threads, work);
 
     int64_t total = write_sums<T>(sums, threads, a.rows, a.d_out, a.down_bias, static_cast<T *>(a.out));

@@ -1,10 +1,11 @@
-// A piece is what one mask bit keeps: contiguous weights, read once for all rows of x that keep it.
-// Here: the list of kept pieces, a few pieces times a row of x (`dot`), a row plus multiples of pieces (`axpy`), the end.
+// A piece is what one mask bit keeps: contiguous weights, read once for all rows of x that keep it. Here: the list of
+// kept pieces, a few pieces times a row of x (`dot`), a row plus multiples of pieces (`axpy`), and the epilogue.
 //
-// Pieces are scattered. One core of the machine measured (Zen 5) streams 40 GB/s, but one piece after the other only 16,
-// or 22 with every line of the next piece prefetched by software: that is bound by the L1 cache's miss buffers. Four pieces
-// in lockstep give the L2 cache's own prefetcher four streams to run ahead of, and a prefetch of the first lines of the
-// next four starts it early: 36 GB/s. Two or six at a time are slower, so are more lines than two.
+// Pieces are scattered, and the machine measured (one core of a Zen 5 that streams 41 GB/s) reads one after the other at
+// 12 to 14 GB/s, or at 20 to 22 with each line of a later piece prefetched by software: no distance and no hint was
+// better, the L1 cache's miss buffers are full. Four pieces in lockstep are four streams for the L2 cache's own
+// prefetcher besides; with the software prefetch 1.5 kB ahead in each of them it is 28 to 30 GB/s. 0.5 kB ahead give 23,
+// 1 and 2 to 3 kB 26 to 28.
 #pragma once
 
 #include "kernels.h"
@@ -16,13 +17,7 @@ using moyu::NeuronsArgs;
 
 constexpr int64_t kLineBytes = 64;
 constexpr int kTogether = 4;             // pieces read in lockstep
-#ifndef PD
-#define PD 1024
-#endif
-#ifndef HINT
-#define HINT 0
-#endif
-constexpr int64_t kAheadBytes = PD;      // how far the prefetch is ahead in each of them
+constexpr int64_t kAheadBytes = 1536;    // how far the prefetch is ahead in each of them
 constexpr int64_t kRowBlock = 32;        // rows of x that are taken together; weights are read once a block
 constexpr int64_t kSerialBytes = 65536;  // less work than this is done before a second thread has woken up
 
@@ -47,14 +42,6 @@ float bias_at(const void *bias, int64_t i) {
     return bias ? widen(*at<T>(bias, i)) : 0.0f;
 }
 
-// Where element i of a row lies among the floats of x and of the sums: Vec::load2 may take even and odd elements apart.
-template <class T>
-inline int64_t place(int64_t i) {
-    if (!Vec::split<T>) return i;
-    const int64_t first = i / (2 * Vec::width) * (2 * Vec::width), rest = i - first;
-    return first + rest % 2 * Vec::width + rest / 2;
-}
-
 // The last elements of a piece, fewer than two registers or (after a longer step) more: the others are 0.
 template <class T>
 inline auto load2_rest(const T *w, int64_t count) {
@@ -76,7 +63,8 @@ void load_rows(const void *x, int64_t stride, int64_t rows, int64_t n, float *ou
 }
 
 // The pieces that at least one row keeps, ascending; null mask = all. `any` has room for `pieces` bytes.
-inline int64_t list_kept(const uint8_t *mask, int64_t stride, int64_t rows, int64_t pieces, uint8_t *any, int32_t *kept) {
+inline int64_t list_kept(const uint8_t *mask, int64_t stride, int64_t rows, int64_t pieces, uint8_t *any,
+                         int32_t *kept) {
     if (mask != nullptr && rows > 1) {
         for (int64_t i = 0; i < pieces; ++i) any[i] = mask[i];
         for (int64_t r = 1; r < rows; ++r)
@@ -91,8 +79,8 @@ inline int64_t list_kept(const uint8_t *mask, int64_t stride, int64_t rows, int6
     return count;
 }
 
-// The pieces of one step of a thread that has kept[begin .. end): the thread's part is cut into kTogether runs, a step takes
-// one piece of each, so that even where everything is kept the lockstep has that many long streams.
+// The pieces of one step of a thread that has kept[begin .. end): the thread's part is cut into kTogether runs, a step
+// takes one piece of each, so that even where everything is kept the lockstep has that many long streams.
 struct Taken {
     int64_t piece[kTogether], next[kTogether];  // what to compute, and what the following step will
     int count = 0;
@@ -131,30 +119,22 @@ struct Weights {
 template <int64_t bytes>
 inline void prefetch(const void *address) {
 #if defined(__GNUC__) || defined(__clang__)
-    for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(static_cast<const char *>(address) + i, 0, HINT);
+    for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(static_cast<const char *>(address) + i, 0, 0);
 #else
     (void)address;
 #endif
 }
 
-// Calls body(i, prefetch from) for i = 0, step, .. while a whole step fits into n; returns where it stopped.
-template <int64_t step, class T, int C, bool Ahead, class Body>
-inline int64_t stream(const Weights<T> &w, int64_t n, Body body) {
-    constexpr int64_t distance = kAheadBytes / static_cast<int64_t>(sizeof(T));
-    const int64_t own = n > distance ? n - distance : 0;  // up to here the prefetch stays inside the piece
-    const T *from[C];
-    int64_t i = 0;
-    auto run = [&](int64_t end) {
-        for (; i + step <= end; i += step)
-            body(i, [&](int c) {
-                if (Ahead) prefetch<step * sizeof(T)>(from[c] + i);
-            });
-    };
-    for (int c = 0; c < C; ++c) from[c] = w.now[c] + distance;
-    run(own);
-    for (int c = 0; c < C; ++c) from[c] = w.then[c] - own;
-    run(n);
-    return i;
+// Where the prefetch of piece c reads when the arithmetic is at element 0 of the piece: first further on in the piece,
+// for its last kAheadBytes in what comes after it.
+template <class T>
+inline int64_t inside(int64_t n) {
+    const int64_t distance = kAheadBytes / static_cast<int64_t>(sizeof(T));
+    return n > distance ? n - distance : 0;
+}
+template <class T>
+inline const T *ahead_of(const Weights<T> &w, int c, int64_t n, bool past) {
+    return past ? w.then[c] - inside<T>(n) : w.now[c] + kAheadBytes / static_cast<int64_t>(sizeof(T));
 }
 
 // out[c] = w[c] · x for C pieces in lockstep.
@@ -164,17 +144,24 @@ inline void dot_together(const Weights<T> &w, const float *x, int64_t n, float *
     typename Vec::Reg a[C][U], b[C][U];
     for (int c = 0; c < C; ++c)
         for (int u = 0; u < U; ++u) a[c][u] = b[c][u] = Vec::zero();
-    int64_t i = stream<U * 2 * W, T, C, Ahead>(w, n, [&](int64_t k, auto prefetch_piece) {
-        for (int u = 0; u < U; ++u, k += 2 * W) {
-            const auto x0 = Vec::load(x + k), x1 = Vec::load(x + k + W);
-            for (int c = 0; c < C; ++c) {
-                if (u == 0) prefetch_piece(c);
-                const auto pair = Vec::load2(w.now[c] + k);
-                a[c][u] = Vec::fma(pair.a, x0, a[c][u]);
-                b[c][u] = Vec::fma(pair.b, x1, b[c][u]);
+    const T *now[C], *from[C];
+    for (int c = 0; c < C; ++c) now[c] = w.now[c];
+    int64_t i = 0;
+    for (int past = 0; past < 2; ++past) {
+        const int64_t end = past ? n : inside<T>(n);
+        for (int c = 0; c < C; ++c) from[c] = ahead_of(w, c, n, past);
+        for (; i + U * 2 * W <= end; i += U * 2 * W)
+            for (int u = 0; u < U; ++u) {
+                const int64_t k = i + u * 2 * W;
+                const auto x0 = Vec::load(x + k), x1 = Vec::load(x + k + W);
+                for (int c = 0; c < C; ++c) {
+                    if (Ahead) prefetch<2 * W * sizeof(T)>(from[c] + k);
+                    const auto pair = Vec::load2(now[c] + k);
+                    a[c][u] = Vec::fma(pair.a, x0, a[c][u]);
+                    b[c][u] = Vec::fma(pair.b, x1, b[c][u]);
+                }
             }
-        }
-    });
+    }
     for (; i < n; i += 2 * W)
         for (int c = 0; c < C; ++c) {
             const auto pair = load2_rest(w.now[c] + i, n - i);
@@ -194,23 +181,34 @@ inline void axpy_together(const Weights<T> &w, const float *scale, float *y, int
     constexpr int W = Vec::width;
     typename Vec::Reg s[C];
     for (int c = 0; c < C; ++c) s[c] = Vec::set(scale[c]);
-    auto add = [&](int64_t i, auto load) {
+    const T *now[C], *from[C];
+    for (int c = 0; c < C; ++c) now[c] = w.now[c];
+    int64_t i = 0;
+    for (int past = 0; past < 2; ++past) {
+        const int64_t end = past ? n : inside<T>(n);
+        for (int c = 0; c < C; ++c) from[c] = ahead_of(w, c, n, past);
+        for (; i + 2 * W <= end; i += 2 * W) {
+            auto y0 = Vec::load(y + i), y1 = Vec::load(y + i + W);
+            for (int c = 0; c < C; ++c) {
+                if (Ahead) prefetch<2 * W * sizeof(T)>(from[c] + i);
+                const auto pair = Vec::load2(now[c] + i);
+                y0 = Vec::fma(pair.a, s[c], y0);
+                y1 = Vec::fma(pair.b, s[c], y1);
+            }
+            Vec::store(y + i, y0);
+            Vec::store(y + i + W, y1);
+        }
+    }
+    if (i < n) {
         auto y0 = Vec::load(y + i), y1 = Vec::load(y + i + W);
         for (int c = 0; c < C; ++c) {
-            const auto pair = load(c);
+            const auto pair = load2_rest(now[c] + i, n - i);
             y0 = Vec::fma(pair.a, s[c], y0);
             y1 = Vec::fma(pair.b, s[c], y1);
         }
         Vec::store(y + i, y0);
         Vec::store(y + i + W, y1);
-    };
-    int64_t i = stream<2 * W, T, C, Ahead>(w, n, [&](int64_t k, auto prefetch_piece) {
-        add(k, [&](int c) {
-            prefetch_piece(c);
-            return Vec::load2(w.now[c] + k);
-        });
-    });
-    if (i < n) add(i, [&](int c) { return load2_rest(w.now[c] + i, n - i); });
+    }
 }
 
 // The two for as many pieces as there are. Ahead for the first row that takes them: the others find them in the cache.
@@ -246,20 +244,29 @@ inline void accumulate(const Weights<T> &w, const float *scale, float *y, int64_
     else axpy<false>(w, scale, y + r * round_up(n), n);
 }
 
-// out = sum over threads of sums (threads, rows, padded n) + bias, always in the order of the threads. Returns bias bytes.
+// out = sum over threads of sums (threads, rows, padded n) + bias, always in the order of the threads. Returns the bytes
+// of the bias. The sums lie as Vec::load2 took the weights: where it splits, the even elements and then the odd ones.
 template <class T>
 int64_t write_sums(const float *sums, int64_t threads, int64_t rows, int64_t n, const void *bias, T *out) {
+    constexpr int W = Vec::width;
     const int64_t padded = round_up(n);
-    auto part = [&](int64_t row) {
-        const float *first = sums + row * padded;
-        for (int64_t i = 0; i < n; ++i) {
-            const int64_t k = place<T>(i);
-            float total = first[k];
-            for (int64_t t = 1; t < threads; ++t) total += first[t * rows * padded + k];
-            narrow(total + bias_at<T>(bias, i), out[row * n + i]);
+    for (int64_t row = 0; row < rows; ++row, out += n)
+        for (int64_t i = 0; i < n; i += 2 * W) {
+            const float *from = sums + row * padded + i;
+            auto a = Vec::load(from), b = Vec::load(from + W);
+            for (int64_t t = 1; t < threads; ++t) {
+                a = Vec::add(a, Vec::load(from + t * rows * padded));
+                b = Vec::add(b, Vec::load(from + t * rows * padded + W));
+            }
+            float total[2 * W];
+            Vec::store(total, a);
+            Vec::store(total + W, b);
+            const int count = n - i < 2 * W ? static_cast<int>(n - i) : 2 * W;
+            for (int k = 0; k < count; ++k) {
+                const float sum = Vec::split<T> ? total[k % 2 * W + k / 2] : total[k];
+                narrow(sum + bias_at<T>(bias, i + k), out[i + k]);
+            }
         }
-    };
-    for (int64_t row = 0; row < rows; ++row) part(row);
     return bias ? n * static_cast<int64_t>(sizeof(T)) : 0;
 }
 

@@ -25,7 +25,8 @@ struct Vec {
         return a;
     }
     static float sum(Reg a) {
-        return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) + ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
+        const float even = (a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6]);
+        return even + ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
     }
 
     static Reg load(const float *p) {
