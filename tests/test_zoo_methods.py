@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_equality import assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 
 import moyu
 from moyu import kernels, methods, models, pipeline, zoo
 from moyu.applied import Applied
 from moyu.choosers import Counter, Recorder
+from test_equality import assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -88,12 +88,16 @@ class Matched:
     def __call__(self, site: Site, mask: Tensor, rows: Rows, oracle: Callable[[], Tensor]) -> Tensor:
         """A mask with the counts of the method's."""
         table = self.counter.kept[site.key]
-        counts = torch.where(rows.sparse, table[rows.seq, rows.pos], 0)
+        sparse = rows.sparse.nonzero().squeeze(1)  # dense rows keep everything anyway, and ranking them takes time
+        chosen = rows.take(sparse)
+        counts = table[chosen.seq, chosen.pos]
         typical = int(table[table >= 0].float().mean().round())
         counts = torch.where(counts < 0, typical, counts)  # an expert that the method's own pass did not route here
         if self.kind == "oracle":
-            scores = oracle()
+            scores = oracle()[sparse]
         else:
-            still = torch.zeros_like(rows.pos)
-            scores = uniform(self.seed, site, rows.pos if self.granularity == "token" else still, mask.shape[1])
-        return selection.top_k(scores, counts)
+            each = chosen.pos if self.granularity == "token" else torch.zeros_like(chosen.pos)
+            scores = uniform(self.seed, site, each, mask.shape[1])
+        out = mask.clone()
+        out[sparse] = selection.top_k(scores, counts)
+        return out

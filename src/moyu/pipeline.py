@@ -52,8 +52,8 @@ class Settings:
     prompt: str | None = None
     window: int = 256
     boundary: int = 128
-    calibration: int = 24
-    test: int = 48
+    calibration: int = 16
+    test: int = 32
     new_tokens: int = 48
     seed: int = 0
     backend: Backend = "auto"

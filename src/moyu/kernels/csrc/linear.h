@@ -22,6 +22,7 @@ int64_t rows_block(const LinearArgs &a) {
         for (int64_t i = 0; i < a.rows * a.q; ++i) out[i] = T{};
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.q, any, kept);
     const int64_t threads = threads_for(count * row_bytes, count, a.threads);
+    const int64_t hop = Taken::hop(row_bytes);
 
     auto work = [&](int64_t thread) {
         const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
@@ -29,7 +30,7 @@ int64_t rows_block(const LinearArgs &a) {
         float value[kTogether];
         int64_t read = 0;
         for (int64_t step = 0; step < Taken::steps(begin, end); ++step) {
-            const Taken taken(kept, begin, end, step);
+            const Taken taken(kept, begin, end, step, hop);
             for (int64_t r = 0; r < a.rows; ++r) {
                 const bool all = a.mask == nullptr || a.rows == 1;
                 const int own = taken.kept_by(all ? nullptr : a.mask + r * a.mask_stride, which);
@@ -64,6 +65,7 @@ int64_t columns_block(const LinearArgs &a) {
 
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.n, any, kept);
     const int64_t threads = threads_for(count * column_bytes, count, a.threads);
+    const int64_t hop = Taken::hop(column_bytes);
 
     auto work = [&](int64_t thread) {
         const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
@@ -73,7 +75,7 @@ int64_t columns_block(const LinearArgs &a) {
         float value[kTogether];
         int64_t read = 0;
         for (int64_t step = 0; step < Taken::steps(begin, end); ++step) {
-            const Taken taken(kept, begin, end, step);
+            const Taken taken(kept, begin, end, step, hop);
             for (int64_t r = 0; r < a.rows; ++r) {
                 const int own = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which);
                 for (int i = 0; i < own; ++i) value[i] = widen(*at<T>(a.x, r * a.x_stride + taken.piece[which[i]]));

@@ -41,6 +41,19 @@ int64_t neurons_block(const NeuronsArgs &a) {
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.f, any, kept);
     const int64_t threads = threads_for(count * neuron_bytes, count, a.threads);
 
+    // The prefetch runs from gate to up to down to the next neuron's first part, in neuron_major layout a straight
+    // line. Parts shorter than its distance prefetch the same part of a later neuron instead.
+    struct Part { const void *weight; int64_t stride; };
+    const Part gate_part{a.gate, a.gate_stride}, up_part{a.up, a.up_stride}, down_part{a.down, a.down_stride};
+    const bool chained = (a.d < a.d_out ? a.d : a.d_out) * static_cast<int64_t>(sizeof(T)) >= kAheadBytes;
+    const int64_t hop = Taken::hop(neuron_bytes);
+    auto weights = [&](const Part &part, const Taken &taken, const int *which, int own) {
+        const bool last = part.weight == a.down;
+        const Part &after = !chained ? part : last ? (a.gate ? gate_part : up_part)
+                            : part.weight == a.gate && a.up ? up_part : down_part;
+        return Weights<T>(taken, which, own, part.weight, part.stride, after.weight, after.stride, last || !chained);
+    };
+
     auto work = [&](int64_t thread) {
         const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
         float *y = sums + thread * sums_size;
@@ -48,25 +61,16 @@ int64_t neurons_block(const NeuronsArgs &a) {
         int which[kRowBlock][kTogether], own[kRowBlock];
         float gate[kRowBlock][kTogether], up[kRowBlock][kTogether];
         int64_t read = 0;
-        // Part by part and not row by row: 4 pieces of one part and a row of x fit in L1, 4 whole neurons do not. The
-        // prefetch goes from gate to up to down to the next neuron's first part, in neuron_major layout a straight line.
-        const void *first = a.gate ? a.gate : a.up;
-        const int64_t first_stride = a.gate ? a.gate_stride : a.up_stride;
+        // Part by part and not row by row: 4 pieces of one part and a row of x fit in L1, 4 whole neurons do not.
         for (int64_t step = 0; step < Taken::steps(begin, end); ++step) {
-            const Taken taken(kept, begin, end, step);
+            const Taken taken(kept, begin, end, step, hop);
             for (int64_t r = 0; r < a.rows; ++r) {
                 own[r] = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which[r]);
-                if (a.gate) {
-                    const bool up_next = a.up != nullptr;
-                    const Weights<T> w(taken, which[r], own[r], a.gate, a.gate_stride, up_next ? a.up : a.down,
-                                       up_next ? a.up_stride : a.down_stride, false);
-                    project(w, x, r, a.d, gate[r]);
-                }
+                if (a.gate) project(weights(gate_part, taken, which[r], own[r]), x, r, a.d, gate[r]);
             }
             if (a.up)
                 for (int64_t r = 0; r < a.rows; ++r)
-                    project(Weights<T>(taken, which[r], own[r], a.up, a.up_stride, a.down, a.down_stride, false), x, r,
-                            a.d, up[r]);
+                    project(weights(up_part, taken, which[r], own[r]), x, r, a.d, up[r]);
             for (int64_t r = 0; r < a.rows; ++r) {
                 float value[kTogether];
                 for (int i = 0; i < own[r]; ++i) {
@@ -80,8 +84,7 @@ int64_t neurons_block(const NeuronsArgs &a) {
                         value[i] = a.gate ? activate(a.act, g) * u : activate(a.act, u);
                     }
                 }
-                const Weights<T> w(taken, which[r], own[r], a.down, a.down_stride, first, first_stride, true);
-                accumulate(w, value, y, r, a.d_out);
+                accumulate(weights(down_part, taken, which[r], own[r]), value, y, r, a.d_out);
             }
             read += taken.count * (neuron_bytes + bias_bytes);
         }

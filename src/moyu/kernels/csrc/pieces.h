@@ -1,11 +1,11 @@
 // A piece is what one mask bit keeps: contiguous weights, read once for all rows of x that keep it. Here: the list of
 // kept pieces, a few pieces times a row of x (`dot`), a row plus multiples of pieces (`axpy`), and the epilogue.
 //
-// Pieces are scattered, and the machine measured (one core of a Zen 5 that streams 41 GB/s) reads one after the other at
-// 12 to 14 GB/s, or at 20 to 22 with each line of a later piece prefetched by software: no distance and no hint was
-// better, the L1 cache's miss buffers are full. Four pieces in lockstep are four streams for the L2 cache's own
-// prefetcher besides; with the software prefetch 1.5 kB ahead in each of them it is 28 to 30 GB/s. 0.5 kB ahead give 23,
-// 1 and 2 to 3 kB 26 to 28.
+// Pieces are scattered, and the machine measured (one core of a Zen 5 that streams 40 GB/s) reads one after the other
+// at 11 to 16 GB/s, or at 19 to 24 with each line of a later piece prefetched by software, whatever distance and hint.
+// Four pieces in lockstep with the software prefetch 1.5 kB ahead in each of them: 27 to 30 GB/s. 0.5 kB ahead give 22 to
+// 24, 1 and 2 to 3 kB 25 to 28. The likely reason, not verified with counters: a prefetch holds one of the L1 cache's miss
+// buffers until it is served, and four streams let the L2 cache's own prefetcher do part of the work.
 #pragma once
 
 #include "kernels.h"
@@ -82,14 +82,18 @@ inline int64_t list_kept(const uint8_t *mask, int64_t stride, int64_t rows, int6
 // The pieces of one step of a thread that has kept[begin .. end): the thread's part is cut into kTogether runs, a step
 // takes one piece of each, so that even where everything is kept the lockstep has that many long streams.
 struct Taken {
-    int64_t piece[kTogether], next[kTogether];  // what to compute, and what the following step will
+    int64_t piece[kTogether], next[kTogether];  // what to compute, and what the step `hop` later will
     int count = 0;
-    Taken(const int32_t *kept, int64_t begin, int64_t end, int64_t step) {
+    Taken(const int32_t *kept, int64_t begin, int64_t end, int64_t step, int64_t hop) {
         const int64_t run = steps(begin, end);
         for (int64_t at = begin + step; at < end && count < kTogether; at += run) {
             piece[count] = kept[at];
-            next[count++] = kept[step + 1 < run && at + 1 < end ? at + 1 : at];
+            next[count++] = kept[step + hop < run && at + hop < end ? at + hop : at];
         }
+    }
+    // Steps until a stream has gone kAheadBytes further: more than one for short pieces.
+    static int64_t hop(int64_t piece_bytes) {
+        return piece_bytes > 0 ? (kAheadBytes + piece_bytes - 1) / piece_bytes : 1;
     }
     static int64_t steps(int64_t begin, int64_t end) { return (end - begin + kTogether - 1) / kTogether; }
     // Which of them a row keeps, as positions among them; null = all.
@@ -244,8 +248,8 @@ inline void accumulate(const Weights<T> &w, const float *scale, float *y, int64_
     else axpy<false>(w, scale, y + r * round_up(n), n);
 }
 
-// out = sum over threads of sums (threads, rows, padded n) + bias, always in the order of the threads. Returns the bytes
-// of the bias. The sums lie as Vec::load2 took the weights: where it splits, the even elements and then the odd ones.
+// out = sum over threads of sums (threads, rows, padded n) + bias, always in the order of the threads; returns bytes of
+// the bias. The sums lie as Vec::load2 took the weights: where it splits, the even elements, then the odd ones.
 template <class T>
 int64_t write_sums(const float *sums, int64_t threads, int64_t rows, int64_t n, const void *bias, T *out) {
     constexpr int W = Vec::width;
