@@ -62,3 +62,13 @@ def method(name: str, **knobs: Any) -> Method:
         return cls(**knobs)
     except (TypeError, ValueError) as error:
         raise UserError(f"method {name!r}: {error}", "see `moyu methods --json` for its knobs") from error
+
+
+def markdown() -> str:
+    """The method table of the README."""
+    lines = ["| method | family | decides | exact | what it does | source |", "|---|---|---|---|---|---|"]
+    for row in table():
+        exact = "yes" if row["exact"] else "no"
+        name, summary = row["method"], row["summary"].rstrip(".")
+        lines.append(f"| `{name}` | {row['family']} | {row['granularity']} | {exact} | {summary} | {row['paper']} |")
+    return "\n".join(lines)

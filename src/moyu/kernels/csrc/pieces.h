@@ -3,9 +3,9 @@
 //
 // Pieces are scattered, and the machine measured (one core of a Zen 5 that streams 40 GB/s) reads one after the other
 // at 11 to 16 GB/s, or at 19 to 24 with each line of a later piece prefetched by software, whatever distance and hint.
-// Four pieces in lockstep with the software prefetch 1.5 kB ahead in each of them: 27 to 30 GB/s. 0.5 kB ahead give 22 to
-// 24, 1 and 2 to 3 kB 25 to 28. The likely reason, not verified with counters: a prefetch holds one of the L1 cache's miss
-// buffers until it is served, and four streams let the L2 cache's own prefetcher do part of the work.
+// Four pieces in lockstep with the software prefetch 1.5 kB ahead in each of them: 27 to 30 GB/s. 0.5 kB ahead give
+// 22 to 24, 1 and 2 to 3 kB 25 to 28. The likely reason, not verified with counters: a prefetch holds one of the L1
+// cache's miss buffers until it is served, and four streams let the L2 cache's own prefetcher do part of the work.
 #pragma once
 
 #include "kernels.h"
