@@ -10,7 +10,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
-TESTS ?=
+TESTS ?= -n 2
 KERNELS ?= $(if $(filter test unit,$(MAKECMDGOALS)),required,optional)
 
 VENV := .venv

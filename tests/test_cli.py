@@ -1,0 +1,257 @@
+"""The command line: bad input is one line with a next step and exit code 2, `--json` prints nothing but JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+import moyu
+from moyu import cli, files, methods, models, pipeline, records, zoo
+from moyu.calibration import Windows, calibrate
+from tiny import build, tokens
+
+SMALL = ["--window", "32", "--prompt-tokens", "16"]
+QUICK = ["-m", "popularity", *SMALL]
+
+
+@pytest.fixture
+def moyu_command(monkeypatch, capfd):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moyu", *map(str, words)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return command
+
+
+@pytest.fixture
+def refused(moyu_command):
+    """Run a command that must be refused as a user's mistake; its one line."""
+
+    def command(*words: object) -> str:
+        code, out, err = moyu_command(*words)
+        lines = err.splitlines()
+        assert code == 2, err
+        assert not out
+        assert all(re.fullmatch(r"moyu: [^:]+", line) for line in lines[:-1]), err  # progress, and nothing else
+        problem, _, step = lines[-1].removeprefix("moyu: error: ").partition(": ")
+        assert lines[-1].startswith("moyu: error: ") and problem and step, err
+        return lines[-1]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """A plan of the embedded relu model."""
+    loaded = models.load("relu")
+    ids = torch.randint(3, 500, (2, 32), generator=torch.Generator().manual_seed(0))
+    plan = calibrate(loaded.model, methods.method("popularity"), Windows(ids, 16), sparsity=0.5, name="relu")
+    return plan.save(tmp_path_factory.mktemp("plans") / "popularity")
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["run", "swigul"], "did you mean 'swiglu'"),
+        (["run", "no/such/folder"], "zoo name"),
+        (["eval", "./missing", *QUICK], "no model './missing'"),
+        (["run", "swiglu", "--sparsity", "1"], r"\[0, 1\), not 1.0: "),
+        (["eval", "swiglu", "--sparsity", "-0.1"], r"\[0, 1\)"),
+        (["calibrate", "swiglu", "--sparsity", "1.5"], r"\[0, 1\)"),
+        (["run", "swiglu", "--sparsity", "nan"], r"\[0, 1\)"),
+        (["bench", "--shape", "tiny", "--sparsity", "2"], r"\[0, 1\)"),
+        (["run", "swiglu", "--bytes", "0"], r"\(0, 1\]"),
+        (["run", "swiglu", "--bytes", "0.5", "--sparsity", "0.5"], "both"),
+        (["run", "swiglu", "--method", "catz"], "did you mean 'cats'"),
+        (["bench", "--shape", "tiny", "--method", "catz"], "did you mean 'cats'"),
+        (["run", "swiglu", "--method", "cett", "--knob", "tua=0.2", "--shape", "none"], "unknown knob 'tua'|no knob 'tua'"),
+        (["run", "swiglu", "--knob", "tau"], "NAME=VALUE"),
+        (["run", "swiglu", "--shape", "llama-3.2-1"], "did you mean 'llama-3.2-1b'"),
+        (["bench", "--shape", "lama-3-8b"], "did you mean 'llama-3-8b'"),
+        (["bench"], "MODEL or --shape"),
+        (["run", "swiglu", "--window", "32"], "--prompt-tokens"),
+        (["run", "swiglu", "--window", "4096"], "use --window"),
+        (["calibrate", "swiglu", "--max-ppl-increase", "much"], "write 1%"),
+        (["generate", "swiglu", "--new-tokens", "0"], "at least 1"),
+        (["generate", "swiglu", "--plan", "nowhere"], "moyu calibrate"),
+        (["report", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["zoo", "train", "swigul"], "did you mean 'swiglu'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(refused, words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(says, refused(*words))
+    assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize("words", [["run", "--sparsity", "lots"], ["rum"], ["run", "--colour"], ["run", "a", "b"]])
+def test_a_misspelt_command_line_is_one_line(moyu_command, words):
+    code, out, err = moyu_command(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("moyu: error: ")
+
+
+def test_a_model_without_a_known_network(refused, tmp_path):
+    tokenizer = models.load("swiglu").tokenizer
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    before = everything(tmp_path)
+    assert "MambaForCausalLM" in refused("calibrate", tmp_path / "mamba", *QUICK, "--out", tmp_path / "plans")
+    assert everything(tmp_path) == before
+
+
+def test_a_folder_that_holds_no_model(refused, tmp_path):
+    assert "cannot load" in refused("eval", tmp_path, *QUICK)
+    shutil.copytree(zoo.path("relu"), tmp_path / "cut")
+    weights = next((tmp_path / "cut").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot load" in refused("eval", tmp_path / "cut", *QUICK)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "is empty"), (b" \n\n", "is empty"), (b"def f():\n", "fewer than one window"), (b"\xff\xfe\x00", "UTF-8")],
+)
+def test_a_text_of_no_use(refused, tmp_path, content, says):
+    (tmp_path / "text").write_bytes(content)
+    assert says in refused("eval", "relu", *QUICK, "--text", tmp_path / "text")
+
+
+def test_a_missing_text(refused, tmp_path):
+    assert "--text" in refused("eval", "relu", *QUICK, "--text", tmp_path / "text")
+
+
+def test_a_plan_for_another_model(refused, plans):
+    assert "made for 'relu'" in refused("eval", "gelu", "--plan", plans, *SMALL)
+    assert "made for 'relu'" in refused("generate", "gelu", "--plan", plans, "--new-tokens", 2)
+
+
+def test_a_plan_for_a_fine_tune():
+    model = build("llama", torch.float32)
+    plan = calibrate(model, methods.method("cats"), Windows(tokens(2, 20), 10), sparsity=0.5, name="tiny")
+    tuned = build("llama", torch.float32)
+    tuned.model.layers[1].mlp.down_proj.weight.data *= 1.05
+    with pytest.raises(moyu.UserError, match=r"other weights of 'tiny' \(1 of .*first layer1.down"):
+        moyu.apply(tuned, plan)
+    assert "forward" not in vars(tuned)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "plan.safetensors"])
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_a_truncated_plan(refused, plans, tmp_path, name, keep):
+    folder = shutil.copytree(plans, tmp_path / "plan")
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: int(len(whole) * keep)])
+    assert "truncated" in refused("eval", "relu", "--plan", folder, *SMALL)
+
+
+@pytest.mark.parametrize("command", ["run", "calibrate", "profile"])
+def test_an_output_that_cannot_be_written(refused, tmp_path, command):
+    (tmp_path / "file").write_text("kept")
+    assert "--out" in refused(command, "relu", *SMALL, "--out", tmp_path / "file" / "below")
+    assert "--out" in refused(command, "relu", *SMALL, "--out", tmp_path / "file")
+    assert everything(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_full_disk_keeps_the_old_files(refused, plans, tmp_path, monkeypatch):
+    folder = shutil.copytree(plans, tmp_path / "out" / "popularity")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    line = refused("calibrate", "relu", *QUICK, "--sparsity", "0.25", "--out", tmp_path / "out")
+    assert "No space left" in line and "free some disk" in line
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert everything(tmp_path) == ["out/popularity/plan.json", "out/popularity/plan.safetensors"]
+
+
+# ------------------------------------------------------------------------------------------------------------ stopping
+
+
+def test_ctrl_c_in_the_process(moyu_command, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "describe", stop)
+    assert moyu_command("info", "relu") == (130, "", "moyu: stopped\n")
+
+
+def test_ctrl_c(tmp_path):
+    words = ["from moyu.cli import main; main()", "run", "relu", *QUICK, "--shape", "none", "--out", str(tmp_path)]
+    # Its own session: the signal reaches nobody else.
+    with subprocess.Popen(
+        [sys.executable, "-c", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stderr and process.stdout
+        first = process.stderr.readline()  # the run has begun
+        process.send_signal(signal.SIGINT)
+        rest, out = process.stderr.read(), process.stdout.read()
+    assert process.returncode == 130, first + rest
+    assert not out and "Traceback" not in rest
+    assert (first, rest.splitlines()[-1]) == ("moyu: load\n", "moyu: stopped")
+    assert everything(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------- JSON
+
+
+def objects(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_lists_as_json(moyu_command):
+    code, out, err = moyu_command("methods", "--json")
+    assert (code, err) == (0, "")
+    assert [row["method"] for row in objects(out)] == list(methods.names())
+    code, out, err = moyu_command("zoo", "--json")
+    assert (code, err) == (0, "")
+    assert [row["name"] for row in objects(out)] == list(zoo.names())
+
+
+def test_calibrate_prints_records_only(moyu_command, tmp_path):
+    code, out, err = moyu_command("calibrate", "relu", *QUICK, "--out", tmp_path, "--json")
+    assert code == 0, err
+    rows = [records.validate(row) for row in objects(out)]
+    assert [(row.kind, row.method) for row in rows] == [("quality", "popularity")]
+    assert moyu.Plan.load(tmp_path / "popularity").hash == rows[0].plan
+
+
+def test_run_writes_everything(moyu_command, tmp_path):
+    small = ["--method", "cats", "--shape", "none", "--window", 48, "--prompt-tokens", 24]
+    code, out, err = moyu_command("run", "swiglu", *small, "--out", tmp_path, "--json")
+    assert code == 0, err
+    rows = [records.validate(row) for row in objects(out)]
+    assert {row.kind for row in rows} >= {"environment", "quality", "generation"}
+    assert records.read(tmp_path / "records.jsonl") == rows
+    assert moyu.Plan.load(tmp_path / "plans" / "cats").method.name == "cats"
+    assert "</html>" in (tmp_path / "report.html").read_text()
