@@ -89,9 +89,9 @@ def everything(folder: Path) -> list[str]:
         (["bench", "--shape", "tiny", "--sparsity", "2"], r"\[0, 1\)"),
         (["run", "swiglu", "--bytes", "0"], r"\(0, 1\]"),
         (["run", "swiglu", "--bytes", "0.5", "--sparsity", "0.5"], "both"),
-        (["run", "swiglu", "--method", "catz"], "did you mean 'cats'"),
-        (["bench", "--shape", "tiny", "--method", "catz"], "did you mean 'cats'"),
-        (["run", "swiglu", "--method", "cett", "--knob", "tua=0.2", "--shape", "none"], "unknown knob 'tua'|no knob 'tua'"),
+        (["run", "swiglu", "--method", "catz"], "did you mean cats"),
+        (["bench", "--shape", "tiny", "--method", "catz"], "did you mean cats"),
+        (["run", "swiglu", "--method", "cett", "--knob", "tua=0.2", "--shape", "none"], "tua.*did you mean"),
         (["run", "swiglu", "--knob", "tau"], "NAME=VALUE"),
         (["run", "swiglu", "--shape", "llama-3.2-1"], "did you mean 'llama-3.2-1b'"),
         (["bench", "--shape", "lama-3-8b"], "did you mean 'llama-3-8b'"),
@@ -115,7 +115,12 @@ def test_a_mistake_is_one_line(refused, words, says, tmp_path, monkeypatch):
 def test_a_misspelt_command_line_is_one_line(moyu_command, words):
     code, out, err = moyu_command(*words)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("moyu: error: ")
+    assert err.startswith("moyu: error: ") and "`moyu --help`" in err
+
+
+def test_no_command_is_the_help(moyu_command):
+    code, out, err = moyu_command()
+    assert code == 2 and "Usage: moyu" in out + err and "error" not in err
 
 
 def test_a_model_without_a_known_network(refused, tmp_path):
@@ -210,7 +215,11 @@ def test_ctrl_c(tmp_path):
     words = ["from moyu.cli import main; main()", "run", "relu", *QUICK, "--shape", "none", "--out", str(tmp_path)]
     # Its own session: the signal reaches nobody else.
     with subprocess.Popen(
-        [sys.executable, "-c", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         assert process.stderr and process.stdout
         first = process.stderr.readline()  # the run has begun

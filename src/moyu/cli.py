@@ -46,6 +46,7 @@ BackendName = Annotated[str, typer.Option("--backend", help="auto, reference, cp
 Json = Annotated[bool, typer.Option("--json", help="print records, and nothing else, on stdout")]
 Out = Annotated[Path, typer.Option("--out", help="folder for what is written")]
 RUNS = Path("runs")
+STOPPED = 130  # exit code after Ctrl-C, 128 + SIGINT
 
 
 def _settings(
@@ -460,20 +461,26 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer returns 130 for Ctrl-C, older versions raise
     except UserError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        print("moyu: stopped", file=sys.stderr)
-        sys.exit(130)
+        code = STOPPED
     except OSError as error:
         where = f" {error.filename!r}" if error.filename else ""
         remedy = "free some disk, or choose another --out" if error.errno == errno.ENOSPC else "choose another --out"
         _fail(f"{error.strerror or error}{where}: {remedy}")
     except Exception as error:
-        if type(error).__module__.startswith("typer") and hasattr(error, "format_message"):
-            _fail(error.format_message())  # pyright: ignore[reportAttributeAccessIssue]
-        raise
+        if not (type(error).__module__.startswith(("typer", "click")) and hasattr(error, "format_message")):
+            raise
+        message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+        if not message:  # no sub-command: the help is printed already
+            sys.exit(2)
+        _fail(f"{message.rstrip('.')}: see `moyu --help`")
+    if code == STOPPED:
+        print("moyu: stopped", file=sys.stderr)
+    if code:
+        sys.exit(code)
 
 
 def _fail(message: str) -> None:
