@@ -281,10 +281,9 @@ def test_controller_refreshes_and_its_log_replays():
             for start in range(PROMPT, LENGTH, 2):
                 if start > PROMPT:
                     cache.crop(-4)
-                    cache._moyu_memory.dense_until = start - 4  # replayed masks need no memory
+                    cache._moyu_memory.seen = start - 4  # replayed masks need no memory
                     with applied.prompt(LENGTH):
                         model(ids[:, start - 4 : start], past_key_values=cache)
-                cache._moyu_memory.dense_until = start
                 with applied.prompt(start):
                     for t in range(start, start + 2):
                         replay.append(model(ids[:, t : t + 1], past_key_values=cache).logits)

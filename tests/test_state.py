@@ -16,6 +16,17 @@ from tiny import build, tokens
 
 PROMPT, LENGTH = 8, 14
 NAMES = ["cats", "griffin", "teal"]  # neurons by token, neurons by sequence, columns by token
+STRUCTURES = ["llama", "opt-relu", "gpt2", "phi3", "mixtral"]
+PAIRS = [(s, n) for s in STRUCTURES for n in NAMES if n != "cats" or s not in ("opt-relu", "gpt2")]  # cats needs a gate
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tiny products are faster so, and threads of the tests do not wait for each other's workers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def plan_for(model, name="griffin"):
@@ -64,22 +75,27 @@ def copied(model):
 @pytest.mark.parametrize("structure", ["llama", "opt-relu", "phi3", "mixtral"])
 def test_saved_while_applied_is_the_dense_model(structure, dtype, tmp_path):
     model, plan = planned(structure, dtype=dtype)
-    before, expected = copied(model), dense(model)
-    with moyu.apply(model, plan):
+    before = copied(model)
+    model.save_pretrained(tmp_path / "dense")
+    with moyu.apply(model, plan) as applied:
+        stepwise(model, applied)
         state = model.state_dict()
         assert all(t.is_contiguous() for t in state.values())
         assert all(torch.equal(state[n], t) for n, t in before.items())
-        model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
-    if structure == "mixtral":
-        loaded.set_experts_implementation("eager")
-    same_parameters(loaded, before)
-    assert torch.equal(dense(loaded), expected)
+        model.save_pretrained(tmp_path / "applied")
+    files = [(tmp_path / kind / "model.safetensors").read_bytes() for kind in ("dense", "applied")]
+    assert files[0] == files[1]
+    loaded, again = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / k, dtype=dtype).eval() for k in ("dense", "applied")
+    )
+    same_parameters(again, before)
+    assert torch.equal(dense(again), dense(loaded))
+    if dtype == torch.float32 and structure != "mixtral":  # in bfloat16 rotary tables, in experts kernels, differ
+        assert torch.equal(dense(again), dense(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("structure", ["llama", "opt-relu", "gpt2", "phi3", "mixtral"])
+@pytest.mark.parametrize(("structure", "name"), PAIRS)
 def test_restored_is_bit_identical(structure, name, dtype):
     model, plan = planned(structure, name, dtype)
     before, expected, attributes = copied(model), dense(model), set(vars(model))
@@ -197,18 +213,20 @@ def test_an_exception_leaves_nothing_behind(name):
 # ------------------------------------------------------------------------------------------------------------- generate
 
 
-@pytest.mark.parametrize("structure", ["llama", "opt-relu", "gpt2", "mixtral"])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("prompt", [1, PROMPT])
-def test_masking_and_skipping_write_the_same(structure, name, prompt):
+@pytest.mark.parametrize(("structure", "name"), PAIRS)
+def test_masking_and_skipping_write_the_same(structure, name):
     model, plan = planned(structure, name, torch.float64)
-    ids = tokens(2, prompt)
+    for prompt in (1, PROMPT):
+        assert_engines_agree(model, plan, tokens(2, prompt))
+
+
+def assert_engines_agree(model, plan, ids):
     written = []
     for engine in ("mask", "skip"):
         with moyu.apply(model, plan, backend="reference", engine=engine):
             written.append(greedy(model, ids))
     assert torch.equal(*written)
-    assert written[0].shape == (2, prompt + 8)
+    assert written[0].shape == (len(ids), ids.shape[1] + 8)
 
 
 @pytest.mark.parametrize("name", ["cats", "griffin"])
@@ -270,6 +288,32 @@ def test_beams(name):
         assert not torch.equal(greedy(model, ids), greedy(model, ids.flip(0)))
 
 
+def test_memory_follows_its_cache():
+    """Slots of a cache that move, repeat or go take what the method remembers with them."""
+    model, plan = planned(dtype=torch.float64)
+    ids, new = tokens(3, PROMPT), tokens(3, 1, seed=3)
+    moves = {
+        "reorder_cache": (torch.tensor([2, 0, 1]), [2, 0, 1]),
+        "batch_select_indices": (torch.tensor([2, 1]), [2, 1]),
+        "batch_repeat_interleave": (2, [0, 0, 1, 1, 2, 2]),
+    }
+    with moyu.apply(model, plan, backend="reference") as applied, applied.prompt(PROMPT), torch.no_grad():
+        for move, (argument, order) in moves.items():
+            cache = model(ids, use_cache=True).past_key_values
+            model(new, past_key_values=cache)  # the masks are frozen now
+            getattr(cache, move)(argument)
+            actual = model(new[order], past_key_values=cache).logits
+            cache = model(ids[order], use_cache=True).past_key_values
+            model(new[order], past_key_values=cache)
+            expected = model(new[order], past_key_values=cache).logits
+            assert torch.allclose(actual, expected, atol=1e-10), move
+        cache.crop(-1)  # a sparse column goes, the memory of the prompt stays
+        assert torch.allclose(model(new[order], past_key_values=cache).logits, expected, atol=1e-10)
+        cache.crop(-4)  # columns of the prompt go: what they left behind cannot be taken back
+        with pytest.raises(moyu.UserError, match="empty cache"):
+            model(new[order], past_key_values=cache)
+
+
 @pytest.mark.parametrize("name", ["cats", "griffin"])
 def test_several_samples_of_one_prompt(name):
     model, plan = planned(name=name, dtype=torch.float64)
@@ -296,13 +340,14 @@ def test_assisted_generation_is_plain_greedy(name, agrees):
             assert torch.equal(greedy(model, ids, max_new_tokens=20, prompt_lookup_num_tokens=3), plain)
 
 
-def test_an_assistant_with_its_own_plan():
+def test_an_assistant_with_a_prompt_mask_of_its_own_is_refused():
+    """Its cache is cropped into what its mask was made from: refused, never silently another mask."""
     model, plan = planned(name="cats", dtype=torch.float64)
     assistant, other = planned(name="griffin", dtype=torch.float64)
     ids = tokens(1, PROMPT)
     with moyu.apply(model, plan, backend="reference"), moyu.apply(assistant, other, backend="reference"):
-        plain = greedy(model, ids)
-        assert torch.equal(greedy(model, ids, assistant_model=assistant), plain)
+        with pytest.raises(moyu.UserError, match="run the prompt again"):
+            greedy(model, ids, assistant_model=assistant)
 
 
 @pytest.mark.parametrize("name", ["cats", "griffin"])

@@ -70,7 +70,8 @@ class SequenceMemory:
     prompt: int | None = None  # columns before this one are dense
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # method's memory, (B, ...)
     masks: dict[str, Tensor] = field(default_factory=dict)  # frozen masks, (B, n)
-    dense_until: int = 0  # columns whose rows entered the memory
+    dense_until: int = 0  # the memory holds nothing from this column on
+    seen: int = 0  # columns of the cache that came through the applied model
     tokens: Tensor | None = None  # (B, t), kept only where a controller asks
     steps: int = 0
     decision: Keep | Refresh = field(default_factory=Keep)
@@ -91,7 +92,8 @@ class SequenceMemory:
     def crop(self, length: int) -> None:
         """The cache now holds `length` columns: forget what came from later ones."""
         if length < self.dense_until:
-            self.sites, self.masks, self.dense_until = {}, {}, 0
+            self.sites, self.masks, self.dense_until, self.seen = {}, {}, 0, 0
+        self.seen = min(self.seen, length)
         if self.tokens is not None:
             self.tokens = self.tokens[:, :length]
 
@@ -216,7 +218,7 @@ class ForwardCall:
         if applied.controller is not None:
             self._refresh(memory, cache, call)
         past = 0 if cache is None else int(cache.get_seq_length())
-        if memory.dense_until < min(past, boundary) and applied.granularity == "sequence":
+        if memory.seen < past and applied.granularity == "sequence":
             raise UserError(
                 "the cache holds a prompt that this plan's memory has not seen (cropped, or filled while not applied)",
                 "run the prompt again with an empty cache",
@@ -225,7 +227,9 @@ class ForwardCall:
         state = applied.new_pass(rows, memory)
         with entered(applied, state), kernels.use(applied.backend):
             output = self.inner(*args, **kwargs)
-        memory.dense_until = max(memory.dense_until, min(past + ids.shape[1], boundary))
+        memory.seen = past + ids.shape[1]
+        if state.any_dense:
+            memory.dense_until = max(memory.dense_until, min(memory.seen, boundary))
         made = getattr(output, "past_key_values", None)
         if cache is None and isinstance(made, Cache):
             remember(made, memory)
@@ -261,7 +265,7 @@ class ForwardCall:
         state = self.applied.new_pass(rows, memory)
         with entered(self.applied, state), kernels.use(self.applied.backend):
             self.inner(**kwargs)
-        memory.tokens, memory.prompt, memory.dense_until = tokens, boundary, length
+        memory.tokens, memory.prompt, memory.dense_until, memory.seen = tokens, boundary, length, length
 
 
 class GenerateCall:
