@@ -367,3 +367,15 @@ def test_streaming(name):
         plain, streamer = greedy(model, tokens(1, PROMPT)), Streamer()
         assert torch.equal(greedy(model, tokens(1, PROMPT), streamer=streamer), plain)
     assert streamer.ended and streamer.seen == plain[0].tolist()
+
+
+def test_a_cache_of_another_plan_is_refused():
+    """A prompt mask needs the statistics of its own prompt: a cache that another plan filled has others, or none."""
+    model, first = planned(name="cats", dtype=torch.float64)
+    _, second = planned(name="griffin", dtype=torch.float64)
+    ids = tokens(1, PROMPT)
+    with torch.no_grad(), moyu.apply(model, first, backend="reference") as applied, applied.prompt(PROMPT):
+        cache = model(ids, use_cache=True).past_key_values
+    with torch.no_grad(), moyu.apply(model, second, backend="reference") as applied, applied.prompt(PROMPT):
+        with pytest.raises(moyu.UserError, match="another one"):
+            model(ids[:, :1], past_key_values=cache)

@@ -62,6 +62,7 @@ class Applied(AbstractContextManager):
         self.anatomy = anatomy or surgery.dissect(model)
         if plan is not None and check:
             plan.check(model, self.anatomy)
+        self.owner = "dense" if plan is None else plan.hash
         self.method_name = "dense" if plan is None else plan.method.name
         self.granularity = "static" if plan is None else plan.method.granularity
         self.observer: Observer | None = None

@@ -67,6 +67,7 @@ class Pass:
 class SequenceMemory:
     """What a cache remembers beside keys and values; follows its reorder, repeat, select and crop."""
 
+    owner: str | None = None  # hash of the plan that filled it
     prompt: int | None = None  # columns before this one are dense
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # method's memory, (B, ...)
     masks: dict[str, Tensor] = field(default_factory=dict)  # frozen masks, (B, n)
@@ -218,9 +219,11 @@ class ForwardCall:
         if applied.controller is not None:
             self._refresh(memory, cache, call)
         past = 0 if cache is None else int(cache.get_seq_length())
-        if memory.seen < past and applied.granularity == "sequence":
+        unseen = memory.seen < past or (past > 0 and memory.owner != applied.owner)
+        memory.owner = applied.owner
+        if unseen and applied.granularity == "sequence":
             raise UserError(
-                "the cache holds a prompt that this plan's memory has not seen (cropped, or filled while not applied)",
+                "the cache holds a prompt that this plan's memory has not seen (cropped, or filled under no plan or another one)",
                 "run the prompt again with an empty cache",
             )
         rows = rows_of(tuple(ids.shape[:2]), call.get("attention_mask"), past, boundary, ids.device)
