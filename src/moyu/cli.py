@@ -32,7 +32,7 @@ Methods = Annotated[
     list[str] | None, typer.Option("--method", "-m", help="a method of `moyu methods`; may be repeated")
 ]
 Sparsity = Annotated[float | None, typer.Option(help="fraction of units to skip, in [0, 1)")]
-Bytes = Annotated[float | None, typer.Option(help="byte fraction to reach instead, in (0, 1]")]
+Bytes = Annotated[float | None, typer.Option("--bytes", help="byte fraction to reach instead, in (0, 1]")]
 Knobs = Annotated[list[str] | None, typer.Option("--knob", help="a method's knob, NAME=VALUE; may be repeated")]
 Text = Annotated[Path | None, typer.Option(help="text to calibrate on (first half) and test on (second half)")]
 Prompt = Annotated[str | None, typer.Option(help="text to generate after")]
@@ -132,7 +132,7 @@ def run(
     model: Model = "swiglu",
     method: Methods = None,
     sparsity: Sparsity = None,
-    bytes_: Annotated[float | None, typer.Option("--bytes", help="byte fraction to reach instead, in (0, 1]")] = None,
+    bytes_: Bytes = None,
     knob: Knobs = None,
     text: Text = None,
     prompt: Prompt = None,
@@ -246,7 +246,7 @@ def calibrate(
     model: Model = "swiglu",
     method: Methods = None,
     sparsity: Sparsity = None,
-    bytes_: Annotated[float | None, typer.Option("--bytes", help="byte fraction to reach instead, in (0, 1]")] = None,
+    bytes_: Bytes = None,
     max_ppl_increase: Annotated[
         str | None, typer.Option(help="skip as much as this rise of perplexity allows, e.g. 1%")
     ] = None,
@@ -316,7 +316,7 @@ def evaluate(
     plan: Annotated[list[Path] | None, typer.Option(help="a plan's folder; may be repeated")] = None,
     method: Methods = None,
     sparsity: Sparsity = None,
-    bytes_: Annotated[float | None, typer.Option("--bytes", help="byte fraction to reach instead, in (0, 1]")] = None,
+    bytes_: Bytes = None,
     knob: Knobs = None,
     text: Text = None,
     window: Window = 256,

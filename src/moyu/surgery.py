@@ -96,7 +96,6 @@ class Anatomy:
     """All that surgery found in a model."""
 
     layers: nn.ModuleList
-    layers_name: str
     blocks: list[Block]
     experts: list[Experts]
     gaps: list[str]  # what stays dense and why
@@ -164,7 +163,7 @@ def dissect(model: nn.Module) -> Anatomy:
     """
     name, layers = find_layers(model)
     calls = _probe(model, name, layers)
-    anatomy = Anatomy(layers, name, [], [], [])
+    anatomy = Anatomy(layers, [], [], [])
     for index in range(len(layers)):
         seen = calls[index]
         block, gap = _find_ffn(index, seen)
