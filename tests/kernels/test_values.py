@@ -209,6 +209,7 @@ sys.path.insert(0, sys.argv[2])
 from kernel_cases import DTYPES, FORMS, assert_close, linear_truth, make_mask, make_neurons
 from moyu import kernels
 assert kernels.cpu._cpu.isa() == sys.argv[1], kernels.describe()
+torch.manual_seed(0)
 with kernels.use("cpu"):
     for dtype in DTYPES:
         for n in (1, 2, 3, 9):
