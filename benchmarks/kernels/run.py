@@ -22,7 +22,7 @@ KEPT = (1.0, 0.7, 0.5, 0.3)
 def main() -> None:
     """Measure, print a row a fraction, and write kernel records."""
     torch.manual_seed(0)
-    storages = [torch.empty(F, 3, D, dtype=torch.bfloat16).normal_(0, 0.02) for _ in range(LAYERS)]
+    storages = [kernels.cpu.empty_weights(F, 3, D, dtype=torch.bfloat16).normal_(0, 0.02) for _ in range(LAYERS)]
     x = torch.randn(1, D, dtype=torch.bfloat16)
     masks = {k: [(torch.rand(F).argsort() < int(F * k))[None] for _ in range(SETS)] for k in KEPT}
     seconds: dict[float, list[float]] = {k: [] for k in KEPT}

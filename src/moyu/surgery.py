@@ -377,7 +377,10 @@ def lay_out(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
     free = [p for p in pieces if p.whole]
     if len(free) == len(pieces) and len({_plane(p, r).shape for p, r in zip(pieces, roles, strict=True)}) == 1:
         planes = [_plane(p, r) for p, r in zip(pieces, roles, strict=True)]  # each (f, d)
-        storage = torch.stack(planes, dim=1)  # (f, k, d)
+        f, d = planes[0].shape
+        storage = _empty((f, len(planes), d), planes[0])
+        for k, plane in enumerate(planes):
+            storage[:, k] = plane
         for k, (piece, role) in enumerate(zip(pieces, roles, strict=True)):
             view = storage[:, k]
             piece.store(view if role == "row" else view.t())
@@ -389,6 +392,12 @@ def lay_out(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
                 piece.store(piece.weight.t().contiguous().t())
             else:  # (E, d, f) experts: all of them at once
                 parameter.data = parameter.data.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if like.device.type == "cpu":
+        return kernels.cpu.empty_weights(*shape, dtype=like.dtype)
+    return like.new_empty(shape)
 
 
 def _plane(piece: Piece, role: str) -> Tensor:

@@ -210,6 +210,8 @@ from kernel_cases import DTYPES, FORMS, assert_close, linear_truth, make_mask, m
 from moyu import kernels
 assert kernels.cpu._cpu.isa() == sys.argv[1], kernels.describe()
 torch.manual_seed(0)
+def flushes(dtype):  # AVX512-BF16 takes subnormal numbers as 0
+    return dtype == torch.bfloat16 and sys.argv[1] == "avx512bf16"
 with kernels.use("cpu"):
     for dtype in DTYPES:
         for n in (1, 2, 3, 9):
@@ -226,11 +228,12 @@ with kernels.use("cpu"):
         if dtype != torch.float32:
             every = bits.view(dtype)
             every = every[torch.isfinite(every)][:, None]
-            assert torch.equal(kernels.rows(torch.ones(1, 1, dtype=dtype), every), every.T)
+            exact = torch.where(every.abs() < torch.finfo(dtype).tiny, every * 0, every) if flushes(dtype) else every
+            assert torch.equal(kernels.rows(torch.ones(1, 1, dtype=dtype), every), exact.T)
 """
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
 def test_each_instruction_set(needs_cpu, isa):
     if isa not in kernels.cpu._cpu.isas():
         pytest.skip(f"this CPU or build has no {isa}")

@@ -14,6 +14,10 @@ constexpr bool is_bf16 = false;
 template <>
 constexpr bool is_bf16<BF16> = true;
 
+// Whether products take the 16 bits of this type as they are stored; the other types are multiplied in fp32.
+template <class T>
+constexpr bool stored_products = false;
+
 inline float from_bits(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);

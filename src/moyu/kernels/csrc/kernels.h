@@ -52,12 +52,21 @@ struct Table {
 };
 constexpr int kReadLoops = 5;
 
-const Table *avx512_table();    // null where it was not compiled in
+const Table *avx512bf16_table();  // null where it was not compiled in
+const Table *avx512_table();
 const Table *avx2_table();
 const Table *portable_table();
 
-// Calls fn(0 .. threads-1, context) concurrently and returns when all are done.
-void parallel(int64_t threads, void (*fn)(int64_t thread, void *context), void *context);
+// Threads that work on one thing. wait() returns when all of them have called it.
+struct Barrier;
+struct Team {
+    int64_t thread, threads;
+    Barrier *barrier;
+    void wait() const;
+};
+
+// Calls fn on a team of at most `threads` (fewer inside somebody else's parallel region) and returns when all are done.
+void parallel(int64_t threads, void (*fn)(const Team &team, void *context), void *context);
 
 // Memory of the calling thread, 64-byte aligned, kept between calls; valid until its next call.
 void *scratch(int64_t bytes);

@@ -1,62 +1,88 @@
-// y = x · Wᵀ with skipped rows of W (`rows`) or skipped columns of W (`columns`).
+// y = x · Wᵀ with skipped rows of W (`rows`) or skipped columns of W (`columns`). The `_share` functions are one thread's
+// part; the operators below and the decode step (decode.h) are made of them.
 #pragma once
 
 #include "pieces.h"
 
 namespace {
 
+// out (rows, q), the kept rows of W that are this thread's; x as load_rows leaves it. Returns the bytes read.
 template <class T>
-int64_t rows_block(const LinearArgs &a) {
+int64_t rows_share(const LinearArgs &a, const Factor<T> *x, const int32_t *kept, int64_t count, const moyu::Team &team) {
     const int64_t row_bytes = a.n * static_cast<int64_t>(sizeof(T));
     const int64_t bias_bytes = a.bias ? static_cast<int64_t>(sizeof(T)) : 0;
+    const int64_t hop = Taken::hop(row_bytes);
+    const Share share(count, team);
+    const Part weight{a.weight, a.weight_stride};
+    T *out = static_cast<T *>(a.out);
+    int which[kTogether];
+    float value[kTogether];
+    int64_t read = 0;
+    for (int64_t step = 0; step < Taken::steps(share); ++step) {
+        const Taken taken(kept, share, step, hop);
+        for (int64_t r = 0; r < a.rows; ++r) {
+            const bool all = a.mask == nullptr || a.rows == 1;
+            const int own = taken.kept_by(all ? nullptr : a.mask + r * a.mask_stride, which);
+            const Weights<T> w(taken, which, own, weight, weight, taken.next);
+            project(w, x, r, a.n, value);
+            for (int i = 0; i < own; ++i) {
+                const int64_t j = taken.piece[which[i]];
+                narrow(value[i] + bias_at<T>(a.bias, j), out[r * a.q + j]);
+            }
+        }
+        read += taken.count * (row_bytes + bias_bytes);
+    }
+    return read;
+}
 
+// sums (rows, padded q) = the kept columns of W that are this thread's, times their x. Returns the bytes read.
+template <class T>
+int64_t columns_share(const LinearArgs &a, const int32_t *kept, int64_t count, const moyu::Team &team, float *sums) {
+    const int64_t column_bytes = a.q * static_cast<int64_t>(sizeof(T));
+    const int64_t hop = Taken::hop(column_bytes);
+    const Share share(count, team);
+    const Part weight{a.weight, a.weight_stride};
+    for (int64_t i = 0; i < a.rows * round_up(a.q); ++i) sums[i] = 0.0f;
+    int which[kTogether];
+    float value[kTogether];
+    int64_t read = 0;
+    for (int64_t step = 0; step < Taken::steps(share); ++step) {
+        const Taken taken(kept, share, step, hop);
+        for (int64_t r = 0; r < a.rows; ++r) {
+            const int own = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which);
+            for (int i = 0; i < own; ++i) value[i] = widen(*at<T>(a.x, r * a.x_stride + taken.piece[which[i]]));
+            const Weights<T> w(taken, which, own, weight, weight, taken.next);
+            accumulate(w, value, sums, r, a.q);
+        }
+        read += taken.count * column_bytes;
+    }
+    return read;
+}
+
+template <class T>
+int64_t rows_block(const LinearArgs &a) {
     Arena arena(4 * (a.rows * round_up(a.n) + a.q) + a.q + 8 * a.threads);
-    float *x = arena.take<float>(a.rows * round_up(a.n));
+    Factor<T> *x = arena.take<Factor<T>>(a.rows * round_up(a.n));
     int32_t *kept = arena.take<int32_t>(a.q);
     uint8_t *any = arena.take<uint8_t>(a.q);
     int64_t *bytes = arena.take<int64_t>(a.threads);
 
     load_rows<T>(a.x, a.x_stride, a.rows, a.n, x);
-    T *out = static_cast<T *>(a.out);
     if (a.mask)
-        for (int64_t i = 0; i < a.rows * a.q; ++i) out[i] = T{};
+        for (int64_t i = 0; i < a.rows * a.q; ++i) static_cast<T *>(a.out)[i] = T{};
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.q, any, kept);
-    const int64_t threads = threads_for(count * row_bytes, count, a.threads);
-    const int64_t hop = Taken::hop(row_bytes);
-
-    auto work = [&](int64_t thread) {
-        const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
-        int which[kTogether];
-        float value[kTogether];
-        int64_t read = 0;
-        for (int64_t step = 0; step < Taken::steps(begin, end); ++step) {
-            const Taken taken(kept, begin, end, step, hop);
-            for (int64_t r = 0; r < a.rows; ++r) {
-                const bool all = a.mask == nullptr || a.rows == 1;
-                const int own = taken.kept_by(all ? nullptr : a.mask + r * a.mask_stride, which);
-                const Weights<T> w(taken, which, own, a.weight, a.weight_stride, a.weight, a.weight_stride, true);
-                project(w, x, r, a.n, value);
-                for (int i = 0; i < own; ++i) {
-                    const int64_t j = taken.piece[which[i]];
-                    narrow(value[i] + bias_at<T>(a.bias, j), out[r * a.q + j]);
-                }
-            }
-            read += taken.count * (row_bytes + bias_bytes);
-        }
-        bytes[thread] = read;
-    };
-    run_parallel(threads, work);
+    auto work = [&](const moyu::Team &team) { bytes[team.thread] = rows_share<T>(a, x, kept, count, team); };
+    for (int64_t t = 0; t < a.threads; ++t) bytes[t] = 0;
+    run_parallel(threads_for(count * a.n * static_cast<int64_t>(sizeof(T)), count, a.threads), work);
 
     int64_t total = 0;
-    for (int64_t t = 0; t < threads; ++t) total += bytes[t];
+    for (int64_t t = 0; t < a.threads; ++t) total += bytes[t];
     return total;
 }
 
 template <class T>
 int64_t columns_block(const LinearArgs &a) {
-    const int64_t column_bytes = a.q * static_cast<int64_t>(sizeof(T));
     const int64_t sums_size = a.rows * round_up(a.q);
-
     Arena arena(4 * (a.threads * sums_size + a.n) + a.n + 8 * a.threads);
     float *sums = arena.take<float>(a.threads * sums_size);
     int32_t *kept = arena.take<int32_t>(a.n);
@@ -64,32 +90,17 @@ int64_t columns_block(const LinearArgs &a) {
     int64_t *bytes = arena.take<int64_t>(a.threads);
 
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.n, any, kept);
-    const int64_t threads = threads_for(count * column_bytes, count, a.threads);
-    const int64_t hop = Taken::hop(column_bytes);
-
-    auto work = [&](int64_t thread) {
-        const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
-        float *y = sums + thread * sums_size;
-        for (int64_t i = 0; i < sums_size; ++i) y[i] = 0.0f;
-        int which[kTogether];
-        float value[kTogether];
-        int64_t read = 0;
-        for (int64_t step = 0; step < Taken::steps(begin, end); ++step) {
-            const Taken taken(kept, begin, end, step, hop);
-            for (int64_t r = 0; r < a.rows; ++r) {
-                const int own = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which);
-                for (int i = 0; i < own; ++i) value[i] = widen(*at<T>(a.x, r * a.x_stride + taken.piece[which[i]]));
-                const Weights<T> w(taken, which, own, a.weight, a.weight_stride, a.weight, a.weight_stride, true);
-                accumulate(w, value, y, r, a.q);
-            }
-            read += taken.count * column_bytes;
-        }
-        bytes[thread] = read;
+    auto work = [&](const moyu::Team &team) {
+        bytes[team.thread] = columns_share<T>(a, kept, count, team, sums + team.thread * sums_size);
+        team.wait();
+        bytes[team.thread] +=
+            write_sums<T>(sums, team.threads, a.rows, a.q, a.bias, static_cast<T *>(a.out), team);
     };
-    run_parallel(threads, work);
+    for (int64_t t = 0; t < a.threads; ++t) bytes[t] = 0;
+    run_parallel(threads_for(count * a.q * static_cast<int64_t>(sizeof(T)), count, a.threads), work);
 
-    int64_t total = write_sums<T>(sums, threads, a.rows, a.q, a.bias, static_cast<T *>(a.out));
-    for (int64_t t = 0; t < threads; ++t) total += bytes[t];
+    int64_t total = 0;
+    for (int64_t t = 0; t < a.threads; ++t) total += bytes[t];
     return total;
 }
 

@@ -21,16 +21,19 @@ bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 #else
 bool has_avx512() { return false; }
+bool has_avx512bf16() { return false; }
 bool has_avx2() { return false; }
 #endif
 
 std::vector<const Table *> usable_tables() {  // best first
     std::vector<const Table *> tables;
+    if (avx512bf16_table() != nullptr && has_avx512bf16()) tables.push_back(avx512bf16_table());
     if (avx512_table() != nullptr && has_avx512()) tables.push_back(avx512_table());
     if (avx2_table() != nullptr && has_avx2()) tables.push_back(avx2_table());
     tables.push_back(portable_table());

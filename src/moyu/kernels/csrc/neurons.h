@@ -1,37 +1,67 @@
 // y = sum over kept neurons of value_j * down[:, j].
 #pragma once
 
-#include <math.h>
-
+#include "activations.h"
 #include "pieces.h"
 
 namespace {
 
-using moyu::Act;
+// sums (rows, padded d_out) = the kept neurons that are this thread's; x as load_rows leaves it. Returns the bytes read.
+template <class T>
+int64_t neurons_share(const NeuronsArgs &a, const Factor<T> *x, const int32_t *kept, int64_t count,
+                      const moyu::Team &team, float *sums) {
+    const int64_t parts = (a.gate ? 1 : 0) + (a.up ? 1 : 0);
+    const int64_t neuron_bytes = (parts * a.d + a.d_out) * static_cast<int64_t>(sizeof(T));
+    const int64_t bias_bytes = ((a.gate_bias ? 1 : 0) + (a.up_bias ? 1 : 0)) * static_cast<int64_t>(sizeof(T));
 
-// The C functions, not std::exp: that one is an inline function (see kernels.h). NaN goes through everywhere.
-inline float activate(Act act, float z) {
-    switch (act) {
-        case Act::relu: return z < 0.0f ? 0.0f : z;
-        case Act::relu2: return z < 0.0f ? 0.0f : z * z;
-        case Act::silu: return z / (1.0f + expf(-z));
-        case Act::gelu: return 0.5f * z * (1.0f + erff(z * 0.70710678118654752f));
-        case Act::gelu_tanh: return 0.5f * z * (1.0f + tanhf(0.79788456080286536f * (z + 0.044715f * z * z * z)));
-        case Act::quick_gelu: return z / (1.0f + expf(-1.702f * z));
-        case Act::identity: return z;
+    // The prefetch goes the way of the arithmetic: gate, up, down, the next step's gate. Where the parts are too short for
+    // that, it goes to the same part of a later neuron instead.
+    const Part gate{a.gate, a.gate_stride}, up{a.up, a.up_stride}, down{a.down, a.down_stride};
+    const bool chained = (a.d < a.d_out ? a.d : a.d_out) * static_cast<int64_t>(sizeof(T)) >= kAheadBytes;
+    const int64_t hop = chained ? 1 : Taken::hop(neuron_bytes);
+
+    const Share share(count, team);
+    for (int64_t i = 0; i < a.rows * round_up(a.d_out); ++i) sums[i] = 0.0f;
+    int which[kRowBlock][kTogether], own[kRowBlock];
+    float g[kRowBlock][kTogether] = {}, u[kRowBlock][kTogether] = {};
+    int64_t read = 0;
+    // Part by part and not row by row: 4 pieces of one part and a row of x fit in L1, 4 whole neurons do not.
+    for (int64_t step = 0; step < Taken::steps(share); ++step) {
+        const Taken taken(kept, share, step, hop);
+        auto weights = [&](int64_t r, const Part &part, const Part &after, const int64_t *after_pieces) {
+            return chained ? Weights<T>(taken, which[r], own[r], part, after, after_pieces)
+                           : Weights<T>(taken, which[r], own[r], part, part, taken.next);
+        };
+        for (int64_t r = 0; r < a.rows; ++r) {
+            own[r] = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which[r]);
+            if (a.gate) project(weights(r, gate, a.up ? up : down, taken.piece), x, r, a.d, g[r]);
+        }
+        if (a.up)
+            for (int64_t r = 0; r < a.rows; ++r) project(weights(r, up, down, taken.piece), x, r, a.d, u[r]);
+        for (int64_t r = 0; r < a.rows; ++r) {
+            float *opened = a.gate ? g[r] : u[r];
+            for (int i = 0; i < own[r]; ++i) {
+                const int64_t j = taken.piece[which[r][i]];
+                if (a.gate) g[r][i] += bias_at<T>(a.gate_bias, j);
+                if (a.up) u[r][i] += bias_at<T>(a.up_bias, j);
+            }
+            if (a.gate || !a.given) activate(a.act, opened, kTogether);
+            for (int i = 0; i < own[r]; ++i) {
+                if (a.gate && a.up) opened[i] *= u[r][i];
+                if (a.given) opened[i] *= widen(*at<T>(a.given, r * a.given_stride + taken.piece[which[r][i]]));
+            }
+            accumulate(weights(r, down, a.gate ? gate : up, taken.next), opened, sums, r, a.d_out);
+        }
+        read += taken.count * (neuron_bytes + bias_bytes);
     }
-    return z;
+    return read;
 }
 
 template <class T>
 int64_t neurons_block(const NeuronsArgs &a) {
-    const int64_t parts = (a.gate ? 1 : 0) + (a.up ? 1 : 0);
-    const int64_t neuron_bytes = (parts * a.d + a.d_out) * static_cast<int64_t>(sizeof(T));
-    const int64_t bias_bytes = ((a.gate_bias ? 1 : 0) + (a.up_bias ? 1 : 0)) * static_cast<int64_t>(sizeof(T));
     const int64_t sums_size = a.rows * round_up(a.d_out);
-
     Arena arena(4 * (a.rows * round_up(a.d) + a.threads * sums_size + a.f) + a.f + 8 * a.threads);
-    float *x = arena.take<float>(a.rows * round_up(a.d));
+    Factor<T> *x = arena.take<Factor<T>>(a.rows * round_up(a.d));
     float *sums = arena.take<float>(a.threads * sums_size);
     int32_t *kept = arena.take<int32_t>(a.f);
     uint8_t *any = arena.take<uint8_t>(a.f);
@@ -39,61 +69,19 @@ int64_t neurons_block(const NeuronsArgs &a) {
 
     load_rows<T>(a.x, a.x_stride, a.rows, a.d, x);
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.f, any, kept);
-    const int64_t threads = threads_for(count * neuron_bytes, count, a.threads);
-
-    // The prefetch runs from gate to up to down to the next neuron's first part, in neuron_major layout a straight
-    // line. Parts shorter than its distance prefetch the same part of a later neuron instead.
-    struct Part { const void *weight; int64_t stride; };
-    const Part gate_part{a.gate, a.gate_stride}, up_part{a.up, a.up_stride}, down_part{a.down, a.down_stride};
-    const bool chained = (a.d < a.d_out ? a.d : a.d_out) * static_cast<int64_t>(sizeof(T)) >= kAheadBytes;
-    const int64_t hop = Taken::hop(neuron_bytes);
-    auto weights = [&](const Part &part, const Taken &taken, const int *which, int own) {
-        const bool last = part.weight == a.down;
-        const Part &after = !chained ? part : last ? (a.gate ? gate_part : up_part)
-                            : part.weight == a.gate && a.up ? up_part : down_part;
-        return Weights<T>(taken, which, own, part.weight, part.stride, after.weight, after.stride, last || !chained);
+    auto work = [&](const moyu::Team &team) {
+        bytes[team.thread] = neurons_share<T>(a, x, kept, count, team, sums + team.thread * sums_size);
+        team.wait();
+        bytes[team.thread] +=
+            write_sums<T>(sums, team.threads, a.rows, a.d_out, a.down_bias, static_cast<T *>(a.out), team);
     };
+    for (int64_t t = 0; t < a.threads; ++t) bytes[t] = 0;
+    const int64_t parts = (a.gate ? 1 : 0) + (a.up ? 1 : 0);
+    const int64_t work_bytes = count * (parts * a.d + a.d_out) * static_cast<int64_t>(sizeof(T));
+    run_parallel(threads_for(work_bytes, count, a.threads), work);
 
-    auto work = [&](int64_t thread) {
-        const int64_t begin = count * thread / threads, end = count * (thread + 1) / threads;
-        float *y = sums + thread * sums_size;
-        for (int64_t i = 0; i < sums_size; ++i) y[i] = 0.0f;
-        int which[kRowBlock][kTogether], own[kRowBlock];
-        float gate[kRowBlock][kTogether], up[kRowBlock][kTogether];
-        int64_t read = 0;
-        // Part by part and not row by row: 4 pieces of one part and a row of x fit in L1, 4 whole neurons do not.
-        for (int64_t step = 0; step < Taken::steps(begin, end); ++step) {
-            const Taken taken(kept, begin, end, step, hop);
-            for (int64_t r = 0; r < a.rows; ++r) {
-                own[r] = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which[r]);
-                if (a.gate) project(weights(gate_part, taken, which[r], own[r]), x, r, a.d, gate[r]);
-            }
-            if (a.up)
-                for (int64_t r = 0; r < a.rows; ++r)
-                    project(weights(up_part, taken, which[r], own[r]), x, r, a.d, up[r]);
-            for (int64_t r = 0; r < a.rows; ++r) {
-                float value[kTogether];
-                for (int i = 0; i < own[r]; ++i) {
-                    const int64_t j = taken.piece[which[r][i]];
-                    const float g = a.gate ? gate[r][i] + bias_at<T>(a.gate_bias, j) : 0.0f;
-                    const float u = a.up ? up[r][i] + bias_at<T>(a.up_bias, j) : 0.0f;
-                    if (a.given) {
-                        const float given = widen(*at<T>(a.given, r * a.given_stride + j));
-                        value[i] = a.gate ? activate(a.act, g) * given : given * u;
-                    } else {
-                        value[i] = a.gate ? activate(a.act, g) * u : activate(a.act, u);
-                    }
-                }
-                accumulate(weights(down_part, taken, which[r], own[r]), value, y, r, a.d_out);
-            }
-            read += taken.count * (neuron_bytes + bias_bytes);
-        }
-        bytes[thread] = read;
-    };
-    run_parallel(threads, work);
-
-    int64_t total = write_sums<T>(sums, threads, a.rows, a.d_out, a.down_bias, static_cast<T *>(a.out));
-    for (int64_t t = 0; t < threads; ++t) total += bytes[t];
+    int64_t total = 0;
+    for (int64_t t = 0; t < a.threads; ++t) total += bytes[t];
     return total;
 }
 

@@ -28,7 +28,11 @@ uint64_t read(const void *data, int64_t bytes, int loop, int64_t threads) {
     int64_t total = 0;
     Arena arena(8 * threads * 16);
     float *sums = arena.take<float>(threads * 16);
-    auto work = [&](int64_t thread) { sums[thread * 16] = loops[loop](at<float>(data, thread * count), count); };
+    for (int64_t t = 0; t < threads; ++t) sums[t * 16] = 0.0f;
+    auto work = [&](const moyu::Team &team) {
+        for (int64_t part = team.thread; part < threads; part += team.threads)
+            sums[part * 16] = loops[loop](at<float>(data, part * count), count);
+    };
     run_parallel(threads, work);
     for (int64_t t = 0; t < threads; ++t) total += to_bits(sums[t * 16]);  // keeps the loads alive
     return static_cast<uint64_t>(total);

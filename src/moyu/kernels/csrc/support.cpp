@@ -4,29 +4,52 @@
 // workers, which spin for a while after each torch op. A pool of our own would have to compete with them for the cores.
 #include "kernels.h"
 
+#include <atomic>
 #include <cstddef>
 #include <new>
-#ifndef _OPENMP
 #include <thread>
+#ifdef _OPENMP
+#include <omp.h>
+#else
 #include <vector>
 #endif
 
 namespace moyu {
 
-void parallel(int64_t threads, void (*fn)(int64_t, void *), void *context) {
+// Threads count up to a multiple of their number. They spin for a while (some µs: what they wait for is short), then let
+// others have the core, because on a shared machine the last one may be waiting for it.
+struct alignas(64) Barrier {
+    std::atomic<int64_t> arrived{0};
+};
+
+void Team::wait() const {
+    if (threads <= 1) return;
+    const int64_t target = (barrier->arrived.fetch_add(1, std::memory_order_acq_rel) / threads + 1) * threads;
+    for (int spins = 0; barrier->arrived.load(std::memory_order_acquire) < target; ++spins) {
+        if (spins < 10000) {
+#if defined(__x86_64__) || defined(__i386__)
+            __builtin_ia32_pause();
+#endif
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
+void parallel(int64_t threads, void (*fn)(const Team &, void *), void *context) {
+    Barrier barrier;
     if (threads <= 1) {
-        fn(0, context);
+        fn(Team{0, 1, &barrier}, context);
         return;
     }
 #ifdef _OPENMP
-    // A loop and not thread numbers: inside someone else's parallel region the team may have fewer threads than asked.
-#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static, 1)
-    for (int64_t thread = 0; thread < threads; ++thread) fn(thread, context);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    fn(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier}, context);
 #else
-    std::vector<std::thread> team;
-    for (int64_t thread = 1; thread < threads; ++thread) team.emplace_back(fn, thread, context);
-    fn(0, context);
-    for (auto &member : team) member.join();
+    std::vector<std::thread> members;
+    for (int64_t thread = 1; thread < threads; ++thread) members.emplace_back(fn, Team{thread, threads, &barrier}, context);
+    fn(Team{0, threads, &barrier}, context);
+    for (auto &member : members) member.join();
 #endif
 }
 
