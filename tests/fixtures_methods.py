@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moyu.methods.base import Refresh, SiteParams, column_site, neuron_site, row_site
+from moyu.methods.base import Refresh, Site, SiteParams, column_site, neuron_site, row_site
 from moyu.methods.cats import Cats
 from moyu.methods.griffin import Griffin
 from moyu.methods.teal import Teal
@@ -99,6 +99,31 @@ class Blocked(Griffin):
         return super().score(x, rows, site, params, memory).unflatten(1, (site.units, 8)).sum(2)
 
 
+@dataclass(frozen=True)
+class Heads(Cats):
+    """Whole heads by a fixed random router: rows of q where it is a linear of its own, columns of o (Deja Vu's heads)."""
+
+    heads: int = 4
+
+    def sites(self, block):
+        if "o" not in block.pieces:
+            return ()
+        reader = "q" if "q" in block.pieces else "qkv"
+        o = block.pieces["o"].weight
+        size = o.numel() * o.element_size()
+        if reader == "q":
+            q = block.pieces["q"].weight
+            size += q.numel() * q.element_size()
+        return (Site(block.layer, "attn_in", "heads", (reader, "o"), self.heads, size // self.heads),)
+
+    def prepare(self, site, acts):
+        generator = torch.Generator().manual_seed(site.layer)
+        return {"router": torch.randn(site.units, acts.dense["attn_in"].shape[1], generator=generator)}
+
+    def score(self, x, rows, site, params, memory):
+        return x @ params.buffers["router"].to(x.dtype).T
+
+
 class Every:
     """A controller that refreshes every `period` steps."""
 
@@ -122,4 +147,5 @@ FIXTURES = {
     "centred": Centred(),
     "look-ahead": LookAhead(),
     "blocked": Blocked(),
+    "heads": Heads(),
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moyu import kernels, runtime, surgery
+from moyu import decoding, kernels, runtime, surgery
 from moyu.errors import UserError
 from moyu.execution import AttentionLinear, DenseLinear, ExpertsCall, FfnCall, SiteState
 from moyu.kernels import Backend
@@ -74,6 +74,8 @@ class Applied(AbstractContextManager):
         self.lookahead: set[tuple[int, Tap]] = set()  # taps that sites of other layers read
         self.ffns: list[FfnCall] = []
         self.linears: list[AttentionLinear] = []
+        self.decode_run: decoding.DecodeRun | None = None
+        self.general_because: str | None = None  # why decode steps are not native, where kernels are used at all
         try:
             self._attach()
         except BaseException:
@@ -135,13 +137,23 @@ class Applied(AbstractContextManager):
         with self.layout_lock:
             surgery.lay_out(pieces, roles)
 
+    def _pack(self, *args: Any) -> None:
+        """Before a state dict is read: weights become contiguous in place, module by module; the next step lays out again.
+
+        Copies would hold a second model. Not while another thread generates: its kernels would meet packed weights.
+        """
+        with self.layout_lock:
+            for module in self._laid_out:
+                surgery.pack(module)
+
     # --------------------------------------------------------------------------------------------------------- attach
 
     def _replace(self, module: nn.Module, name: str, value: Any) -> None:
         self._undo.append((module, name, vars(module).get(name)))
         vars(module)[name] = value
 
-    def _states(self, block: surgery.Block) -> list[SiteState]:
+    def states(self, block: surgery.Block) -> list[SiteState]:
+        """The plan's sites of a block."""
         if self.plan is None:
             return []
         parts = self.plan.parts_of(block.layer, block.expert)
@@ -154,7 +166,7 @@ class Applied(AbstractContextManager):
         routed = {e.layer: e for e in self.anatomy.experts}
         taken: set[int] = set()
         for block in self.anatomy.blocks:
-            states = self._states(block)
+            states = self.states(block)
             for name in ("q", "k", "v", "qkv", "o"):
                 if name in block.pieces:
                     call = AttentionLinear(self, block, name, states, lookahead)
@@ -164,6 +176,10 @@ class Applied(AbstractContextManager):
                 self._wrap_ffn(FfnCall(self, block, states, lookahead), taken)
             if block.layer in routed:
                 self._wrap_experts(routed[block.layer], lookahead)
+        if self.engine == "skip" and self.backend in ("auto", "cpu"):
+            self.decode_run, self.general_because = decoding.plain_run(self)
+            if self.decode_run is not None:
+                self.decode_run.attach(self._replace)
         head = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
         if isinstance(head, nn.Linear) and surgery.is_linear(head) and id(head) not in taken:
             self._replace(head, "forward", MethodType(DenseLinear.forward, DenseLinear(self, surgery.Piece(head))))
@@ -172,7 +188,7 @@ class Applied(AbstractContextManager):
             self._replace(self.model, "generate", GenerateCall(self, self.model.generate))  # pyright: ignore
         self._replace(self.model, "train", TrainCall(self, self.model.train))
         self._hooks.append(self.model.register_load_state_dict_pre_hook(_refuse_loading))
-        self._hooks.append(self.model.register_state_dict_post_hook(_contiguous))
+        self._hooks.append(self.model.register_state_dict_pre_hook(self._pack))
 
     def _wrap_linear(self, call: AttentionLinear, piece: surgery.Piece, taken: set[int]) -> None:
         taken.add(id(piece.module))
@@ -201,7 +217,7 @@ class Applied(AbstractContextManager):
                 self._replace(module, "forward", MethodType(_Bound.run, _Bound(call, module.forward, entry)))
 
     def _wrap_experts(self, experts: surgery.Experts, lookahead: set) -> None:
-        calls = [FfnCall(self, b, self._states(b), lookahead) for b in experts.blocks]
+        calls = [FfnCall(self, b, self.states(b), lookahead) for b in experts.blocks]
         self.ffns += calls
         if self.engine == "skip":
             for call in calls:
@@ -243,13 +259,6 @@ def _refuse_loading(module: nn.Module, *args: Any) -> None:
     raise UserError(
         "a plan is applied, and it was made for the weights that are loaded now", "restore() before loading others"
     )
-
-
-def _contiguous(module: nn.Module, state: dict, prefix: str, metadata: Any) -> None:
-    """Saved tensors are contiguous whatever the layout in memory."""
-    for name, tensor in state.items():
-        if isinstance(tensor, Tensor) and not tensor.is_contiguous():
-            state[name] = tensor.detach().contiguous()
 
 
 def apply(

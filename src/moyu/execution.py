@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moyu import kernels, runtime, selection, surgery
+from moyu.errors import UserError
 from moyu.methods.base import NOTHING, Method, Rows, Site, SiteParams, Tap
 from moyu.surgery import Block, Experts, Piece
 
@@ -29,6 +30,7 @@ class SiteState:
         """Values only; what changes in a sequence is in the pass and its memory."""
         self.site, self.params, self.method = site, params, method
         self.static_mask: Tensor | None = None
+        self.factors: Tensor | None = None  # of a score |x| * c, for native steps
 
     def decide(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
         """The method's own mask of these rows, (N, n) bool before dense rows are freed."""
@@ -211,6 +213,11 @@ class FfnCall(_Executor):
         for pieces, roles in self.layout:
             surgery.lay_out(pieces, roles)
 
+    def ensure_layout(self) -> None:
+        """Lay the weights out again where something has packed them."""
+        for pieces, roles in self.layout:
+            self._ensure(pieces, roles)
+
     def active(self) -> Pass | None:
         """The running pass where this network has something to decide, remember or show."""
         state = runtime.current(self.applied)
@@ -338,13 +345,18 @@ class AttentionLinear(_Executor):
     def attach(self, states: list[SiteState]) -> None:
         """Keep the sites and look up this linear's."""
         self.states = states
-        self.heads = self.site(skips="heads")
+        self.heads = self.site(skips="heads", linear=self.name)
         self.own = self.site(skips="columns", linear=self.name)
 
     @property
     def role(self) -> str | None:
         """Whether kernels read this linear by columns."""
         return "column" if self.own or (self.heads and self.name == "o") else None
+
+    def ensure_layout(self) -> None:
+        """Lay the weight out again where something has packed it."""
+        if self.role is not None:
+            self._ensure([self.piece], [self.role])
 
     def forward(self, x: Tensor) -> Tensor:
         """Stands for the linear's forward, (..., in) -> (..., out)."""
@@ -364,21 +376,44 @@ class AttentionLinear(_Executor):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _with_heads(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
-        """q without the rows of skipped heads (k and v whole: KV policy `full`), o without their columns."""
-        heads = self.heads
+        """q without the rows of skipped heads, o without their columns; k and v are whole (KV policy `full`).
+
+        Where q skips, its mask must be known before it; where heads are only masked, the choice waits for o, because an
+        oracle has to see what the heads hold.
+        """
+        heads, weight = self.heads, self.piece.weight
         assert heads is not None
-        if self.name in ("q", "qkv"):
-            state.masks[heads.site.key] = self.choose(
-                heads, x, rows, state, lambda: x.new_zeros(len(x), heads.site.units)
-            )
-        mask = state.masks[heads.site.key]
-        wide = mask.repeat_interleave(self.piece.weight.shape[0 if self.name == "q" else 1] // heads.site.units, dim=1)
-        if self.name == "o":
-            self.observe(heads, x, wide, rows, state)
-            return self._masked_columns(self.piece, "o", x, wide, heads, rows, state)
-        if self.name == "q" and state.skipping:
-            return kernels.rows(x, self.piece.weight, wide, bias=self.piece.bias)
-        return self.dense(self.piece, x, state)
+        key, units = heads.site.key, heads.site.units
+        if self.name != "o":
+            if not state.skipping:
+                state.pending[key] = x
+                return self.dense(self.piece, x, state)
+            mask = state.masks[key] = self.choose(heads, x, rows, state, _no_hindsight)  # (N, heads)
+            if self.name == "qkv":
+                return self.dense(self.piece, x, state)
+            return kernels.rows(x, weight, _widen(mask, weight.shape[0]), bias=self.piece.bias)
+
+        def hindsight() -> Tensor:  # ||W_o,h x_h|| by the Gram matrix of each head, (N, heads)
+            each, by_head = (t.float().unflatten(1, (units, -1)) for t in (x, weight.detach()))
+            gram = torch.einsum("dhi,dhj->hij", by_head, by_head)
+            return torch.einsum("nhi,hij,nhj->nh", each, gram, each).clamp(min=0).sqrt()
+
+        if state.skipping:
+            mask = state.masks.pop(key)
+        else:
+            mask = self.choose(heads, state.pending.pop(key), rows, state, hindsight)
+        wide = _widen(mask, weight.shape[1])  # (N, in)
+        self.observe(heads, x, wide, rows, state)
+        return self._masked_columns(self.piece, "o", x, wide, heads, rows, state)
+
+
+def _widen(mask: Tensor, width: int) -> Tensor:
+    """A mask of heads as one of their channels, (N, heads) -> (N, width)."""
+    return mask.repeat_interleave(width // mask.shape[1], dim=1)
+
+
+def _no_hindsight() -> Tensor:
+    raise UserError("the oracle of heads is not known before they are computed", "use engine='mask'")
 
 
 class DenseLinear:

@@ -60,7 +60,8 @@ class Pass:
     chooser: Chooser | None = None
     taps: dict[tuple[int, Tap], Tensor] = field(default_factory=dict)  # kept for look-ahead sites
     masks: dict[str, Tensor] = field(default_factory=dict)  # head masks, from q to o
-    pending: dict[int, Tensor] = field(default_factory=dict)  # inline networks, from up to down
+    native: bool = False  # this step went through `moyu.decoding`
+    pending: dict[int | str, Tensor] = field(default_factory=dict)  # inputs: of inline networks, of masked heads
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ and output is kept, and a feed-forward network is three (or two) linears for whi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -219,11 +220,15 @@ def _probe(model: nn.Module, prefix: str, layers: nn.ModuleList) -> list[list[_C
     return calls
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def discrepancy(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||a||; infinite where a is 0 or not finite."""
+    size, error = float(a.float().norm()), float((a.float() - b.float()).norm())
+    return error / size if 0 < size < math.inf and error < math.inf else math.inf
+
+
+def close(a: Tensor, b: Tensor) -> bool:
     """Equality in numbers, up to the rounding of the tensor's type."""
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(a.dtype, 2e-2)
-    scale = float(a.float().abs().max())
-    return scale > 0 and float((a.float() - b.float()).abs().max()) <= tolerance * scale
+    return discrepancy(a, b) <= {torch.float64: 1e-9, torch.float32: 1e-4}.get(a.dtype, 2e-2)
 
 
 def _find_ffn(layer: int, calls: list[_Call]) -> tuple[Block, str | None]:
@@ -246,21 +251,26 @@ def _match(down: _Call, before: list[_Call]) -> tuple[str, dict[str, Piece]] | N
     flat = [(c, y) for c, y in flat if y.shape[0] == mid.shape[0]]
     width = mid.shape[1]
     exact = [(c, y) for c, y in flat if y.shape[1] == width]
+    found: list[tuple[float, str, dict[str, Piece]]] = []
+
+    def consider(name: str, pieces: dict[str, Piece], value: Tensor) -> None:
+        if close(mid, value):
+            found.append((discrepancy(mid, value), name, pieces))
+
     for name in kernels.ACTIVATIONS:
         act = kernels.activation(name)
         if name != "identity":
             for up, y in exact:
-                if _close(mid, act(y)):
-                    return name, {"up": up.piece()}
+                consider(name, {"up": up.piece()}, act(y))
         for (gate, g), (up, u) in permutations(exact, 2):
-            if gate.x.data_ptr() == up.x.data_ptr() and _close(mid, act(g) * u):
-                return name, {"gate": gate.piece(), "up": up.piece()}
+            if gate.x.data_ptr() == up.x.data_ptr():
+                consider(name, {"gate": gate.piece(), "up": up.piece()}, act(g) * u)
         for both, y in flat:
             if y.shape[1] == 2 * width:
                 for g, u in ((slice(0, width), slice(width, None)), (slice(width, None), slice(0, width))):
-                    if _close(mid, act(y[:, g]) * y[:, u]):
-                        return name, {"gate": both.piece(g), "up": both.piece(u)}
-    return None
+                    consider(name, {"gate": both.piece(g), "up": both.piece(u)}, act(y[:, g]) * y[:, u])
+    # The best and not the first: in 16 bits GELU can look like ReLU.
+    return min(found, key=lambda f: f[0])[1:] if found else None
 
 
 def _host(calls: list[_Call], up: Piece, down: _Call) -> nn.Module | None:
@@ -328,15 +338,16 @@ def _prove_experts(experts: Experts, calls: list[_Call]) -> str | None:
     if call is None or len(call.inputs) < 3 or not all(isinstance(t, Tensor) for t in call.inputs[:3]):
         return f"layer {experts.layer}: its experts are not called with (hidden, index, weights)"
     hidden, index, weights = call.inputs[:3]
+    errors: dict[str, float] = {}
     for name in kernels.ACTIVATIONS:
         act = kernels.activation(name)
-        if _close(
-            call.y,
-            run_experts(experts.blocks, hidden, index, weights, lambda b, x, rows, act=act: plain_ffn(b, x, act)),
-        ):
-            for block in experts.blocks:
-                block.act = name
-            return None
+        value = run_experts(experts.blocks, hidden, index, weights, lambda b, x, rows, act=act: plain_ffn(b, x, act))
+        if close(call.y, value):
+            errors[name] = discrepancy(call.y, value)
+    if errors:
+        for block in experts.blocks:
+            block.act = min(errors, key=lambda name: errors[name])
+        return None
     return f"layer {experts.layer}: its experts are not weighted sums of down(act(gate) * up)"
 
 

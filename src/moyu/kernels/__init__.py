@@ -211,10 +211,15 @@ def _choose(x: Tensor) -> ModuleType:
     return module
 
 
-def _finish(op: str, result: tuple[Tensor, int]) -> Tensor:
+def count(op: str, read: int) -> None:
+    """Tell the counter of this thread, if there is one, that `op` has read so many bytes."""
     counter = _counter.get()
     if counter is not None:
-        counter.by_op[op] = counter.by_op.get(op, 0) + result[1]
+        counter.by_op[op] = counter.by_op.get(op, 0) + read
+
+
+def _finish(op: str, result: tuple[Tensor, int]) -> Tensor:
+    count(op, result[1])
     return result[0]
 
 

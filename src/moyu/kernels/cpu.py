@@ -50,7 +50,17 @@ def forced() -> bool:
 
 
 def details() -> str:
-    return f"{_loaded().isa()}, {torch.get_num_threads()} threads"
+    return f"{extension().isa()}, {torch.get_num_threads()} threads"
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The extension's number of a dtype."""
+    return _DTYPES[dtype]
+
+
+def activation_code(act: str) -> int:
+    """The extension's number of an activation."""
+    return _CODES[act]
 
 
 def neurons(
@@ -70,7 +80,7 @@ def neurons(
     n, d = x.shape
     d_out, f = down.shape
     y = torch.empty((n, d_out), dtype=x.dtype)
-    read = _loaded().neurons(
+    read = extension().neurons(
         _DTYPES[x.dtype],
         _CODES[act],
         torch.get_num_threads(),
@@ -99,11 +109,11 @@ def neurons(
 
 
 def rows(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
-    return _multiply(_loaded().rows, x, weight, weight.stride(0), mask, bias)
+    return _multiply(extension().rows, x, weight, weight.stride(0), mask, bias)
 
 
 def columns(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
-    return _multiply(_loaded().columns, x, weight, weight.stride(1), mask, bias)
+    return _multiply(extension().columns, x, weight, weight.stride(1), mask, bias)
 
 
 def _multiply(kernel, x: Tensor, weight: Tensor, stride: int, mask: Tensor | None, bias: Tensor | None):
@@ -147,7 +157,7 @@ def empty_weights(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def read_once(buffer: Tensor, loop: int) -> None:
     """Read the whole of a float32 buffer with one of the extension's loops (0 .. read_loops - 1), for timing."""
-    _loaded().read(buffer.data_ptr(), buffer.numel() * 4, loop, torch.get_num_threads())
+    extension().read(buffer.data_ptr(), buffer.numel() * 4, loop, torch.get_num_threads())
 
 
 def read_ceiling(bytes: int = 256 << 20, repeats: int = 10) -> float:
@@ -158,11 +168,11 @@ def read_ceiling(bytes: int = 256 << 20, repeats: int = 10) -> float:
     """
     if bytes < 1 << 20 or repeats < 1:
         raise ValueError(f"read_ceiling needs bytes >= {1 << 20} and repeats >= 1, got {bytes} and {repeats}")
-    extension = _loaded()
+    loops = extension().read_loops
     buffer = torch.ones(bytes // 4, dtype=torch.float32)
     best = float("inf")
     for _ in range(repeats):
-        for loop in range(extension.read_loops):
+        for loop in range(loops):
             start = time.perf_counter()
             read_once(buffer, loop)
             best = min(best, time.perf_counter() - start)
@@ -174,7 +184,8 @@ def _inner(activation: Tensor) -> Tensor:
     return activation if activation.stride(1) == 1 else activation.contiguous()
 
 
-def _loaded():
+def extension():
+    """The compiled module. Raises RuntimeError with the remedy where there is none."""
     if _cpu is None:
         raise RuntimeError(f"The cpu kernels are not available: {_why_not}")
     return _cpu

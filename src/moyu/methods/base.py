@@ -126,6 +126,7 @@ class Method(ABC):
     needs_calibration: ClassVar[bool] = True
     trains: ClassVar[bool] = False
     solves_target: ClassVar[bool] = True  # False: the model decides how much is skipped
+    by_magnitude: ClassVar[bool] = False  # the score is |x| * factors(): kernels may decide while they compute
 
     @abstractmethod
     def sites(self, block: Block) -> tuple[Site, ...]:
@@ -134,6 +135,10 @@ class Method(ABC):
     @abstractmethod
     def score(self, x: Tensor, rows: Rows, site: Site, params: SiteParams, memory: Memory) -> Tensor:
         """Rank the units: (N, n) -> (N, units); row-wise, causal; larger is kept. `x` is NOTHING where only memory speaks."""
+
+    def factors(self, site: Site, params: SiteParams) -> Tensor | None:
+        """c (units,) of a score |x| * c, for methods that are `by_magnitude`; None = 1."""
+        return None
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
         """Buffers that `score` needs, from weights and calibration activations."""

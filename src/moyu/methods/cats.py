@@ -20,6 +20,7 @@ class Cats(Method):
     paper: ClassVar[str] = "CATS, arXiv 2404.08763"
     family: ClassVar[Family] = "threshold"
     granularity: ClassVar[Granularity] = "token"
+    by_magnitude: ClassVar[bool] = True
 
     def sites(self, block) -> tuple[Site, ...]:
         return (row_site(block, "gate"),) if block.gated and block.has_ffn else ()

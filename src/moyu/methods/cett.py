@@ -34,6 +34,7 @@ class Cett(Method):
     paper: ClassVar[str] = "Sparsing Law, arXiv 2411.02335"
     family: ClassVar[Family] = "threshold"
     granularity: ClassVar[Granularity] = "token"
+    by_magnitude: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.tau is not None and not 0 < self.tau < 1:
@@ -52,6 +53,9 @@ class Cett(Method):
         kept = acts.rows.sparse & acts.rows.valid
         threshold = search(acts.sparse["mid"][kept], acts.weights["down"], self.tau)
         return SiteParams(rule=Threshold(threshold), buffers=buffers)
+
+    def factors(self, site: Site, params: SiteParams) -> Tensor | None:
+        return params.buffers["norms"]
 
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         return x.abs() * params.buffers["norms"].to(x.dtype)  # (N, f)

@@ -22,6 +22,7 @@ class ReluZero(Method):
     paper: ClassVar[str] = "ReLU Strikes Back, arXiv 2310.04564"
     family: ClassVar[Family] = "threshold"
     granularity: ClassVar[Granularity] = "token"
+    by_magnitude: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = False
     solves_target: ClassVar[bool] = False

@@ -31,6 +31,7 @@ class Teal(Method):
     paper: ClassVar[str] = "TEAL, arXiv 2408.14690"
     family: ClassVar[Family] = "threshold"
     granularity: ClassVar[Granularity] = "token"
+    by_magnitude: ClassVar[bool] = True
 
     def sites(self, block) -> tuple[Site, ...]:
         return tuple(column_site(block, tap, name) for name, tap in INPUTS.items() if name in block.pieces)

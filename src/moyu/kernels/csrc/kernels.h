@@ -42,12 +42,67 @@ struct LinearArgs {          // both `rows` and `columns`
     void *out;               // (rows, q), contiguous
 };
 
+// A decode step of consecutive decoder layers. Nothing here has initialisers (see above): make them with {}.
+struct DecodeNorm {          // RMSNorm, or LayerNorm where `centred`
+    const void *weight;      // null = none
+    const void *bias;
+    float eps;
+    bool centred;
+};
+
+struct DecodeLinear {
+    const void *weight;      // (q, n); a row contiguous, or a column where `by_columns`
+    int64_t stride;
+    const void *bias;        // (q,) or null
+    int64_t n, q;
+    bool by_columns;         // skip columns whose |x_i| * factor_i is not above the threshold
+    float threshold;
+    const void *factor;      // (n,) float or null = 1
+};
+
+// How the network skips: each product by columns (or not at all), or whole neurons by a mask that is known before
+// (`neurons`), or neurons by what gate or up says once it is computed; down's threshold and factor decide then.
+enum class Network : int { separate, neurons, gate_first, up_first };
+
+struct DecodeLayer {
+    DecodeNorm before_attention, q_norm, k_norm, before_network;
+    DecodeLinear q, k, v, o, gate, up, down;  // gate.weight null: a plain network
+    Network network;
+    Act act;
+    int64_t heads, kv_heads, head_dim;
+    float scale;
+};
+
+// What a layer has from its sequences. Python fills it in as an array of 64-bit integers.
+struct DecodeMemory {
+    void *keys;              // (rows, kv_heads, more than past, head_dim), the last two contiguous
+    int64_t keys_row, keys_head;
+    void *values;
+    int64_t values_row, values_head;
+    const uint8_t *mask;     // (rows, f) of Network::neurons, null = all
+    int64_t mask_stride;
+};
+static_assert(sizeof(DecodeMemory) == 8 * sizeof(int64_t), "the array of integers that Python fills in");
+
+struct DecodeArgs {
+    int64_t rows, d, threads, past, rotary;  // rotary: width of cos and sin, 0 = no rotary embedding
+    int64_t widest;                          // the largest n or q of a linear
+    void *hidden;                            // (rows, d), contiguous, in and out
+    const float *cos, *sin;                  // (rows, rotary)
+    const uint8_t *mask;                     // (rows, past + 1), null = all of the past is attended to
+    const DecodeLayer *layers;
+    const DecodeMemory *memory;
+    int64_t count;
+};
+constexpr int kMostThreads = 256;
+
 // Each returns the bytes of weights and biases that it read. The arrays are indexed by Dtype.
 struct Table {
     const char *isa;
     int64_t (*neurons[3])(const NeuronsArgs &);
     int64_t (*rows[3])(const LinearArgs &);
     int64_t (*columns[3])(const LinearArgs &);
+    int64_t (*decode[3])(const DecodeArgs &);
     uint64_t (*read)(const void *data, int64_t bytes, int loop, int64_t threads);
 };
 constexpr int kReadLoops = 5;

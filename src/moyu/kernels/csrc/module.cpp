@@ -79,6 +79,64 @@ int64_t multiply(int dtype, int64_t threads, int64_t rows, int64_t n, int64_t q,
     return by_columns ? table->columns[dtype](args) : table->rows[dtype](args);
 }
 
+// Fields that hold addresses are integers in Python.
+template <class C>
+void def_address(nb::class_<C> &cls, const char *name, const void *C::*field) {
+    cls.def_prop_rw(name, [field](const C &self) { return reinterpret_cast<uintptr_t>(self.*field); },
+                    [field](C &self, uintptr_t value) { self.*field = pointer(value); });
+}
+
+// Layers that one step goes through. Immutable once built, so that threads can share it.
+struct Decoder {
+    std::vector<DecodeLayer> layers;
+
+    void add(const DecodeLayer &layer) { layers.push_back(layer); }
+    int64_t step(int dtype, int64_t threads, int64_t rows, int64_t d, int64_t past, int64_t rotary, int64_t widest,
+                 uintptr_t hidden, uintptr_t cos, uintptr_t sin, uintptr_t mask, uintptr_t memory) const {
+        const DecodeArgs args = {rows, d, threads, past, rotary, widest, reinterpret_cast<void *>(hidden),
+                                 static_cast<const float *>(pointer(cos)), static_cast<const float *>(pointer(sin)),
+                                 static_cast<const uint8_t *>(pointer(mask)), layers.data(),
+                                 static_cast<const DecodeMemory *>(pointer(memory)),
+                                 static_cast<int64_t>(layers.size())};
+        return table->decode[dtype](args);
+    }
+};
+
+void bind_decode(nb::module_ &m) {
+    nb::class_<DecodeNorm> norm(m, "Norm");
+    norm.def("__init__", [](DecodeNorm *self) { new (self) DecodeNorm{}; });
+    def_address(norm, "weight", &DecodeNorm::weight);
+    def_address(norm, "bias", &DecodeNorm::bias);
+    norm.def_rw("eps", &DecodeNorm::eps).def_rw("centred", &DecodeNorm::centred);
+
+    nb::class_<DecodeLinear> linear(m, "Linear");
+    linear.def("__init__", [](DecodeLinear *self) { new (self) DecodeLinear{}; });
+    def_address(linear, "weight", &DecodeLinear::weight);
+    def_address(linear, "bias", &DecodeLinear::bias);
+    def_address(linear, "factor", &DecodeLinear::factor);
+    linear.def_rw("stride", &DecodeLinear::stride).def_rw("n", &DecodeLinear::n).def_rw("q", &DecodeLinear::q);
+    linear.def_rw("by_columns", &DecodeLinear::by_columns).def_rw("threshold", &DecodeLinear::threshold);
+
+    nb::class_<DecodeLayer> layer(m, "Layer");
+    layer.def("__init__", [](DecodeLayer *self) { new (self) DecodeLayer{}; });
+    layer.def_rw("before_attention", &DecodeLayer::before_attention).def_rw("q_norm", &DecodeLayer::q_norm);
+    layer.def_rw("k_norm", &DecodeLayer::k_norm).def_rw("before_network", &DecodeLayer::before_network);
+    layer.def_rw("q", &DecodeLayer::q).def_rw("k", &DecodeLayer::k).def_rw("v", &DecodeLayer::v);
+    layer.def_rw("o", &DecodeLayer::o).def_rw("gate", &DecodeLayer::gate).def_rw("up", &DecodeLayer::up);
+    layer.def_rw("down", &DecodeLayer::down).def_rw("heads", &DecodeLayer::heads);
+    layer.def_rw("kv_heads", &DecodeLayer::kv_heads).def_rw("head_dim", &DecodeLayer::head_dim);
+    layer.def_rw("scale", &DecodeLayer::scale);
+    layer.def_prop_rw("network", [](const DecodeLayer &self) { return static_cast<int>(self.network); },
+                      [](DecodeLayer &self, int value) { self.network = static_cast<Network>(value); });
+    layer.def_prop_rw("act", [](const DecodeLayer &self) { return static_cast<int>(self.act); },
+                      [](DecodeLayer &self, int value) { self.act = static_cast<Act>(value); });
+
+    nb::class_<Decoder>(m, "Decoder")
+        .def(nb::init<>())
+        .def("add", &Decoder::add)
+        .def("step", &Decoder::step, nb::call_guard<nb::gil_scoped_release>());
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -96,6 +154,7 @@ NB_MODULE(_cpu, m) {
         for (const Table *usable : usable_tables()) names.emplace_back(usable->isa);
         return names;
     });
+    bind_decode(m);
     m.attr("read_loops") = kReadLoops;
     // In the order of enum Act.
     m.attr("activations") = nb::make_tuple("relu", "relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity");

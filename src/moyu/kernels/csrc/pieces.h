@@ -152,7 +152,8 @@ struct Part {
 template <class T>
 struct Weights {
     const T *now[kTogether], *then[kTogether];
-    int count;
+    int count = 0;
+    Weights() = default;
     Weights(const Taken &taken, const int *which, int kept, const Part &part, const Part &after,
             const int64_t *after_pieces) : count(kept) {
         for (int i = 0; i < kept; ++i) {

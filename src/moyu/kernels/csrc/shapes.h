@@ -1,6 +1,7 @@
 // All of one instruction set's kernels, written in terms of the Vec that was included before, in one table.
 #pragma once
 
+#include "decode.h"
 #include "linear.h"
 #include "neurons.h"
 #include "read.h"
@@ -12,6 +13,7 @@ const moyu::Table table = {
     {neurons<float>, neurons<BF16>, neurons<F16>},
     {by_blocks<float, rows_block<float>>, by_blocks<BF16, rows_block<BF16>>, by_blocks<F16, rows_block<F16>>},
     {by_blocks<float, columns_block<float>>, by_blocks<BF16, columns_block<BF16>>, by_blocks<F16, columns_block<F16>>},
+    {decode<float>, decode<BF16>, decode<F16>},
     read,
 };
 

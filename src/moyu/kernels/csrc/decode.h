@@ -1,0 +1,335 @@
+// One decode step through consecutive decoder layers, in one parallel region: x + attention(norm(x)), then
+// x + network(norm(x)). Every product is a `_share` of linear.h or neurons.h; between them threads meet at barriers.
+// Values are rounded to the model's type where the layers' own modules round them.
+#pragma once
+
+#include "linear.h"
+#include "neurons.h"
+
+namespace {
+
+using moyu::DecodeArgs;
+using moyu::DecodeLayer;
+using moyu::DecodeLinear;
+using moyu::DecodeMemory;
+using moyu::DecodeNorm;
+using moyu::Team;
+
+template <class T>
+inline float rounded(float value) {
+    T stored;
+    narrow(value, stored);
+    return widen(stored);
+}
+
+// The sum of f(0 .. n), in lanes that a compiler can put into registers.
+template <class F>
+inline float sum_of(int64_t n, F f) {
+    constexpr int lanes = 16;
+    float part[lanes] = {};
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes)
+        for (int lane = 0; lane < lanes; ++lane) part[lane] += f(i + lane);
+    for (; i < n; ++i) part[0] += f(i);
+    float sum = 0.0f;
+    for (float p : part) sum += p;
+    return sum;
+}
+
+// out = norm(x) of n values; x and out may be the same.
+template <class T>
+void normalize(const DecodeNorm &norm, const float *x, int64_t n, float *out) {
+    const float size = static_cast<float>(n);
+    const float mean = norm.centred ? sum_of(n, [&](int64_t i) { return x[i]; }) / size : 0.0f;
+    const float squares = sum_of(n, [&](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
+    const float scale = 1.0f / sqrtf(squares / size + norm.eps);
+    for (int64_t i = 0; i < n; ++i) {
+        const float unit = (x[i] - mean) * scale, weight = widen(*at<T>(norm.weight, i));
+        out[i] = norm.centred ? rounded<T>(unit * weight + bias_at<T>(norm.bias, i)) : rounded<T>(rounded<T>(unit) * weight);
+    }
+}
+
+// Rotary position embedding of one head: the first `width` values, first half against second half.
+template <class T>
+void rotate(float *head, const float *cos, const float *sin, int64_t width) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = head[i], b = head[half + i];
+        head[i] = a * cos[i] - b * sin[i];
+        head[half + i] = b * cos[half + i] + a * sin[half + i];
+    }
+}
+
+template <class T>
+class Decoding {
+  public:
+    Decoding(const DecodeArgs &args, Arena &arena) : a(args) {
+        sums_size = a.rows * round_up(a.widest);
+        q = arena.take<T>(a.rows * a.widest);
+        k = arena.take<T>(a.rows * a.widest);
+        v = arena.take<T>(a.rows * a.widest);
+        y = arena.take<T>(a.rows * a.widest);
+        for (auto &area : sums) area = arena.take<float>(a.threads * sums_size);
+        every = arena.take<int32_t>(a.widest);
+        for (int64_t i = 0; i < a.widest; ++i) every[i] = static_cast<int32_t>(i);
+        bytes = arena.take<int64_t>(a.threads);
+        for (int64_t t = 0; t < a.threads; ++t) {
+            bytes[t] = 0;
+            own[t].hidden = arena.take<float>(a.rows * a.d);
+            own[t].values = arena.take<float>(a.rows * round_up(a.widest));
+            own[t].stored = arena.take<T>(2 * a.rows * a.widest);
+            own[t].x = arena.take<Factor<T>>(a.rows * round_up(a.widest));
+            own[t].mask = arena.take<uint8_t>(a.rows * a.widest);
+            own[t].any = arena.take<uint8_t>(a.widest);
+            own[t].kept = arena.take<int32_t>(a.widest);
+            own[t].scores = arena.take<float>(a.past + 1 + kTogether);
+        }
+    }
+
+    static int64_t room(const DecodeArgs &a) {
+        const int64_t wide = a.rows * round_up(a.widest);
+        return 16 * wide + 12 * a.threads * wide + 4 * a.widest + 8 * a.threads +
+               a.threads * (4 * a.rows * a.d + 16 * wide + (a.rows + 5) * a.widest + 4 * (a.past + 1 + kTogether)) +
+               kLineBytes * (10 + 9 * a.threads);
+    }
+
+    void run(const Team &team) {
+        Own &my = own[team.thread];
+        for (int64_t i = 0; i < a.rows * a.d; ++i) my.hidden[i] = widen(static_cast<const T *>(a.hidden)[i]);
+        for (int64_t l = 0; l < a.count; ++l) {
+            attend(a.layers[l], a.memory[l], my, team);
+            feed_forward(a.layers[l], a.memory[l], my, team);
+        }
+        if (team.thread == 0)
+            for (int64_t i = 0; i < a.rows * a.d; ++i) narrow(my.hidden[i], static_cast<T *>(a.hidden)[i]);
+    }
+
+    int64_t total() const {
+        int64_t all = 0;
+        for (int64_t t = 0; t < a.threads; ++t) all += bytes[t];
+        return all;
+    }
+
+  private:
+    // What a thread has for itself. Cheap things (norms, masks, lists of a mask) every thread computes for itself, which
+    // is faster than meeting.
+    struct Own {
+        float *hidden, *values, *scores;
+        T *stored;
+        Factor<T> *x;
+        uint8_t *mask, *any;
+        int32_t *kept;
+    };
+    const DecodeArgs &a;
+    int64_t sums_size;
+    T *q, *k, *v, *y;
+    float *sums[3];
+    int32_t *every;
+    int64_t *bytes;
+    Own own[moyu::kMostThreads];
+
+    void load(const DecodeNorm &norm, Own &my) {
+        for (int64_t r = 0; r < a.rows; ++r) {
+            normalize<T>(norm, my.hidden + r * a.d, a.d, my.values);
+            for (int64_t i = 0; i < a.d; ++i) narrow(my.values[i], my.stored[r * a.d + i]);
+        }
+        load_rows<T>(my.stored, a.d, a.rows, a.d, my.x);
+    }
+
+    // my.kept = the pieces that a row keeps, by |x_i| * factor_i > threshold in the model's type (as the method computes it).
+    int64_t decide(const DecodeLinear &of, const T *x, int64_t n, Own &my) {
+        for (int64_t r = 0; r < a.rows; ++r)
+            for (int64_t i = 0; i < n; ++i) {
+                const float size = fabsf(widen(x[r * n + i]));
+                const float score = of.factor ? rounded<T>(size * static_cast<const float *>(of.factor)[i]) : size;
+                my.mask[r * n + i] = score > of.threshold;
+            }
+        return list_kept(my.mask, n, a.rows, n, my.any, my.kept);
+    }
+
+    // This thread's part of out (rows, q) = x · Wᵀ: whole outputs, or sums that `finish` brings together.
+    void start(const DecodeLinear &w, const T *x, Own &my, const Team &team, T *out, float *area) {
+        LinearArgs args = {a.rows, w.n, w.q, a.threads, x, w.n, w.weight, w.stride, nullptr, 0, w.bias, out};
+        if (!w.by_columns) {
+            bytes[team.thread] += rows_share<T>(args, my.x, every, w.q, team);
+            return;
+        }
+        const int64_t count = decide(w, x, w.n, my);
+        args.mask = my.mask;
+        args.mask_stride = w.n;
+        bytes[team.thread] += columns_share<T>(args, my.kept, count, team, area + team.thread * sums_size_of(w));
+    }
+    int64_t sums_size_of(const DecodeLinear &w) const { return a.rows * round_up(w.q); }
+    void finish(const DecodeLinear &w, const Team &team, T *out, float *area) {
+        if (w.by_columns) bytes[team.thread] += write_sums<T>(area, team.threads, a.rows, w.q, w.bias, out, team);
+    }
+
+    void add(const T *part, Own &my) {
+        for (int64_t i = 0; i < a.rows * a.d; ++i) my.hidden[i] = rounded<T>(my.hidden[i] + widen(part[i]));
+    }
+
+    void attend(const DecodeLayer &layer, const DecodeMemory &memory, Own &my, const Team &team) {
+        load(layer.before_attention, my);
+        start(layer.q, my.stored, my, team, q, sums[0]);
+        start(layer.k, my.stored, my, team, k, sums[1]);
+        start(layer.v, my.stored, my, team, v, sums[2]);
+        team.wait();
+        if (layer.q.by_columns || layer.k.by_columns || layer.v.by_columns) {
+            finish(layer.q, team, q, sums[0]);
+            finish(layer.k, team, k, sums[1]);
+            finish(layer.v, team, v, sums[2]);
+            team.wait();
+        }
+        const Share units(a.rows * layer.kv_heads, team);
+        for (int64_t unit = units.begin; unit < units.end; ++unit)
+            attend_group(layer, memory, unit / layer.kv_heads, unit % layer.kv_heads, my);
+        team.wait();
+        load_rows<T>(y, layer.o.n, a.rows, layer.o.n, my.x);
+        start(layer.o, y, my, team, v, sums[0]);  // v: the network's first products write q and k without waiting
+        team.wait();
+        if (layer.o.by_columns) {
+            finish(layer.o, team, v, sums[0]);
+            team.wait();
+        }
+        add(v, my);
+    }
+
+    void load_head(const T *from, const DecodeNorm &norm, const DecodeLayer &layer, int64_t row, float *head) {
+        for (int64_t i = 0; i < layer.head_dim; ++i) head[i] = widen(from[i]);
+        if (norm.weight) normalize<T>(norm, head, layer.head_dim, head);
+        if (a.rotary) rotate<T>(head, a.cos + row * a.rotary, a.sin + row * a.rotary, a.rotary);
+    }
+
+    // The query heads that share a key and value head: append its key and value to the cache, then y = softmax(q · K) V.
+    void attend_group(const DecodeLayer &layer, const DecodeMemory &memory, int64_t row, int64_t kv_head, Own &my) {
+        const int64_t dim = layer.head_dim, group = layer.heads / layer.kv_heads;
+        T *keys = static_cast<T *>(memory.keys) + row * memory.keys_row + kv_head * memory.keys_head;
+        T *values = static_cast<T *>(memory.values) + row * memory.values_row + kv_head * memory.values_head;
+        const int64_t offset = (row * layer.kv_heads + kv_head) * dim;
+        load_head(k + offset, layer.k_norm, layer, row, my.values);
+        for (int64_t i = 0; i < dim; ++i) narrow(my.values[i], keys[a.past * dim + i]);
+        for (int64_t i = 0; i < dim; ++i) values[a.past * dim + i] = v[offset + i];
+
+        const int64_t length = a.past + 1;
+        const uint8_t *allowed = a.mask ? a.mask + row * length : nullptr;
+        Weights<T> pieces;
+        auto point = [&](const T *from, int64_t t) {
+            pieces.count = static_cast<int>(length - t < kTogether ? length - t : kTogether);
+            for (int i = 0; i < pieces.count; ++i) {
+                pieces.now[i] = from + (t + i) * dim;
+                pieces.then[i] = from + (t + i + kTogether < length ? t + i + kTogether : t + i) * dim;
+            }
+        };
+        for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+            load_head(q + (row * layer.heads + h) * dim, layer.q_norm, layer, row, my.values);
+            for (int64_t i = 0; i < dim; ++i) narrow(my.values[i], my.stored[i]);
+            load_rows<T>(my.stored, dim, 1, dim, my.x);
+            float most = -INFINITY, sum = 0.0f;
+            for (int64_t t = 0; t < length; t += kTogether) {
+                point(keys, t);
+                dot<true>(pieces, my.x, dim, my.scores + t);
+            }
+            for (int64_t t = 0; t < length; ++t) {
+                my.scores[t] = allowed && !allowed[t] ? -INFINITY : my.scores[t] * layer.scale;
+                most = my.scores[t] > most ? my.scores[t] : most;
+            }
+            for (int64_t t = 0; t < length; ++t) my.scores[t] = exponential(my.scores[t] - most);
+            for (int64_t t = 0; t < length; ++t) sum += my.scores[t] = allowed && !allowed[t] ? 0.0f : my.scores[t];
+            for (int64_t t = 0; t < length; ++t) my.scores[t] /= sum;
+            for (int64_t i = 0; i < round_up(dim); ++i) my.values[i] = 0.0f;
+            for (int64_t t = 0; t < length; t += kTogether) {
+                point(values, t);
+                axpy<true>(pieces, my.scores + t, my.values, dim);
+            }
+            write_sums<T>(my.values, 1, 1, dim, nullptr, y + (row * layer.heads + h) * dim, Team{0, 1, nullptr});
+        }
+    }
+
+    void feed_forward(const DecodeLayer &layer, const DecodeMemory &memory, Own &my, const Team &team) {
+        load(layer.before_network, my);
+        if (layer.network == moyu::Network::separate) separate(layer, my, team);
+        else together(layer, memory, my, team);
+        add(y, my);
+    }
+
+    // gate, up and down as three products, each with its own columns skipped or none.
+    void separate(const DecodeLayer &layer, Own &my, const Team &team) {
+        const bool gated = layer.gate.weight != nullptr;
+        if (gated) start(layer.gate, my.stored, my, team, q, sums[0]);
+        start(layer.up, my.stored, my, team, k, sums[1]);
+        team.wait();
+        if (layer.up.by_columns || (gated && layer.gate.by_columns)) {
+            if (gated) finish(layer.gate, team, q, sums[0]);
+            finish(layer.up, team, k, sums[1]);
+            team.wait();
+        }
+        const Share share(a.rows * layer.up.q, team);
+        open(layer, gated ? q : k, share.begin, share.end, my, v);
+        if (gated)
+            for (int64_t i = share.begin; i < share.end; ++i) narrow(widen(v[i]) * widen(k[i]), v[i]);
+        team.wait();
+        load_rows<T>(v, layer.down.n, a.rows, layer.down.n, my.x);
+        start(layer.down, v, my, team, y, sums[2]);
+        team.wait();
+        if (layer.down.by_columns) {
+            finish(layer.down, team, y, sums[2]);
+            team.wait();
+        }
+    }
+
+    // to[begin .. end) = act(from), rounded.
+    void open(const DecodeLayer &layer, const T *from, int64_t begin, int64_t end, Own &my, T *to) {
+        for (int64_t i = begin; i < end; ++i) my.values[i - begin] = widen(from[i]);
+        activate(layer.act, my.values, end - begin);
+        for (int64_t i = begin; i < end; ++i) narrow(my.values[i - begin], to[i]);
+    }
+
+    // Neuron by neuron: those of a mask that is known before, or those that gate (or up), computed first, keeps.
+    void together(const DecodeLayer &layer, const DecodeMemory &memory, Own &my, const Team &team) {
+        const int64_t f = layer.down.n;
+        NeuronsArgs args = {a.rows, a.d, f, a.d, a.threads, layer.act, my.stored, a.d, layer.gate.weight, layer.gate.stride,
+                            layer.up.weight, layer.up.stride, layer.down.weight, layer.down.stride, memory.mask,
+                            memory.mask_stride, layer.gate.bias, layer.up.bias, layer.down.bias, nullptr, 0, y};
+        int64_t count = f;
+        const int32_t *kept = every;
+        if (layer.network == moyu::Network::neurons) {
+            if (memory.mask) {
+                count = list_kept(memory.mask, memory.mask_stride, a.rows, f, my.any, my.kept);
+                kept = my.kept;
+            }
+        } else {
+            const bool gate_first = layer.network == moyu::Network::gate_first;
+            const DecodeLinear &first = gate_first ? layer.gate : layer.up;
+            start(first, my.stored, my, team, k, sums[1]);
+            team.wait();
+            T *given = my.stored + a.rows * a.d;
+            if (gate_first) open(layer, k, 0, a.rows * f, my, given);
+            args.given = gate_first ? given : k;
+            args.given_stride = f;
+            (gate_first ? args.gate : args.up) = nullptr;
+            (gate_first ? args.gate_bias : args.up_bias) = nullptr;
+            count = decide(layer.down, gate_first ? given : k, f, my);
+            kept = my.kept;
+            args.mask = my.mask;
+            args.mask_stride = f;
+        }
+        const int64_t size = a.rows * round_up(a.d);
+        bytes[team.thread] += neurons_share<T>(args, my.x, kept, count, team, sums[0] + team.thread * size);
+        team.wait();
+        bytes[team.thread] += write_sums<T>(sums[0], team.threads, a.rows, a.d, layer.down.bias, y, team);
+        team.wait();
+    }
+};
+
+template <class T>
+int64_t decode(const DecodeArgs &args) {
+    DecodeArgs a = args;
+    a.threads = a.threads < moyu::kMostThreads ? a.threads : moyu::kMostThreads;
+    Arena arena(Decoding<T>::room(a));
+    Decoding<T> step(a, arena);
+    auto work = [&](const Team &team) { step.run(team); };
+    run_parallel(a.threads, work);
+    return step.total();
+}
+
+}  // namespace

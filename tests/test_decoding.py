@@ -1,0 +1,364 @@
+"""Native decode steps: the same numbers, tokens and bytes as the general path, and never where they would be wrong."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from moyu import kernels, methods, models, surgery, zoo
+from moyu.applied import Applied
+from moyu.calibration import Windows, calibrate
+from moyu.kernels import cpu
+from test_equality import has_sites, padded
+from tiny import GATED, WIDE, build, tokens
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
+
+PLAIN = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, **GATED)),
+    "llama-biased": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, **GATED, attention_bias=True, mlp_bias=True)),
+    "llama-wide-heads": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, **GATED, head_dim=24)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**WIDE, **GATED)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**WIDE, **GATED, head_dim=16)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**WIDE, **GATED, sliding_window=None)),
+    "opt-relu": None,
+    "opt-gelu": None,
+}
+WIDE_PROMPT = 12
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(name, dtype=torch.float32):
+    builder = PLAIN.get(name)
+    if builder is None:
+        return build(name, dtype)
+    torch.manual_seed(0)
+    model = builder().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
+    return model.to(dtype)
+
+
+def plan_for(model, name, **knobs):
+    return calibrate(model, methods.method(name, **knobs), Windows(tokens(4, 40), 20), sparsity=0.5, name="tiny")
+
+
+@torch.no_grad()
+def decode(model, applied, ids, mask=None, general=False, steps=None):
+    """Logits (B, T - P, V) of forced tokens after a dense prompt, and the bytes that the kernels read."""
+    end = WIDE_PROMPT if steps is None else steps
+    # A hook that does nothing is enough to make every step take the general path.
+    handles = [m.register_forward_hook(lambda *_: None) for m in surgery.find_layers(model)[1]] if general else []
+    try:
+        with applied.prompt(end), kernels.count_bytes() as counted:
+            cache, logits = DynamicCache(config=model.config), []
+            for start, stop in [(0, end)] + [(t, t + 1) for t in range(end, ids.shape[1])]:
+                given = {} if mask is None else {"attention_mask": mask[:, :stop]}
+                if mask is not None:
+                    given["position_ids"] = (mask[:, :stop].cumsum(1) - 1).clamp(min=0)[:, start:]
+                logits.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **given).logits)
+        return torch.cat(logits[1:], 1), counted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def assert_native(counted):
+    assert counted.by_op.get("decode", 0) > 0, "the step was not native"
+
+
+def assert_general(counted):
+    assert "decode" not in counted.by_op
+
+
+# ------------------------------------------------------------------------------------------------------- the same numbers
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["dense", *methods.names()])
+@pytest.mark.parametrize("structure", PLAIN)
+def test_native_steps_are_the_general_ones(structure, name, batch):
+    model = make(structure)
+    plan = None
+    if name != "dense":
+        if not has_sites(model, methods.method(name)):
+            pytest.skip("no site")
+        plan = plan_for(model, name)
+    ids, mask = padded(batch)
+    with Applied(model, plan) as applied:
+        if applied.decode_run is None:
+            method = methods.method(name)
+            assert not method.by_magnitude and method.granularity == "token", applied.general_because
+            return
+        native, counted = decode(model, applied, ids, mask)
+        general, by_general = decode(model, applied, ids, mask, general=True)
+    assert_native(counted)
+    assert_general(by_general)
+    assert counted.total == by_general.total
+    assert (native - general).abs().max() <= 1e-4 * general.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", zoo.names())
+def test_embedded_models_decode_natively_in_every_type(name, dtype):
+    model = models.load(name, dtype=dtype).model
+    ids = torch.randint(3, 4000, (2, 40), generator=torch.Generator().manual_seed(0))
+    with Applied(model, None) as applied:
+        assert applied.general_because is None
+        native, counted = decode(model, applied, ids)
+        general, _ = decode(model, applied, ids, general=True)
+    assert_native(counted)
+    error = (native.float() - general.float()).norm() / general.float().norm()
+    assert error < {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+
+
+ISA_PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+from moyu.kernels import cpu
+from test_decoding import Applied, decode, make, plan_for, tokens
+assert cpu.extension().isa() == sys.argv[1]
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 3e-3)):
+    for name in ("dense", "teal", "griffin", "cats"):
+        model = make("qwen3", dtype)
+        with Applied(model, None if name == "dense" else plan_for(model, name)) as applied:
+            native, counted = decode(model, applied, tokens(2, 20))
+            assert counted.by_op["decode"] > 0
+            if dtype == torch.float32 or name == "dense":
+                general, _ = decode(model, applied, tokens(2, 20), general=True)
+                assert (native.float() - general.float()).norm() <= tolerance * general.float().norm(), (dtype, name)
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
+def test_each_instruction_set_decodes(isa):
+    if isa not in cpu.extension().isas():
+        pytest.skip(f"this CPU or build has no {isa}")
+    environment = os.environ | {"MOYU_ISA": isa, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    program = [sys.executable, "-c", ISA_PROGRAM, isa, os.path.dirname(__file__)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_generate_natively_gives_the_same_tokens():
+    loaded = models.load("swiglu", dtype=torch.float32)
+    ids = loaded.tokenizer("def read(path):\n    ", return_tensors="pt").input_ids
+    for options in ({}, {"num_beams": 3}, {"do_sample": True, "temperature": 0.8}):
+        found = []
+        for backend in ("cpu", "reference"):
+            torch.manual_seed(0)
+            with Applied(loaded.model, None, backend=backend):
+                found.append(loaded.model.generate(ids, max_new_tokens=24, **({"do_sample": False} | options)))
+        assert torch.equal(*found), options
+
+
+def test_the_cache_grows_and_carries_on_without_the_plan():
+    """600 native tokens: buffers are replaced on the way; then the dense model goes on from the same cache."""
+    model = make("llama")
+    ids = tokens(1, 620)
+    with torch.no_grad():
+        expected = model(ids).logits[:, WIDE_PROMPT:]
+        with Applied(model, None) as applied, applied.prompt(WIDE_PROMPT):
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :WIDE_PROMPT], past_key_values=cache)
+            got = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(WIDE_PROMPT, 612)]
+        got.append(model(ids[:, 612:], past_key_values=cache).logits)
+    assert (torch.cat(got, 1) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_cropped_and_a_copied_cache_keep_their_own_keys():
+    model = make("llama")
+    ids, other = tokens(1, 30), tokens(1, 30, seed=5)
+    with torch.no_grad(), Applied(model, None) as applied, applied.prompt(10):
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :10], past_key_values=cache)
+        for t in range(10, 20):
+            model(ids[:, t : t + 1], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        twin.crop(-5)
+        for t in range(15, 20):  # overwrites its own last five, not the original's
+            model(other[:, t : t + 1], past_key_values=twin)
+        a = model(ids[:, 20:21], past_key_values=cache).logits
+        b = model(ids[:, 20:21], past_key_values=twin).logits
+        mixed = torch.cat([ids[:, :15], other[:, 15:20], ids[:, 20:21]], 1)
+    with torch.no_grad():
+        for got, sequence in ((a, ids[:, :21]), (b, mixed)):
+            expected = model(sequence).logits[:, -1:]
+            assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_threads_decode_with_one_model():
+    model = make("llama")
+    batches = [tokens(1, 30, seed=seed) for seed in range(4)]
+    with Applied(model, plan_for(model, "griffin")) as applied:
+        alone = [decode(model, applied, ids)[0] for ids in batches]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda ids: decode(model, applied, ids)[0], batches))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_several_threads_of_the_kernel_give_one_result():
+    model = make("llama")
+    torch.set_num_threads(3)
+    try:
+        with Applied(model, plan_for(model, "teal")) as applied:
+            native, counted = decode(model, applied, tokens(2, 30))
+            general, _ = decode(model, applied, tokens(2, 30), general=True)
+    finally:
+        torch.set_num_threads(1)
+    assert_native(counted)
+    assert (native - general).abs().max() <= 1e-4 * general.abs().max()
+
+
+# ------------------------------------------------------------------------------------------------- never where it is wrong
+
+
+def test_hidden_states_are_those_of_every_layer():
+    model = make("llama")
+    with torch.no_grad(), Applied(model, None) as applied, applied.prompt(4):
+        cache = model(tokens(1, 4)).past_key_values
+        hidden = model(tokens(1, 5)[:, 4:], past_key_values=cache, output_hidden_states=True).hidden_states
+    with torch.no_grad():
+        expected = model(tokens(1, 5), output_hidden_states=True).hidden_states
+    assert len(hidden) == len(expected)
+    assert all((h - e[:, -1:]).abs().max() < 1e-4 for h, e in zip(hidden, expected, strict=True))
+
+
+def test_a_replaced_module_and_a_patched_forward_are_obeyed():
+    model = make("llama")
+    with Applied(model, None) as applied:
+        first, counted = decode(model, applied, tokens(1, 20))
+        assert_native(counted)
+        attention = model.model.layers[1].self_attn
+        inner = attention.forward
+        attention.forward = lambda *a, **k: (inner(*a, **k)[0] * 0, None)
+        patched, counted = decode(model, applied, tokens(1, 20))
+        assert_general(counted)
+        assert not torch.allclose(first, patched)
+        del attention.forward
+        again, counted = decode(model, applied, tokens(1, 20))
+        assert_native(counted)
+        assert torch.equal(first, again)
+        norm = model.model.layers[0].input_layernorm
+        model.model.layers[0].input_layernorm = torch.nn.Identity()
+        replaced, counted = decode(model, applied, tokens(1, 20))
+        assert_general(counted)
+        assert not torch.allclose(first, replaced)
+        model.model.layers[0].input_layernorm = norm
+
+
+def test_casting_and_copying_take_the_new_weights():
+    model = make("llama")
+    plan = plan_for(model, "griffin")
+    with Applied(model, plan) as applied:
+        before, _ = decode(model, applied, tokens(1, 20))
+        twin = copy.deepcopy(model)
+        model.to(torch.bfloat16)
+        cast, counted = decode(model, applied, tokens(1, 20))
+        assert_native(counted)
+        assert (cast.float() - before).norm() / before.norm() < 5e-2
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        with torch.no_grad(), kernels.count_bytes():
+            ids = twin.generate(tokens(1, 6), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    expected = make("llama")
+    with Applied(expected, plan):
+        assert torch.equal(ids, expected.generate(tokens(1, 6), max_new_tokens=6, do_sample=False, eos_token_id=None))
+
+
+def test_updated_weights_are_read():
+    """Pointers are those of the live parameters: a step after an update in place sees it."""
+    model = make("llama")
+    with Applied(model, None) as applied:
+        before, _ = decode(model, applied, tokens(1, 16))
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.mul_(2)
+            model.model.layers[2].input_layernorm.weight.mul_(1.5)
+        native, counted = decode(model, applied, tokens(1, 16))
+        general, _ = decode(model, applied, tokens(1, 16), general=True)
+    assert_native(counted)
+    assert not torch.allclose(native, before)
+    assert (native - general).abs().max() <= 1e-4 * general.abs().max()
+
+
+def test_a_sliding_window_is_kept():
+    """Past the window: by a sliding cache, and by a plain cache whose mask closes the old positions."""
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**WIDE, **GATED, sliding_window=8)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
+    ids = tokens(1, 40)
+    with torch.no_grad():
+        expected = model(ids).logits[:, WIDE_PROMPT:]
+        with Applied(model, None) as applied, applied.prompt(WIDE_PROMPT):
+            for cache in (DynamicCache(config=model.config), DynamicCache()):
+                model(ids[:, :WIDE_PROMPT], past_key_values=cache)
+                got = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(WIDE_PROMPT, 40)]
+                assert (torch.cat(got, 1) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_layers_that_are_not_plain_take_the_general_path():
+    torch.manual_seed(0)
+    gemma = Gemma2ForCausalLM(Gemma2Config(**WIDE, **GATED, head_dim=16, query_pre_attn_scalar=16)).eval()
+    for model in (gemma, build("gpt2", torch.float32), build("phi3", torch.float32), build("mixtral", torch.float32)):
+        with Applied(model, None) as applied:
+            assert applied.decode_run is None and applied.general_because
+            logits, counted = decode(model, applied, tokens(1, 20))
+        assert_general(counted)
+        with torch.no_grad():
+            expected = model(tokens(1, 20)).logits[:, WIDE_PROMPT:]
+        assert (logits - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+def test_a_layer_that_computes_something_else_is_not_plain():
+    """Each of these has the parts of a plain layer and is none: the proof must see it in numbers."""
+
+    def scaled(layer):
+        inner = layer.forward
+        layer.forward = lambda *a, **k: inner(*a, **k) * 1.05
+
+    def half_attention(layer):
+        inner = layer.self_attn.forward
+        layer.self_attn.forward = lambda *a, **k: (inner(*a, **k)[0] * 0.5, None)
+
+    def unscaled(layer):
+        layer.self_attn.scaling *= 0.5
+
+    for change, plain in ((scaled, False), (half_attention, False), (unscaled, True)):
+        model = make("llama")
+        change(model.model.layers[1])
+        with Applied(model, None) as applied:
+            assert (applied.decode_run is not None) == plain, change.__name__
+
+
+def test_gelu_is_not_taken_for_relu_in_bfloat16():
+    blocks = surgery.dissect(models.load("gelu", dtype=torch.bfloat16).model).blocks
+    assert {block.act for block in blocks} == {"gelu"}
