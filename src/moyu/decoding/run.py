@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections.abc import Callable
 from types import MethodType
@@ -33,12 +34,19 @@ class DecodeRun:
         self.d = layers[0].block.pieces["q"].weight.shape[1]
         self.widest = max(layer.widest for layer in layers)
         self._decoder: Any = None
-        self._pointers: list[tuple[nn.Parameter, int]] = []
-        self._expected: list[tuple[dict, str, Any]] = []
+        self._weights: list[nn.Parameter] = []
+        self._addresses: list[int] = []
+        self._expected: tuple[list[dict], list[str], list[Any]] = ([], [], [])  # owner[name] is value
         self._hooks: list[dict] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_decoder": None, "_pointers": [], "_expected": [], "_hooks": []}
+        return vars(self) | {
+            "_decoder": None,
+            "_weights": [],
+            "_addresses": [],
+            "_expected": ([], [], []),
+            "_hooks": [],
+        }
 
     def attach(self, replace: Callable[[nn.Module, str, Any], None]) -> None:
         """Put the run in the place of the layers' forwards."""
@@ -54,74 +62,77 @@ class DecodeRun:
             or state.chooser is not None
             or hidden.dim() != 3
             or hidden.shape[1] != 1
-            or hidden.dtype != self._pointers_dtype()
+            or hidden.dtype != self._weights_dtype()
             or torch.compiler.is_compiling()
             or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2] != 1))
         ):
             return False
+        return self._appendable(cache, hidden) and self._untouched()
+
+    def _appendable(self, cache: Any, hidden: Tensor) -> bool:
+        """Whether the cache's layers are plain growing ones, all of one form, which the kernel can append to."""
         known = getattr(cache, "layers", ())
+        if any(layer.index >= len(known) for layer in self.layers):
+            return False
+        held = [known[layer.index] for layer in self.layers]
+        if any(type(own) is not DynamicLayer or not own.is_initialized for own in held):
+            return False
+        shape = held[0].keys.shape
         return (
-            all(l.index < len(known) and _appendable(known[l.index], hidden) for l in self.layers) and self._untouched()
+            len(shape) == 4
+            and shape[0] == len(hidden)
+            and all(own.keys.shape == own.values.shape == shape and own.keys.dtype == hidden.dtype for own in held)
         )
 
-    def _pointers_dtype(self) -> torch.dtype:
+    def _weights_dtype(self) -> torch.dtype:
         return self.layers[0].block.pieces["q"].weight.dtype
 
     def _untouched(self) -> bool:
         """Whether the layers are still what was proved: nobody hooked, replaced or patched a module of them."""
         if self._decoder is None:
             self._build()
-        return not any(self._hooks) and all(owner.get(name) is value for owner, name, value in self._expected)
+        # Seven hundred comparisons, in C: as a Python loop they take half a millisecond.
+        owners, names, values = self._expected
+        return not any(self._hooks) and all(map(operator.is_, map(dict.get, owners, names), values))
 
     def _build(self) -> None:
         """Take the pointers of the live parameters, laid out for this plan."""
         for call in (*self.applied.ffns, *self.applied.linears):
             call.ensure_layout()
         decoder = cpu.extension().Decoder()
-        self._pointers, self._expected, self._hooks = [], [], []
+        expected, hooks, weights = [], [], []
         for layer in self.layers:
             decoder.add(layer.native())
-            self._pointers += [(p, p.data_ptr()) for p in layer.weights]
+            weights += layer.weights
             for module in layer.module.modules():
                 own = vars(module)
-                self._hooks += [own["_forward_hooks"], own["_forward_pre_hooks"]]
-                self._expected.append((own, "forward", own.get("forward")))
+                hooks += [own["_forward_hooks"], own["_forward_pre_hooks"]]
+                expected.append((own, "forward", own.get("forward")))
                 for kind in ("_modules", "_parameters"):
-                    self._expected += [(own[kind], name, value) for name, value in own[kind].items()]
+                    expected += [(own[kind], name, value) for name, value in own[kind].items()]
+        owners, names, values = (list(column) for column in zip(*expected, strict=True))
+        self._expected, self._hooks, self._weights = (owners, names, values), hooks, weights
+        self._addresses = [weight.data_ptr() for weight in weights]
         self._decoder = decoder
 
     def step(self, state: Pass, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Hidden states (B, 1, d) after all layers; appends to the cache."""
-        if any(p.data_ptr() != address for p, address in self._pointers):  # something has repacked the weights
+        if list(map(Tensor.data_ptr, self._weights)) != self._addresses:  # something has repacked the weights
             with self.applied.layout_lock:
                 self._decoder = None
                 self._build()
-        cache = kwargs["past_key_values"]
-        past = cache.layers[self.layers[0].index].keys.shape[-2]
-        memory, alive = array("q"), []
-        for layer in self.layers:
-            keys, values = _room(cache.layers[layer.index], past)
-            memory.extend((keys.data_ptr(), keys.stride(0), keys.stride(1)))
-            memory.extend((values.data_ptr(), values.stride(0), values.stride(1)))
-            mask = self._mask(layer, state)
-            alive.append(mask)
+        room = _room(kwargs["past_key_values"], self.layers)
+        masks = [self._mask(layer, state) for layer in self.layers]
+        memory = array("q")
+        for position, mask in enumerate(masks):
+            memory.extend(room.where[position])
             memory.extend((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0)))
         y = hidden.contiguous().clone()
         angles = kwargs.get("position_embeddings") if self.layers[0].rotary else None
-        read = run_step(
-            self._decoder,
-            y.view(len(y), -1),
-            past,
-            angles,
-            _allowed(kwargs.get("attention_mask"), len(y), past),
-            self.widest,
-            memory,
-        )
+        allowed = _allowed(kwargs.get("attention_mask"), len(y), room.length)
+        read = run_step(self._decoder, y.view(len(y), -1), room.length, angles, allowed, self.widest, memory)
         kernels.count("decode", read)
-        for layer in self.layers:
-            own = cache.layers[layer.index]
-            keys, values = own._moyu_room
-            own.keys, own.values = keys[:, :, : past + 1], values[:, :, : past + 1]
+        room.grow_by_one()
         return y
 
     def _mask(self, layer: PlainLayer, state: Pass) -> Tensor | None:
@@ -181,31 +192,52 @@ def run_step(
     )
 
 
-def _appendable(layer: Any, hidden: Tensor) -> bool:
-    """Whether a cache's layer is a plain growing one that holds what the kernel can append to."""
-    if type(layer) is not DynamicLayer or not layer.is_initialized:
-        return False
-    keys, values = layer.keys, layer.values
-    if keys is None or values is None:
-        return False
-    return keys.dim() == 4 and len(keys) == len(hidden) == len(values) and keys.dtype == values.dtype == hidden.dtype
+class _Room:
+    """Keys and values of all layers in one buffer (2 L, B, H, more than they hold, D); the cache's own are views of it."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        held = [t for layer in layers for t in (layer.keys, layer.values)]  # 2 L of (B, H, length, D)
+        self.length = held[0].shape[2]
+        longer = self.length + max(GROW, self.length // 2)
+        self.buffer = held[0].new_empty(len(held), *held[0].shape[:2], longer, held[0].shape[3])
+        for part, content in zip(self.buffer, held, strict=True):
+            part[:, :, : self.length] = content
+        each = self.buffer.stride(0) * self.buffer.element_size()
+        row, head = self.buffer.stride(1), self.buffer.stride(2)
+        start = self.buffer.data_ptr()
+        self.where = [
+            (start + 2 * k * each, row, head, start + (2 * k + 1) * each, row, head) for k in range(len(layers))
+        ]
+        self.views = self._cut()
+
+    def holds(self, layers: list[Any]) -> bool:
+        """Whether these layers hold what this room gave them, and it has a place left."""
+        held = [t for layer in layers for t in (layer.keys, layer.values)]
+        return (
+            self.length < self.buffer.shape[3]
+            and len(held) == len(self.views)
+            and all(map(operator.is_, held, self.views))
+        )
+
+    def grow_by_one(self) -> None:
+        """One more position is filled."""
+        self.length += 1
+        self.views = self._cut()
+
+    def _cut(self) -> tuple[Tensor, ...]:
+        views = self.buffer[:, :, :, : self.length].unbind(0)
+        for layer, keys, values in zip(self.layers, views[::2], views[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+        return views
 
 
-def _room(layer: Any, past: int) -> tuple[Tensor, Tensor]:
-    """Buffers (B, H, more than past, D) that begin with the layer's keys and values."""
-    room = getattr(layer, "_moyu_room", None)
-    keys, values = layer.keys, layer.values
-    if (
-        room is None
-        or room[0].shape[2] <= past
-        or keys.data_ptr() != room[0].data_ptr()
-        or values.data_ptr() != room[1].data_ptr()
-        or len(room[0]) != len(keys)
-    ):
-        longer = past + max(GROW, past // 2)
-        room = layer._moyu_room = tuple(t.new_empty(*t.shape[:2], longer, t.shape[3]) for t in (keys, values))
-        for buffer, content in zip(room, (keys, values), strict=True):
-            buffer[:, :, :past] = content
+def _room(cache: Any, plain: list[PlainLayer]) -> _Room:
+    """The room of a cache; a new one where somebody has put other keys and values into it, or where it is full."""
+    layers = [cache.layers[layer.index] for layer in plain]
+    room = getattr(cache, "_moyu_room", None)
+    if room is None or room.layers != layers or not room.holds(layers):
+        room = cache._moyu_room = _Room(layers)
     return room
 
 

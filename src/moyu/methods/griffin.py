@@ -41,8 +41,12 @@ class Griffin(Method):
 def accumulate(squares: Tensor | None, mid: Tensor, rows: Rows) -> Tensor:
     """Sum over dense valid rows of (a / ||a||)^2 for each slot: mid (N, f) -> (B, f); at least float32."""
     dense = rows.valid & ~rows.sparse
-    precise = mid if mid.dtype == torch.float64 else mid.float()
-    share = precise[dense] / precise[dense].norm(dim=1, keepdim=True).clamp(min=1e-12)
-    fresh = torch.zeros(rows.slots, mid.shape[1], dtype=precise.dtype, device=mid.device)
-    fresh.index_add_(0, rows.seq[dense], share.square())
+    seq = rows.seq
+    if not bool(dense.all()):  # copies a prompt's activations only where it has padding
+        mid, seq = mid[dense], seq[dense]
+    each = mid.to(torch.float64 if mid.dtype == torch.float64 else torch.float32)
+    each = each.square() if each is mid else each.square_()  # (N, f); fresh memory costs more than the arithmetic
+    share = torch.zeros(rows.slots, len(each), dtype=each.dtype, device=each.device)  # (B, N)
+    share[seq, torch.arange(len(each), device=each.device)] = 1 / each.sum(dim=1).clamp(min=1e-24)
+    fresh = share @ each
     return fresh if squares is None else squares + fresh
