@@ -24,6 +24,9 @@ inline float exponential(float x) {
 inline float logistic_product(float z, float s) { return z / (1.0f + exponential(-s)); }
 
 // z[0 .. n) in place; the C functions and not std:: ones, which are inline functions (see kernels.h).
+#if defined(__GNUC__) || defined(__clang__)
+__attribute__((always_inline))
+#endif
 inline void activate(Act act, float *z, int64_t n) {
     switch (act) {
         case Act::relu:
@@ -47,6 +50,12 @@ inline void activate(Act act, float *z, int64_t n) {
             return;
         case Act::identity: return;
     }
+}
+
+// The same for a number of values that the compiler knows: in one register, without loops.
+template <int n>
+inline void activate(Act act, float *z) {
+    activate(act, z, n);
 }
 
 }  // namespace

@@ -18,6 +18,17 @@ constexpr bool is_bf16<BF16> = true;
 template <class T>
 constexpr bool stored_products = false;
 
+// kept = the positions of the set bytes, ascending; returns how many. `kept` has room for n.
+template <class V>
+inline int64_t list_set(const uint8_t *mask, int64_t n, int32_t *kept) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        kept[count] = static_cast<int32_t>(i);
+        count += mask[i] != 0;
+    }
+    return count;
+}
+
 inline float from_bits(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);

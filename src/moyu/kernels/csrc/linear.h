@@ -12,14 +12,15 @@ int64_t rows_share(const LinearArgs &a, const Factor<T> *x, const int32_t *kept,
     const int64_t row_bytes = a.n * static_cast<int64_t>(sizeof(T));
     const int64_t bias_bytes = a.bias ? static_cast<int64_t>(sizeof(T)) : 0;
     const int64_t hop = Taken::hop(row_bytes);
+    const int streams = together(row_bytes);
     const Share share(count, team);
     const Part weight{a.weight, a.weight_stride};
     T *out = static_cast<T *>(a.out);
     int which[kTogether];
     float value[kTogether];
     int64_t read = 0;
-    for (int64_t step = 0; step < Taken::steps(share); ++step) {
-        const Taken taken(kept, share, step, hop);
+    for (int64_t step = 0; step < Taken::steps(share, streams); ++step) {
+        const Taken taken(kept, share, streams, step, hop);
         for (int64_t r = 0; r < a.rows; ++r) {
             const bool all = a.mask == nullptr || a.rows == 1;
             const int own = taken.kept_by(all ? nullptr : a.mask + r * a.mask_stride, which);
@@ -40,14 +41,15 @@ template <class T>
 int64_t columns_share(const LinearArgs &a, const int32_t *kept, int64_t count, const moyu::Team &team, float *sums) {
     const int64_t column_bytes = a.q * static_cast<int64_t>(sizeof(T));
     const int64_t hop = Taken::hop(column_bytes);
+    const int streams = together(column_bytes);
     const Share share(count, team);
     const Part weight{a.weight, a.weight_stride};
     for (int64_t i = 0; i < a.rows * round_up(a.q); ++i) sums[i] = 0.0f;
     int which[kTogether];
     float value[kTogether];
     int64_t read = 0;
-    for (int64_t step = 0; step < Taken::steps(share); ++step) {
-        const Taken taken(kept, share, step, hop);
+    for (int64_t step = 0; step < Taken::steps(share, streams); ++step) {
+        const Taken taken(kept, share, streams, step, hop);
         for (int64_t r = 0; r < a.rows; ++r) {
             const int own = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which);
             for (int i = 0; i < own; ++i) value[i] = widen(*at<T>(a.x, r * a.x_stride + taken.piece[which[i]]));

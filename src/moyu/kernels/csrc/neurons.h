@@ -19,38 +19,42 @@ int64_t neurons_share(const NeuronsArgs &a, const Factor<T> *x, const int32_t *k
     const Part gate{a.gate, a.gate_stride}, up{a.up, a.up_stride}, down{a.down, a.down_stride};
     const bool chained = (a.d < a.d_out ? a.d : a.d_out) * static_cast<int64_t>(sizeof(T)) >= kAheadBytes;
     const int64_t hop = chained ? 1 : Taken::hop(neuron_bytes);
+    const int streams = together(a.d * static_cast<int64_t>(sizeof(T)));
 
     const Share share(count, team);
     for (int64_t i = 0; i < a.rows * round_up(a.d_out); ++i) sums[i] = 0.0f;
     int which[kRowBlock][kTogether], own[kRowBlock];
     float g[kRowBlock][kTogether] = {}, u[kRowBlock][kTogether] = {};
     int64_t read = 0;
-    // Part by part and not row by row: 4 pieces of one part and a row of x fit in L1, 4 whole neurons do not.
-    for (int64_t step = 0; step < Taken::steps(share); ++step) {
-        const Taken taken(kept, share, step, hop);
+    // Part by part and not row by row: the pieces of one part and a row of x fit in L1, whole neurons do not.
+    for (int64_t step = 0; step < Taken::steps(share, streams); ++step) {
+        const Taken taken(kept, share, streams, step, hop);
         auto weights = [&](int64_t r, const Part &part, const Part &after, const int64_t *after_pieces) {
             return chained ? Weights<T>(taken, which[r], own[r], part, after, after_pieces)
                            : Weights<T>(taken, which[r], own[r], part, part, taken.next);
         };
+        auto add_bias = [&](int64_t r, const void *bias, float *value) {
+            if (bias)
+                for (int i = 0; i < own[r]; ++i) value[i] += bias_at<T>(bias, taken.piece[which[r][i]]);
+        };
         for (int64_t r = 0; r < a.rows; ++r) {
             own[r] = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which[r]);
-            if (a.gate) project(weights(r, gate, a.up ? up : down, taken.piece), x, r, a.d, g[r]);
+            if (!a.gate) continue;
+            project(weights(r, gate, a.up ? up : down, taken.piece), x, r, a.d, g[r]);
+            add_bias(r, a.gate_bias, g[r]);
+            activate<kTogether>(a.act, g[r]);  // here and not later: it runs while up's weights arrive
         }
-        if (a.up)
-            for (int64_t r = 0; r < a.rows; ++r) project(weights(r, up, down, taken.piece), x, r, a.d, u[r]);
+        for (int64_t r = 0; r < a.rows && a.up; ++r) {
+            project(weights(r, up, down, taken.piece), x, r, a.d, u[r]);
+            add_bias(r, a.up_bias, u[r]);
+            if (!a.gate && !a.given) activate<kTogether>(a.act, u[r]);
+        }
         for (int64_t r = 0; r < a.rows; ++r) {
-            float *opened = a.gate ? g[r] : u[r];
-            for (int i = 0; i < own[r]; ++i) {
-                const int64_t j = taken.piece[which[r][i]];
-                if (a.gate) g[r][i] += bias_at<T>(a.gate_bias, j);
-                if (a.up) u[r][i] += bias_at<T>(a.up_bias, j);
-            }
-            if (a.gate || !a.given) activate(a.act, opened, kTogether);
-            for (int i = 0; i < own[r]; ++i) {
-                if (a.gate && a.up) opened[i] *= u[r][i];
-                if (a.given) opened[i] *= widen(*at<T>(a.given, r * a.given_stride + taken.piece[which[r][i]]));
-            }
-            accumulate(weights(r, down, a.gate ? gate : up, taken.next), opened, sums, r, a.d_out);
+            float *value = a.gate ? g[r] : u[r];
+            for (int i = 0; i < kTogether && a.gate && a.up; ++i) value[i] *= u[r][i];
+            for (int i = 0; i < own[r] && a.given; ++i)
+                value[i] *= widen(*at<T>(a.given, r * a.given_stride + taken.piece[which[r][i]]));
+            accumulate(weights(r, down, a.gate ? gate : up, taken.next), value, sums, r, a.d_out);
         }
         read += taken.count * (neuron_bytes + bias_bytes);
     }

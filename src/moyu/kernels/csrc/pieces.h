@@ -17,7 +17,7 @@ using moyu::LinearArgs;
 using moyu::NeuronsArgs;
 
 constexpr int64_t kLineBytes = 64;
-constexpr int kTogether = 4;             // pieces read in lockstep
+constexpr int kTogether = 8;             // pieces read in lockstep, at most
 constexpr int64_t kAheadBytes = 1536;    // the least distance of the prefetch in each of them
 constexpr int64_t kRowBlock = 32;        // rows of x that are taken together; weights are read once a block
 constexpr int64_t kSerialBytes = 65536;  // less work than this is done before a second thread has woken up
@@ -103,36 +103,33 @@ inline int64_t list_kept(const uint8_t *mask, int64_t stride, int64_t rows, int6
             for (int64_t i = 0; i < pieces; ++i) any[i] |= mask[r * stride + i];
         mask = any;
     }
-    int64_t count = 0;
-    for (int64_t i = 0; i < pieces; ++i) {
-        kept[count] = static_cast<int32_t>(i);
-        count += mask == nullptr || mask[i] != 0;
-    }
-    return count;
+    if (mask != nullptr) return list_set<Vec>(mask, pieces, kept);
+    for (int64_t i = 0; i < pieces; ++i) kept[i] = static_cast<int32_t>(i);
+    return pieces;
 }
 
-// The pieces of one step of a thread that has the list's part `share`: the part is cut into kTogether runs, a step takes
+// How many pieces to read in lockstep: 4 of a page or more. Shorter ones leave room in L1 (which a multiple of the page
+// size between the streams does not) for 8, and each step's overhead then serves twice the bytes: 10 % at 2 kB.
+inline int together(int64_t piece_bytes) { return piece_bytes < 4096 ? 8 : 4; }
+
+// The pieces of one step of a thread that has the list's part `share`: the part is cut into `streams` runs, a step takes
 // one piece of each, so that even where everything is kept the lockstep has that many long streams.
 struct Taken {
-    int64_t piece[kTogether], next[kTogether];  // what to compute, and what the step `hop` later will; filled up with copies
+    int64_t piece[kTogether], next[kTogether];  // what to compute, and what the step `hop` later will
     int count = 0;
     Taken() = default;
-    Taken(const int32_t *kept, const Share &share, int64_t step, int64_t hop) {
-        const int64_t run = steps(share);
-        for (int64_t at = share.begin + step; at < share.end && count < kTogether; at += run) {
+    Taken(const int32_t *kept, const Share &share, int streams, int64_t step, int64_t hop) {
+        const int64_t run = steps(share, streams);
+        for (int64_t at = share.begin + step; at < share.end && count < streams; at += run) {
             piece[count] = kept[at];
             next[count++] = kept[step + hop < run && at + hop < share.end ? at + hop : at];
-        }
-        for (int c = count; c < kTogether; ++c) {
-            piece[c] = piece[0];
-            next[c] = next[0];
         }
     }
     // Steps until a stream has gone kAheadBytes further: more than one for short pieces.
     static int64_t hop(int64_t piece_bytes) {
         return piece_bytes > 0 ? (kAheadBytes + piece_bytes - 1) / piece_bytes : 1;
     }
-    static int64_t steps(const Share &share) { return (share.end - share.begin + kTogether - 1) / kTogether; }
+    static int64_t steps(const Share &share, int streams) { return (share.end - share.begin + streams - 1) / streams; }
     // Which of them a row keeps, as positions among them; null = all.
     int kept_by(const uint8_t *row_mask, int *which) const {
         int kept = 0;
@@ -245,6 +242,10 @@ inline void axpy_together(const Weights<T> &w, const float *scale, float *y, int
 template <bool Ahead, class T>
 inline void dot(const Weights<T> &w, const Factor<T> *x, int64_t n, float *out) {
     switch (w.count) {
+        case 8: return dot_together<8, Ahead>(w, x, n, out);
+        case 7: return dot_together<7, Ahead>(w, x, n, out);
+        case 6: return dot_together<6, Ahead>(w, x, n, out);
+        case 5: return dot_together<5, Ahead>(w, x, n, out);
         case 4: return dot_together<4, Ahead>(w, x, n, out);
         case 3: return dot_together<3, Ahead>(w, x, n, out);
         case 2: return dot_together<2, Ahead>(w, x, n, out);
@@ -255,6 +256,10 @@ inline void dot(const Weights<T> &w, const Factor<T> *x, int64_t n, float *out) 
 template <bool Ahead, class T>
 inline void axpy(const Weights<T> &w, const float *scale, float *y, int64_t n) {
     switch (w.count) {
+        case 8: return axpy_together<8, Ahead>(w, scale, y, n);
+        case 7: return axpy_together<7, Ahead>(w, scale, y, n);
+        case 6: return axpy_together<6, Ahead>(w, scale, y, n);
+        case 5: return axpy_together<5, Ahead>(w, scale, y, n);
         case 4: return axpy_together<4, Ahead>(w, scale, y, n);
         case 3: return axpy_together<3, Ahead>(w, scale, y, n);
         case 2: return axpy_together<2, Ahead>(w, scale, y, n);

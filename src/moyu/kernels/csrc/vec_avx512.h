@@ -58,6 +58,22 @@ struct Vec {
     static void store(float *p, Reg a) { _mm512_storeu_ps(p, a); }
 };
 
+template <>
+inline int64_t list_set<Vec>(const uint8_t *mask, int64_t n, int32_t *kept) {
+    int64_t count = 0, i = 0;
+    __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; i + Vec::width <= n; i += Vec::width) {  // writes at most up to kept[i + width)
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(mask + i));
+        const __mmask16 set = _mm_test_epi8_mask(bytes, bytes);
+        _mm512_storeu_si512(kept + count, _mm512_maskz_compress_epi32(set, at));
+        count += __builtin_popcount(set);
+        at = _mm512_add_epi32(at, _mm512_set1_epi32(Vec::width));
+    }
+    for (; i < n; ++i)
+        if (mask[i] != 0) kept[count++] = static_cast<int32_t>(i);
+    return count;
+}
+
 #ifdef __AVX512BF16__
 // One instruction a line of weights instead of a shift, a mask and two FMAs: the core's window then holds more lines that
 // wait for memory. Sums are fp32 as elsewhere, but subnormal bf16 counts as 0.

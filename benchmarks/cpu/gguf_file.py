@@ -1,0 +1,72 @@
+"""A GGUF file with the very weights of a Llama or Qwen2 model in memory: 16-bit matrices as BF16, vectors as F32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write(model: nn.Module, path: Path) -> Path:
+    """Write the model's weights, and no tokenizer: token ids go in and logits come out."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, parameter in model.named_parameters():
+        stem, _, kind = name.rpartition(".")
+        if stem.startswith("model.layers."):
+            _, _, layer, part = stem.split(".", 3)
+            role, target = NAMES[part], f"blk.{layer}.{NAMES[part]}.{kind}"
+        else:
+            role, target = NAMES[stem], f"{NAMES[stem]}.{kind}"
+        tensor = parameter.detach()
+        if role in heads and config.model_type == "llama":
+            tensor = interleaved(tensor, heads[role])
+        if tensor.dim() == 1:
+            writer.add_tensor(target, tensor.float().numpy())
+        else:
+            raw = tensor.contiguous().view(torch.uint8).numpy().reshape(tensor.shape[0], -1)
+            writer.add_tensor(target, np.ascontiguousarray(raw), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Rows of q or k in llama.cpp's order for Llama: pairs of one rotation side by side, not in two halves."""
+    rows = weight.shape[0] // heads
+    return weight.reshape(heads, 2, rows // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)

@@ -1,0 +1,251 @@
+"""Decoding on a CPU, one process, variants alternating, the same random weights in all of them.
+
+    .venv/bin/python benchmarks/cpu/run.py [--shape llama-3.2-1b] [--layers N] [--out RECORDS.jsonl]
+
+Variants: transformers' eager loop, the same compiled, llama.cpp, MOYU dense, MOYU with a share of neurons (GRIFFIN) or of all
+projections' columns (TEAL) skipped. First a numeric check: llama.cpp, transformers and MOYU must agree on the logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf_file import write
+from llama_cpp_loop import LlamaCpp
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from moyu import accounting, kernels, methods, models, records, surgery
+from moyu.applied import Applied
+from moyu.calibration import Windows, calibrate
+from moyu.kernels import cpu
+from moyu.plan import Plan
+
+PROMPT, STEPS = 32, 40
+Step = Callable[[int], int]  # token -> greedy next token
+
+
+class Bench:
+    """The weights in the three layouts that the variants read, and the loops over them.
+
+    Every variant stays ready from beginning to end, so that single steps can alternate: a shared machine's memory changes
+    its rate from second to second.
+    """
+
+    def __init__(self, shape: str, layers: int | None) -> None:
+        """Random weights of `shape`, and a plan a variant."""
+        self.shape = shape
+        self.model = models.random_model(shape, layers=layers)
+        self.anatomy = surgery.dissect(self.model)
+        self.layers, self.whole = len(self.anatomy.layers), models.SHAPES[shape]().num_hidden_layers
+        self.bytes = accounting.dense_step_bytes(self.model, self.anatomy)
+        generator = torch.Generator().manual_seed(0)
+        self.prompt = torch.randint(3, self.model.config.vocab_size, (1, PROMPT), generator=generator)
+        self.plans: dict[str, Plan | None] = {"moyu dense": None}
+        wanted = [("griffin", "neurons", s) for s in (0.3, 0.5, 0.7)] + [("teal", "columns", s) for s in (0.3, 0.5)]
+        for name, kind, share in wanted:
+            self.plans[f"moyu {share:.0%} {kind}"] = self.plan(name, share)
+        laid_out = {"neurons": copy.deepcopy(self.model), "columns": copy.deepcopy(self.model), "dense": self.model}
+        self.applied = {name: Applied(shared(laid_out[name.split()[-1]]), plan) for name, plan in self.plans.items()}
+
+    def plan(self, name: str, share: float) -> Plan:
+        """A method that skips `share` of its units."""
+        ids = self.prompt.roll(5, 1)
+        return calibrate(
+            self.model, methods.method(name), Windows(ids, 8), sparsity=share, name=self.shape, anatomy=self.anatomy
+        )
+
+    def step_bytes(self, name: str) -> float:
+        """Bytes of weights that a step reads: the dense step's less what is skipped, as the kernels count it."""
+        return self.bytes - self._counted("moyu dense") + self._counted(name) if name in self.plans else self.bytes
+
+    def _counted(self, name: str, steps: int = 4) -> float:
+        token, step = self.moyu(name)
+        with kernels.count_bytes() as counted:
+            for _ in range(steps):
+                token = step(token)
+        return counted.total / steps
+
+    def eager(self) -> tuple[int, Step]:
+        """transformers' own loop."""
+        return self._loop(self.model, DynamicCache(config=self.model.config))
+
+    def compiled(self) -> tuple[int, Step]:
+        """The same compiled by inductor, with a static cache."""
+        cache = StaticCache(config=self.model.config, max_cache_len=PROMPT + STEPS + 8)
+        return self._loop(self.model, cache, torch.compile(self.model, dynamic=False))
+
+    def moyu(self, name: str) -> tuple[int, Step]:
+        """The same loop with a plan applied."""
+        applied = self.applied[name]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with applied.prompt(PROMPT):
+                return applied.model(*args, **kwargs)
+
+        return self._loop(call, DynamicCache(config=self.model.config))
+
+    def llama_cpp(self, engine: LlamaCpp) -> tuple[int, Step]:
+        """llama.cpp on the same weights."""
+        engine.reset()
+        return int(engine.step(self.prompt[0].tolist()).argmax()), lambda token: int(engine.step([token]).argmax())
+
+    def _loop(
+        self, model: Callable, cache: DynamicCache | StaticCache, decode: Callable | None = None
+    ) -> tuple[int, Step]:
+        decode = decode or model
+
+        def step(token: int) -> int:
+            return int(
+                decode(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, -1].float().argmax()
+            )
+
+        return int(model(self.prompt, past_key_values=cache, use_cache=True).logits[0, -1].argmax()), step
+
+
+def shared(model: nn.Module) -> nn.Module:
+    """Another model on the same parameters."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def check(bench: Bench, engine: LlamaCpp, tokens: int = 24) -> None:
+    """The same logits from all three, on forced tokens; greedy choices equal wherever they are not near-ties."""
+    model, ids, applied = bench.model, bench.prompt, bench.applied["moyu dense"]
+    engine.reset()
+    cache, own = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    worst, ties = {"llama.cpp": 0.0, "moyu": 0.0}, 0
+    with applied.prompt(PROMPT):
+        for _ in range(tokens):
+            eager = model(ids, past_key_values=cache).logits[0, -1].float()
+            others = {
+                "llama.cpp": torch.from_numpy(engine.step(ids[0].tolist()).copy()),
+                "moyu": applied.model(ids, past_key_values=own).logits[0, -1].float(),
+            }
+            for name, logits in others.items():
+                error = logits - eager
+                worst[name] = max(worst[name], float(error.norm() / eager.norm()))
+                if int(logits.argmax()) != int(eager.argmax()):
+                    ties += 1
+                    gap = float(eager.max() - eager[logits.argmax()])
+                    assert gap < 2 * float(error.abs().max()), (
+                        f"{name} chooses a token that is {gap:.3g} worse: no near-tie"
+                    )
+            ids = eager.argmax().view(1, 1)
+    errors = ", ".join(f"{name} {error:.4f}" for name, error in worst.items())
+    print(
+        f"check, {tokens} forced tokens: error of the logits beside transformers' {errors}; {ties} near-ties decided otherwise"
+    )
+    assert max(worst.values()) < 0.05, "these are not the same model"
+
+
+def measure(variants: dict[str, tuple[int, Step]]) -> tuple[dict[str, list[float]], float]:
+    """Seconds of single steps, every variant in turn, and the read ceiling in between: the best loop's median, in GB/s."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    tokens = {name: token for name, (token, _) in variants.items()}
+    buffer = torch.ones(64 << 20)
+    loops: list[list[float]] = [[] for _ in range(cpu.extension().read_loops)]
+    for turn in range(STEPS):
+        for loop, times in enumerate(loops):
+            start = time.perf_counter()
+            cpu.read_once(buffer, loop)
+            times.append(time.perf_counter() - start)
+        for name in list(variants)[turn % len(variants) :] + list(variants)[: turn % len(variants)]:
+            start = time.perf_counter()
+            tokens[name] = variants[name][1](tokens[name])
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds, max(buffer.numel() * 4 / statistics.median(times) / 1e9 for times in loops)
+
+
+def prefill(bench: Bench, tokens: int = 512, rounds: int = 5) -> None:
+    """Print the time of a prompt of `tokens` tokens, by transformers and with a plan applied."""
+    ids = torch.randint(3, bench.model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(1))
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds + 1):
+        for name in ("transformers", "moyu dense", "moyu 50% neurons", "moyu 50% columns"):
+            start = time.perf_counter()
+            if name == "transformers":
+                bench.model(ids, logits_to_keep=1)
+            else:
+                with bench.applied[name].prompt(tokens):
+                    bench.applied[name].model(ids, logits_to_keep=1)
+            seconds.setdefault(name, []).append(time.perf_counter() - start)
+    base = statistics.median(seconds["transformers"][1:])
+    for name, values in seconds.items():
+        median = statistics.median(values[1:])
+        print(f"prefill of {tokens} tokens, {name}: {median:.3f} s ({median / base - 1:+.1%})")
+
+
+@torch.no_grad()
+def main() -> None:
+    """Check, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3.2-1b", choices=list(models.SHAPES))
+    parser.add_argument("--layers", type=int)
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out: it compiles for a minute or two"
+    )
+    parser.add_argument("--prefill", action="store_true", help="time prefill as well")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    bench = Bench(options.shape, options.layers)
+    with tempfile.TemporaryDirectory() as folder:
+        engine = LlamaCpp(write(bench.model, Path(folder) / "model.gguf"), torch.get_num_threads())
+        check(bench, engine)
+        variants = {"transformers eager": bench.eager()}
+        if not options.no_compile:
+            variants["transformers compiled"] = bench.compiled()
+        variants["llama.cpp"] = bench.llama_cpp(engine)
+        variants |= {name: bench.moyu(name) for name in bench.plans}
+        seconds, ceiling = measure(variants)
+        engine.close()
+    if options.prefill:
+        prefill(bench)
+    report(bench, seconds, ceiling, options.out)
+
+
+def report(bench: Bench, seconds: dict[str, list[float]], ceiling: float, out: Path | None) -> None:
+    """A row a variant, and records."""
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    rows, eager, native = [], median["transformers eager"], median["moyu dense"]
+    depth, threads = f"{bench.layers} of {bench.whole} layers", torch.get_num_threads()
+    print(
+        f"\n{bench.shape}, {depth}, bf16, random weights, {threads} threads, read ceiling {ceiling:.1f} GB/s (median)"
+    )
+    print("                          tok/s     ms     MB   GB/s share  x eager x llama.cpp x dense  limit")
+    for name, values in seconds.items():
+        plan, t = bench.plans.get(name), median[name]
+        size = bench.step_bytes(name)
+        rate = size / t / 1e9
+        cuts = statistics.quantiles(values, n=10, method="inclusive")
+        print(
+            f"{name:24s} {1 / t:6.1f} {t * 1e3:6.1f} {size / 1e6:6.0f} {rate:6.1f} {rate / ceiling:5.0%} {eager / t:8.2f} "
+            f"{median['llama.cpp'] / t:11.2f} {native / t:7.2f} {bench.bytes / size:6.2f}"
+        )
+        rows.append(
+            records.stamp(
+                kind="speed", model=bench.shape, weights="random", dtype="bfloat16", seed=0, simulated=False, kv_policy="full",
+                method="dense" if plan is None else plan.method.name, family=None if plan is None else plan.method.family,
+                target_sparsity=None if plan is None else float(name.split()[1].rstrip("%")) / 100,
+                context=bench.shape, layers=bench.layers, tok_s=1 / t, tok_s_dense=1 / eager, speedup=eager / t,
+                speedup_limit=bench.bytes / size, byte_fraction=size / bench.bytes, gb_s=rate,
+                gb_s_dense=bench.bytes / eager / 1e9, read_ceiling_gb_s=ceiling, ceiling_share=rate / ceiling,
+                peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, p20=cuts[1], p50=t, p80=cuts[7],
+                backend=f"{name}: {kernels.describe()}" if name.startswith("moyu") else name, batch=1, dense_baseline="transformers eager",
+            )
+        )  # fmt: skip
+    if out is not None:
+        records.write(out, rows)
+
+
+if __name__ == "__main__":
+    main()
