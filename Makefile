@@ -32,7 +32,7 @@ say = echo "==>"
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo setup dev test lint types unit format browser clean distclean
+.PHONY: help demo setup dev test lint types unit sanitize format browser clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,10 @@ types: $(CORE) $(DEV)  ## pyright on src
 unit: $(CORE) $(DEV) $(BUILT)  ## pytest
 	@$(say) "pytest"
 	@$(BIN)/python -m pytest $(TESTS)
+
+sanitize: dev  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (some 15 minutes, not in CI)
+	@$(BIN)/python scripts/sanitize.py address
+	@$(BIN)/python scripts/sanitize.py thread -k threads
 
 format: $(CORE) $(DEV)  ## let ruff fix and format the code
 	@$(BIN)/ruff check --fix
