@@ -220,6 +220,7 @@ def test_ctrl_c(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     ) as process:
         assert process.stderr and process.stdout
         first = process.stderr.readline()  # the run has begun

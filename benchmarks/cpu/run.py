@@ -102,7 +102,7 @@ class Bench:
     def _loop(
         self, model: Callable, cache: DynamicCache | StaticCache, decode: Callable | None = None
     ) -> tuple[int, Step]:
-        decode = decode or model
+        decode = model if decode is None else decode
 
         def step(token: int) -> int:
             return int(
