@@ -22,8 +22,9 @@ STRUCTURES = ["llama", "opt-relu", "gpt2", "phi3", "mixtral"]
 ALL = {name: methods.method(name) for name in methods.names()} | FIXTURES
 
 
-def plan_for(model, method, sparsity=0.5, **kwargs):
-    return calibrate(model, method, Windows(tokens(6, 40), 20), sparsity=sparsity, name="tiny", **kwargs)
+def plan_for(model, method, sparsity=0.5, windows=None, **kwargs):
+    windows = windows or Windows(tokens(6, 40), 20)
+    return calibrate(model, method, windows, sparsity=sparsity, name="tiny", **kwargs)
 
 
 def has_sites(model, method):

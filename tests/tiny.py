@@ -54,6 +54,6 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTr
     return model.to(dtype)
 
 
-def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+def tokens(*shape: int, seed: int = 1, vocabulary: int = VOCABULARY) -> torch.Tensor:
     """Random ids that are no special token."""
-    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, vocabulary, shape, generator=torch.Generator().manual_seed(seed))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moyu import kernels, runtime, surgery
+from moyu import compensation, kernels, runtime, surgery
 from moyu.applied import Applied
 from moyu.errors import UserError
 from moyu.execution import SiteState
@@ -69,6 +69,7 @@ def calibrate(
     name: str = "",
     revision: str | None = None,
     bias: bool = False,
+    centre: bool = False,
     seed: int = 0,
     anatomy: Anatomy | None = None,
     progress: Progress | None = None,
@@ -76,7 +77,8 @@ def calibrate(
     """Fit `method` to `model` for a target sparsity in [0, 1): fraction of units skipped at every site.
 
     bias: add the closed-form correction W E[v - S(v)] at every site (off by default).
-    Raises UserError where the model offers no site to this method.
+    centre: let masks of columns act on v - c, with the c of `compensation.centred` (off by default).
+    Raises UserError where the model offers no site to this method, or none to what was asked.
     """
     if not 0 <= sparsity < 1:
         raise UserError(f"sparsity must be in [0, 1), not {sparsity}", "0.5 skips half of the units")
@@ -90,6 +92,10 @@ def calibrate(
             f"({'gated' if gated else 'plain'} network, {'/'.join(sorted(acts))})",
             "`moyu methods` says what each method needs",
         )
+    if centre and not any(s.skips == "columns" for layer in blocks for b in layer for s in method.sites(b)):
+        raise UserError(
+            f"method {method.name!r} skips no columns here, so nothing can be centred", "leave centring out"
+        )
     parts: dict[str, tuple[Site, SiteParams]] = {}
     draft = Plan(method, parts, {"name": name, "revision": revision})
     with torch.no_grad(), Applied(model, draft, engine="mask", anatomy=anatomy, check=False) as applied:
@@ -97,7 +103,7 @@ def calibrate(
         applied.lookahead |= {(s.source_layer, s.reads) for s in ahead}
         walk = _Walk(applied, windows)
         for index, layer_blocks in enumerate(blocks):
-            _fit_layer(walk, index, layer_blocks, method, parts, sparsity, bias)
+            _fit_layer(walk, index, layer_blocks, method, parts, sparsity, bias, centre)
             if progress:
                 progress(index + 1, len(blocks))
     return dataclasses.replace(
@@ -110,7 +116,13 @@ def calibrate(
             "digests": digests(anatomy, (s for s, _ in parts.values())),
         },
         target_sparsity=sparsity if method.solves_target else None,
-        calibration={"source": dict(windows.source), "windows": list(windows.tokens.shape), "prompt": windows.prompt},
+        calibration={
+            "source": dict(windows.source),
+            "windows": list(windows.tokens.shape),
+            "prompt": windows.prompt,
+            "bias": bias,
+            "centre": centre,
+        },
         seed=seed,
         versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")}
         | {"python": platform.python_version()},
@@ -125,6 +137,7 @@ def _fit_layer(
     parts: dict[str, tuple[Site, SiteParams]],
     sparsity: float,
     bias: bool,
+    centre: bool,
 ) -> None:
     sites = [(block, site) for block in blocks for site in method.sites(block)]
     dense = walk.observe(index, walk.dense)  # also the taps that later layers look at
@@ -150,15 +163,21 @@ def _fit_layer(
                 dense_taps[site.reads] = walk.dense_taps[source]
                 sparse_taps[site.reads] = walk.sparse_taps[source]
             weights = {n: p.weight.detach() for n, p in block.pieces.items()}
-            parts[site.key] = (site, method.fit(site, Acts(dense_taps, sparse_taps, rows, weights), sparsity))
+            biases = {n: p.bias.detach() for n, p in block.pieces.items() if p.bias is not None}
+            acts = Acts(dense_taps, sparse_taps, rows, weights, biases)
+            if centre and site.skips == "columns" and sparsity > 0:
+                params = compensation.centred(method, site, acts, sparsity, bias)
+            else:
+                params = method.fit(site, acts, sparsity)
+            parts[site.key] = (site, params)
         walk.attach(index, parts, method)
         if bias and sparsity > 0:
             seen = walk.observe(index, walk.sparse)
             for block, site in fresh:
-                target = "down" if site.skips in ("rows", "neurons") else site.linears[-1]
                 if site.key in seen.skipped:
-                    correction = block.pieces[target].weight.float() @ seen.skipped[site.key]
-                    parts[site.key] = (site, dataclasses.replace(parts[site.key][1], bias=correction))
+                    params = parts[site.key][1]
+                    correction = compensation.correction(block, site, params, seen.skipped[site.key])
+                    parts[site.key] = (site, dataclasses.replace(params, bias=correction))
             walk.attach(index, parts, method)
     walk.advance(index)
 

@@ -100,13 +100,22 @@ class _Executor:
             state.taps[self.block.layer, tap] = x
 
     def choose(self, site: SiteState, x: Tensor, rows: Rows, state: Pass, oracle: Callable[[], Tensor]) -> Tensor:
-        """The mask (N, n) of a site: the method's, or what a chooser makes of it; dense rows keep everything."""
+        """The mask (N, n) of a site: the method's, or what a chooser makes of it; dense rows keep everything.
+
+        A mask that several linears share is chosen by the first of them.
+        """
+        shared = site.site.skips == "columns" and len(site.site.linears) > 1
+        if shared and site.site.key in state.masks:
+            return state.masks[site.site.key]
         if site.site.source_layer != site.site.layer:
             x = state.taps[site.site.source_layer, site.site.reads]
         mask = site.decide(x, rows, state)
         if state.chooser is not None:
             mask = state.chooser(site.site, mask, rows, oracle)
-        return mask if state.skipping else mask | ~rows.sparse[:, None]
+        mask = mask if state.skipping else mask | ~rows.sparse[:, None]
+        if shared:
+            state.masks[site.site.key] = mask
+        return mask
 
     def observe(self, site: SiteState, values: Tensor, mask: Tensor, rows: Rows, state: Pass) -> None:
         """Show a decision to the observer."""
@@ -127,7 +136,7 @@ class _Executor:
         params = site.params
         if params.basis is not None or params.centre is not None:
             return self._transformed(piece, name, x, site, rows, state)
-        mask = self.choose(site, x, rows, state, lambda: x.abs() * column_norms(piece))
+        mask = self.choose(site, x, rows, state, lambda: x.abs() * self.norms(site))
         self.observe(site, x, mask, rows, state)
         return self._masked_columns(piece, name, x, mask, site, rows, state)
 
@@ -149,11 +158,12 @@ class _Executor:
         basis, centre = site.params.basis, site.params.centre
         shifted = x if centre is None else x - centre.to(x.dtype)
         turned = shifted if basis is None else shifted @ basis.to(x.dtype)
-        mask = self.choose(site, turned, rows, state, lambda: turned.abs())
+        mask = self.choose(site, turned, rows, state, lambda: turned.abs() * self.norms(site))
         self.observe(site, turned, mask, rows, state)
         kept = torch.where(mask, turned, 0)
         back = kept if basis is None else kept @ basis.to(x.dtype).t()
         back = back if centre is None else back + centre.to(x.dtype)
+        back = torch.where(rows.sparse[:, None], back, x)  # dense rows see no rounding
         y = functional.linear(back, piece.weight, piece.bias)
         if site.params.low_rank is not None:
             outer, inner = (t.to(x.dtype) for t in site.params.low_rank)
@@ -161,9 +171,21 @@ class _Executor:
         return self.compensate(y, name, site, rows)
 
     def compensate(self, y: Tensor, name: str, site: SiteState, rows: Rows) -> Tensor:
-        """Add the plan's bias to sparse rows."""
+        """Add the plan's bias to sparse rows; a site of several linears holds theirs one after another."""
         bias = site.params.bias
-        return y if bias is None else y + torch.where(rows.sparse[:, None], bias.to(y.dtype), 0)
+        if bias is None:
+            return y
+        if site.site.skips == "columns":
+            before = site.site.linears[: site.site.linears.index(name)]
+            start = sum(len(self.block.pieces[n].weight) for n in before)
+            bias = bias[start : start + y.shape[1]]
+        return y + torch.where(rows.sparse[:, None], bias.to(y.dtype), 0)
+
+    def norms(self, site: SiteState) -> Tensor:
+        """||W[:, i]||_2 over all linears of a site of columns, in the basis of its mask: (in,) float."""
+        whole = torch.cat([self.block.pieces[n].weight.detach() for n in site.site.linears]).float()
+        basis = site.params.basis
+        return (whole if basis is None else whole @ basis.float()).norm(dim=0)
 
     def _ensure(self, pieces: list[Piece], roles: list) -> None:
         """Lay out again what `.to`, `deepcopy` or an assignment has packed."""

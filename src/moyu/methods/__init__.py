@@ -14,13 +14,27 @@ METHODS: dict[str, str] = {
     "relu-zero": "moyu.methods.relu_zero:ReluZero",
     "cett": "moyu.methods.cett:Cett",
     "cats": "moyu.methods.cats:Cats",
+    "chess": "moyu.methods.chess:Chess",
+    "countdown": "moyu.methods.countdown:Countdown",
     "teal": "moyu.methods.teal:Teal",
+    "wina": "moyu.methods.wina:Wina",
+    "was": "moyu.methods.was:Was",
+    "r-sparse": "moyu.methods.r_sparse:RSparse",
+    "larosa": "moyu.methods.larosa:Larosa",
+    "prox": "moyu.methods.prox:Prox",
+    "deja-vu": "moyu.methods.deja_vu:DejaVu",
+    "moefication": "moyu.methods.moefication:Moefication",
     "griffin": "moyu.methods.griffin:Griffin",
     "tda": "moyu.methods.tda:Tda",
     "popularity": "moyu.methods.popularity:Popularity",
+    "static-norm": "moyu.methods.static_norm:StaticNorm",
     "random": "moyu.methods.random:Random",
+    "random-popular": "moyu.methods.random_popular:RandomPopular",
     "oracle": "moyu.methods.oracle:Oracle",
+    "oracle-greedy": "moyu.methods.oracle_greedy:OracleGreedy",
 }
+
+_KINDS = {(bool,): "true or false", (int, float): "a number", (str,): "a word"}  # of a knob, by its default
 
 
 def names() -> list[str]:
@@ -52,16 +66,27 @@ def table() -> list[dict[str, Any]]:
 def method(name: str, **knobs: Any) -> Method:
     """A method by name with its knobs; UserError for an unknown name, knob or value."""
     cls = method_class(name)
-    legal = [f.name for f in dataclasses.fields(cls)]
-    for knob in knobs:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    legal = list(fields)
+    for knob, value in knobs.items():
         if knob not in legal:
             near = difflib.get_close_matches(knob, legal, n=1, cutoff=0.3)
             hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(legal) or 'no knobs'}"
             raise UserError(f"method {name!r} has no knob {knob!r}", hint)
+        _check_kind(name, fields[knob], value)
     try:
         return cls(**knobs)
     except (TypeError, ValueError) as error:
         raise UserError(f"method {name!r}: {error}", "see `moyu methods --json` for its knobs") from error
+
+
+def _check_kind(name: str, knob: dataclasses.Field, value: Any) -> None:
+    """Refuse a value of another kind than the knob's default; None where the knob may be None."""
+    if value is None and "None" in str(knob.type):
+        return
+    for types, kind in _KINDS.items():
+        if type(knob.default) in types and type(value) not in types:
+            raise UserError(f"method {name!r}: {knob.name} must be {kind}, not {value!r}", f"e.g. {knob.default!r}")
 
 
 def markdown() -> str:
@@ -69,6 +94,6 @@ def markdown() -> str:
     lines = ["| method | family | decides | exact | what it does | source |", "|---|---|---|---|---|---|"]
     for row in table():
         exact = "yes" if row["exact"] else "no"
-        name, summary = row["method"], row["summary"].rstrip(".")
-        lines.append(f"| `{name}` | {row['family']} | {row['granularity']} | {exact} | {summary} | {row['paper']} |")
+        name, summary = f"[`{row['method']}`](docs/methods/{row['method']}.md)", row["summary"].rstrip(".")
+        lines.append(f"| {name} | {row['family']} | {row['granularity']} | {exact} | {summary} | {row['paper']} |")
     return "\n".join(lines)

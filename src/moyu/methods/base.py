@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moyu import selection
+from moyu import routers, selection
 from moyu.selection import PerUnitThreshold, Threshold, TopK
 
 if TYPE_CHECKING:
@@ -29,6 +29,16 @@ Granularity = Literal["token", "sequence", "static"]
 Memory = Mapping[str, Tensor]  # one site's sequence memory; every tensor is (B, ...)
 NOTHING = torch.empty(0)  # stands for an activation that a score does not look at
 TAPS: tuple[Tap, ...] = ("attn_in", "heads", "mlp_in", "gate", "up", "mid")
+READS: Mapping[str, Tap] = {  # the input of each linear
+    "q": "attn_in",
+    "k": "attn_in",
+    "v": "attn_in",
+    "qkv": "attn_in",
+    "o": "heads",
+    "gate": "mlp_in",
+    "up": "mlp_in",
+    "down": "mid",
+}
 
 
 class Rows(NamedTuple):
@@ -64,6 +74,7 @@ class Site:
     unit_bytes: int  # bytes that skipping one unit saves, in whole 64-byte lines
     expert: int | None = None
     reads_layer: int | None = None  # another layer: look-ahead
+    act: str | None = None  # the network's activation, for scores that foresee neurons
 
     @property
     def source_layer(self) -> int:
@@ -86,7 +97,7 @@ class SiteParams:
     basis: Tensor | None = None  # (n, n) orthogonal; the mask acts on basis.T @ v (LaRoSA)
     centre: Tensor | None = None  # (n,) the mask acts on v - centre (SCAP)
     low_rank: tuple[Tensor, Tensor] | None = None  # (q, r), (r, n): output path of the skipped part (R-Sparse)
-    bias: Tensor | None = None  # (q,) added on sparse rows only, never folded (E1, E2)
+    bias: Tensor | None = None  # (q,) added on sparse rows only, never folded (E1, E2); linears one after another
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def extra_bytes(self) -> int:
@@ -109,6 +120,11 @@ class Acts:
     sparse: Mapping[Tap, Tensor]
     rows: Rows
     weights: Mapping[str, Tensor]  # name -> (out, in)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (out,), of the linears that have one
+
+    def met(self, tap: Tap) -> Tensor:
+        """A tap on the rows that masks will be decided for: sparse and valid ones, behind sparsified sites."""
+        return self.sparse[tap][self.rows.sparse & self.rows.valid]
 
 
 @dataclass(frozen=True)
@@ -158,8 +174,7 @@ class Method(ABC):
             memory = self.update({}, acts.sparse[site.reads], acts.rows, site, params)
             return self.score(NOTHING, Rows.one_each(acts.rows.slots, acts.rows.seq.device), site, params, memory)
         rows = acts.rows.take((acts.rows.sparse & acts.rows.valid).nonzero().squeeze(1))
-        x = acts.sparse[site.reads][acts.rows.sparse & acts.rows.valid]
-        return self.score(x, rows, site, params, {})
+        return self.score(acts.met(site.reads), rows, site, params, {})
 
     def update(self, memory: Memory, x: Tensor, rows: Rows, site: Site, params: SiteParams) -> Memory:
         """Sequence memory after these rows; pure. Only dense valid rows may enter it."""
@@ -174,18 +189,31 @@ class Method(ABC):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
+@dataclass(frozen=True)
 class Trained(Method):
-    """A method whose score is learned: refused until it was trained."""
+    """A method whose score is a router's, trained off the loop: the model is frozen, calibration text trains."""
 
     trains: ClassVar[bool] = True
 
     @abstractmethod
     def router(self, site: Site, width: int) -> nn.Module:
-        """An untrained router, (N, width) -> (N, units) logits."""
+        """An untrained router, (N, width) -> (N, units) logits; the same at every call."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, acts: Acts, site: Site) -> Tensor:
-        """Scalar training loss of the router's logits (N, units)."""
+    def lessons(self, site: Site, acts: Acts, target: float) -> tuple[Tensor, Tensor]:
+        """What the router should say on `acts.met`: labels (N, units) in [0, 1], and how much each one counts."""
+
+    def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
+        x = acts.met(site.reads)
+        router = self.router(site, x.shape[1])
+        if target > 0.0:
+            routers.train(router, x, *self.lessons(site, acts, target))
+        dtype = next(iter(acts.weights.values())).dtype
+        buffers = {name: tensor.to(dtype) for name, tensor in router.state_dict().items()}
+        return SiteParams(rule=TopK(selection.keep_count(site.units, target)), buffers=buffers)
+
+    def score_bytes(self, site: Site, params: SiteParams) -> int:
+        return sum(t.nbytes for t in params.buffers.values())
 
 
 @dataclass(frozen=True)
@@ -235,10 +263,25 @@ def _column_bytes(block: Block, name: str) -> int:
     return whole_lines(weight.shape[0] * weight.element_size())
 
 
-def column_site(block: Block, reads: Tap, linear: str) -> Site:
-    """Skip columns (input channels) of one linear."""
-    width = block.pieces[linear].weight.shape[1]
-    return Site(block.layer, reads, "columns", (linear,), width, _column_bytes(block, linear), block.expert)
+def column_site(block: Block, reads: Tap, *linears: str) -> Site:
+    """Skip columns (input channels) of the linears that take one input: one mask for all of them."""
+    width = block.pieces[linears[0]].weight.shape[1]
+    size = sum(_column_bytes(block, n) for n in linears)
+    return Site(block.layer, reads, "columns", linears, width, size, block.expert)
+
+
+def projection_sites(block: Block) -> tuple[Site, ...]:
+    """A mask of input channels for every linear."""
+    return tuple(column_site(block, tap, name) for name, tap in READS.items() if name in block.pieces)
+
+
+def input_sites(block: Block) -> tuple[Site, ...]:
+    """A mask of input channels for every input: q, k and v share one, gate and up share one."""
+    shared: dict[Tap, list[str]] = {}
+    for name, tap in READS.items():
+        if name in block.pieces:
+            shared.setdefault(tap, []).append(name)
+    return tuple(column_site(block, tap, *names) for tap, names in shared.items())
 
 
 def row_site(block: Block, reads: Literal["gate", "up"]) -> Site:
@@ -252,4 +295,5 @@ def neuron_site(block: Block, reads: Literal["mlp_in", "mid"], reads_layer: int 
     """Skip whole neurons: rows of gate and up, columns of down. "mid" is the prompt's, not the current token's."""
     rows = [n for n in ("gate", "up") if n in block.pieces]
     size = sum(_row_bytes(block, n) for n in rows) + _column_bytes(block, "down")
-    return Site(block.layer, reads, "neurons", (*rows, "down"), block.neurons, size, block.expert, reads_layer)
+    linears = (*rows, "down")
+    return Site(block.layer, reads, "neurons", linears, block.neurons, size, block.expert, reads_layer, block.act)

@@ -60,6 +60,9 @@ class Cett(Method):
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         return x.abs() * params.buffers["norms"].to(x.dtype)  # (N, f)
 
+    def score_bytes(self, site: Site, params: SiteParams) -> int:
+        return params.buffers["norms"].nbytes
+
 
 def curve(mid: Tensor, down: Tensor, grid: Tensor) -> Tensor:
     """CETT of each token at each threshold of an ascending `grid` (G,): mid (N, f), down (d, f) -> (N, G).

@@ -64,7 +64,8 @@ def _search(scores: Tensor, acts: Acts, tau: float, steps: int = 64) -> float:
     down = acts.weights["down"].float()
     total = (mid @ down.t()).norm(dim=1).clamp(min=1e-12)
     best = -math.inf
-    for candidate in torch.quantile(scores.flatten()[:: max(1, scores.numel() // 2**20)], torch.linspace(0, 1, steps)):
+    pooled = scores.flatten()[:: max(1, scores.numel() // 2**20)].float()
+    for candidate in torch.quantile(pooled, torch.linspace(0, 1, steps)):
         dropped = torch.where(scores[seq] > candidate, 0.0, mid) @ down.t()
         if float((dropped.norm(dim=1) / total).mean()) > tau:
             break  # ascending candidates: from the first excess on, the running maximum is above tau

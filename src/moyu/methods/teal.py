@@ -9,18 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moyu.methods.base import Family, Granularity, Memory, Method, Rows, Site, SiteParams, Tap, column_site
-
-INPUTS: dict[str, Tap] = {
-    "q": "attn_in",
-    "k": "attn_in",
-    "v": "attn_in",
-    "qkv": "attn_in",
-    "o": "heads",
-    "gate": "mlp_in",
-    "up": "mlp_in",
-    "down": "mid",
-}
+from moyu.methods.base import Family, Granularity, Memory, Method, Rows, Site, SiteParams, projection_sites
 
 
 @dataclass(frozen=True)
@@ -34,7 +23,7 @@ class Teal(Method):
     by_magnitude: ClassVar[bool] = True
 
     def sites(self, block) -> tuple[Site, ...]:
-        return tuple(column_site(block, tap, name) for name, tap in INPUTS.items() if name in block.pieces)
+        return projection_sites(block)
 
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         return x.abs()  # (N, n)

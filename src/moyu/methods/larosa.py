@@ -1,0 +1,68 @@
+"""LaRoSA: masks in a rotated basis, in which few channels hold most of an input.
+
+v~ = Q' v with Q the eigenvectors of sum_t v_t v_t' on calibration text (damping the sum would change none of them); the k
+channels with the largest |v~_i| are kept: y = (W Q) S(v~). The rotation itself is exact. Inputs of q, k, v and of gate, up
+are rotated, one Q for each of the two; those of o and down are not, and keep less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, input_sites
+from moyu.selection import TopK, keep_count
+
+
+@dataclass(frozen=True)
+class Larosa(Method):
+    """LaRoSA, arXiv 2507.01299, rotating each input where it is read instead of the residual stream between blocks.
+
+    ratio: sparsity of o and down over that of the rotated inputs, at least 1; the paper has 1.2 p over 0.8 p.
+    """
+
+    ratio: float = 1.5
+
+    name: ClassVar[str] = "larosa"
+    paper: ClassVar[str] = "LaRoSA, arXiv 2507.01299"
+    family: ClassVar[Family] = "threshold"
+    granularity: ClassVar[Granularity] = "token"
+
+    def __post_init__(self) -> None:
+        if not self.ratio >= 1:
+            raise ValueError(f"ratio must be at least 1, not {self.ratio}")
+
+    def sites(self, block) -> tuple[Site, ...]:
+        return input_sites(block)
+
+    def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
+        if target == 0.0:
+            return SiteParams(rule=TopK(site.units))
+        rotated = site.reads in ("attn_in", "mlp_in")
+        widths = {True: 0, False: 0}  # channels of the block's rotated inputs, and of the others
+        for turned, one in ((True, "q"), (True, "qkv"), (True, "up"), (False, "o"), (False, "down")):
+            widths[turned] += acts.weights[one].shape[1] if one in acts.weights else 0
+        level = levels(target, self.ratio, widths[True], widths[False])[0 if rotated else 1]
+        rule = TopK(keep_count(site.units, level))
+        return SiteParams(rule=rule, basis=directions(acts.met(site.reads))) if rotated else SiteParams(rule=rule)
+
+    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
+        return x.abs()  # (N, n), x in the basis of the site
+
+
+def levels(target: float, ratio: float, rotated: int, others: int) -> tuple[float, float]:
+    """Sparsities of rotated and other inputs, in the ratio where both stay below 1, whose mean over channels is `target`."""
+    first = target * (rotated + others) / (rotated + ratio * others)
+    if ratio * first < 1:
+        return first, ratio * first
+    return (target * (rotated + others) - others) / rotated, 1.0
+
+
+def directions(x: Tensor) -> Tensor:
+    """Eigenvectors of sum_t v_t v_t' of rows (N, n), largest eigenvalue first, in x's type: (n, n) orthogonal."""
+    wide = x.double()
+    second = wide.t() @ wide  # (n, n)
+    return torch.linalg.eigh(second).eigenvectors.flip(1).to(x.dtype).contiguous()

@@ -1,0 +1,109 @@
+"""MoEfication: split a trained feed-forward network into experts of similar neurons and run the ones that match the token.
+
+Neurons are grouped by balanced k-means on the L2-normalised rows of the matrix that the activation acts on (gate, or up where
+there is no gate). score_e = <x, r_e> / ||r_e||, r_e the mean row of expert e; the k experts with the largest are computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
+from moyu.selection import TopK, keep_count
+
+ROUNDS = 10  # of k-means
+ROWS = 1024  # calibration rows, evenly spaced, that co-activation is looked at on
+
+
+@dataclass(frozen=True)
+class Moefication(Method):
+    """MoEfication, arXiv 2110.01786, with its training-free router, on a frozen model.
+
+    block: neurons of an expert.
+    groups: "weights" as in the paper, or "activations": k-means on what neurons add to the output, |a_j| ||w_j||, over
+    calibration tokens, which also fits networks whose activation is no ReLU.
+    """
+
+    block: int = 16
+    groups: str = "weights"
+
+    name: ClassVar[str] = "moefication"
+    paper: ClassVar[str] = "MoEfication, arXiv 2110.01786"
+    family: ClassVar[Family] = "router_off_loop"
+    granularity: ClassVar[Granularity] = "token"
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ValueError(f"block must be at least 1, not {self.block}")
+        if self.groups not in ("weights", "activations"):
+            raise ValueError(f"groups must be 'weights' or 'activations', not {self.groups!r}")
+
+    def sites(self, block) -> tuple[Site, ...]:
+        if not block.has_ffn:
+            return ()
+        site = neuron_site(block, "mlp_in")
+        experts = max(1, site.units // self.block)
+        return (dataclasses.replace(site, units=experts, unit_bytes=site.unit_bytes * site.units // experts),)
+
+    def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
+        rows = acts.weights["gate" if "gate" in acts.weights else "up"]  # (f, d)
+        if self.groups == "weights":
+            points = rows.float()
+        else:
+            mid = acts.met("mid")
+            mid = mid[torch.linspace(0, len(mid) - 1, min(ROWS, len(mid))).long()]
+            points = (mid.abs().float() * acts.weights["down"].float().norm(dim=0)).t()  # (f, N)
+        experts = balanced_clusters(functional.normalize(points, dim=1), site.units)  # (f,)
+        means = torch.stack([rows[experts == e].mean(0) for e in range(site.units)])
+        return SiteParams(
+            rule=TopK(keep_count(site.units, target)),
+            blocks=experts,
+            buffers={"rows": functional.normalize(means, dim=1).contiguous()},  # (E, d)
+        )
+
+    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
+        return x @ params.buffers["rows"].to(x.dtype).t()  # (N, E)
+
+    def score_bytes(self, site: Site, params: SiteParams) -> int:
+        return params.buffers["rows"].nbytes
+
+
+def balanced_clusters(points: Tensor, count: int) -> Tensor:
+    """k-means with clusters of equal size (one more or less where f is no multiple): points (f, n) -> (f,) int64.
+
+    Starts from evenly spaced points.
+    """
+    f = len(points)
+    sizes = torch.full((count,), f // count)
+    sizes[: f % count] += 1
+    centres = points[torch.linspace(0, f - 1, count).long()]
+    for _ in range(ROUNDS):
+        labels = _assign(points @ centres.t(), sizes)
+        sums = torch.zeros_like(centres).index_add_(0, labels, points)
+        centres = functional.normalize(sums, dim=1)
+    return labels
+
+
+def _assign(similarity: Tensor, sizes: Tensor) -> Tensor:
+    """Points to centres of limited size, the most similar pairs first: (f, E), (E,) -> (f,).
+
+    By deferred acceptance: every point asks its next best centre, and a centre refuses all but its most similar ones.
+    """
+    wishes = similarity.argsort(dim=1, descending=True, stable=True)  # (f, E)
+    asked = torch.zeros(len(wishes), 1, dtype=torch.long)
+    while True:
+        labels = wishes.gather(1, asked)  # (f, 1)
+        order = similarity.gather(1, labels)[:, 0].argsort(descending=True, stable=True)
+        order = order[labels[order, 0].argsort(stable=True)]  # by centre, then by similarity
+        centre = labels[order, 0]
+        first = torch.searchsorted(centre, torch.arange(len(sizes)))  # (E,)
+        refused = order[torch.arange(len(order)) - first[centre] >= sizes[centre]]
+        if not len(refused):
+            return labels[:, 0]
+        asked[refused] += 1

@@ -1,0 +1,263 @@
+"""What every registered method is held to, and every knob that changes its way of working."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import moyu
+from moyu import accounting, kernels, methods, surgery
+from moyu.applied import Applied
+from moyu.calibration import Windows
+from moyu.choosers import Counter, Recorder
+from moyu.plan import Plan
+from moyu.selection import Threshold, TopK
+from test_equality import LENGTH, PROMPT, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
+from tiny import build, tokens
+
+VARIANTS = {
+    "cett-tau": ("cett", {"tau": 0.3}),
+    "tda-cett": ("tda", {"cett": 0.3}),
+    "chess-weighted": ("chess", {"weighted": True}),
+    "wina-threshold": ("wina", {"rule": "threshold"}),
+    "was-l2": ("was", {"order": 2, "exponent": 0.5}),
+    "was-fitted": ("was", {"exponent": None}),
+    "r-sparse-skipped": ("r-sparse", {"path": "skipped", "share": 0.3}),
+    "larosa-even": ("larosa", {"ratio": 1}),
+    "prox-dense": ("prox", {"inputs": 0, "weighted": True}),
+    "deja-vu-ahead": ("deja-vu", {"ahead": True, "weighted": True, "rank": 8}),
+    "moefication-activations": ("moefication", {"groups": "activations", "block": 10}),
+    "static-norm-weights": ("static-norm", {"data": False}),
+    "random-seed": ("random", {"seed": 5}),
+    "random-popular-seed": ("random-popular", {"seed": 5}),
+}
+ALL = {name: (name, {}) for name in methods.names()} | VARIANTS
+
+
+def make(name):
+    registered, knobs = ALL[name]
+    return methods.method(registered, **knobs)
+
+
+def applicable(structure, name, dtype=torch.float64):
+    model, method = build(structure, dtype), make(name)
+    if not has_sites(model, method):
+        pytest.skip("no site")
+    return model, method
+
+
+@pytest.mark.parametrize("structure", ["llama", "opt-gelu", "mixtral"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_masked_pass_equals_skipped_steps(name, structure):
+    """The variants; `test_equality` has every method as it is by default."""
+    if (name, structure) == ("deja-vu-ahead", "mixtral"):
+        structure = "opt-relu"  # routed experts see other rows than the layer that is looked at
+    model, method = applicable(structure, name)
+    plan = plan_for(model, method)
+    ids, mask = padded(3)
+    whole, steps = Recorder(), Recorder()
+    expected = one_pass(model, plan, ids, mask, recorder=whole)
+    actual = stepwise(model, plan, ids, mask, recorder=steps)
+    assert_same_masks(whole, steps)
+    assert (expected - actual)[mask.bool()].abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sparsity_zero_is_dense_to_the_bit(name):
+    """Masked, every product is the dense one: nothing of the method is left."""
+    model, method = applicable("reglu", name, torch.float32)
+    ids, mask = padded(2)
+    plan = plan_for(model, method, sparsity=0.0)
+    with torch.no_grad(), Applied(model, None, engine="mask") as applied, applied.prompt(PROMPT):
+        from test_equality import positions
+
+        dense = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+    assert torch.equal(one_pass(model, plan, ids, mask)[mask.bool()], dense[mask.bool()])
+    assert all(p.bias is None and p.low_rank is None and p.basis is None for _, p in plan.parts.values())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_plans_round_trip_and_repeat(name, tmp_path):
+    model, method = applicable("reglu", name)
+    plan = plan_for(model, method)
+    assert plan_for(build("reglu"), make(name)).hash == plan.hash
+    loaded = Plan.load(plan.save(tmp_path))
+    assert loaded.hash == plan.hash
+    assert loaded.method == method
+    assert [s for s, _ in loaded.parts.values()] == [s for s, _ in plan.parts.values()]
+    ids, mask = padded(2)
+    assert torch.equal(one_pass(model, loaded, ids, mask), one_pass(model, plan, ids, mask))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_batch_and_padding_change_nothing(name):
+    model, method = applicable("reglu", name)
+    plan = plan_for(model, method)
+    ids, mask = padded(3)
+    together = one_pass(model, plan, ids, mask)
+    for row in range(3):
+        with torch.no_grad(), Applied(model, plan, engine="mask") as applied, applied.prompt(PROMPT - row):
+            alone = model(ids[row : row + 1, row:], use_cache=False).logits[0]
+        assert (together[row, row:] - alone).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_target_is_met_on_text_that_was_not_calibrated_on(name):
+    model, method = applicable("llama", name)
+    solves = method.solves_target and not any(method.knobs().get(k) for k in ("tau", "cett"))
+    if not solves:
+        pytest.skip("the target is not a sparsity")
+    plan = plan_for(model, method)
+    counter = Counter(8, 40)
+    with torch.no_grad(), Applied(model, plan, engine="mask") as applied, applied.prompt(20):
+        with applied.watched(chooser=counter):
+            model(tokens(8, 40, seed=7), use_cache=False)
+    # One threshold on prompts: with 6 calibration prompts of 20 tokens it is known to about this much.
+    tolerance = 0.1 if method.granularity == "sequence" else 0.04
+    tolerance += 0.5 / min(s.units for s, _ in plan.parts.values())  # counts are whole numbers of units
+    assert counter.sparsity == pytest.approx(0.5, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_kernels_read_what_the_formula_says(name):
+    """Weights that the skipping kernels read in a step: all, less what is skipped."""
+    model, method = applicable("reglu", name, torch.float32)
+    plan = plan_for(model, method)
+    if any(p.basis is not None for _, p in plan.parts.values()):
+        pytest.skip("rotated products are dense: there is no kernel that skips them")
+    total = accounting.dense_step_bytes(model, surgery.dissect(model))
+    norms = sum(p.numel() * 4 for n, p in model.named_parameters() if "norm" in n)
+    with torch.no_grad(), Applied(model, plan) as applied, applied.prompt(PROMPT):
+        cache = model(tokens(1, PROMPT), use_cache=True).past_key_values
+        counter = Counter(1, LENGTH)
+        with applied.watched(chooser=counter), kernels.count_bytes() as counted:
+            model(tokens(1, 1), past_key_values=cache)
+    assert counter.skipped_bytes > 0
+    assert counted.total == total - counter.skipped_bytes - norms - 64 * 4  # nor is the embedding's row the kernels'
+
+
+def test_a_shared_mask_is_decided_and_counted_once():
+    """WINA's q, k and v: one decision, the bytes of three."""
+    model = build("llama", torch.float32)
+    plan = plan_for(model, methods.method("wina"))
+    seen = []
+    with torch.no_grad(), Applied(model, plan, engine="mask") as applied, applied.prompt(PROMPT):
+        with applied.watched(chooser=lambda site, mask, rows, oracle: (seen.append(site), mask)[1]):
+            model(tokens(1, LENGTH), use_cache=False)
+    assert [s.linears for s in seen[:4]] == [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)]
+    assert len(seen) == 4 * 3
+    pieces = surgery.dissect(model).blocks[0].pieces
+    assert seen[0].units * seen[0].unit_bytes == sum(pieces[n].weight.nbytes for n in "qkv")
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"), [("wina", {"rule": "threshold"}), ("chess", {"weighted": True}), ("was", {})]
+)
+def test_native_steps_know_factors_and_shared_masks(name, knobs):
+    from moyu.kernels import cpu
+
+    if cpu.unavailable() is not None:
+        pytest.skip("the CPU kernels are not built")
+    model = build("llama", torch.float32)
+    plan = plan_for(model, methods.method(name, **knobs))
+    ids, mask = padded(1)
+    with Applied(model, plan) as applied:
+        assert applied.decode_run is not None, applied.general_because
+    expected, actual = (stepwise(model, plan, ids, mask, backend=b) for b in ("reference", "auto"))
+    assert (expected - actual).abs().max() < 1e-4 * expected.abs().max()
+
+
+# ---------------------------------------------------------------------------------------------------- what is special
+
+
+def test_larosa_rotation_alone_is_exact():
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        model = build("llama", dtype)
+        plan = plan_for(model, methods.method("larosa"))
+        assert sum(p.basis is not None for _, p in plan.parts.values()) == 2 * 3
+        whole = {k: (s, dataclasses.replace(p, rule=TopK(s.units))) for k, (s, p) in plan.parts.items()}
+        ids, mask = padded(1)
+        with torch.no_grad():
+            dense = model(ids).logits
+        rotated = one_pass(model, dataclasses.replace(plan, parts=whole), ids, mask)
+        # In float64 even the last bits agree: the model's norms round to float32 and absorb 1e-15.
+        assert dtype == torch.float64 or not torch.equal(rotated, dense)
+        assert (rotated - dense).abs().max() <= tolerance * dense.abs().max()
+
+
+def test_larosa_bytes_are_counted():
+    model = build("llama", torch.float32)
+    plan = plan_for(model, methods.method("larosa"))
+    added = accounting.added_bytes(plan.method, plan.parts.values())
+    assert added == 3 * 2 * 64 * 64 * 4  # layers, inputs, d x d float32
+
+
+@pytest.mark.parametrize("path", ["weight", "skipped"])
+def test_r_sparse_path_lowers_the_error(path):
+    model = build("llama")
+    plan = plan_for(model, methods.method("r-sparse", path=path, share=0.3), 0.6)
+    bare = {k: (s, dataclasses.replace(p, low_rank=None)) for k, (s, p) in plan.parts.items()}
+    held_out = Windows(tokens(8, 40, seed=5), 20)
+    with_path, without = (
+        float(moyu.evaluate(model, p, held_out, matched=False).method.kl.mean())
+        for p in (plan, dataclasses.replace(plan, parts=bare))
+    )
+    assert with_path < without
+    assert accounting.added_bytes(plan.method, plan.parts.values()) == sum(
+        t.nbytes for _, p in plan.parts.values() for t in p.low_rank
+    )
+
+
+def test_exact_methods_skip_nothing_that_counts():
+    for name in methods.names():
+        if methods.method_class(name).exact:
+            model, method = applicable("reglu", name)
+            plan = plan_for(model, method)
+            ids, mask = padded(1)
+            with torch.no_grad():
+                assert (one_pass(model, plan, ids, mask) - model(ids).logits).abs().max() < 1e-10
+
+
+def test_thresholds_of_methods_are_finite():
+    model = build("reglu")
+    for name in methods.names():
+        for _, params in plan_for(model, methods.method(name)).parts.values():
+            assert not isinstance(params.rule, Threshold) or math.isfinite(params.rule.value), name
+
+
+BAD = [
+    ("cett", {"tau": 1.5}),
+    ("tda", {"cett": 0}),
+    ("wina", {"rule": "topk"}),
+    ("was", {"order": 3}),
+    ("was", {"exponent": -1.0}),
+    ("r-sparse", {"share": 1.0}),
+    ("r-sparse", {"path": "svd"}),
+    ("larosa", {"ratio": 0.5}),
+    ("prox", {"inputs": 1.0}),
+    ("deja-vu", {"rank": 0}),
+    ("moefication", {"block": 0}),
+    ("moefication", {"groups": "rows"}),
+    ("random", {"seed": -1}),
+    ("random-popular", {"seed": -1}),
+    ("chess", {"weighted": "yes"}),
+    ("larosa", {"ratio": "much"}),
+]
+
+
+@pytest.mark.parametrize(("name", "knobs"), BAD)
+def test_bad_knobs_are_refused_in_one_line(name, knobs):
+    with pytest.raises(moyu.UserError, match=f"method '{name}'") as error:
+        methods.method(name, **knobs)
+    assert "\n" not in str(error.value)
+
+
+def test_every_knob_is_refused_somewhere():
+    checked = {(name, knob) for name, knobs in BAD for knob in knobs}
+    flags = {bool}
+    for row in methods.table():
+        for knob, default in row["knobs"].items():
+            assert type(default) in flags or (row["method"], knob) in checked, (row["method"], knob)
