@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moyu.methods.base import Method, Site, SiteParams
 from moyu.surgery import Anatomy, text_config
+
+KV_CONTEXTS = (0, 2048, 8192)
 
 
 def dense_step_bytes(model: nn.Module, anatomy: Anatomy) -> float:
@@ -50,3 +54,22 @@ def skippable_bytes(model: nn.Module, anatomy: Anatomy, sites: Iterable[Site]) -
     if anatomy.experts:
         share = text_config(model).num_experts_per_tok / len(anatomy.experts[0].blocks)
     return sum(s.units * s.unit_bytes * (share if s.expert is not None else 1.0) for s in sites)
+
+
+@torch.no_grad()
+def kv_bytes(model: nn.Module) -> list[dict[str, int]]:
+    """Bytes of keys and values that a decode step reads after each of `KV_CONTEXTS` tokens, batch 1, policy `full`.
+
+    Measured on the cache of one token. A layer with a sliding window of W tokens reads at most W - 1; states of
+    recurrent layers, which do not grow, are not counted.
+    """
+    ids = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    layers = [c for c in model(input_ids=ids, use_cache=True).past_key_values.layers if isinstance(c, DynamicLayer)]
+    found = []
+    for context in KV_CONTEXTS:
+        size = 0
+        for layer in layers:
+            held = min(context, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else context
+            size += held * (layer.keys.nbytes + layer.values.nbytes)  # pyright: ignore[reportOptionalMemberAccess]
+        found.append({"context": context, "bytes": size})
+    return found

@@ -34,13 +34,18 @@ Methods = Annotated[
 Sparsity = Annotated[float | None, typer.Option(help="fraction of units to skip, in [0, 1)")]
 Bytes = Annotated[float | None, typer.Option("--bytes", help="byte fraction to reach instead, in (0, 1]")]
 Knobs = Annotated[list[str] | None, typer.Option("--knob", help="a method's knob, NAME=VALUE; may be repeated")]
-Text = Annotated[Path | None, typer.Option(help="text to calibrate on (first half) and test on (second half)")]
+Text = Annotated[
+    Path | None,
+    typer.Option(help="text: its first half calibrates, the third quarter decides a search, the last quarter tests"),
+]
 Prompt = Annotated[str | None, typer.Option(help="text to generate after")]
 Window = Annotated[int, typer.Option(help="tokens of a window")]
 Boundary = Annotated[
     int, typer.Option("--prompt-tokens", help="P: positions before it are dense, the rest sparse and scored")
 ]
 Bias = Annotated[bool, typer.Option(help="add the closed-form bias correction")]
+Centre = Annotated[bool, typer.Option(help="let masks of input channels act around the best centre of each site")]
+LearnBias = Annotated[int, typer.Option(help="steps that train a bias for every site; 0 for none")]
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
 BackendName = Annotated[str, typer.Option("--backend", help="auto, reference, cpu or gpu")]
 Json = Annotated[bool, typer.Option("--json", help="print records, and nothing else, on stdout")]
@@ -56,7 +61,7 @@ def _settings(
     knobs: list[str] | None = None,
     **rest: Any,
 ) -> Settings:
-    from moyu.pipeline import DEFAULT_METHODS, Settings
+    from moyu.pipeline import Settings, default_methods
 
     parsed = {}
     for knob in knobs or []:
@@ -67,7 +72,8 @@ def _settings(
             parsed[name] = json.loads(value)
         except ValueError:
             parsed[name] = value
-    settings = Settings(methods=methods or DEFAULT_METHODS, sparsity=sparsity, bytes=bytes_, knobs=parsed, **rest)
+    methods = methods or list(default_methods(rest.get("boundary", Settings.boundary)))
+    settings = Settings(methods=methods, sparsity=sparsity, bytes=bytes_, knobs=parsed, **rest)
     settings.check()
     return settings
 
@@ -140,6 +146,8 @@ def run(
     window: Window = 256,
     prompt_tokens: Boundary = 128,
     bias: Bias = False,
+    centre: Centre = False,
+    learn_bias: LearnBias = 0,
     shape: Annotated[
         str, typer.Option(help="random-weight shape to time as well; `none` for no such timing")
     ] = "llama-3.2-1b",
@@ -151,7 +159,7 @@ def run(
     """Everything: profile, calibrate, evaluate, generate, benchmark; writes records, plans and a report."""
     settings = _settings(
         method, sparsity, bytes_, knob, text=text, prompt=prompt, window=window, boundary=prompt_tokens, bias=bias,
-        seed=seed, backend=backend,
+        centre=centre, learn_bias=learn_bias, seed=seed, backend=backend,
     )  # fmt: skip
     from moyu import pipeline
 
@@ -259,6 +267,8 @@ def calibrate(
     window: Window = 256,
     prompt_tokens: Boundary = 128,
     bias: Bias = False,
+    centre: Centre = False,
+    learn_bias: LearnBias = 0,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -266,8 +276,9 @@ def calibrate(
     from moyu import pipeline
 
     settings = _settings(
-        method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, seed=seed
-    )
+        method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, centre=centre,
+        learn_bias=learn_bias, seed=seed,
+    )  # fmt: skip
     budget = None if max_ppl_increase is None else pipeline.parse_share(max_ppl_increase)
     pipeline.check_writable(out)
     rows = []
@@ -278,13 +289,49 @@ def calibrate(
         names = method or [n for n in settings.methods if n in context.applicable(settings.methods)[0]]
         for done, name in enumerate(names):
             stage("calibrate", done, len(names))
-            plan = context.plan(name) if budget is None else pipeline.largest_sparsity(context, name, budget, stage)[0]
+            plan = context.plan(name) if budget is None else pipeline.largest_sparsity(context, name, budget, stage)
             plan.save(out / name)
             rows.append(pipeline.quality_record(context, plan, context.quality(plan, matched=False)))
         stage("calibrate", len(names), len(names))
     _print(rows, as_json)
     if not as_json:
         print(f"plans    {out}")
+
+
+@app.command()
+def fit(
+    method: Annotated[str, typer.Argument(help="a method of `moyu methods` that trains a router")],
+    model: Model = "swiglu",
+    sparsity: Sparsity = None,
+    knob: Knobs = None,
+    text: Text = None,
+    shifted: Annotated[Path | None, typer.Option(help="text of another kind, to grade the router on as well")] = None,
+    windows: Annotated[int, typer.Option(help="windows of text to train on")] = 64,
+    out: Out = RUNS / "plans",
+    window: Window = 256,
+    prompt_tokens: Boundary = 128,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a method's router on a frozen model, make its plan, and grade it on text that it has not seen."""
+    from moyu import pipeline
+
+    settings = _settings(
+        [method], sparsity, None, knob, text=text, window=window, boundary=prompt_tokens, seed=seed, calibration=windows
+    )
+    pipeline.check_writable(out)
+    with _progress() as stage:
+        grades = pipeline.fit(model, settings, shifted, out / method, stage)
+    for row in grades:
+        if as_json:
+            print(json.dumps(row))
+        else:
+            print(
+                f"{row['text']:9s} layer {row['layer']:3d}: recall {row['recall']:.0%}, AUROC {row['auroc']:.2f}, "
+                f"{row['captured']:.0%} of the output's mass captured ({row['ideal']:.0%} possible)"
+            )
+    if not as_json:
+        print(f"plan     {out / method}")
 
 
 @app.command()
@@ -296,18 +343,19 @@ def generate(
     backend: BackendName = "auto",
     as_json: Json = False,
 ) -> None:
-    """Generate text under a plan, dense beside it."""
+    """Generate text, under a plan or dense; how fast is said on stderr."""
     from moyu import pipeline
+    from moyu.reporting.summary import generated
 
     if new_tokens < 1:
         raise UserError(f"--new-tokens must be at least 1, not {new_tokens}", "64 is the default")
-    row, text = pipeline.generate_command(model, plan, prompt, new_tokens, backend)  # pyright: ignore
-    if as_json and row is not None:
+    row: Any = pipeline.generate_command(model, plan, prompt, new_tokens, backend)  # pyright: ignore
+    if as_json:
         print(row.model_dump_json())
-    elif as_json:
-        print(json.dumps({"text": text}))
-    else:
-        print(text)
+        return
+    print(row.prompt + row.sparse_text)
+    for line in generated(row):
+        print(f"moyu: {line}", file=sys.stderr)
 
 
 @app.command(name="eval")
@@ -322,6 +370,8 @@ def evaluate(
     window: Window = 256,
     prompt_tokens: Boundary = 128,
     bias: Bias = False,
+    centre: Centre = False,
+    learn_bias: LearnBias = 0,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -330,8 +380,9 @@ def evaluate(
     from moyu.plan import Plan
 
     settings = _settings(
-        method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, seed=seed
-    )
+        method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, centre=centre,
+        learn_bias=learn_bias, seed=seed,
+    )  # fmt: skip
     loaded = [Plan.load(p) for p in plan or []]
     with _progress() as stage:
         context = pipeline.Context.open(model, settings, stage)

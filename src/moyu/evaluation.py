@@ -45,7 +45,16 @@ class Quality:
     byte_fraction: float
     floor: float
     tokens: int
-    text_bytes: int | None
+    text_bytes: int | None  # bytes of the scored tokens
+
+    def bits_per_byte(self, scores: Scores) -> float | None:
+        """Bits a byte of text under `scores`, one of this object's; None where the bytes are not known."""
+        return None if self.text_bytes is None else bits_per_byte(float(scores.nll.double().sum()), self.text_bytes)
+
+
+def bits_per_byte(nats: float, text_bytes: int) -> float:
+    """Summed negative log-likelihood of some tokens over the bytes of exactly these tokens, in bits."""
+    return nats / math.log(2) / text_bytes
 
 
 @torch.no_grad()
@@ -62,6 +71,7 @@ def evaluate(
 ) -> Quality:
     """Evaluate a plan on windows (B, T) with boundary P = windows.prompt.
 
+    text_bytes: bytes of the scored tokens (`moyu.text.scored_bytes`), for bits a byte.
     matched: also run the matched random and the matched oracle (same sites, same counts per site and row).
     Raises UserError for a sequence-level method with P = 0 and for windows without a scored position.
     """

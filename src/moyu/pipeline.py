@@ -6,20 +6,24 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
-from moyu import accounting, kernels, methods, models, records, surgery, text
+from moyu import accounting, compensation, kernels, methods, models, records, surgery, text
 from moyu.applied import Applied
 from moyu.benchmark import Comparison, Timing, compare
 from moyu.calibration import Windows, calibrate, solve_bytes
 from moyu.errors import UserError
 from moyu.evaluation import Quality, evaluate
+from moyu.foresight import foresight
 from moyu.kernels import Backend
 from moyu.methods.base import Method
 from moyu.models import Loaded
@@ -31,6 +35,12 @@ from moyu.surgery import Anatomy
 DEFAULT_METHODS = ("cett", "cats", "teal", "griffin", "tda", "popularity")
 DEFAULT_SPARSITY = 0.5
 PROMPT_TEXT = "def read_config(path):\n"
+
+
+def default_methods(boundary: int) -> tuple[str, ...]:
+    """The methods of a run that names none; without a dense prompt those that need none."""
+    return tuple(m for m in DEFAULT_METHODS if boundary or methods.method_class(m).granularity != "sequence")
+
 
 Stage = Callable[[str, int, int], None]  # (name of the stage, done, all)
 
@@ -48,6 +58,8 @@ class Settings:
     sparsity: float | None = None
     bytes: float | None = None
     bias: bool = False
+    centre: bool = False
+    learn_bias: int = 0  # steps
     text: Path | None = None
     prompt: str | None = None
     window: int = 256
@@ -70,13 +82,16 @@ class Settings:
             raise UserError(f"sparsity must be in [0, 1), not {self.sparsity}", "0.5 skips half of the units")
         if self.bytes is not None and not 0 < self.bytes <= 1:
             raise UserError(f"byte fraction must be in (0, 1], not {self.bytes}", "0.6 reads 60 % of the dense bytes")
-        if not 1 <= self.boundary < self.window - 1:
+        if self.learn_bias < 0:
+            raise UserError(f"--learn-bias must not be negative, not {self.learn_bias}", "100 steps, for example")
+        if not 0 <= self.boundary < self.window - 1:
             raise UserError(
                 f"a prompt of {self.boundary} tokens leaves nothing to score in windows of {self.window}",
                 "use --prompt-tokens smaller than --window by at least 2",
             )
         for name in self.methods:
-            methods.method_class(name)
+            if methods.method_class(name).granularity == "sequence" and self.boundary == 0:
+                raise UserError(f"method {name!r} decides from the prompt", "use --prompt-tokens of at least 1")
 
 
 @dataclass
@@ -115,11 +130,31 @@ class Context:
             "weights": "trained",
             "seed": self.settings.seed,
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
-            "protocol": {"prompt": self.settings.boundary, "window": self.settings.window, "table": "main"},
+            "protocol": {
+                "prompt": self.settings.boundary,
+                "window": self.settings.window,
+                "table": "main" if self.settings.boundary else "token",
+            },
         }
         if plan is not None:
             base |= of_plan(plan)
         return base | fields
+
+    @cached_property
+    def kv_bytes(self) -> list[dict[str, int]]:
+        """Bytes of the full KV cache that a step reads, by context."""
+        return accounting.kv_bytes(self.loaded.model)
+
+    def without_prompt(self) -> Context:
+        """The same test text at P = 0, every position sparse and scored: about as many tokens, so fewer windows."""
+        tokens, length = self.split.test.tokens, self.settings.window
+        count = max(1, round(len(tokens) * (length - self.settings.boundary - 1) / (length - 1)))
+        test = dataclasses.replace(self.split.test, tokens=tokens[:count], prompt=0)
+        return dataclasses.replace(
+            self,
+            split=dataclasses.replace(self.split, test=test),
+            settings=dataclasses.replace(self.settings, boundary=0),
+        )
 
     def method(self, name: str) -> Method:
         """A method with the knobs that it has."""
@@ -148,7 +183,7 @@ class Context:
     ) -> Plan:
         """Calibrate one method."""
         method = self.method(name)
-        return calibrate(
+        plan = calibrate(
             self.loaded.model,
             method,
             self.split.calibration,
@@ -156,20 +191,26 @@ class Context:
             name=self.loaded.name,
             revision=self.loaded.revision,
             bias=self.settings.bias,
+            centre=self.settings.centre,
             seed=self.settings.seed,
             anatomy=self.anatomy,
             progress=progress,
         )
+        if not self.settings.learn_bias:
+            return plan
+        windows, steps = self.split.calibration, self.settings.learn_bias
+        return compensation.learn(self.loaded.model, plan, windows, steps=steps, anatomy=self.anatomy)
 
     def quality(self, plan: Plan, *, matched: bool = True) -> Quality:
         """Evaluate a plan on the test windows."""
+        windows = self.split.test
         return evaluate(
             self.loaded.model,
             plan,
-            self.split.test,
+            windows,
             matched=matched,
             anatomy=self.anatomy,
-            text_bytes=self.split.test_bytes,
+            text_bytes=text.scored_bytes(self.loaded.tokenizer, windows.tokens, windows.prompt),
         )
 
     def use_profile(self, folder: Path) -> None:
@@ -194,12 +235,12 @@ def of_plan(plan: Plan) -> dict[str, Any]:
         "granularity": method.granularity,
         "plan": plan.hash,
         "target_sparsity": plan.target_sparsity,
+        "kv_policy": plan.kv_policy,
     }
 
 
 def quality_record(context: Context, plan: Plan, quality: Quality) -> Record:
     """One row of the quality table."""
-    bits = None if quality.text_bytes is None else 1 / (torch.log(torch.tensor(2.0)).item() * quality.text_bytes)
     kl = float(quality.method.kl.mean())
     extra: dict[str, Any] = {}
     for kind in ("random", "oracle"):
@@ -216,14 +257,16 @@ def quality_record(context: Context, plan: Plan, quality: Quality) -> Record:
         tokens=quality.tokens,
         ppl_dense=quality.dense.perplexity,
         ppl=quality.method.perplexity,
-        bits_per_byte_dense=None if bits is None else float(quality.dense.nll.sum()) * bits,
-        bits_per_byte=None if bits is None else float(quality.method.nll.sum()) * bits,
+        bits_per_byte_dense=quality.bits_per_byte(quality.dense),
+        bits_per_byte=quality.bits_per_byte(quality.method),
         kl=max(0.0, kl),
         top1_agreement=float(quality.method.agree.float().mean()),
         sparsity_by_layer=quality.sparsity_by_layer,
         floor=quality.floor,
-        compensation=context.settings.bias,
+        compensation=plan.compensation or False,
         target_byte_fraction=context.settings.bytes,
+        kv_bytes=context.kv_bytes,
+        search=plan.calibration.get("search"),
         **extra,
     )
 
@@ -240,6 +283,8 @@ def out_of_reach_record(context: Context, name: str, floor: float) -> Record:
         simulated=True,
         floor=floor,
         target_byte_fraction=context.settings.bytes,
+        kv_policy="full",
+        kv_bytes=context.kv_bytes,
         status=f"n/a (floor {floor:.2f})",
     )
 
@@ -282,7 +327,7 @@ def speed_records(
             records.stamp(
                 kind="speed",
                 **base,
-                **(of_plan(plans[name]) if name in plans else {"method": "dense"}),
+                **(of_plan(plans[name]) if name in plans else {"method": "dense", "kv_policy": "full"}),
                 simulated=False,
                 realized_sparsity=timing.realized_sparsity,
                 byte_fraction=timing.byte_fraction,
@@ -314,18 +359,43 @@ def _backend(asked: Backend) -> str:
         return kernels.describe()
 
 
+class _Clock(BaseStreamer):
+    """When generate() handed on the prompt, and then each new token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """New text after a prompt, and how long it took."""
+
+    ids: list[int]
+    tokens: list[str]  # one string an id
+    text: str
+    first_token_s: float  # seconds to the first new token: prefill
+    tok_s: float | None  # new tokens a second after the first; None for a single token
+
+
 @torch.no_grad()
-def generate(context: Context, plan: Plan | None, prompt: str, new_tokens: int) -> tuple[list[int], list[str]]:
-    """Greedy ids and their strings after a prompt, dense where there is no plan."""
+def generate(context: Context, plan: Plan | None, prompt: str, new_tokens: int) -> Written:
+    """Greedy text after a prompt, dense where there is no plan. UserError for a prompt without a token."""
     tokenizer, model = context.loaded.tokenizer, context.loaded.model
     encoded = tokenizer(prompt, return_tensors="pt")
     ids: Tensor = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
     if ids.shape[1] == 0:
         raise UserError("the prompt has no token", "give some text to --prompt")
+    clock = _Clock()
     options: dict[str, Any] = {
         "max_new_tokens": new_tokens,
         "do_sample": False,
         "pad_token_id": tokenizer.pad_token_id or 0,
+        "streamer": clock,
     }
     manager = contextlib.nullcontext()
     if plan is not None:
@@ -333,28 +403,39 @@ def generate(context: Context, plan: Plan | None, prompt: str, new_tokens: int) 
     with manager:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # pyright: ignore[reportCallIssue]
     fresh: list[int] = out[0, ids.shape[1] :].tolist()
-    return fresh, [str(tokenizer.decode([t])) for t in fresh]
+    start, first, last = clock.times[0], clock.times[1], clock.times[-1]
+    return Written(
+        ids=fresh,
+        tokens=[str(tokenizer.decode([t])) for t in fresh],
+        text=str(tokenizer.decode(fresh)),
+        first_token_s=first - start,
+        tok_s=(len(fresh) - 1) / (last - first) if len(fresh) > 1 else None,
+    )
 
 
-def generation_record(context: Context, plan: Plan, prompt: str, dense: tuple[list[int], list[str]]) -> Record:
-    """Dense and sparse text side by side."""
-    new_tokens = context.settings.new_tokens
-    sparse = generate(context, plan, prompt, new_tokens)
-    pairs = zip(dense[0], sparse[0], strict=False)
+def generation_record(context: Context, plan: Plan | None, prompt: str, dense: Written) -> Record:
+    """Dense and sparse text side by side; without a plan the method is `dense`, and both are the same."""
+    sparse = dense if plan is None else generate(context, plan, prompt, context.settings.new_tokens)
+    pairs = zip(dense.ids, sparse.ids, strict=False)
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    if first is None and len(dense[0]) != len(sparse[0]):
-        first = min(len(dense[0]), len(sparse[0]))
+    if first is None and len(dense.ids) != len(sparse.ids):
+        first = min(len(dense.ids), len(sparse.ids))
+    about = {"method": "dense", "kv_policy": "full"} if plan is None else of_plan(plan)
     return records.stamp(
         kind="generation",
-        **context.common(plan),
+        **(context.common(protocol=None) | about),
         simulated=False,
         prompt=prompt,
-        dense_text=context.loaded.tokenizer.decode(dense[0]),
-        sparse_text=context.loaded.tokenizer.decode(sparse[0]),
-        dense_tokens=dense[1],
-        sparse_tokens=sparse[1],
+        dense_text=dense.text,
+        sparse_text=sparse.text,
+        dense_tokens=dense.tokens,
+        sparse_tokens=sparse.tokens,
         first_difference=first,
-        new_tokens=len(sparse[0]),
+        new_tokens=len(sparse.ids),
+        first_token_s_dense=dense.first_token_s,
+        first_token_s=sparse.first_token_s,
+        tok_s_dense=dense.tok_s,
+        tok_s=sparse.tok_s,
     )
 
 
@@ -372,7 +453,7 @@ def bench_model(context: Context, plans: Mapping[str, Plan], *, tokens: int = 24
     return speed_records(
         comparison,
         plans,
-        context.common(),
+        context.common(kv_bytes=context.kv_bytes),
         context_name="model itself",
         layers=len(context.anatomy.layers),
         backend=_backend(context.settings.backend),
@@ -421,22 +502,23 @@ def bench_shape(
         "weights": "random",
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
+        "kv_bytes": accounting.kv_bytes(model),
     }
     return speed_records(comparison, plans, base, context_name=shape, layers=depth, backend=_backend(backend))
 
 
-def largest_sparsity(
-    context: Context, name: str, max_increase: float, stage: Stage = quiet, steps: int = 7
-) -> tuple[Plan, float]:
-    """The most that can be skipped while perplexity rises by at most `max_increase` (0.01 = 1 %), and the rise reached.
+def largest_sparsity(context: Context, name: str, max_increase: float, stage: Stage = quiet, steps: int = 7) -> Plan:
+    """The most that can be skipped while perplexity rises by at most `max_increase` (0.01 = 1 %).
 
-    Bisection on the sparsity target; the text it is decided on is the test half, so confirm on text of your own.
+    Bisection on the sparsity target, decided on the validation windows: the test windows then report on a plan that
+    they did not choose. The plan says what decided, under "search" of its calibration.
     """
+    validation = context.split.validation
     low, high, best = 0.0, 1.0, None
     for step in range(steps):
         target = (low + high) / 2
         plan = context.plan(name, sparsity=target)
-        quality = context.quality(plan, matched=False)
+        quality = evaluate(context.loaded.model, plan, validation, matched=False, anatomy=context.anatomy)
         rise = quality.method.perplexity / quality.dense.perplexity - 1
         if rise <= max_increase:
             low, best = target, (plan, rise)
@@ -448,7 +530,30 @@ def largest_sparsity(
             f"{name} exceeds a perplexity increase of {max_increase:.1%} even at sparsity {high:.3f}",
             "allow a larger increase",
         )
-    return best
+    plan, rise = best
+    search = {"max_ppl_increase": max_increase, "ppl_increase": rise, "corpus": dict(validation.source)}
+    return dataclasses.replace(plan, calibration={**plan.calibration, "search": search})
+
+
+def fit(name: str, settings: Settings, shifted: Path | None, out: Path, stage: Stage = quiet) -> list[dict[str, Any]]:
+    """Train the router of the one method of `settings`, save its plan, and grade it on held-out and on shifted text."""
+    (method,) = settings.methods
+    if not methods.method_class(method).trains:
+        able = [n for n in methods.names() if methods.method_class(n).trains]
+        raise UserError(f"method {method!r} trains no router", f"`moyu calibrate` plans it; routers: {', '.join(able)}")
+    context = Context.open(name, settings, stage)
+    plan = context.plan(method, progress=lambda done, whole: stage(f"train {method}", done, whole))
+    plan.save(out)
+    texts = {"held-out": context.split.test}
+    if shifted is not None:
+        texts["shifted"] = Context.open(name, dataclasses.replace(settings, text=shifted), stage).split.test
+    rows = []
+    for kind, windows in texts.items():
+        stage(f"grade on {kind} text", 0, 1)
+        grades = foresight(context.loaded.model, plan, windows, anatomy=context.anatomy)
+        rows += [{"text": kind, "layer": layer, **dataclasses.asdict(own)} for layer, own in grades.items()]
+        stage(f"grade on {kind} text", 1, 1)
+    return rows
 
 
 def run(
@@ -500,6 +605,8 @@ def run(
         realized[each] = min(max(quality.realized_sparsity, 0.0), 0.99)
         rows.append(quality_record(context, plan, quality))
     stage("evaluate", len(plans), len(plans))
+    if settings.boundary > 0:
+        rows += token_table(context, [p for p in plans.values() if p.method.granularity == "token"], stage)
     prompt = settings.prompt or _default_prompt(context)
     dense = generate(context, None, prompt, settings.new_tokens)
     for done, plan in enumerate(plans.values()):
@@ -516,6 +623,17 @@ def run(
 
     write_report(rows, out / "report.html")
     stage("report", 1, 1)
+    return rows
+
+
+def token_table(context: Context, plans: Sequence[Plan], stage: Stage = quiet) -> list[Record]:
+    """The second quality table: the same plans of token-level methods with no dense prompt."""
+    bare, rows = context.without_prompt(), []
+    for done, plan in enumerate(plans):
+        stage("evaluate without a prompt", done, len(plans))
+        rows.append(quality_record(bare, plan, bare.quality(plan)))
+    if plans:
+        stage("evaluate without a prompt", len(plans), len(plans))
     return rows
 
 
@@ -583,15 +701,12 @@ def describe(name: str) -> dict[str, Any]:
 
 def generate_command(
     name: str, plan_folder: Path | None, prompt: str | None, new_tokens: int, backend: Backend
-) -> tuple[Record | None, str]:
-    """Text after a prompt, and the record that sets it beside dense where there is a plan."""
+) -> Record:
+    """Text after a prompt under a plan, dense beside it; dense alone where there is no plan."""
     settings = Settings(new_tokens=new_tokens, backend=backend)
     loaded = models.load(name)
     plan = None if plan_folder is None else Plan.load(plan_folder)
     nothing = Windows(torch.zeros(1, 2, dtype=torch.long), 1)
-    context = Context(loaded, surgery.dissect(loaded.model), text.Split(nothing, nothing, 0), settings)
+    context = Context(loaded, surgery.dissect(loaded.model), text.Split(nothing, nothing, nothing), settings)
     prompt = PROMPT_TEXT if prompt is None else prompt
-    if plan is None:
-        return None, prompt + str(loaded.tokenizer.decode(generate(context, None, prompt, new_tokens)[0]))
-    row = generation_record(context, plan, prompt, generate(context, None, prompt, new_tokens))
-    return row, prompt + row.sparse_text  # pyright: ignore[reportAttributeAccessIssue]
+    return generation_record(context, plan, prompt, generate(context, None, prompt, new_tokens))

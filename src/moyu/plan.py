@@ -40,6 +40,14 @@ class Plan:
     versions: Mapping[str, str] = field(default_factory=dict)
     kv_policy: str = "full"
 
+    @property
+    def compensation(self) -> str:
+        """What gives back a part of what is skipped: "centre", "bias", "learned bias", two of them, or ""."""
+        kinds = ["centre"] if any(p.centre is not None for _, p in self.parts.values()) else []
+        if any(p.bias is not None for _, p in self.parts.values()):
+            kinds.append("learned bias" if "learned_bias" in self.calibration else "bias")
+        return " + ".join(kinds)
+
     def sites(self) -> Iterator[Site]:
         """Every site of the plan."""
         return (site for site, _ in self.parts.values())

@@ -69,6 +69,21 @@ class ModelRecord(Stamped):
     corpus: dict[str, Any] | None = Field(None, description="fingerprint of the text")
 
 
+class KvBytes(_Model):
+    """Keys and values at one length of context."""
+
+    context: Count = Field(description="tokens in the cache; may exceed what the model was made for")
+    bytes: Count = Field(description="bytes of keys and values that a decode step then reads, batch 1")
+
+
+class Search(_Model):
+    """How a budget became a sparsity target: the most that kept it on the validation part."""
+
+    max_ppl_increase: Positive = Field(description="rise of perplexity allowed, 0.01 is 1 %")
+    ppl_increase: float = Field(description="rise reached, on the text that decided")
+    corpus: dict[str, Any] = Field(description="fingerprint of the text that decided, another one than is reported on")
+
+
 class MethodRecord(ModelRecord):
     """A record about one method on one model."""
 
@@ -84,6 +99,17 @@ class MethodRecord(ModelRecord):
         None, description="bytes a step reads over the dense model's; above 1: more added than skipped"
     )
     ideal_byte_fraction: Positive | None = Field(None, description="the same for a method without a skipping kernel")
+    kv_policy: str | None = Field(None, min_length=1, description="`full`: every key and value is kept and read")
+    kv_bytes: list[KvBytes] = Field(default=[], description="bytes of the KV cache, apart from the weights', see below")
+
+    @model_validator(mode="after")
+    def _cache(self) -> Self:
+        contexts, sizes = [k.context for k in self.kv_bytes], [k.bytes for k in self.kv_bytes]
+        if contexts != sorted(set(contexts)) or sizes != sorted(sizes):
+            raise ValueError("kv_bytes must list growing contexts, whose bytes do not shrink")
+        if self.kv_policy not in (None, "full") and not self.kv_bytes:
+            raise ValueError(f"kv_bytes is missing: KV policy {self.kv_policy!r} reads others than the full cache's")
+        return self
 
 
 class Environment(Stamped):
@@ -138,7 +164,8 @@ class Quality(MethodRecord):
     kl_oracle: Natural | None = Field(None, description="KL of the matched oracle")
     sparsity_by_layer: list[Fraction] = Field(default=[], description="realized sparsity of each layer")
     floor: Natural | None = Field(None, description="least byte fraction the method can reach on this model")
-    compensation: bool = Field(False, description="whether a bias stands in for what is skipped")
+    compensation: bool | str = Field(False, description="what gives back a part of what is skipped: a bias, a centre")
+    search: Search | None = Field(None, description="how the target was found where a budget was asked for, see below")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -199,6 +226,10 @@ class Generation(MethodRecord):
     sparse_tokens: list[str] = Field(description="one string a token")
     first_difference: Count | None = Field(None, description="index of the first token that differs")
     new_tokens: Count = Field(description="length of the sparse text")
+    first_token_s_dense: Positive | None = Field(None, description="seconds to the first new token, dense")
+    first_token_s: Positive | None = Field(None, description="the same with the plan applied")
+    tok_s_dense: Positive | None = Field(None, description="tokens a second after the first, dense")
+    tok_s: Positive | None = Field(None, description="the same with the plan applied; one run, not a benchmark")
 
     @model_validator(mode="after")
     def _trained(self) -> Self:
@@ -363,6 +394,8 @@ def schema_markdown() -> str:
     kinds = [(f"`{_kind(k)}`", k) for k in KINDS]
     parts = [
         ("`protocol`", Protocol),
+        ("`kv_bytes` of a record about a method", KvBytes),
+        ("`search` of `quality`", Search),
         ("`layers` of `profile`", LayerNeed),
         ("`token_curve` of `profile`", PositionNeed),
     ]

@@ -10,20 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from moyu import zoo
 from moyu.calibration import Windows
 from moyu.errors import UserError
 from moyu.models import Loaded
 
+# Parts of a user's text: name, what it is of the whole, and where it ends.
+PARTS = (("calibration", "first half", 1 / 2), ("validation", "third quarter", 3 / 4), ("test", "last quarter", 1.0))
+
 
 @dataclass(frozen=True)
 class Split:
-    """Calibration and test windows that share no text."""
+    """Windows that share no text: plans are fitted on the first part, chosen on the second, reported on the third."""
 
     calibration: Windows
+    validation: Windows
     test: Windows
-    test_bytes: int  # bytes of text that the scored positions of `test` predict
 
 
 def windows_for(
@@ -36,9 +41,10 @@ def windows_for(
     test: int,
     seed: int = 0,
 ) -> Split:
-    """Windows for a model: from `file` (its first half calibrates, its second half tests), else from the zoo's corpus.
+    """Windows for a model: from the parts of `file`, else from the splits of the zoo's corpus.
 
-    Raises UserError where the text is missing, empty or shorter than one window a half.
+    calibration, test: windows of these parts, fewer where the text ends; as many for validation as for test.
+    Raises UserError where the text is missing or empty, or a part of it is shorter than one window.
     """
     limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -48,11 +54,15 @@ def windows_for(
     if file is None:
         return _from_corpus(loaded, length, prompt, calibration, test, seed)
     text = read_text(file)
-    half = len(text) // 2
     source = {"file": file.name, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
-    first = _windows(loaded, [text[:half]], length, prompt, calibration, source | {"part": "first half"}, seed)
-    second = _windows(loaded, [text[half:]], length, prompt, test, source | {"part": "second half"}, seed)
-    return Split(first, second, scored_bytes(loaded, second))
+    windows, start = {}, 0
+    for name, part, end in PARTS:
+        stop, count = round(len(text) * end), calibration if name == "calibration" else test
+        windows[name] = _windows(
+            loaded, [text[start:stop]], f"the text's {part}", length, prompt, count, source | {"part": part}, seed
+        )
+        start = stop
+    return Split(**windows)
 
 
 def read_text(file: Path) -> str:
@@ -71,18 +81,29 @@ def read_text(file: Path) -> str:
 
 
 def _from_corpus(loaded: Loaded, length: int, prompt: int, calibration: int, test: int, seed: int) -> Split:
+    documents = {
+        "train": zoo.corpus.train_documents(max_bytes=calibration * length * 8),
+        "validation": zoo.corpus.held_out("validation", max_bytes=test * length * 12),
+        "test": zoo.corpus.held_out("test", max_bytes=test * length * 12),
+    }
     parts = []
-    for documents, count, name in (
-        (zoo.corpus.train_documents(max_bytes=calibration * length * 8), calibration, "train"),
-        (zoo.corpus.held_out("test", max_bytes=test * length * 12), test, "test"),
-    ):
-        source: Mapping[str, Any] = {"corpus": "python", "split": name, **zoo.corpus.fingerprint(documents)}
-        parts.append(_windows(loaded, [d.text for d in documents], length, prompt, count, source, seed))
-    return Split(parts[0], parts[1], scored_bytes(loaded, parts[1]))
+    for name, files in documents.items():
+        source = {"corpus": "python", "split": name, **zoo.corpus.fingerprint(files)}
+        count = calibration if name == "train" else test
+        texts = [d.text for d in files]
+        parts.append(_windows(loaded, texts, f"the corpus' {name} split", length, prompt, count, source, seed))
+    return Split(*parts)
 
 
 def _windows(
-    loaded: Loaded, texts: Iterable[str], length: int, prompt: int, count: int, source: Mapping[str, Any], seed: int
+    loaded: Loaded,
+    texts: Iterable[str],
+    what: str,
+    length: int,
+    prompt: int,
+    count: int,
+    source: Mapping[str, Any],
+    seed: int,
 ) -> Windows:
     """`count` windows (fewer where the text ends), spread over the documents, each beginning with BOS where there is one."""
     tokenizer = loaded.tokenizer
@@ -96,14 +117,20 @@ def _windows(
         rows += [([] if bos is None else [bos]) + ids[i : i + step] for i in range(0, len(ids) - step + 1, step)]
     if not rows:
         raise UserError(
-            f"the text has {total} tokens, fewer than one window of {length}",
+            f"{what} has {total} tokens, fewer than one window of {length}",
             "give a longer text, or a smaller --window",
         )
     random.Random(seed).shuffle(rows)
     return Windows(torch.tensor(rows[:count]), prompt, source)
 
 
-def scored_bytes(loaded: Loaded, windows: Windows) -> int:
-    """UTF-8 bytes of the tokens that the scored positions predict."""
-    spans = loaded.tokenizer.batch_decode(windows.tokens[:, windows.prompt + 1 :])
-    return sum(len(s.encode()) for s in spans)
+def scored_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, prompt: int) -> int:
+    """UTF-8 bytes of the tokens (B, T) that positions from `prompt` on predict; special tokens have none.
+
+    Tokens are decoded behind the one before them: alone, some tokenizers strip the space that the first begins with.
+    """
+
+    def size(ids: Tensor) -> int:
+        return sum(len(text.encode()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+    return size(tokens[:, prompt:]) - size(tokens[:, prompt : prompt + 1])

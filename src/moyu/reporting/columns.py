@@ -57,8 +57,10 @@ def times(value: float | None) -> str:
 
 
 def label(record: Quality | Speed) -> str:
-    """The method, and whether a bias compensates."""
-    return record.method + (" + bias" if isinstance(record, Quality) and record.compensation else "")
+    """The method, and what compensates."""
+    if not isinstance(record, Quality) or not record.compensation:
+        return record.method
+    return f"{record.method} + {'bias' if record.compensation is True else record.compensation}"
 
 
 def target(record: Quality) -> str:

@@ -29,6 +29,11 @@ def quality_groups(records: Iterable[Record]) -> list[Group]:
     return [Group(_quality_title(rows[0]), _quality_caption(rows), rows) for rows in found.values()]
 
 
+def without_prompt(record: Quality) -> bool:
+    """Whether a row is of the second table: every position sparse, for token-level methods."""
+    return record.protocol is not None and record.protocol.table == "token"
+
+
 def speed_groups(records: Iterable[Record]) -> list[Group]:
     """Speed rows by model, context, dtype, device and back end, in the order of the records."""
     found: dict[Any, list[Speed]] = {}
@@ -40,7 +45,8 @@ def speed_groups(records: Iterable[Record]) -> list[Group]:
 
 
 def _quality_title(record: Quality) -> str:
-    return f"Quality of {record.model}, " + ("simulated by masking" if record.simulated else "really skipped")
+    how = "simulated by masking" if record.simulated else "really skipped"
+    return f"Quality of {record.model}{' without a dense prompt' if without_prompt(record) else ''}, {how}"
 
 
 def _quality_caption(rows: list[Quality]) -> str:

@@ -12,7 +12,18 @@ from markupsafe import Markup
 
 from moyu.errors import UserError
 from moyu.files import atomic_write_text
-from moyu.records import Coverage, Environment, Generation, Kernel, ModelRecord, Profile, Quality, Record, Study
+from moyu.records import (
+    Coverage,
+    Environment,
+    Generation,
+    Kernel,
+    MethodRecord,
+    ModelRecord,
+    Profile,
+    Quality,
+    Record,
+    Study,
+)
 from moyu.reporting import columns, figures, summary
 from moyu.reporting.differences import marked
 from moyu.reporting.figures import Figure
@@ -77,8 +88,8 @@ def view(rows: Sequence[Record]) -> dict[str, Any]:
 def environment(rows: Sequence[Record]) -> list[tuple[str, str]]:
     """Where the records come from; several values where they differ."""
 
-    def values(found: Iterable[Any]) -> str:
-        return ", ".join(dict.fromkeys(str(v) for v in found if v is not None))
+    def values(found: Iterable[Any], between: str = ", ") -> str:
+        return between.join(dict.fromkeys(str(v) for v in found if v is not None))
 
     machines = [r for r in rows if isinstance(r, Environment)]
     packages = dict.fromkeys(p for r in rows for p in r.versions)
@@ -92,9 +103,16 @@ def environment(rows: Sequence[Record]) -> list[tuple[str, str]]:
         ("Commit", values(commits)),
         ("Seed", values(r.seed for r in rows)),
         ("Plans", values(f"{r.method} {r.plan}" for r in rows if isinstance(r, Quality) and r.plan)),
+        ("KV cache", values((_cache(r) for r in rows if isinstance(r, MethodRecord) and r.kv_bytes), "; ")),
         ("Date", _span([r.date for r in rows])),
     ]
     return [(name, value) for name, value in table if value]
+
+
+def _cache(record: MethodRecord) -> str:
+    """What a step reads of keys and values, by context."""
+    sizes = ", ".join(f"{k.bytes / 1e6:,.0f} MB at {k.context:,}" for k in record.kv_bytes)
+    return f"{record.model}, policy {record.kv_policy}: {sizes} tokens of context"
 
 
 def _there(candidates: Sequence[Figure | None]) -> list[Figure]:

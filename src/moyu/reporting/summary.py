@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moyu.records import Quality, Record, Speed
+from moyu.records import Generation, Quality, Record, Speed
 from moyu.reporting.columns import fixed, label, number, percent, times
-from moyu.reporting.groups import Group, quality_groups, speed_groups
+from moyu.reporting.groups import Group, quality_groups, speed_groups, without_prompt
 
 KL_CLOSE = 0.1  # nats a token; below it the sparse model is called close to the dense one
 KL_LOST = 0.5  # above it the model is no longer itself
@@ -21,7 +21,7 @@ def headline(records: Sequence[Record]) -> list[str]:
     for group in quality_groups(records):
         sentence, best = _quality_sentence(group)
         sentences.append(sentence)
-        chosen += [best] if best else []
+        chosen += [best] if best and not without_prompt(best) else []
     return sentences + [_speed_sentence(g, chosen) for g in speed_groups(records)]
 
 
@@ -29,18 +29,19 @@ def _quality_sentence(group: Group) -> tuple[str, Quality | None]:
     rows = [r for r in group.rows if r.kl is not None and r.family != "reference"]
     first: Quality = group.rows[0]
     how = "simulated by masking" if first.simulated else "really skipped"
+    on = _place(first)
     if not rows:
-        return f"On {first.model} no method could meet the target.", None
+        return f"On {on} no method could meet the target.", None
     close = [r for r in rows if r.kl < KL_CLOSE and r.byte_fraction is not None and r.byte_fraction < 1]
     if not close:
         r = min(rows, key=lambda r: r.kl)
         return (
-            f"On {first.model} no method here saves bytes and stays below {KL_CLOSE} nats of KL a token ({how}); the "
+            f"On {on} no method here saves bytes and stays below {KL_CLOSE} nats of KL a token ({how}); the "
             f"closest is {label(r)} with {number(r.kl)} nats at {percent(r.realized_sparsity)} of its units skipped.",
             r,
         )
     r = min(close, key=lambda r: (r.byte_fraction, r.kl))
-    among = f"Of {len(rows)} plans on {first.model}" if len(rows) > 1 else f"On {first.model}"
+    among = f"Of {len(rows)} plans on {on}" if len(rows) > 1 else f"On {on}"
     most = "reads the fewest bytes while staying" if len(rows) > 1 else "stays"
     return (
         f"{among}, {label(r)} {most} below {KL_CLOSE} nats of KL a token: it reads "
@@ -112,10 +113,27 @@ def _warn(rows: Sequence[Quality | Speed], every: Sequence[Quality | Speed], tex
     """The rows by model, and what is to be said of them; a row of a sweep with its sparsity."""
     found: dict[str, dict[str, None]] = {}
     for r in rows:
-        swept = sum((o.model, label(o)) == (r.model, label(r)) for o in every) > 1
+        swept = sum(_place(o) == _place(r) and label(o) == label(r) for o in every) > 1
         at = f" at {percent(r.realized_sparsity)}" if swept and r.realized_sparsity is not None else ""
-        found.setdefault(r.model, {})[label(r) + at] = None
-    return "; ".join(f"{', '.join(names)} on {model}" for model, names in found.items()) + f": {text}" if found else ""
+        found.setdefault(_place(r), {})[label(r) + at] = None
+    return "; ".join(f"{', '.join(names)} on {place}" for place, names in found.items()) + f": {text}" if found else ""
+
+
+def _place(r: Quality | Speed) -> str:
+    """The model, and how it was scored where that is not the usual way."""
+    return r.model + (" without a dense prompt" if isinstance(r, Quality) and without_prompt(r) else "")
+
+
+def generated(record: Generation) -> list[str]:
+    """How fast a text was written: a line for skipping and a line for dense, one alone without a plan."""
+    rates = [(record.method, record.first_token_s, record.tok_s)]
+    if record.method != "dense":
+        rates.append(("dense", record.first_token_s_dense, record.tok_s_dense))
+    return [
+        f"{name}: first token after {number(first)} s"
+        + ("" if rate is None else f", then {number(rate)} tokens a second (prefill excluded)")
+        for name, first, rate in rates
+    ]
 
 
 def notes(records: Iterable[Record]) -> list[tuple[str, str]]:

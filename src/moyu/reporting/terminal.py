@@ -11,13 +11,18 @@ from rich.text import Text
 from moyu.records import Record
 from moyu.reporting import columns
 from moyu.reporting.columns import Column
-from moyu.reporting.groups import Group, quality_groups, speed_groups
+from moyu.reporting.groups import Group, quality_groups, speed_groups, without_prompt
 
 
 def tables(records: Iterable[Record]) -> list[Table]:
-    """A quality table a protocol, then a speed table a timed model; for 100 columns and more."""
+    """The main quality tables, then a speed table a timed model; for 100 columns and more.
+
+    The second quality table, without a dense prompt, is for the page; here it stands only where there is no other.
+    """
     rows = list(records)
-    quality = [_table(g, columns.QUALITY) for g in quality_groups(rows)]
+    groups = quality_groups(rows)
+    shown = [g for g in groups if not without_prompt(g.rows[0])] or groups
+    quality = [_table(g, columns.QUALITY) for g in shown]
     return quality + [_table(g, columns.SPEED) for g in speed_groups(rows)]
 
 

@@ -1,4 +1,4 @@
-"""`python -m moyu.zoo`: make the zoo's data and train its models, on this machine or one with an accelerator."""
+"""`python -m moyu.zoo`: make the zoo's data, train its models and measure them, here or on another machine."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ def main() -> None:
     train.add_argument("--tokens", type=int, default=training.TOKENS)
     train.add_argument("--device")
     train.add_argument("--minutes", type=float)
+    measure = commands.add_parser("measure", help="measure a shipped model again, into its training.json")
+    measure.add_argument("name", choices=names())
     args = parser.parse_args()
     if args.command == "prepare":
         print(json.dumps(training.prepare(args.data), indent=1))
+    elif args.command == "measure":
+        print(json.dumps(training.measure_shipped(args.name), indent=1))
     else:
         done = training.train(
             args.name, args.data, args.out, tokens=args.tokens, device=args.device, minutes=args.minutes

@@ -149,7 +149,7 @@ def _listed(split: Split, max_bytes: int | None) -> list[Document]:
         text = read(_locate(name))
         if text is not None and _digest(text) == digest:
             documents.append(Document(name, text))
-            size += len(text)
+            size += len(text.encode())
             if max_bytes is not None and size >= max_bytes:
                 return documents
     return documents if len(documents) >= 20 else _stand_in(split, max_bytes)
@@ -166,7 +166,7 @@ def _stand_in(split: Split, max_bytes: int | None) -> list[Document]:
         text = read(path)
         if text is not None:
             documents.append(Document(name, text))
-            size += len(text)
+            size += len(text.encode())
     return documents
 
 

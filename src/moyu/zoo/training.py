@@ -16,16 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
+from moyu import models, zoo
+from moyu.evaluation import bits_per_byte
+from moyu.files import atomic_write_text
+from moyu.text import scored_bytes
 from moyu.zoo import corpus
 
 VOCABULARY = 4096
@@ -34,6 +41,7 @@ BATCH = 64  # sequences a step
 TOKENS = 120_000_000  # what the shipped models saw
 TRAIN_FILE_TOKENS = 26_000_000  # of the corpus' 54 million: 52 MB of token files travel to another machine easily
 PEAK_RATE, WARM_UP, DECAY = 1.5e-3, 200, 0.1
+EVIDENCE_WINDOWS, SHUFFLED_FILES = 256, 40  # held-out windows scored; held-out files whose words are shuffled
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 
@@ -74,7 +82,7 @@ def prepare(folder: Path) -> dict[str, Any]:
         np.asarray(ids, dtype=np.uint16).tofile(folder / f"{split}.bin")
         size = sum(len(d.text.encode()) for d in documents)
         counts[split] = {"documents": len(documents), "bytes": size, "tokens": len(ids)}
-    test = "".join(d.text for d in splits["test"][:40])
+    test = "".join(d.text for d in splits["test"][:SHUFFLED_FILES])
     mixed = tokenizer(corpus.shuffled(test), verbose=False)["input_ids"]
     np.asarray(mixed, dtype=np.uint16).tofile(folder / "shuffled.bin")
     counts["shuffled"] = {"bytes": len(test.encode())}
@@ -86,7 +94,7 @@ def prepare(folder: Path) -> dict[str, Any]:
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE of `VOCABULARY` tokens that puts <bos> first."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -185,14 +193,10 @@ def _save(path: Path, state: dict[str, Any]) -> None:
 def export(name: str, model: PreTrainedModel, data: Path, out: Path, facts: dict[str, Any]) -> None:
     """Write bf16 safetensors, tokenizer and training.json with the evidence that the model is trained."""
     meta = json.loads((data / "meta.json").read_text())
-    untrained = build(name, facts["seed"]).to(model.device).eval()  # pyright: ignore[reportArgumentType]
-    evidence = {
-        "held_out": bits_per_byte(model, data / "test.bin", meta["splits"]["test"]),
-        "random_initialisation": bits_per_byte(untrained, data / "test.bin", meta["splits"]["test"]),
-        "shuffled_text": bits_per_byte(model, data / "shuffled.bin", None, meta["splits"]["shuffled"]["bytes"]),
-    }
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
+    bits = evidence(name, model, facts["seed"], tokenizer, _ids(data / "test.bin"), _ids(data / "shuffled.bin"))
     model.to(torch.bfloat16).save_pretrained(out)  # pyright: ignore[reportArgumentType]
-    PreTrainedTokenizerFast.from_pretrained(data / "tokenizer").save_pretrained(out)
+    tokenizer.save_pretrained(out)
     (out / "training.json").write_text(
         json.dumps(
             {
@@ -201,7 +205,7 @@ def export(name: str, model: PreTrainedModel, data: Path, out: Path, facts: dict
                 **facts,
                 "length": LENGTH,
                 "corpus": meta,
-                "bits_per_byte": evidence,
+                "bits_per_byte": bits,
                 "versions": {
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,
@@ -213,17 +217,53 @@ def export(name: str, model: PreTrainedModel, data: Path, out: Path, facts: dict
     )
 
 
+def _ids(file: Path) -> Tensor:
+    return torch.from_numpy(np.fromfile(file, dtype=np.uint16).astype(np.int64))
+
+
+def evidence(
+    name: str, model: PreTrainedModel, seed: int, tokenizer: PreTrainedTokenizerBase, test: Tensor, shuffled: Tensor
+) -> dict[str, float]:
+    """Bits a byte of a trained model on held-out ids, beside what it was before training and on shuffled words."""
+    untrained = build(name, seed).to(model.device).eval()  # pyright: ignore[reportArgumentType]
+    return {
+        "held_out": measure(model, tokenizer, test),
+        "random_initialisation": measure(untrained, tokenizer, test),
+        "shuffled_text": measure(model, tokenizer, shuffled),
+    }
+
+
 @torch.no_grad()
-def bits_per_byte(
-    model: PreTrainedModel, tokens: Path, counts: dict[str, int] | None, size: int | None = None, windows: int = 256
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, windows: int = EVIDENCE_WINDOWS
 ) -> float:
-    """Bits a byte on the first `windows` windows of a token file; bytes a token from the file's totals."""
-    ids = torch.from_numpy(np.fromfile(tokens, dtype=np.uint16).astype(np.int64))
-    per_token = counts["bytes"] / counts["tokens"] if counts else (size or 0) / len(ids)
-    total = torch.tensor(0.0)
-    used = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[:windows]
-    for part in used.split(16):
-        part = part.to(model.device)
-        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").cpu()
-    return float(total) / math.log(2) / (used.numel() - len(used)) / per_token
+    """Bits a byte on the first `windows` windows of ids (n,), over the scored tokens and their bytes.
+
+    A document's <bos> has no bytes and is not scored.
+    """
+    nats, size = 0.0, 0
+    for part in ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[:windows].split(16):
+        logits = model(input_ids=part.to(model.device), use_cache=False).logits[:, :-1].float().cpu()
+        nats += float(
+            torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), part[:, 1:].flatten(), ignore_index=IDS["bos_token_id"], reduction="sum"
+            )
+        )
+        size += scored_bytes(tokenizer, part, 0)
+    return bits_per_byte(nats, size)
+
+
+def measure_shipped(name: str) -> dict[str, Any]:
+    """Measure a shipped model on the held-out files of this machine, and write what was found into its training.json."""
+    loaded, folder = models.load(name), zoo.path(name)
+    documents = corpus.held_out("test")
+    texts = [d.text for d in documents]
+    test, shuffled = (
+        torch.tensor([i for ids in loaded.tokenizer(part, verbose=False)["input_ids"] for i in ids])  # pyright: ignore
+        for part in (texts, [corpus.shuffled("".join(texts[:SHUFFLED_FILES]))])
+    )
+    facts = zoo.describe(name)
+    found = evidence(name, loaded.model, facts["seed"], loaded.tokenizer, test, shuffled)
+    facts |= {"bits_per_byte": found, "measured_on": corpus.fingerprint(documents)}
+    atomic_write_text(folder / "training.json", json.dumps(facts, indent=1))
+    return found
