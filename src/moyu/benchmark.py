@@ -26,6 +26,7 @@ class Timing:
     """Seconds of single decode steps, and what a step read."""
 
     seconds: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)  # seconds to the first token, prompt included
     realized_sparsity: float = 0.0
     byte_fraction: float = 1.0
     step_bytes: float = 0.0
@@ -49,14 +50,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Dense and skipping variants timed in one run."""
+    """Variants timed in one run beside transformers' eager loop. The variant of no plan, "dense", runs on MOYU's kernels."""
 
-    dense: Timing
+    eager: Timing
     variants: dict[str, Timing]
     read_ceiling_gb_s: float
     peak_bytes: int
-    rounds: int
-    tokens: int
+    prompt_tokens: int
 
 
 @torch.no_grad()
@@ -69,54 +69,55 @@ def compare(
     rounds: int = 2,
     backend: Backend = "auto",
     anatomy: Anatomy | None = None,
-    read_ceiling: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Time `tokens` greedy steps after `prompt` (B, P), dense before every variant, `rounds` times.
+    """Time `tokens` greedy steps after `prompt` (B, P): eager, dense, and a variant a plan, in turn, `rounds` times.
 
-    Dense is transformers' eager loop on the same weights. Raises UserError for an empty prompt or no tokens.
+    All are the same weights in one process, with the read loops timed in between. Raises UserError for an empty prompt or
+    no tokens.
     """
     if prompt.shape[1] < 1 or tokens < 2:
         raise UserError("nothing to time", "use a prompt of at least 1 token and at least 2 new tokens")
     anatomy = anatomy or surgery.dissect(model)
     total = accounting.dense_step_bytes(model, anatomy)
-    dense = Timing(step_bytes=total)
-    variants = {name: Timing() for name in plans}
-    ceiling = kernels.read_ceiling() if read_ceiling is None else read_ceiling
-    done, steps = 0, rounds * max(1, len(plans))
-    for _ in range(rounds):
-        if not plans:
-            dense.seconds += _steps(model, prompt, tokens)
-        for name, plan in plans.items():
-            dense.seconds += _steps(model, prompt, tokens)
+    eager, ceiling = Timing(step_bytes=total), kernels.ReadCeiling()
+    wanted: dict[str, Plan | None] = {"dense": None, **plans}
+    variants = {name: Timing() for name in wanted}
+    for turn in range(rounds):
+        _time(eager, model, prompt, tokens)
+        for done, (name, plan) in enumerate(wanted.items(), turn * len(wanted) + 1):
+            ceiling.sample()
             with Applied(model, plan, backend=backend, anatomy=anatomy, check=False) as applied:
                 with applied.prompt(prompt.shape[1]):
-                    variants[name].seconds += _steps(model, prompt, tokens)
+                    _time(variants[name], model, prompt, tokens)
                     if not variants[name].step_bytes:
                         _count(applied, model, prompt, variants[name], total, plan)
-            done += 1
             if progress:
-                progress(done, steps)
+                progress(done, rounds * len(wanted))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Comparison(dense, variants, ceiling, peak, rounds, tokens)
+    return Comparison(eager, variants, ceiling.gb_s, peak, prompt.shape[1])
 
 
-def _steps(model: nn.Module, prompt: Tensor, tokens: int) -> list[float]:
-    """Seconds of each greedy decode step; the first, which warms up, is left out."""
+def _time(timing: Timing, model: nn.Module, prompt: Tensor, tokens: int) -> None:
+    """Add the seconds of the prompt and of each greedy decode step; the first step, which warms up, is left out."""
+    start = time.perf_counter()
     output = model(input_ids=prompt, use_cache=True)
     cache = output.past_key_values
     token = output.logits[:, -1:].argmax(-1)
-    seconds = []
-    for _ in range(tokens + 1):
+    timing.first.append(time.perf_counter() - start)
+    for step in range(tokens + 1):
         start = time.perf_counter()
         output = model(input_ids=token, past_key_values=cache, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+        if step:
+            timing.seconds.append(time.perf_counter() - start)
 
 
-def _count(applied: Applied, model: nn.Module, prompt: Tensor, timing: Timing, total: float, plan: Plan) -> None:
+def _count(applied: Applied, model: nn.Module, prompt: Tensor, timing: Timing, total: float, plan: Plan | None) -> None:
     """What a step skips, counted on a few untimed steps."""
+    timing.step_bytes = total
+    if plan is None:
+        return
     steps = 4
     output: Any = model(input_ids=prompt, use_cache=True)
     cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from moyu import accounting, compensation, kernels, methods, models, records, surgery, text
 from moyu.applied import Applied
-from moyu.benchmark import Comparison, Timing, compare
+from moyu.benchmark import Comparison, compare
 from moyu.calibration import Windows, calibrate, solve_bytes
 from moyu.errors import UserError
 from moyu.evaluation import Quality, evaluate
@@ -319,10 +320,8 @@ def speed_records(
     backend: str,
 ) -> list[Record]:
     """A row a variant."""
-    dense, out = comparison.dense, []
-    variants: dict[str, Timing] = comparison.variants or {"dense": dense}
-    for name, timing in variants.items():
-        speedup = timing.tokens_per_second / dense.tokens_per_second
+    eager, native, out = comparison.eager, comparison.variants["dense"], []
+    for name, timing in comparison.variants.items():
         out.append(
             records.stamp(
                 kind="speed",
@@ -334,14 +333,19 @@ def speed_records(
                 context=context_name,
                 layers=layers,
                 tok_s=timing.tokens_per_second,
-                tok_s_dense=dense.tokens_per_second,
-                speedup=speedup,
+                tok_s_dense=eager.tokens_per_second,
+                tok_s_kernels=native.tokens_per_second,
+                speedup=timing.tokens_per_second / eager.tokens_per_second,
                 speedup_limit=1 / timing.byte_fraction,
                 gb_s=timing.gb_s,
-                gb_s_dense=dense.gb_s,
+                gb_s_dense=eager.gb_s,
                 read_ceiling_gb_s=comparison.read_ceiling_gb_s,
                 ceiling_share=timing.gb_s / comparison.read_ceiling_gb_s,
+                step_bytes=timing.step_bytes,
                 peak_bytes=comparison.peak_bytes,
+                prompt_tokens=comparison.prompt_tokens,
+                first_token_s=statistics.median(timing.first),
+                first_token_s_dense=statistics.median(eager.first),
                 p20=timing.quantile(0.2),
                 p50=timing.quantile(0.5),
                 p80=timing.quantile(0.8),

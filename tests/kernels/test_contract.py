@@ -153,13 +153,13 @@ from moyu import kernels
 assert "make setup" in kernels.available()["cpu"]
 assert kernels.describe().startswith("auto: reference (torch") and "not cpu: " in kernels.describe()
 assert kernels.rows(torch.ones(1, 4), torch.ones(2, 4)).tolist() == [[4.0, 4.0]]
-for ask in (lambda: kernels.use("cpu").__enter__(), kernels.read_ceiling):
-    try:
-        ask()
-    except RuntimeError as error:
-        assert "make setup" in str(error)
-    else:
-        raise AssertionError("no error")
+assert kernels.ReadCeiling(4 << 20).sample().gb_s > 0.1
+try:
+    kernels.use("cpu").__enter__()
+except RuntimeError as error:
+    assert "make setup" in str(error)
+else:
+    raise AssertionError("no error")
 """
     done = run_python(program)
     assert done.returncode == 0, done.stderr
@@ -206,6 +206,7 @@ def test_the_activations_of_the_extension_are_the_references(needs_cpu):
 
 
 def test_read_ceiling(needs_cpu):
-    assert kernels.read_ceiling(bytes=4 << 20, repeats=2) > 0.1
-    with pytest.raises(ValueError, match="repeats >= 1"):
-        kernels.read_ceiling(repeats=0)
+    ceiling = kernels.ReadCeiling(4 << 20).sample(3)
+    assert 0.1 < ceiling.gb_s <= ceiling.best_gb_s
+    with pytest.raises(ValueError, match="bytes >= 1048576"):
+        kernels.ReadCeiling(0)

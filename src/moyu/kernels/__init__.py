@@ -22,20 +22,20 @@ from torch import Tensor
 
 from . import cpu, reference
 from .checks import activation, check_columns, check_neurons, check_rows
-from .cpu import read_ceiling
+from .cpu import ReadCeiling
 from .reference import ACTIVATIONS
 
 __all__ = [
     "ACTIVATIONS",
     "Backend",
     "ByteCounter",
+    "ReadCeiling",
     "activation",
     "available",
     "columns",
     "count_bytes",
     "describe",
     "neurons",
-    "read_ceiling",
     "require",
     "rows",
     "use",

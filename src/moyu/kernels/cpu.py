@@ -8,6 +8,7 @@ import contextlib
 import math
 import mmap
 import os
+import statistics
 import time
 
 import torch
@@ -155,28 +156,43 @@ def empty_weights(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def read_once(buffer: Tensor, loop: int) -> None:
-    """Read the whole of a float32 buffer with one of the extension's loops (0 .. read_loops - 1), for timing."""
-    extension().read(buffer.data_ptr(), buffer.numel() * 4, loop, torch.get_num_threads())
+class ReadCeiling:
+    """How fast torch.get_num_threads() threads read memory here: several loops, timed in between other measurements.
 
-
-def read_ceiling(bytes: int = 256 << 20, repeats: int = 10) -> float:
-    """The fastest that torch.get_num_threads() threads read memory here, in GB/s (10^9): best loop, best repeat.
-
-    `bytes` should be several times the last-level cache. The loops alternate, so that a disturbance hits all of them.
-    Raises ValueError for less than 1 MiB or no repeat, RuntimeError where the extension is not built.
+    A shared machine's memory changes its rate from second to second, so hold medians against medians of the same seconds.
     """
-    if bytes < 1 << 20 or repeats < 1:
-        raise ValueError(f"read_ceiling needs bytes >= {1 << 20} and repeats >= 1, got {bytes} and {repeats}")
-    loops = extension().read_loops
-    buffer = torch.ones(bytes // 4, dtype=torch.float32)
-    best = float("inf")
-    for _ in range(repeats):
-        for loop in range(loops):
-            start = time.perf_counter()
-            read_once(buffer, loop)
-            best = min(best, time.perf_counter() - start)
-    return buffer.numel() * 4 / best / 1e9
+
+    def __init__(self, bytes: int = 256 << 20) -> None:
+        """`bytes` should be several times the last-level cache. ValueError for less than 1 MiB."""
+        if bytes < 1 << 20:
+            raise ValueError(f"ReadCeiling needs bytes >= {1 << 20}, got {bytes}")
+        self._buffer = torch.ones(bytes // 4, dtype=torch.float32)
+        self._seconds: list[list[float]] = [[] for _ in range(1 if _cpu is None else _cpu.read_loops)]
+
+    def sample(self, times: int = 1) -> "ReadCeiling":
+        """Run each loop once, or so many times."""
+        for _ in range(times):
+            for loop, seconds in enumerate(self._seconds):
+                start = time.perf_counter()
+                self._read(loop)
+                seconds.append(time.perf_counter() - start)
+        return self
+
+    def _read(self, loop: int) -> None:
+        if _cpu is None:
+            self._buffer.sum()
+        else:
+            _cpu.read(self._buffer.data_ptr(), self._buffer.nbytes, loop, torch.get_num_threads())
+
+    @property
+    def gb_s(self) -> float:
+        """The best loop's median, in GB/s (10^9)."""
+        return self._buffer.nbytes / min(map(statistics.median, self._seconds)) / 1e9
+
+    @property
+    def best_gb_s(self) -> float:
+        """The best sample of the best loop, in GB/s."""
+        return self._buffer.nbytes / min(map(min, self._seconds)) / 1e9
 
 
 def _inner(activation: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class Column:
     group: str
     title: str
     text: Callable[[Any], str]
-    short: str  # group and title in one, for the terminal
+    short: str = ""  # group and title in one, for the terminal; none: for the page only
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -56,8 +56,15 @@ def times(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}×"
 
 
+def gain(record: Speed) -> float:
+    """Speed over dense on the same kernels, over the dense baseline where those were not timed: what skipping gives."""
+    return record.speedup if record.tok_s_kernels is None else record.tok_s / record.tok_s_kernels
+
+
 def label(record: Quality | Speed) -> str:
     """The method, and what compensates."""
+    if isinstance(record, Speed) and record.method == "dense" and record.tok_s_kernels is not None:
+        return "dense, kernels"
     if not isinstance(record, Quality) or not record.compensation:
         return record.method
     return f"{record.method} + {'bias' if record.compensation is True else record.compensation}"
@@ -88,16 +95,18 @@ QUALITY = (
 SPEED = (
     Column("Units skipped", "realised", lambda r: tenths(r.realized_sparsity), "realised"),
     Column("Bytes read", "fraction", lambda r: fixed(r.byte_fraction), "bytes"),
+    Column("Bytes read", "MB a token", lambda r: number(r.step_bytes and r.step_bytes / 1e6), "MB"),
     Column("Tokens a second", "dense", lambda r: number(r.tok_s_dense), "tok/s\ndense"),
     Column("Tokens a second", "sparse", lambda r: number(r.tok_s), "tok/s"),
     Column("Speed-up", "measured", lambda r: times(r.speedup), "speed-up"),
+    Column("Speed-up", "from skipping", lambda r: times(r.tok_s_kernels and gain(r)), "from\nskipping"),
     Column("Speed-up", "limit by bytes", lambda r: times(r.speedup_limit), "limit"),
     Column("Weight reading", "GB/s", lambda r: number(r.gb_s), "GB/s"),
     Column("Weight reading", "of ceiling", lambda r: f"{r.ceiling_share:.0%}", "of\nceiling"),
     Column("Milliseconds a token", "median", lambda r: number(r.p50 * 1e3), "ms"),
-    Column(
-        "Milliseconds a token", "p20 to p80", lambda r: f"{number(r.p20 * 1e3)} to {number(r.p80 * 1e3)}", "p20 to p80"
-    ),
+    Column("Milliseconds a token", "p20 to p80", lambda r: f"{number(r.p20 * 1e3)} to {number(r.p80 * 1e3)}"),
+    Column("First token, ms", "dense", lambda r: number(r.first_token_s_dense and r.first_token_s_dense * 1e3)),
+    Column("First token, ms", "sparse", lambda r: number(r.first_token_s and r.first_token_s * 1e3), "first\ntoken"),
 )
 
 

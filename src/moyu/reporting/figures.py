@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from moyu.records import Profile, Quality, Speed
 from moyu.reporting.charts import CHARACTER, Canvas, Linear, Log
-from moyu.reporting.columns import fixed, label, number, percent, times
+from moyu.reporting.columns import fixed, gain, label, number, percent, times
 from moyu.reporting.summary import KL_CLOSE
 
 WIDTH = 440.0
@@ -187,7 +187,8 @@ def read_rate(rows: Sequence[Speed]) -> Figure:
     """Weight bytes read a second beside the read ceiling."""
     ceiling = max(r.read_ceiling_gb_s for r in rows)
     dense = next((r.gb_s_dense for r in rows if r.gb_s_dense is not None), None)
-    bars = [(label(r), "bar", r.gb_s, number(r.gb_s), r.read_ceiling_gb_s) for r in rows if r.method != "dense"]
+    bars = [(label(r), "bar", r.gb_s, number(r.gb_s), r.read_ceiling_gb_s)
+            for r in rows if r.method != "dense" or r.tok_s_kernels is not None]  # fmt: skip
     if dense is not None:
         bars = [("dense", "bar dense", dense, number(dense), ceiling), *bars]
     svg = _bars(bars, "GB of weights a second", "Weight reading in GB/s beside the read ceiling")
@@ -198,12 +199,18 @@ def read_rate(rows: Sequence[Speed]) -> Figure:
 
 def speedup(rows: Sequence[Speed]) -> Figure | None:
     """Speed-up beside its limit by bytes."""
-    bars = [(label(r), "bar", r.speedup, times(r.speedup), r.speedup_limit) for r in rows if r.method != "dense"]
-    if not bars:
+    if all(r.method == "dense" for r in rows):
         return None
+    bars = [
+        (label(r), "bar dense" if r.method == "dense" else "bar", r.speedup, times(r.speedup),
+         r.speedup_limit * r.speedup / gain(r))
+        for r in rows if r.method != "dense" or r.tok_s_kernels is not None
+    ]  # fmt: skip
     svg = _bars(bars, "times the dense speed", "Speed-up beside its limit by bytes", one=True)
     return Figure(
-        "Speed-up against its limit by bytes", "Bar: measured. Mark: limit by bytes. Dashed: as fast as dense.", svg
+        "Speed-up against its limit by bytes",
+        "Bar: measured. Mark: limit by bytes. Dashed: as fast as dense.",
+        svg,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from moyu.records import Generation, Quality, Record, Speed
-from moyu.reporting.columns import fixed, label, number, percent, times
+from moyu.reporting.columns import fixed, gain, label, number, percent, times
 from moyu.reporting.groups import Group, quality_groups, speed_groups, without_prompt
 
 KL_CLOSE = 0.1  # nats a token; below it the sparse model is called close to the dense one
@@ -63,7 +63,9 @@ def _speed_sentence(group: Group, chosen: Sequence[Quality]) -> str:
     pace = f"{times(r.speedup)} the speed of dense" + ("" if r.speedup >= 1 else ", which is slower")
     lead = "" if featured else "the fastest, "
     limit = f"its limit by bytes is {times(r.speedup_limit)}"
-    if r.speedup > r.speedup_limit * BEYOND:
+    if r.tok_s_kernels is not None:
+        limit = f"that is {times(gain(r))} of dense on the same kernels, where {limit}"
+    elif r.speedup > r.speedup_limit * BEYOND:
         limit = f"its bytes allow {times(r.speedup_limit)}, so the rest is not from skipping"
     return f"Measured on {where}: {lead}{r.method}{skipped} decodes at {pace}; {limit}."
 
@@ -80,12 +82,12 @@ def warnings(records: Sequence[Record]) -> list[str]:
     trained = [r for r in speed if r.weights == "trained"]
     lost = [r for r in quality if (r.kl or 0) > KL_LOST]
     vain = [r for r in quality if r.kl_random is not None and (r.kl or 0) >= r.kl_random and r.family != "reference"]
-    fast = [r for r in speed if r.speedup > r.speedup_limit * BEYOND]
+    fast = [r for r in speed if gain(r) > r.speedup_limit * BEYOND]
     out = [
         _warn(lost, quality, f"KL above {KL_LOST} nats a token. The model is no longer itself."),
         _warn(vain, quality, "no better than its matched random, so the ranking adds nothing here."),
         _warn([r for r in speed if r.speedup < 1], speed, "skipping is slower than dense."),
-        _warn(fast, speed, "faster than its bytes allow: a faster loop than the dense baseline's, or noise."),
+        _warn(fast, speed, "faster than its bytes allow: a faster loop than what it is held against, or noise."),
         _warn([r for r in speed if r.ceiling_share > 1], speed, "above the read ceiling: weights came from a cache."),
         _warn([r for r in speed if r.p80 > NOISY * r.p20], speed, f"noisy, p80 is over {NOISY} times p20."),
     ]

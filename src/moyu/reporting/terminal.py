@@ -27,7 +27,7 @@ def tables(records: Iterable[Record]) -> list[Table]:
 
 
 def _table(group: Group, candidates: Sequence[Column]) -> Table:
-    chosen = columns.used([c for c in candidates if c.title != "p20 to p80"], group.rows)
+    chosen = columns.used([c for c in candidates if c.short], group.rows)
     table = Table(
         title=Text(group.title),
         caption=Text(group.caption),
