@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moyu import kernels
+from moyu import kernels, memory
 from moyu.errors import UserError
 
 PROBE_TOKENS = 6
@@ -54,7 +54,9 @@ class Piece:
 
     def store(self, weight: Tensor) -> None:
         """Point the parameter at `weight` (out, in), keeping its identity."""
-        getattr(self.module, self.parameter).data = weight.t() if self.transposed else weight
+        parameter = getattr(self.module, self.parameter)
+        before, parameter.data = parameter.data, weight.t() if self.transposed else weight
+        memory.let_go(before)
 
 
 @dataclass(eq=False)
