@@ -27,7 +27,6 @@ from transformers import DynamicCache, StaticCache
 from moyu import accounting, kernels, methods, models, records, surgery
 from moyu.applied import Applied
 from moyu.calibration import Windows, calibrate
-from moyu.kernels import cpu
 from moyu.plan import Plan
 
 PROMPT, STEPS = 32, 40
@@ -94,6 +93,26 @@ class Bench:
 
         return self._loop(call, DynamicCache(config=self.model.config))
 
+    def batched(self, name: str, size: int) -> Callable[[], None]:
+        """A greedy step of `size` sequences with different prompts, or with one where the variant says "one mask"."""
+        applied = self.applied[name.removesuffix(", one mask")]
+        ids = torch.randint(
+            3, self.model.config.vocab_size, (size, PROMPT), generator=torch.Generator().manual_seed(size)
+        )
+        ids = ids[:1].expand(size, -1) if name.endswith("one mask") else ids
+        cache = DynamicCache(config=self.model.config)
+
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            with applied.prompt(PROMPT):
+                return applied.model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+
+        token = [forward(ids)]
+
+        def step() -> None:
+            token[0] = forward(token[0])
+
+        return step
+
     def llama_cpp(self, engine: LlamaCpp) -> tuple[int, Step]:
         """llama.cpp on the same weights."""
         engine.reset()
@@ -151,19 +170,39 @@ def measure(variants: dict[str, tuple[int, Step]]) -> tuple[dict[str, list[float
     """Seconds of single steps, every variant in turn, and the read ceiling in between: the best loop's median, in GB/s."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     tokens = {name: token for name, (token, _) in variants.items()}
-    buffer = torch.ones(64 << 20)
-    loops: list[list[float]] = [[] for _ in range(cpu.extension().read_loops)]
+    ceiling = kernels.ReadCeiling()
     for turn in range(STEPS):
-        for loop, times in enumerate(loops):
-            start = time.perf_counter()
-            cpu.read_once(buffer, loop)
-            times.append(time.perf_counter() - start)
+        ceiling.sample()
         for name in list(variants)[turn % len(variants) :] + list(variants)[: turn % len(variants)]:
             start = time.perf_counter()
             tokens[name] = variants[name][1](tokens[name])
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - start)
-    return seconds, max(buffer.numel() * 4 / statistics.median(times) / 1e9 for times in loops)
+    return seconds, ceiling.gb_s
+
+
+def batches(bench: Bench, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> None:
+    """Print decode steps of several sequences: every row its own mask, and one mask for all (all rows one prompt)."""
+    names = ("moyu dense", "moyu 50% neurons", "moyu 50% neurons, one mask", "moyu 50% columns")
+    pays: dict[str, list[int]] = {name: [] for name in names[1:]}
+    for size in sizes:
+        steps = {name: bench.batched(name, size) for name in names}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(STEPS // 2):
+            for name in names[turn % 4 :] + names[: turn % 4]:
+                start = time.perf_counter()
+                steps[name]()
+                seconds[name].append(time.perf_counter() - start)
+        median = {name: statistics.median(s[2:]) for name, s in seconds.items()}
+        print(f"batch {size}, dense on MOYU's kernels {median[names[0]] * 1e3:.1f} ms; times as fast:", end="")
+        for name in names[1:]:
+            gain = median[names[0]] / median[name]
+            pays[name] += [size] if gain > 1 else []
+            print(f" {name.removeprefix('moyu ')} {gain:.2f}", end=";" if name != names[-1] else "\n")
+    for name, good in pays.items():
+        print(
+            f"{name.removeprefix('moyu ')}: pays at batch {', '.join(map(str, good)) or 'none'} of {', '.join(map(str, sizes))}"
+        )
 
 
 def prefill(bench: Bench, tokens: int = 512, rounds: int = 5) -> None:
@@ -195,7 +234,8 @@ def main() -> None:
         "--no-compile", action="store_true", help="leave torch.compile out: it compiles for a minute or two"
     )
     parser.add_argument("--prefill", action="store_true", help="time prefill as well")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--batches", action="store_true", help="time several sequences at once as well")
+    parser.add_argument("--out", type=Path, help="records to write; those of other shapes in it stay")
     options = parser.parse_args()
     bench = Bench(options.shape, options.layers)
     with tempfile.TemporaryDirectory() as folder:
@@ -210,6 +250,8 @@ def main() -> None:
         engine.close()
     if options.prefill:
         prefill(bench)
+    if options.batches:
+        batches(bench)
     report(bench, seconds, ceiling, options.out)
 
 
@@ -237,14 +279,15 @@ def report(bench: Bench, seconds: dict[str, list[float]], ceiling: float, out: P
                 method="dense" if plan is None else plan.method.name, family=None if plan is None else plan.method.family,
                 target_sparsity=None if plan is None else float(name.split()[1].rstrip("%")) / 100,
                 context=bench.shape, layers=bench.layers, tok_s=1 / t, tok_s_dense=1 / eager, speedup=eager / t,
-                speedup_limit=bench.bytes / size, byte_fraction=size / bench.bytes, gb_s=rate,
+                speedup_limit=bench.bytes / size, byte_fraction=size / bench.bytes, step_bytes=size, tok_s_kernels=1 / native, gb_s=rate,
                 gb_s_dense=bench.bytes / eager / 1e9, read_ceiling_gb_s=ceiling, ceiling_share=rate / ceiling,
                 peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, p20=cuts[1], p50=t, p80=cuts[7],
                 backend=f"{name}: {kernels.describe()}" if name.startswith("moyu") else name, batch=1, dense_baseline="transformers eager",
             )
         )  # fmt: skip
     if out is not None:
-        records.write(out, rows)
+        others = [r for r in records.read(out) if r.context != bench.shape] if out.exists() else []
+        records.write(out, others + rows)
 
 
 if __name__ == "__main__":

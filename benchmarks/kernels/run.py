@@ -67,13 +67,9 @@ def measure(d: int, f: int) -> list[dict]:
     ready = {k: [[arguments(s, m) for m in masks[k]] for s in storages] for k in KEPT}
     kernel: dict[float, list[float]] = {k: [] for k in KEPT}
     operator: dict[float, list[float]] = {k: [] for k in KEPT}
-    buffer = torch.ones(64 << 20)
-    loops: list[list[float]] = [[] for _ in range(cpu.extension().read_loops)]
+    reads = kernels.ReadCeiling()
     for turn in range(ROUNDS):
-        for loop, seconds in enumerate(loops):
-            start = time.perf_counter()
-            cpu.read_once(buffer, loop)
-            seconds.append(time.perf_counter() - start)
+        reads.sample()
         for k in KEPT:
             picks = [(turn * LAYERS + layer) % SETS for layer in range(LAYERS)]
             start = time.perf_counter()
@@ -84,7 +80,7 @@ def measure(d: int, f: int) -> list[dict]:
             for layer, pick in enumerate(picks):
                 kernels.neurons(x, *views[layer], masks[k][pick], act="silu")
             operator[k].append(time.perf_counter() - start)
-    ceiling, highest = (max(buffer.numel() * 4 / of(s) / 1e9 for s in loops) for of in (statistics.median, min))
+    ceiling, highest = reads.gb_s, reads.best_gb_s
     print(f"d={d}, f={f}: read ceiling {ceiling:.1f} GB/s median, {highest:.1f} best; {kernels.describe()}")
     out = []
     for k in KEPT:

@@ -1,0 +1,52 @@
+"""Draw the records of run.py: speed over llama.cpp's for each shape, beside what the bytes allow.
+
+.venv/bin/python benchmarks/cpu/plot.py RECORDS.jsonl OUT.svg
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+from moyu import models, records
+
+COLOURS = {"transformers": "#9aa0a6", "llama.cpp": "#b8860b", "moyu": "#1f6feb"}
+
+
+def main() -> None:
+    """A panel a shape."""
+    rows = [r for r in records.read(Path(sys.argv[1])) if isinstance(r, records.Speed)]
+    shapes = [list(group) for _, group in groupby(rows, lambda r: r.context)]
+    plt.rcParams.update({"svg.hashsalt": "moyu", "font.size": 9})
+    figure, panels = plt.subplots(1, len(shapes), figsize=(4.6 * len(shapes), 3.6), squeeze=False, layout="constrained")
+    for panel, shape in zip(panels[0], shapes, strict=True):
+        rival = next(r for r in shape if r.backend == "llama.cpp")
+        native = next(r for r in shape if r.backend.startswith("moyu dense"))
+        for place, r in enumerate(shape):
+            ratio = r.tok_s / rival.tok_s
+            panel.barh(place, ratio, color=COLOURS[r.backend.split()[0]], height=0.7)
+            if r.backend.startswith("moyu") and r is not native:
+                limit = r.speedup_limit * native.tok_s / rival.tok_s
+                panel.plot([limit, limit], [place - 0.4, place + 0.4], color="black", linewidth=1.4)
+            panel.text(ratio + 0.03, place, f"{ratio:.2f}× · {r.tok_s:.1f}/s", va="center")
+        panel.set_yticks(range(len(shape)), [r.backend.split(":")[0].removeprefix("moyu ") for r in shape])
+        panel.invert_yaxis()
+        panel.axvline(1, color="#b8860b", linestyle=":", linewidth=1)
+        panel.set_xlim(0, 2.6)
+        panel.set_xlabel("tokens a second over llama.cpp's")
+        depth = models.SHAPES[shape[0].context]().num_hidden_layers
+        panel.set_title(
+            f"{shape[0].context}, {shape[0].layers} of {depth} layers, bf16\nread ceiling {rival.read_ceiling_gb_s:.0f} GB/s"
+        )
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(sys.argv[2], metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
