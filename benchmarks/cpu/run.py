@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import random
 import resource
 import statistics
 import tempfile
@@ -29,7 +30,7 @@ from moyu.applied import Applied
 from moyu.calibration import Windows, calibrate
 from moyu.plan import Plan
 
-PROMPT, STEPS = 32, 40
+PROMPT, TURNS = 32, 24
 Step = Callable[[int], int]  # token -> greedy next token
 
 
@@ -53,7 +54,11 @@ class Bench:
         wanted = [("griffin", "neurons", s) for s in (0.3, 0.5, 0.7)] + [("teal", "columns", s) for s in (0.3, 0.5)]
         for name, kind, share in wanted:
             self.plans[f"moyu {share:.0%} {kind}"] = self.plan(name, share)
-        laid_out = {"neurons": copy.deepcopy(self.model), "columns": copy.deepcopy(self.model), "dense": self.model}
+        # A copy a layout, of the layers only: nothing lays out the embeddings and the head.
+        same = {id(p): p for name, p in self.model.named_parameters() if ".layers." not in name}
+        laid_out = {kind: copy.deepcopy(self.model, dict(same)) for kind in ("neurons", "columns")} | {
+            "dense": self.model
+        }
         self.applied = {name: Applied(shared(laid_out[name.split()[-1]]), plan) for name, plan in self.plans.items()}
 
     def plan(self, name: str, share: float) -> Plan:
@@ -80,7 +85,7 @@ class Bench:
 
     def compiled(self) -> tuple[int, Step]:
         """The same compiled by inductor, with a static cache."""
-        cache = StaticCache(config=self.model.config, max_cache_len=PROMPT + STEPS + 8)
+        cache = StaticCache(config=self.model.config, max_cache_len=PROMPT + 3 * TURNS + 8)
         return self._loop(self.model, cache, torch.compile(self.model, dynamic=False))
 
     def moyu(self, name: str) -> tuple[int, Step]:
@@ -167,17 +172,22 @@ def check(bench: Bench, engine: LlamaCpp, tokens: int = 24) -> None:
 
 
 def measure(variants: dict[str, tuple[int, Step]]) -> tuple[dict[str, list[float]], float]:
-    """Seconds of single steps, every variant in turn, and the read ceiling in between: the best loop's median, in GB/s."""
+    """Seconds of single steps, and the read ceiling in between: the best loop's median, in GB/s.
+
+    A turn is all variants in a random order, each for a step that is not timed, while the threads of the one before it
+    still spin, and then two that are.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     tokens = {name: token for name, (token, _) in variants.items()}
-    ceiling = kernels.ReadCeiling()
-    for turn in range(STEPS):
+    ceiling, order = kernels.ReadCeiling(), random.Random(0)
+    for turn in range(TURNS + 1):
         ceiling.sample()
-        for name in list(variants)[turn % len(variants) :] + list(variants)[: turn % len(variants)]:
-            start = time.perf_counter()
-            tokens[name] = variants[name][1](tokens[name])
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
+        for name in order.sample(list(variants), len(variants)):
+            for step in range(3):
+                start = time.perf_counter()
+                tokens[name] = variants[name][1](tokens[name])
+                if turn and step:
+                    seconds[name].append(time.perf_counter() - start)
     return seconds, ceiling.gb_s
 
 
@@ -188,11 +198,12 @@ def batches(bench: Bench, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> None:
     for size in sizes:
         steps = {name: bench.batched(name, size) for name in names}
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(STEPS // 2):
+        for turn in range(TURNS // 2):
             for name in names[turn % 4 :] + names[: turn % 4]:
-                start = time.perf_counter()
-                steps[name]()
-                seconds[name].append(time.perf_counter() - start)
+                for _ in range(2):
+                    start = time.perf_counter()
+                    steps[name]()
+                    seconds[name].append(time.perf_counter() - start)
         median = {name: statistics.median(s[2:]) for name, s in seconds.items()}
         print(f"batch {size}, dense on MOYU's kernels {median[names[0]] * 1e3:.1f} ms; times as fast:", end="")
         for name in names[1:]:
