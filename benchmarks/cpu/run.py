@@ -31,7 +31,7 @@ from moyu.calibration import Windows, calibrate
 from moyu.plan import Plan
 
 PROMPT, TURNS = 32, 24
-Step = Callable[[int], int]  # token -> greedy next token
+Step = Callable[[int], object]  # from a token to its logits: all get the same tokens, and none has to choose one
 
 
 class Bench:
@@ -73,22 +73,22 @@ class Bench:
         return self.bytes - self._counted("moyu dense") + self._counted(name) if name in self.plans else self.bytes
 
     def _counted(self, name: str, steps: int = 4) -> float:
-        token, step = self.moyu(name)
+        step = self.moyu(name)
         with kernels.count_bytes() as counted:
-            for _ in range(steps):
-                token = step(token)
+            for token in range(3, 3 + steps):
+                step(token)
         return counted.total / steps
 
-    def eager(self) -> tuple[int, Step]:
+    def eager(self) -> Step:
         """transformers' own loop."""
         return self._loop(self.model, DynamicCache(config=self.model.config))
 
-    def compiled(self) -> tuple[int, Step]:
+    def compiled(self) -> Step:
         """The same compiled by inductor, with a static cache."""
         cache = StaticCache(config=self.model.config, max_cache_len=PROMPT + 3 * TURNS + 8)
         return self._loop(self.model, cache, torch.compile(self.model, dynamic=False))
 
-    def moyu(self, name: str) -> tuple[int, Step]:
+    def moyu(self, name: str) -> Step:
         """The same loop with a plan applied."""
         applied = self.applied[name]
 
@@ -118,22 +118,20 @@ class Bench:
 
         return step
 
-    def llama_cpp(self, engine: LlamaCpp) -> tuple[int, Step]:
+    def llama_cpp(self, engine: LlamaCpp) -> Step:
         """llama.cpp on the same weights."""
         engine.reset()
-        return int(engine.step(self.prompt[0].tolist()).argmax()), lambda token: int(engine.step([token]).argmax())
+        engine.step(self.prompt[0].tolist())
+        return lambda token: engine.step([token])
 
-    def _loop(
-        self, model: Callable, cache: DynamicCache | StaticCache, decode: Callable | None = None
-    ) -> tuple[int, Step]:
+    def _loop(self, model: Callable, cache: DynamicCache | StaticCache, decode: Callable | None = None) -> Step:
         decode = model if decode is None else decode
 
-        def step(token: int) -> int:
-            return int(
-                decode(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, -1].float().argmax()
-            )
+        def step(token: int) -> torch.Tensor:
+            return decode(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits
 
-        return int(model(self.prompt, past_key_values=cache, use_cache=True).logits[0, -1].argmax()), step
+        model(self.prompt, past_key_values=cache, use_cache=True)
+        return step
 
 
 def shared(model: nn.Module) -> nn.Module:
@@ -171,21 +169,20 @@ def check(bench: Bench, engine: LlamaCpp, tokens: int = 24) -> None:
     assert max(worst.values()) < 0.05, "these are not the same model"
 
 
-def measure(variants: dict[str, tuple[int, Step]]) -> tuple[dict[str, list[float]], float]:
+def measure(variants: dict[str, Step]) -> tuple[dict[str, list[float]], float]:
     """Seconds of single steps, and the read ceiling in between: the best loop's median, in GB/s.
 
     A turn is all variants in a random order, each for a step that is not timed, while the threads of the one before it
     still spin, and then two that are.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    tokens = {name: token for name, (token, _) in variants.items()}
     ceiling, order = kernels.ReadCeiling(), random.Random(0)
     for turn in range(TURNS + 1):
         ceiling.sample()
         for name in order.sample(list(variants), len(variants)):
             for step in range(3):
                 start = time.perf_counter()
-                tokens[name] = variants[name][1](tokens[name])
+                variants[name](3 + 3 * turn + step)
                 if turn and step:
                     seconds[name].append(time.perf_counter() - start)
     return seconds, ceiling.gb_s
