@@ -18,7 +18,7 @@ import torch
 from moyu import kernels, records
 from moyu.kernels import cpu
 
-LAYERS, SETS, ROUNDS = 8, 16, 21
+LAYERS, SETS, ROUNDS = 8, 16, 41
 KEPT = (1.0, 0.7, 0.5, 0.3)
 WIDTHS = (2048, 1024, 4096, 8192)
 SILU = cpu.activation_code("silu")

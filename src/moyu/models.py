@@ -105,7 +105,12 @@ SHAPES = {
 
 
 def random_model(
-    shape: str, *, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    shape: str,
+    *,
+    layers: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> PreTrainedModel:
     """A random-weight model with the widths of `shape`; `layers` cuts its depth. Raises UserError for an unknown shape."""
     if shape not in SHAPES:
@@ -119,10 +124,10 @@ def random_model(
     kind = Qwen2ForCausalLM if isinstance(config, Qwen2Config) else LlamaForCausalLM
     with torch.device("meta"):
         model: PreTrainedModel = kind(config).to(dtype)  # pyright: ignore
-    model = model.to_empty(device="cpu")
+    model = model.to_empty(device=device)
     generator = torch.Generator().manual_seed(seed)
     # One block of normal numbers, read from a different offset for each tensor: drawing billions of them takes minutes.
-    noise = (torch.randn(2**22, generator=generator) * 0.02).to(dtype)
+    noise = (torch.randn(2**22, generator=generator) * 0.02).to(device, dtype)
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if "norm" in name:
             parameter.data.fill_(1.0)
@@ -136,5 +141,6 @@ def random_model(
     # to_empty() leaves the rotary buffers unset; they are made from the configuration alone.
     for module in model.modules():
         if hasattr(module, "inv_freq"):
-            module.__init__(config)  # pyright: ignore
+            with torch.device(device):
+                module.__init__(config)  # pyright: ignore
     return model.eval()

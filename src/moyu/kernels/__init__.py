@@ -4,14 +4,14 @@ The three are ``torch.library`` operators (``torch.ops.moyu.neurons``, ``rows``,
 and these thin functions are in front. Any number of rows N is correct; speed is for small decode batches: all rows that
 keep a piece of weight use it while it is in the cache, so it is read once (once per 32 rows in the ``cpu`` back end).
 
-Back ends: ``reference`` (plain torch, defines the meaning) and ``cpu`` (C++). ``use("cpu")`` insists on one, ``auto``
-takes ``cpu`` for CPU tensors of a dtype it has where the extension is built, else ``reference``; ``describe()`` says
-which.
+Back ends: ``reference`` (plain torch, defines the meaning), ``cpu`` (C++) and ``gpu`` (Triton). ``use("cpu")`` insists on
+one, ``auto`` takes the device's own for tensors of a dtype it has where it can be used, else ``reference``; ``describe()``
+says which.
 """
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, gpu, reference
 from .checks import activation, check_columns, check_neurons, check_rows
 from .cpu import ReadCeiling
 from .reference import ACTIVATIONS
@@ -33,6 +33,7 @@ __all__ = [
     "activation",
     "available",
     "columns",
+    "columns_above",
     "count_bytes",
     "describe",
     "neurons",
@@ -43,8 +44,8 @@ __all__ = [
 
 Backend = Literal["auto", "reference", "cpu", "gpu"]
 
-_BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}  # a back end: one module and one entry
-_NOT_BUILT = {"gpu": "not built yet: this version has no GPU kernels; use 'reference', which runs on any device"}
+# A back end: one module and one entry.
+_BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "gpu": gpu}
 
 _asked: ContextVar[str] = ContextVar("moyu_backend", default="auto")
 _counter: ContextVar["ByteCounter | None"] = ContextVar("moyu_byte_counter", default=None)
@@ -132,9 +133,26 @@ def columns(x: Tensor, weight: Tensor, mask: Tensor, *, bias: Tensor | None = No
     return _op_columns(x, weight, mask, bias)
 
 
+def columns_above(x: Tensor, weight: Tensor, thresholds: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """`columns` where |x_i| > thresholds[o] decides whether output o uses input i; decided on load by ``gpu``.
+
+    Projections that share an input can lie side by side in one weight, each with a threshold of its own.
+
+    Args:
+        x: (N, n).
+        weight: (q, n), ``stride(0) == 1``, any column stride.
+        thresholds: (q,) float32, the same for 256 outputs in a row at least; values are compared in x's dtype.
+        bias: (q,) or None.
+
+    Returns:
+        (N, q) in x's dtype, contiguous.
+    """
+    return _op_columns_above(x, weight, thresholds, bias)
+
+
 def available() -> dict[str, str | None]:
     """Each back end's name -> None where it can be used here, else the reason and the remedy."""
-    return {name: module.unavailable() for name, module in _BACKENDS.items()} | _NOT_BUILT
+    return {name: module.unavailable() for name, module in _BACKENDS.items()}
 
 
 def require(backend: Backend) -> None:
@@ -197,6 +215,8 @@ def count_bytes() -> Iterator[ByteCounter]:
 def _choose(x: Tensor) -> ModuleType:
     asked = _asked.get()
     if asked == "auto":
+        if x.device.type == "cuda":
+            return gpu if (gpu.unavailable() or gpu.unsupported(x)) is None else reference
         if cpu.unavailable() is None:
             return cpu if cpu.unsupported(x) is None else reference
         if cpu.forced():
@@ -211,14 +231,14 @@ def _choose(x: Tensor) -> ModuleType:
     return module
 
 
-def count(op: str, read: int) -> None:
-    """Tell the counter of this thread, if there is one, that `op` has read so many bytes."""
+def count(op: str, read: int | Callable[[], int]) -> None:
+    """Tell the counter of this thread, if there is one, that `op` has read so many bytes, or what it takes to find out."""
     counter = _counter.get()
     if counter is not None:
-        counter.by_op[op] = counter.by_op.get(op, 0) + read
+        counter.by_op[op] = counter.by_op.get(op, 0) + (read if isinstance(read, int) else read())
 
 
-def _finish(op: str, result: tuple[Tensor, int]) -> Tensor:
+def _finish(op: str, result: tuple[Tensor, int | Callable[[], int]]) -> Tensor:
     count(op, result[1])
     return result[0]
 
@@ -231,6 +251,7 @@ _library.define(
 )
 _library.define("rows(Tensor x, Tensor weight, Tensor? mask=None, Tensor? bias=None) -> Tensor")
 _library.define("columns(Tensor x, Tensor weight, Tensor mask, Tensor? bias=None) -> Tensor")
+_library.define("columns_above(Tensor x, Tensor weight, Tensor thresholds, Tensor? bias=None) -> Tensor")
 
 
 def _run_neurons(x, gate, up, down, mask, act, gate_bias=None, up_bias=None, down_bias=None, given=None):
@@ -249,6 +270,15 @@ def _run_columns(x, weight, mask, bias=None):
     return _finish("columns", _choose(x).columns(x, weight, mask, bias))
 
 
+def _run_columns_above(x, weight, thresholds, bias=None):
+    if _choose(x) is gpu:
+        return gpu.columns_above(x, weight, thresholds, bias)
+    values, sizes = (t.tolist() for t in torch.unique_consecutive(thresholds.to(x.dtype), return_counts=True))
+    parts, biases = weight.split(sizes), [None] * len(sizes) if bias is None else bias.split(sizes)
+    done = (columns(x, w, x.abs() > t, bias=b) for w, t, b in zip(parts, values, biases, strict=True))
+    return torch.cat(list(done), dim=1)
+
+
 def _fake_neurons(x, gate, up, down, mask, act, gate_bias=None, up_bias=None, down_bias=None, given=None):
     check_neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given)
     return x.new_empty((x.shape[0], down.shape[0]))
@@ -264,10 +294,15 @@ def _fake_columns(x, weight, mask, bias=None):
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
+def _fake_columns_above(x, weight, thresholds, bias=None):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
 for _name, _run, _fake in (
     ("neurons", _run_neurons, _fake_neurons),
     ("rows", _run_rows, _fake_rows),
     ("columns", _run_columns, _fake_columns),
+    ("columns_above", _run_columns_above, _fake_columns_above),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moyu::{_name}", _fake, lib=_library)
@@ -275,3 +310,4 @@ for _name, _run, _fake in (
 _op_neurons = torch.ops.moyu.neurons.default
 _op_rows = torch.ops.moyu.rows.default
 _op_columns = torch.ops.moyu.columns.default
+_op_columns_above = torch.ops.moyu.columns_above.default

@@ -1,0 +1,305 @@
+"""The GPU kernels and whole decode steps on one NVIDIA GPU, variants alternating, random weights.
+
+    python3 benchmarks/gpu/run.py --out RESULTS.jsonl [--part checks kernels steps] [--shapes llama-3-8b ...] [--dry-run]
+
+`checks` runs tests/kernels/gpu_checks.py compiled, and 1 to 16 rows of the 8B widths beside float32 products. `kernels` times
+the feed-forward network of the widths of Llama-3.2-1B, 3-8B and 70B as one CUDA graph over several layers, beside the copy
+rate, and finds the batch from which dense wins. `steps` times decode steps: transformers' eager loop, dense compiled
+(the baseline: torch.compile, reduce-overhead, static cache), and MOYU compiled the same way. Each row is written as soon as it
+is measured. `--dry-run` goes through all of it on a CPU with tiny widths, the kernels interpreted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+
+from moyu import kernels, methods, models, runtime, surgery
+from moyu.applied import Applied
+from moyu.calibration import Windows, calibrate
+from moyu.decoding.frozen import frozen
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDTHS = {"llama-3.2-1b": (2048, 8192, 8), "llama-3-8b": (4096, 14336, 4), "llama-3-70b": (8192, 28672, 2)}
+KEPT = (1.0, 0.7, 0.5, 0.35, 0.2)
+BATCHES = (1, 2, 4, 8, 16)
+PROMPT = 64
+
+
+class Run:
+    """Options, the rows measured, and the timing of the device."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Nothing runs yet."""
+        self.dry, self.out = options.dry_run, options.out
+        self.device = "cpu" if self.dry else "cuda"
+        self.dtype = torch.float32 if self.dry else torch.bfloat16
+
+    def row(self, **fields: object) -> None:
+        """Print and append a row."""
+        fields |= {"device": "interpreter" if self.dry else torch.cuda.get_device_name(), "torch": torch.__version__}
+        print(json.dumps(fields), flush=True)
+        if self.out:
+            with self.out.open("a") as file:
+                file.write(json.dumps(fields) + "\n")
+
+    def graph(self, call: Callable[[], object]) -> Callable[[], object]:
+        """`call` captured as a CUDA graph, kernels chosen and compiled before."""
+        call()
+        if self.dry:
+            return call
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            call()
+        return lambda held=call: captured.replay()  # the graph reads the call's tensors: they must live as long
+
+    def seconds(self, calls: dict[str, Callable[[], object]], rounds: int = 15, repeat: int = 4) -> dict[str, float]:
+        """Median seconds of each, in turn, `repeat` runs a turn."""
+        rounds, repeat = (1, 1) if self.dry else (rounds, repeat)
+        found: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds + 1):
+            for name, call in calls.items():
+                found[name].append(self._once(call, repeat))
+        return {name: statistics.median(s[1:]) for name, s in found.items()}
+
+    def _once(self, call: Callable[[], object], repeat: int) -> float:
+        if self.dry:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeat):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeat
+
+
+def checks(run: Run) -> None:
+    """The test cases compiled, then large ones."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/kernels/gpu_checks.py"], check=False, capture_output=True, text=True
+    )
+    print(done.stdout, done.stderr[-3000:])
+    run.row(part="checks", passed=done.returncode == 0, names=done.stdout.split())
+    d, f = (64, 96) if run.dry else WIDTHS["llama-3-8b"][:2]
+    generator = torch.Generator(run.device).manual_seed(0)
+    storage = torch.randn(f, 3, d, generator=generator, device=run.device).mul_(d**-0.5).to(run.dtype)
+    gate, up, down = storage[:, 0], storage[:, 1], storage[:, 2].t()
+    for batch in BATCHES:
+        x = torch.randn(batch, d, generator=generator, device=run.device).to(run.dtype)
+        mask = torch.rand(batch, f, generator=generator, device=run.device) < 0.5
+        with kernels.use("gpu"):
+            y = kernels.neurons(x, gate, up, down, mask, act="silu")
+            again = kernels.neurons(x, gate, up, down, mask, act="silu")
+        wide = x.float()
+        mid = F.silu(wide @ gate.float().t()) * (wide @ up.float().t()) * mask
+        expected, size = mid @ down.float().t(), mid.abs() @ down.float().t().abs()
+        error = float(((y.float() - expected).abs() / size).max())
+        run.row(part="checks", batch=batch, error=error, same_bits=torch.equal(y, again), passed=error < 2**-8)
+
+
+def ceiling(run: Run) -> float:
+    """Bytes a second of a large copy (read and written) or a large read, the better one."""
+    size = (1 << 16) if run.dry else (1 << 31)
+    a = torch.empty(size, dtype=torch.bfloat16, device=run.device).fill_(1)
+    b = torch.empty_like(a)
+    times = run.seconds({"copy": lambda: b.copy_(a), "read": lambda: a.view(torch.int32).amax()})
+    rates = {"copy": 2 * a.nbytes / times["copy"], "read": a.nbytes / times["read"]}
+    run.row(part="ceiling", copy_gb_s=rates["copy"] / 1e9, read_gb_s=rates["read"] / 1e9)
+    return max(rates.values())
+
+
+def dense_networks(x: Tensor, weights: list[tuple[Tensor, ...]]) -> None:
+    """Feed-forward networks by torch."""
+    for gate, up, down in weights:
+        F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def skipping_networks(x: Tensor, weights: list[tuple[Tensor, ...]], masks: list[Tensor]) -> None:
+    """The same with neurons skipped."""
+    with kernels.use("gpu"):
+        for (gate, up, down), mask in zip(weights, masks, strict=True):
+            kernels.neurons(x, gate, up, down, mask, act="silu")
+
+
+def products(x: Tensor, weights: list[Tensor]) -> None:
+    """Products by torch."""
+    for weight in weights:
+        F.linear(x, weight)
+
+
+def skipping_products(x: Tensor, turned: list[Tensor], thresholds: Tensor) -> None:
+    """The same with columns skipped."""
+    with kernels.use("gpu"):
+        for weight in turned:
+            kernels.columns_above(x, weight.t(), thresholds)
+
+
+def kernel_rates(run: Run, shapes: list[str]) -> None:
+    """Networks of several layers in one graph, their weights beyond the cache."""
+    best = ceiling(run)
+    for shape in shapes:
+        d, f, layers = (64, 96, 2) if run.dry else WIDTHS[shape]
+        made = [torch.randn(f, 3, d, device=run.device).mul_(d**-0.5).to(run.dtype) for _ in range(layers)]
+        weights = [(s[:, 0], s[:, 1], s[:, 2].t()) for s in made]
+        dense = [tuple(w.contiguous() for w in ws) for ws in weights]
+        for batch in BATCHES if shape == "llama-3-8b" else (1,):
+            x = torch.randn(batch, d, device=run.device).to(run.dtype)
+
+            calls: dict[str, Callable] = {"dense": run.graph(partial(dense_networks, x, dense))}
+            unions = {"dense": 1.0}
+            for kept in KEPT if batch == 1 else (0.5, 0.2):
+                masks = [torch.rand(batch, f, device=run.device) < kept for _ in weights]
+
+                calls[f"kept {kept}"] = run.graph(partial(skipping_networks, x, weights, masks))
+                unions[f"kept {kept}"] = statistics.mean(float(m.any(0).float().mean()) for m in masks)
+            for name, seconds in run.seconds(calls).items():
+                needed = unions[name] * layers * 3 * d * f * made[0].itemsize
+                run.row(
+                    part="kernels", op="neurons", shape=shape, batch=batch, variant=name, us_a_layer=seconds / layers * 1e6,
+                    union=unions[name], gb_s=needed / seconds / 1e9, share=needed / seconds / best,
+                )  # fmt: skip
+        if shape == "llama-3-8b":
+            column_rates(run, d, f, layers, best)
+        del made, weights, dense
+        gc.collect()
+
+
+def column_rates(run: Run, d: int, f: int, layers: int, best: float) -> None:
+    """The column kernel on the widths of each projection."""
+    for q, n in ((d + d // 2, d), (d, d), (2 * f, d), (d, f)):
+        turned = [torch.randn(n, q, device=run.device).mul_(n**-0.5).to(run.dtype) for _ in range(layers)]
+        plain = [t.t().contiguous() for t in turned]
+        x = torch.randn(1, n, device=run.device).to(run.dtype)
+
+        calls: dict[str, Callable] = {"dense": run.graph(partial(products, x, plain))}
+        for kept in (1.0, 0.5, 0.3):
+            level = float(x.abs().float().quantile(1 - kept)) if kept < 1 else -1.0
+            thresholds = torch.full((q,), level, device=run.device)
+
+            calls[f"kept {kept}"] = run.graph(partial(skipping_products, x, turned, thresholds))
+        for name, seconds in run.seconds(calls).items():
+            kept = 1.0 if name == "dense" else float(name.split()[1])
+            needed = kept * layers * n * q * turned[0].itemsize
+            run.row(
+                part="kernels", op="columns", shape=[n, q], batch=1, variant=name, us_a_layer=seconds / layers * 1e6,
+                gb_s=needed / seconds / 1e9, share=needed / seconds / best,
+            )  # fmt: skip
+
+
+@torch.no_grad()
+def steps(run: Run, shapes: list[str], batches: list[int]) -> None:
+    """Whole decode steps."""
+    for shape in shapes:
+        model = models.random_model("tiny" if run.dry else shape, dtype=run.dtype, device=run.device)
+        anatomy = surgery.dissect(model)
+        ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(
+            run.device
+        )
+        twins: dict[str, nn.Module] = {"dense": model}
+        for share in (0.3, 0.5, 0.65, 0.8):
+            plan = calibrate(
+                model, methods.method("griffin"), Windows(ids, PROMPT // 2), sparsity=share, name=shape, anatomy=anatomy
+            )
+            twins[f"neurons {share:.0%}"] = frozen(model, plan, masks_after(model, plan, ids))
+        plan = calibrate(
+            model, methods.method("teal"), Windows(ids, PROMPT // 2), sparsity=0.5, name=shape, anatomy=anatomy
+        )
+        twins["columns 50%"] = frozen(model, plan)
+        for batch in batches:
+            calls = {"eager": eager(model, ids.expand(batch, -1))}
+            for name, twin in twins.items():
+                if batch == 1 or name in ("dense", "neurons 50%", "columns 50%"):
+                    calls[name] = compiled(run, twin, model, ids.expand(batch, -1))
+            found = run.seconds(calls, rounds=8, repeat=8)
+            for name, seconds in found.items():
+                run.row(
+                    part="steps", shape=shape, batch=batch, variant=name, ms=seconds * 1e3, tok_s=batch / seconds,
+                    against_dense=found["dense"] / seconds, against_eager=found["eager"] / seconds,
+                )  # fmt: skip
+            del calls
+            torch.compiler.reset()
+            gc.collect()
+        del model, twins
+
+
+def masks_after(model: nn.Module, plan: object, ids: Tensor) -> dict[str, Tensor]:
+    """The masks that a sequence-level plan has after a prompt and one step."""
+    cache = DynamicCache(config=model.config)
+    with Applied(model, plan, backend="auto") as applied, applied.prompt(ids.shape[1]):
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+    return dict(runtime.memory_of(cache).masks)
+
+
+def eager(model: nn.Module, ids: Tensor) -> Callable[[], object]:
+    """A step of transformers' own loop; the token stays the same, the cache grows."""
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    return lambda: model(ids[:, :1], past_key_values=cache).logits[:, -1:].argmax(-1)
+
+
+def compiled(run: Run, twin: nn.Module, model: nn.Module, ids: Tensor) -> Callable[[], object]:
+    """A compiled step with a static cache, after a dense prompt; each step is a place further."""
+    cache = StaticCache(config=model.config, max_cache_len=1024)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    step = torch.compile(twin, fullgraph=True, **({"backend": "eager"} if run.dry else {"mode": "reduce-overhead"}))
+    token = ids[:, :1].clone()
+
+    def call() -> Tensor:
+        with torch.no_grad(), kernels.use("gpu"):
+            return step(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+    for _ in range(1 if run.dry else 4):
+        call()
+    return call
+
+
+def main() -> None:
+    """Parts in order, each by itself."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", default=["checks", "kernels", "steps"])
+    parser.add_argument("--shapes", nargs="+", default=list(WIDTHS))
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    run = Run(options)
+    if "checks" in options.part:
+        checks(run)
+    if "kernels" in options.part:
+        kernel_rates(run, options.shapes)
+    if "steps" in options.part:
+        steps(run, [s for s in options.shapes if s in models.SHAPES], options.batches)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,374 @@
+"""The Triton kernels: float32, bfloat16 and float16 on a GPU, 1 to 16 rows with a selection each.
+
+Two kernels make the three shapes. `_project` computes what whole rows of a weight give (rows; gate and up of neurons), and
+`_combine` adds up columns times values (columns; the down projection of neurons). A piece that no row keeps is not loaded: its
+lanes are switched off, which costs no traffic. Sums are in float32 and in a fixed order: where the inputs of `_combine` are
+split over programs, the last one to arrive adds the partial sums up, always from the first to the last. Nothing waits for the
+host, so that the calls can be part of a CUDA graph. With TRITON_INTERPRET=1 the same kernels run on the CPU, for tests.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_REMEDY = "pip install 'moyu[gpu]', on a machine with an NVIDIA GPU"
+try:
+    import triton
+    import triton.language as tl
+
+    _why_not: str | None = None
+except ImportError as error:
+    triton = tl = None
+    _why_not = f"Triton did not load ({error}); {_REMEDY}"
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_ROWS = 16  # of a call; the reference serves more
+MAX_SPLITS = 32
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ACTS = {
+    "identity": 0, "relu": 1, "relu2": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5, "gelu_new": 5, "gelu_pytorch_tanh": 5,
+    "quick_gelu": 6,
+}  # fmt: skip
+
+
+def unavailable() -> str | None:
+    """Why this back end cannot be used here, with the remedy; None = it can."""
+    if _why_not is None and not INTERPRETED and not torch.cuda.is_available():
+        return f"no GPU is visible to torch; {_REMEDY}"
+    return _why_not
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why it cannot serve tensors of x's device, dtype and rows; None = it can."""
+    if x.device.type != ("cpu" if INTERPRETED else "cuda"):
+        return f"the tensors are on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"it has no kernels for {x.dtype}"
+    if len(x) > MAX_ROWS:
+        return f"it takes at most {MAX_ROWS} rows, not {len(x)}"
+    return None
+
+
+def details() -> str:
+    return "interpreted" if INTERPRETED else torch.cuda.get_device_name()
+
+
+def neurons(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor | None,
+    down: Tensor,
+    mask: Tensor,
+    act: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    given: Tensor | None,
+) -> tuple[Tensor, Callable[[], int]]:
+    value = torch.empty(mask.shape, dtype=torch.float32, device=x.device)
+    plain = gate is None and given is None
+    _launch_project(value, x, gate, up, mask, act, gate_bias, up_bias, given, act_of_up=plain)
+    parts = [w for w in (gate, up) if w is not None]
+    biases = [b for b in (gate_bias, up_bias) if b is not None]
+    width = sum(w.shape[1] for w in parts) + down.shape[0] + len(biases)
+    fixed = 0 if down_bias is None else down_bias.nbytes
+    return _launch_combine(value, down, mask, down_bias, x.dtype), lambda: _kept(mask) * width * x.itemsize + fixed
+
+
+def rows(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Callable[[], int]]:
+    y = _output(x, len(weight), x.dtype)
+    _launch_project(y, x, None, weight, mask, "identity", None, bias, None, act_of_up=False)
+    width = (weight.shape[1] + (bias is not None)) * x.itemsize
+    return y.to(x.dtype), lambda: (len(weight) if mask is None else _kept(mask)) * width
+
+
+def columns(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Callable[[], int]]:
+    fixed = 0 if bias is None else bias.nbytes
+    return _launch_combine(x, weight, mask, bias, x.dtype), lambda: _kept(mask) * len(weight) * x.itemsize + fixed
+
+
+def columns_above(x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
+    """`columns` with the mask |x_i| > thresholds[o] decided on load, (N, n) -> (N, q) in x's dtype.
+
+    thresholds: (q,) float32, one value for every 256 outputs at least: projections that share an input lie side by side in
+    one weight, each with its own. Values and thresholds are compared in x's dtype, as `selection.select` does.
+    """
+    return _launch_combine(x, weight, None, bias, x.dtype, thresholds.to(x.dtype))
+
+
+def _kept(mask: Tensor) -> int:
+    """Pieces that are read; waits for the device."""
+    return int(mask.any(0).sum())
+
+
+def _launch_project(
+    out: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor | None,
+    mask: Tensor | None,
+    act: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    given: Tensor | None,
+    *,
+    act_of_up: bool,
+) -> None:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
+    given = given if given is None or given.stride(1) == 1 else given.contiguous()
+    n, f = x.shape[1], out.shape[1]
+    if f == 0 or len(x) == 0:
+        return
+
+    def stride(t: Tensor | None) -> int:
+        return 0 if t is None else t.stride(0)
+
+    _project[lambda meta: (triton.cdiv(f, meta["BLOCK_J"]),)](
+        x, x if gate is None else gate, x if up is None else up, x if mask is None else mask.view(torch.int8),
+        x if given is None else given, x if gate_bias is None else gate_bias, x if up_bias is None else up_bias, out,
+        len(x), f, x.stride(0), stride(gate), stride(up), stride(mask), stride(given), out.stride(0),
+        n=n, ACT=_ACTS[act], ACT_OF_UP=act_of_up, GATE=gate is not None, UP=up is not None, MASK=mask is not None,
+        GIVEN=given is not None, GATE_BIAS=gate_bias is not None, UP_BIAS=up_bias is not None, ROWS=_tile_rows(x),
+    )  # fmt: skip
+
+
+def _launch_combine(
+    v: Tensor, w: Tensor, mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype, thresholds: Tensor | None = None
+) -> Tensor:
+    v = v if v.stride(1) == 1 else v.contiguous()
+    mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
+    q, n = w.shape
+    y = _output(v, q, dtype)
+    if q == 0 or len(v) == 0:
+        return y.to(dtype)
+    partial = torch.empty(MAX_SPLITS, len(v), q, dtype=torch.float32, device=v.device)
+    _combine[lambda meta: (triton.cdiv(q, meta["BLOCK_D"]), meta["SPLITS"])](
+        v, v if mask is None else mask.view(torch.int8), v if thresholds is None else thresholds, w,
+        v if bias is None else bias, partial, _tickets(v.device), y,
+        len(v), q, v.stride(0), 0 if mask is None else mask.stride(0), w.stride(1), y.stride(0),
+        n=n, MASK=mask is not None, BIAS=bias is not None, ROWS=_tile_rows(v),
+    )  # fmt: skip
+    return y.to(dtype)
+
+
+def _output(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Where a kernel writes (N, width). The interpreter cuts bfloat16 instead of rounding it: there torch rounds."""
+    return torch.empty(len(x), width, dtype=torch.float32 if INTERPRETED else dtype, device=x.device)
+
+
+def _tile_rows(x: Tensor) -> int:
+    """1: products on the ordinary units; 16: on the tensor cores, the smallest tile they take."""
+    return 1 if len(x) == 1 else 16
+
+
+_all_tickets: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _tickets(device: torch.device) -> Tensor:
+    """Counters of programs that have arrived, zero between calls; one set a stream, whose kernels follow one another."""
+    key = device, 0 if INTERPRETED else torch.cuda.current_stream(device).cuda_stream
+    if key not in _all_tickets:
+        _all_tickets[key] = torch.zeros(4096, dtype=torch.int32, device=device)
+    return _all_tickets[key]
+
+
+if triton is not None:
+
+    def _configs(options: list[tuple[dict[str, int], int, int]]) -> list:
+        """Candidates to time, kept on disk once timed; the interpreter takes the first, which small tests fill."""
+        found = [triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in options]
+        return found[:1] if INTERPRETED else found[1:]
+
+    PROJECT = _configs(
+        [({"BLOCK_J": 16, "BLOCK_K": 32}, 4, 1)]
+        + [
+            ({"BLOCK_J": j, "BLOCK_K": k}, warps, 2)
+            for j, k, warps in (
+                (16, 128, 4), (16, 256, 4), (16, 256, 8), (32, 128, 4), (16, 512, 8), (32, 128, 8), (16, 128, 2), (64, 64, 4),
+                (1, 1024, 4), (1, 2048, 4), (2, 1024, 4), (4, 512, 4), (2, 1024, 2), (4, 1024, 4), (1, 2048, 8), (8, 512, 4),
+            )
+        ]
+    )  # fmt: skip
+    COMBINE = _configs(
+        [({"BLOCK_J": 16, "BLOCK_D": 32, "SPLITS": 3}, 4, 1)]
+        + [
+            ({"BLOCK_J": j, "BLOCK_D": d, "SPLITS": splits}, warps, 2)
+            for j, d, warps in ((16, 128, 4), (32, 128, 4), (16, 256, 4), (32, 64, 4), (16, 512, 8))
+            for splits in (1, 2, 4, 8, 16, 32)
+        ]
+    )
+    PROGRAMS = 264, 2112  # of a call of `_combine`: fewer leave the GPU idle, more are over before they have begun
+
+    def _prune(configs: list, named: dict, **sizes: Any) -> list:
+        """The tensor cores take 16 neurons and more; a call has a fair number of programs."""
+
+        def fits(sizes_: dict[str, int]) -> bool:
+            programs = triton.cdiv(named["q"], sizes_["BLOCK_D"]) * sizes_["SPLITS"] if "SPLITS" in sizes_ else PROGRAMS[0]
+            return sizes_["BLOCK_J"] >= (16 if sizes["ROWS"] == 16 else 1) and PROGRAMS[0] <= programs <= PROGRAMS[1]
+
+        return [c for c in configs if fits(c.kwargs)] or configs[-1:]
+
+    WIDE = tl.constexpr(INTERPRETED)  # whether tensor core products are in float32: the interpreter has no 16-bit ones
+
+    @triton.jit
+    def _dot(a, b, c):
+        """c + a @ b; a float32 `a` beside 16-bit weights goes in two parts, so that it loses nothing."""
+        if WIDE:
+            return tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
+        high = a.to(b.dtype)
+        c = tl.dot(high, b, c, input_precision="ieee")
+        if a.dtype != b.dtype:
+            c = tl.dot((a - high.to(a.dtype)).to(b.dtype), b, c, input_precision="ieee")
+        return c
+
+    @triton.jit
+    def _activation(z, ACT: tl.constexpr):
+        if ACT == 1:
+            z = tl.maximum(z, 0.0)
+        if ACT == 2:
+            z = tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
+        if ACT == 3:
+            z = z / (1.0 + tl.exp(-z))
+        if ACT == 4:
+            z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+        if ACT == 5:
+            z = z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+        if ACT == 6:
+            z = z / (1.0 + tl.exp(-1.702 * z))
+        return z
+
+    @triton.jit
+    def _one_row(v, mask, j, n: tl.constexpr, threshold, MASK: tl.constexpr):
+        """Values of inputs j of the one row, and which of them are kept."""
+        if MASK:
+            keep = tl.load(mask + j, mask=j < n, other=0) != 0
+            value = tl.load(v + j, mask=keep, other=0.0).to(tl.float32)
+        else:
+            value = tl.load(v + j, mask=j < n, other=0.0).to(tl.float32)
+            keep = tl.abs(value) > threshold
+            value = tl.where(keep, value, 0.0)
+        return value, keep
+
+    @triton.autotune(PROJECT, key=["n", "f", "ROWS", "GATE", "UP"], prune_configs_by={"early_config_prune": _prune},
+                     cache_results=not INTERPRETED)  # fmt: skip
+    @triton.jit
+    def _project(
+        x, gate, up, mask, given, gate_bias, up_bias, out, count, f, x_row, gate_row, up_row, mask_row, given_row, out_row,
+        n: tl.constexpr, ACT: tl.constexpr, ACT_OF_UP: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, MASK: tl.constexpr,
+        GIVEN: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_J: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """out[r, j] = value of neuron j of row r where its mask keeps it, else 0; BLOCK_J neurons a program."""
+        j = tl.program_id(0).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
+        r = tl.arange(0, ROWS)
+        inside = (r < count)[:, None] & (j < f)[None, :]
+        own = inside
+        if MASK:
+            own = inside & (tl.load(mask + r[:, None] * mask_row + j[None, :], mask=inside, other=0) != 0)
+        keep = tl.max(own.to(tl.int32), 0) != 0  # (BLOCK_J,)
+        if ROWS == 1:
+            g = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
+            u = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
+            for start in range(0, n, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                here = keep[:, None] & (k < n)[None, :]
+                values = tl.load(x + k, mask=k < n, other=0.0).to(tl.float32)[None, :]
+                if GATE:
+                    part = tl.load(gate + j[:, None] * gate_row + k[None, :], mask=here, other=0.0)
+                    g += part.to(tl.float32) * values
+                if UP:
+                    part = tl.load(up + j[:, None] * up_row + k[None, :], mask=here, other=0.0)
+                    u += part.to(tl.float32) * values
+            z_gate = tl.sum(g, 1)[None, :]
+            z_up = tl.sum(u, 1)[None, :]
+        else:
+            z_gate = tl.zeros([ROWS, BLOCK_J], tl.float32)
+            z_up = tl.zeros([ROWS, BLOCK_J], tl.float32)
+            for start in range(0, n, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                here = (k < n)[:, None] & keep[None, :]
+                some = (r < count)[:, None] & (k < n)[None, :]
+                values = tl.load(x + r[:, None] * x_row + k[None, :], mask=some, other=0.0)
+                if GATE:
+                    part = tl.load(gate + j[None, :] * gate_row + k[:, None], mask=here, other=0.0)
+                    z_gate = _dot(values, part, z_gate)
+                if UP:
+                    part = tl.load(up + j[None, :] * up_row + k[:, None], mask=here, other=0.0)
+                    z_up = _dot(values, part, z_up)
+        if GATE_BIAS:
+            z_gate += tl.load(gate_bias + j, mask=keep, other=0.0).to(tl.float32)[None, :]
+        if UP_BIAS:
+            z_up += tl.load(up_bias + j, mask=keep, other=0.0).to(tl.float32)[None, :]
+        value = z_up
+        if GATE:
+            value = _activation(z_gate, ACT)
+            if UP:
+                value = value * z_up
+        if ACT_OF_UP:
+            value = _activation(z_up, ACT)
+        if GIVEN:
+            value = value * tl.load(given + r[:, None] * given_row + j[None, :], mask=own, other=0.0).to(tl.float32)
+        tl.store(
+            out + r[:, None] * out_row + j[None, :], tl.where(own, value, 0.0).to(out.dtype.element_ty), mask=inside
+        )
+
+    @triton.autotune(COMBINE, key=["n", "q", "ROWS", "MASK"], prune_configs_by={"early_config_prune": _prune},
+                     cache_results=not INTERPRETED)  # fmt: skip
+    @triton.jit
+    def _combine(
+        v, mask, thresholds, w, bias, partial, tickets, y, count, q, v_row, mask_row, w_column, y_row,
+        n: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+        SPLITS: tl.constexpr,
+    ):  # fmt: skip
+        """y[r, d] = sum over kept j of v[r, j] * w[d, j]; BLOCK_D outputs and a SPLITS-th of the inputs a program."""
+        d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+        r = tl.arange(0, ROWS)
+        chunk: tl.constexpr = (n + SPLITS * BLOCK_J - 1) // (SPLITS * BLOCK_J) * BLOCK_J
+        first = tl.program_id(1) * chunk
+        threshold = tl.load(thresholds + tl.program_id(0) * BLOCK_D).to(tl.float32)
+        if ROWS == 1:
+            lanes = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
+        else:
+            total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        if ROWS == 1:  # what the next step reads is loaded while the weights of this one are on their way
+            value, keep = _one_row(v, mask, first.to(tl.int64) + tl.arange(0, BLOCK_J), n, threshold, MASK)
+        for step in range(0, chunk, BLOCK_J):
+            j = first.to(tl.int64) + step + tl.arange(0, BLOCK_J)
+            if ROWS == 1:
+                here = keep[:, None] & (d < q)[None, :]
+                part = tl.load(w + j[:, None] * w_column + d[None, :], mask=here, other=0.0)
+                now = value
+                value, keep = _one_row(v, mask, j + BLOCK_J, n, threshold, MASK)
+                lanes += part.to(tl.float32) * now[:, None]
+            else:
+                some = (r < count)[:, None] & (j < n)[None, :]
+                if MASK:
+                    own = some & (tl.load(mask + r[:, None] * mask_row + j[None, :], mask=some, other=0) != 0)
+                    value = tl.load(v + r[:, None] * v_row + j[None, :], mask=own, other=0.0)
+                else:
+                    value = tl.load(v + r[:, None] * v_row + j[None, :], mask=some, other=0.0)
+                    own = tl.abs(value.to(tl.float32)) > threshold
+                    value = tl.where(own, value, 0.0)
+                keep = tl.max(own.to(tl.int32), 0) != 0
+                here = keep[:, None] & (d < q)[None, :]
+                part = tl.load(w + j[:, None] * w_column + d[None, :], mask=here, other=0.0)
+                total = _dot(value, part, total)
+        if ROWS == 1:
+            total = tl.sum(lanes, 0)[None, :]
+        inside = (r < count)[:, None] & (d < q)[None, :]
+        place = r[:, None] * q + d[None, :]
+        tl.store(partial + tl.program_id(1) * count * q + place, total, mask=inside)
+        tl.debug_barrier()  # all of this program's partial sums are written before its ticket
+        ticket = tl.atomic_add(tickets + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+        if ticket == SPLITS - 1:
+            total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            for split in range(SPLITS):
+                total += tl.load(partial + split * count * q + place, mask=inside, other=0.0, cache_modifier=".cg")
+            if BIAS:
+                total += tl.load(bias + d, mask=d < q, other=0.0).to(tl.float32)[None, :]
+            tl.store(y + r[:, None] * y_row + d[None, :], total.to(y.dtype.element_ty), mask=inside)
+            tl.store(tickets + tl.program_id(0), 0)
