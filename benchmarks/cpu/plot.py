@@ -29,13 +29,14 @@ def main() -> None:
         rival = next(r for r in shape if r.backend == "llama.cpp")
         native = next(r for r in shape if r.backend.startswith("moyu dense"))
         for place, r in enumerate(shape):
-            ratio = r.tok_s / rival.tok_s
+            ratio = end = r.tok_s / rival.tok_s
             panel.barh(place, ratio, color=COLOURS[r.backend.split()[0]], height=0.7)
             if r.backend.startswith("moyu") and r is not native:
                 limit = r.speedup_limit * native.tok_s / rival.tok_s
+                end = max(ratio, limit)
                 panel.plot([limit, limit], [place - 0.4, place + 0.4], color="black", linewidth=1.4)
-            panel.text(ratio + 0.03, place, f"{ratio:.2f}× · {r.tok_s:.1f}/s", va="center")
-        panel.set_yticks(range(len(shape)), [r.backend.split(":")[0].removeprefix("moyu ") for r in shape])
+            panel.text(end + 0.04, place, f"{ratio:.2f}× · {r.tok_s:.1f}/s", va="center")
+        panel.set_yticks(range(len(shape)), [r.backend.split(":")[0].replace("moyu", "MOYU") for r in shape])
         panel.invert_yaxis()
         panel.axvline(1, color="#b8860b", linestyle=":", linewidth=1)
         panel.set_xlim(0, 2.6)
