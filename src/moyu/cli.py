@@ -458,6 +458,47 @@ def report(
         print(f"report   {page}")
 
 
+@app.command()
+def study(
+    names: Annotated[list[str] | None, typer.Argument(help="studies of --list; default: all that do not train")] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", help="zoo name, folder or hub id; may repeat")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a smoke test of all: too small for verdicts that count")
+    ] = False,
+    listed: Annotated[
+        bool, typer.Option("--list", help="claims, predictions and what refutes them; runs nothing")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="analyse what is finished again")] = False,
+    out: Out = RUNS / "studies",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """The paper's claims as experiments that can fail; resumable, the verdict computed by a rule stated before."""
+    from moyu import pipeline, studies
+    from moyu.studies import running
+
+    if listed:
+        for name in names or studies.names():
+            print(running.statement(studies.study(name)))
+        return
+    pipeline.check_writable(out)
+    with _progress() as stage:
+        rows = running.run(
+            names or [],
+            model or [],
+            out,
+            quick=quick,
+            seed=seed,
+            again=again,
+            announce=lambda item, on: print(running.statement(item), file=sys.stderr),
+            progress=stage,
+        )
+    for row in rows:
+        print(row.model_dump_json() if as_json else running.summary(row))
+    if not as_json:
+        print(f"\n{running.verdict_line(rows)}\nrecords  {out / 'studies.jsonl'}")
+
+
 zoo_app = typer.Typer(help="The embedded models, and how to make them again.", invoke_without_command=True)
 app.add_typer(zoo_app, name="zoo")
 

@@ -256,6 +256,29 @@ class Kernel(Stamped):
     backend: str | None = Field(None, description="back end, instruction set, threads")
 
 
+class Condition(_Model):
+    """One condition of a claim."""
+
+    name: str = Field(min_length=1, description="of the condition")
+    meaning: str = Field(description="of the number")
+    rule: str = Field(description="stated before the study ran")
+    verdict: Literal["HOLDS", "FAILS", "INCONCLUSIVE"] = Field(description="by the rule")
+    value: float | None = Field(None, description="estimate")
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(None, description="95 %")
+    units: Count | None = Field(None, description="independent units, usually documents")
+    power: Fraction | None = Field(None, description="to see the smallest effect of interest")
+
+
+class Control(_Model):
+    """What had to be true of the instrument."""
+
+    name: str = Field(min_length=1, description="of the control")
+    meaning: str = Field(description="of the number")
+    rule: str = Field(description="limit, stated before the study ran")
+    value: float | None = Field(None, description="as measured")
+    passed: bool = Field(description="where false, the study is inconclusive")
+
+
 class Study(Stamped):
     """Verdict on one claim."""
 
@@ -267,6 +290,15 @@ class Study(Stamped):
         None, description="of the effect, 95 %"
     )
     model: str | None = Field(None, description="model that was studied")
+    claim: str = Field("", description="in one sentence")
+    prediction: str = Field("", description="what must be seen if it is true")
+    refutation: str = Field("", description="what would refute it")
+    quick: bool = Field(False, description="a smoke test, too small for its verdict to count")
+    conditions: list[Condition] = Field(default=[], description="the first gives effect and interval, see below")
+    controls: list[Control] = Field(default=[], description="see below")
+    nulls: dict[str, float] = Field(default={}, description="what chance, popularity or an untrained model reach")
+    details: dict[str, Any] = Field(default={}, description="secondary numbers and the series of figures")
+    seconds: Natural | None = Field(None, description="that it took, parts kept from before not counted")
 
 
 class Coverage(Stamped):
@@ -403,6 +435,8 @@ def schema_markdown() -> str:
         ("`search` of `quality`", Search),
         ("`layers` of `profile`", LayerNeed),
         ("`token_curve` of `profile`", PositionNeed),
+        ("`conditions` of `study`", Condition),
+        ("`controls` of `study`", Control),
     ]
     return "\n".join(_section(title, model) for title, model in shared + kinds + parts)
 

@@ -43,11 +43,11 @@ def quality(rows: Sequence[Quality], palette: Colours) -> Figure | None:
     lowest, highest = max(min(levels), 1e-5), max(*levels, 2e-5, KL_CLOSE)
     bytes_read = [_bytes(r) for r in rows]
     left = min(math.floor(min(bytes_read) * 20) / 20 - 0.02, 0.9)
-    said = [(label(r), f"{number(r.kl)} at {fixed(_bytes(r))}") for r in rows]
-    canvas = Canvas(WIDTH, 330.0, _said("KL a token against byte fraction", said))
+    spoken = [(label(r), f"{number(r.kl)} at {fixed(_bytes(r))}") for r in rows]
+    canvas = Canvas(WIDTH, 330.0, said("KL a token against byte fraction", spoken))
     x = Linear(left, max(1.0, *bytes_read) + 0.005, LEFT, WIDTH - RIGHT)
     y = Log(10 ** math.floor(math.log10(lowest)), 10 ** math.ceil(math.log10(highest)), 330.0 - BOTTOM, TOP)
-    _axes(
+    axes(
         canvas,
         x,
         [(v, f"{v:.2f}") for v in x.ticks(6)],
@@ -111,7 +111,7 @@ def layers(rows: Sequence[Quality]) -> Figure | None:
     left = min(150.0, max(len(n) for n in names) * CHARACTER + 14)
     wide, tall = (WIDTH - left - 4) / count, 30.0
     ranges = [(n, f"{percent(min(s))} to {percent(max(s))}") for n, s in zip(names, shares, strict=True)]
-    canvas = Canvas(WIDTH, TOP + tall * len(rows) + 24, _said("Realised sparsity by layer", ranges))
+    canvas = Canvas(WIDTH, TOP + tall * len(rows) + 24, said("Realised sparsity by layer", ranges))
     canvas.text(left, TOP - 10, "layer", style="axis")
     every = math.ceil(count * 18 / (WIDTH - left))
     for i, (name, by_layer) in enumerate(zip(names, shares, strict=True)):
@@ -140,11 +140,11 @@ def needed_by_layer(profile: Profile) -> Figure | None:
     if not profile.layers:
         return None
     first, last = profile.layers[0].layer, profile.layers[-1].layer
-    said = [(f"layer {p.layer}", percent(p.needed_mean)) for p in profile.layers]
-    canvas = Canvas(WIDTH, 250.0, _said("Fraction of neurons needed for CETT 0.2 by layer", said))
+    spoken = [(f"layer {p.layer}", percent(p.needed_mean)) for p in profile.layers]
+    canvas = Canvas(WIDTH, 250.0, said("Fraction of neurons needed for CETT 0.2 by layer", spoken))
     x, y = Linear(first - 0.3, last + 0.3, LEFT, WIDTH - RIGHT), Linear(0.0, 1.0, 250.0 - BOTTOM, TOP)
     steps = sorted({round(v) for v in x.ticks(9)} & {p.layer for p in profile.layers})
-    _axes(canvas, x, [(float(v), str(v)) for v in steps], "layer", y, [(v, f"{v:.0%}") for v in y.ticks(5)], "neurons")
+    axes(canvas, x, [(float(v), str(v)) for v in steps], "layer", y, [(v, f"{v:.0%}") for v in y.ticks(5)], "neurons")
     mean = [(x(p.layer), y(p.needed_mean)) for p in profile.layers]
     tail = [(x(p.layer), y(p.needed_p95)) for p in profile.layers]
     canvas.path(tail, "thin c0")
@@ -163,11 +163,11 @@ def needed_by_position(profile: Profile) -> Figure | None:
     curve = profile.token_curve
     if len(curve) < 2:
         return None
-    said = [(f"from {p.position_bucket}", percent(p.needed_mean)) for p in curve]
-    canvas = Canvas(WIDTH, 250.0, _said("Fraction of neurons needed for CETT 0.2 by token position", said))
+    spoken = [(f"from {p.position_bucket}", percent(p.needed_mean)) for p in curve]
+    canvas = Canvas(WIDTH, 250.0, said("Fraction of neurons needed for CETT 0.2 by token position", spoken))
     x = Linear(0.0, float(curve[-1].position_bucket), LEFT + 6, WIDTH - RIGHT - 8)
     y = Linear(0.0, 1.0, 250.0 - BOTTOM, TOP)
-    _axes(
+    axes(
         canvas,
         x,
         [(v, f"{v:g}") for v in x.ticks(6)],
@@ -221,8 +221,8 @@ def _bars(
     left = min(150.0, max(len(b[0]) for b in bars) * CHARACTER + 14)
     tall, top = 30.0, 8.0
     bottom = top + tall * len(bars)
-    said = [(name, f"{text} of {number(mark)}") for name, _, _, text, mark in bars]
-    canvas = Canvas(WIDTH, bottom + 40, _said(description, said))
+    spoken = [(name, f"{text} of {number(mark)}") for name, _, _, text, mark in bars]
+    canvas = Canvas(WIDTH, bottom + 40, said(description, spoken))
     x = Linear(0.0, max([1.0, *(max(b[2], b[4]) for b in bars)]) * 1.02, left, WIDTH - RIGHT)
     for v in x.ticks(6):
         canvas.line(x(v), top, x(v), bottom)
@@ -243,14 +243,14 @@ def _bars(
     return canvas.svg()
 
 
-def _said(what: str, values: Sequence[tuple[str, str]]) -> str:
+def said(what: str, values: Sequence[tuple[str, str]]) -> str:
     """A figure in words."""
     return f"{what}: {'; '.join(f'{name} {value}' for name, value in values)}"
 
 
-def _axes(
+def axes(
     canvas: Canvas,
-    x: Linear,
+    x: Linear | Log,
     x_ticks: Sequence[tuple[float, str]],
     x_title: str,
     y: Linear | Log,

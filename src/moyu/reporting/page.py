@@ -24,7 +24,7 @@ from moyu.records import (
     Record,
     Study,
 )
-from moyu.reporting import columns, figures, summary
+from moyu.reporting import columns, figures, paper, summary
 from moyu.reporting.differences import marked
 from moyu.reporting.figures import Figure
 from moyu.reporting.groups import quality_groups, speed_groups
@@ -77,7 +77,7 @@ def view(rows: Sequence[Record]) -> dict[str, Any]:
         "profiles": [(p, _there([figures.needed_by_layer(p), figures.needed_by_position(p)])) for p in profiles],
         "prompts": _prompts([r for r in rows if isinstance(r, Generation)]),
         "kernels": [r for r in rows if isinstance(r, Kernel)],
-        "studies": [r for r in rows if isinstance(r, Study)],
+        "paper": paper.section([r for r in rows if isinstance(r, Study)]),
         "coverage": [r for r in rows if isinstance(r, Coverage)],
         "environment": environment(rows),
         "corpora": _corpora(rows),
