@@ -50,6 +50,7 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         """Nothing runs yet."""
         self.dry, self.out = options.dry_run, options.out
+        self.shares = options.shares
         self.device = "cpu" if self.dry else "cuda"
         self.dtype = torch.float32 if self.dry else torch.bfloat16
 
@@ -224,7 +225,7 @@ def steps(run: Run, shapes: list[str], batches: list[int]) -> None:
             run.device
         )
         twins: dict[str, nn.Module] = {"dense": model}
-        for share in (0.3, 0.5, 0.65, 0.8):
+        for share in run.shares:
             plan = calibrate(
                 model, methods.method("griffin"), Windows(ids, PROMPT // 2), sparsity=share, name=shape, anatomy=anatomy
             )
@@ -289,6 +290,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", default=["checks", "kernels", "steps"])
     parser.add_argument("--shapes", nargs="+", default=list(WIDTHS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.5, 0.65, 0.8], help="neurons skipped")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()

@@ -31,6 +31,8 @@ class SkippedColumns(nn.Module):
     def __init__(self, weight: Tensor, thresholds: Tensor, bias: Tensor | None, outputs: slice) -> None:
         """weight: (n, q) of all of them; thresholds: (q,) float32; bias: (q,) or None."""
         super().__init__()
+        if weight.is_cuda:
+            kernels.gpu.reserve(weight.device)
         self.outputs = outputs
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("thresholds", thresholds, persistent=False)

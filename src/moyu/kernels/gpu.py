@@ -165,15 +165,19 @@ def _tile_rows(x: Tensor) -> int:
     return 1 if len(x) == 1 else 16
 
 
-_all_tickets: dict[tuple[torch.device, int], Tensor] = {}
+_all_tickets: dict[torch.device, Tensor] = {}
+
+
+def reserve(device: torch.device) -> None:
+    """Make what calls on this device share, before a CUDA graph is captured: the graph's own memory may not hold it."""
+    _tickets(device)
 
 
 def _tickets(device: torch.device) -> Tensor:
-    """Counters of programs that have arrived, zero between calls; one set a stream, whose kernels follow one another."""
-    key = device, 0 if INTERPRETED else torch.cuda.current_stream(device).cuda_stream
-    if key not in _all_tickets:
-        _all_tickets[key] = torch.zeros(4096, dtype=torch.int32, device=device)
-    return _all_tickets[key]
+    """Counters of programs that have arrived, zero between calls: calls on one device must not overlap."""
+    if device not in _all_tickets:
+        _all_tickets[device] = torch.zeros(4096, dtype=torch.int32, device=device)
+    return _all_tickets[device]
 
 
 if triton is not None:
