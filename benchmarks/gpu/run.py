@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {"llama-3.2-1b": (2048, 8192, 8), "llama-3-8b": (4096, 14336, 4), "llama-3-70b": (8192, 28672, 2)}
 KEPT = (1.0, 0.7, 0.5, 0.35, 0.2)
 BATCHES = (1, 2, 4, 8, 16)
-PROMPT = 64
+PROMPT, LENGTH = 64, 256
 
 
 class Run:
@@ -50,7 +50,6 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         """Nothing runs yet."""
         self.dry, self.out = options.dry_run, options.out
-        self.shares = options.shares
         self.device = "cpu" if self.dry else "cuda"
         self.dtype = torch.float32 if self.dry else torch.bfloat16
 
@@ -216,24 +215,11 @@ def column_rates(run: Run, d: int, f: int, layers: int, best: float) -> None:
 
 
 @torch.no_grad()
-def steps(run: Run, shapes: list[str], batches: list[int]) -> None:
+def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float]) -> None:
     """Whole decode steps."""
+    names = ["dense", *(f"neurons {share:.0%}" for share in shares), "columns 50%"]
     for shape in shapes:
-        model = models.random_model("tiny" if run.dry else shape, dtype=run.dtype, device=run.device)
-        anatomy = surgery.dissect(model)
-        ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(
-            run.device
-        )
-        twins: dict[str, nn.Module] = {"dense": model}
-        for share in run.shares:
-            plan = calibrate(
-                model, methods.method("griffin"), Windows(ids, PROMPT // 2), sparsity=share, name=shape, anatomy=anatomy
-            )
-            twins[f"neurons {share:.0%}"] = frozen(model, plan, masks_after(model, plan, ids))
-        plan = calibrate(
-            model, methods.method("teal"), Windows(ids, PROMPT // 2), sparsity=0.5, name=shape, anatomy=anatomy
-        )
-        twins["columns 50%"] = frozen(model, plan)
+        model, ids, twins = variants(run, shape, names)
         for batch in batches:
             calls = {"eager": eager(model, ids.expand(batch, -1))}
             for name, twin in twins.items():
@@ -249,6 +235,28 @@ def steps(run: Run, shapes: list[str], batches: list[int]) -> None:
             torch.compiler.reset()
             gc.collect()
         del model, twins
+
+
+def variants(
+    run: Run, shape: str, names: list[str], layers: int | None = None
+) -> tuple[nn.Module, Tensor, dict[str, nn.Module]]:
+    """A random model, a prompt (1, PROMPT), and the model as each variant runs it."""
+    model = models.random_model("tiny" if run.dry else shape, layers=layers, dtype=run.dtype, device=run.device)
+    anatomy = surgery.dissect(model)
+    ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(
+        run.device
+    )
+    twins: dict[str, nn.Module] = {}
+    for name in names:
+        if name == "dense":
+            twins[name] = model
+            continue
+        kind, share = name.split()
+        method = methods.method({"neurons": "griffin", "columns": "teal"}[kind])
+        sparsity = float(share.rstrip("%")) / 100
+        plan = calibrate(model, method, Windows(ids, PROMPT // 2), sparsity=sparsity, name=shape, anatomy=anatomy)
+        twins[name] = frozen(model, plan, masks_after(model, plan, ids) if kind == "neurons" else None)
+    return model, ids, twins
 
 
 def masks_after(model: nn.Module, plan: object, ids: Tensor) -> dict[str, Tensor]:
@@ -269,7 +277,7 @@ def eager(model: nn.Module, ids: Tensor) -> Callable[[], object]:
 
 def compiled(run: Run, twin: nn.Module, model: nn.Module, ids: Tensor) -> Callable[[], object]:
     """A compiled step with a static cache, after a dense prompt; each step is a place further."""
-    cache = StaticCache(config=model.config, max_cache_len=1024)
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
     with torch.no_grad():
         model(ids, past_key_values=cache)
     step = torch.compile(twin, fullgraph=True, **({"backend": "eager"} if run.dry else {"mode": "reduce-overhead"}))
@@ -300,7 +308,7 @@ def main() -> None:
     if "kernels" in options.part:
         kernel_rates(run, options.shapes)
     if "steps" in options.part:
-        steps(run, [s for s in options.shapes if s in models.SHAPES], options.batches)
+        steps(run, [s for s in options.shapes if s in models.SHAPES], options.batches, options.shares)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ class SkippedColumns(nn.Module):
     Their modules make the same call, and a compiler makes it once.
     """
 
+    weight: Tensor
+    thresholds: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, thresholds: Tensor, bias: Tensor | None, outputs: slice) -> None:
         """weight: (n, q) of all of them; thresholds: (q,) float32; bias: (q,) or None."""
         super().__init__()

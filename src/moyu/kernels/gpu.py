@@ -7,8 +7,12 @@ split over programs, the last one to arrive adds the partial sums up, always fro
 host, so that the calls can be part of a CUDA graph. With TRITON_INTERPRET=1 the same kernels run on the CPU, for tests.
 """
 
+# pyright: reportInvalidTypeForm=false
+# (Triton's annotations of arguments that are constants are no types.)
+
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +25,8 @@ try:
 
     _why_not: str | None = None
 except ImportError as error:
-    triton = tl = None
+    triton: Any = None
+    tl: Any = None
     _why_not = f"Triton did not load ({error}); {_REMEDY}"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -68,14 +73,35 @@ def neurons(
     down_bias: Tensor | None,
     given: Tensor | None,
 ) -> tuple[Tensor, Callable[[], int]]:
-    value = torch.empty(mask.shape, dtype=torch.float32, device=x.device)
-    plain = gate is None and given is None
-    _launch_project(value, x, gate, up, mask, act, gate_bias, up_bias, given, act_of_up=plain)
     parts = [w for w in (gate, up) if w is not None]
     biases = [b for b in (gate_bias, up_bias) if b is not None]
     width = sum(w.shape[1] for w in parts) + down.shape[0] + len(biases)
     fixed = 0 if down_bias is None else down_bias.nbytes
-    return _launch_combine(value, down, mask, down_bias, x.dtype), lambda: _kept(mask) * width * x.itemsize + fixed
+    single = _single(x)
+    if single is not None and x.shape[1] <= single.WIDEST:
+        y = single.neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given)
+    else:
+        y = wide_neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given)
+    return y, lambda: _kept(mask) * width * x.itemsize + fixed
+
+
+def wide_neurons(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor | None,
+    down: Tensor,
+    mask: Tensor,
+    act: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    given: Tensor | None,
+) -> Tensor:
+    """`neurons` for rows that share weights."""
+    value = torch.empty(mask.shape, dtype=torch.float32, device=x.device)
+    plain = gate is None and given is None
+    _launch_project(value, x, gate, up, mask, act, gate_bias, up_bias, given, act_of_up=plain)
+    return _launch_combine(value, down, mask, down_bias, x.dtype)
 
 
 def rows(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Callable[[], int]]:
@@ -87,7 +113,11 @@ def rows(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) ->
 
 def columns(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Callable[[], int]]:
     fixed = 0 if bias is None else bias.nbytes
-    return _launch_combine(x, weight, mask, bias, x.dtype), lambda: _kept(mask) * len(weight) * x.itemsize + fixed
+    if (single := _single(x)) is not None:
+        y = single.columns(x, weight, mask, bias)
+    else:
+        y = _launch_combine(x, weight, mask, bias, x.dtype)
+    return y, lambda: _kept(mask) * len(weight) * x.itemsize + fixed
 
 
 def columns_above(x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
@@ -96,7 +126,18 @@ def columns_above(x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | 
     thresholds: (q,) float32, one value for every 256 outputs at least: projections that share an input lie side by side in
     one weight, each with its own. Values and thresholds are compared in x's dtype, as `selection.select` does.
     """
+    if (single := _single(x)) is not None:
+        return single.columns_above(x, weight, thresholds, bias)
     return _launch_combine(x, weight, None, bias, x.dtype, thresholds.to(x.dtype))
+
+
+def _single(x: Tensor) -> ModuleType | None:
+    """The kernels for one row, where it is one."""
+    if len(x) != 1:
+        return None
+    from . import gpu_single
+
+    return gpu_single
 
 
 def _kept(mask: Tensor) -> int:
@@ -211,7 +252,9 @@ if triton is not None:
         """The tensor cores take 16 neurons and more; a call has a fair number of programs."""
 
         def fits(sizes_: dict[str, int]) -> bool:
-            programs = triton.cdiv(named["q"], sizes_["BLOCK_D"]) * sizes_["SPLITS"] if "SPLITS" in sizes_ else PROGRAMS[0]
+            programs = (
+                triton.cdiv(named["q"], sizes_["BLOCK_D"]) * sizes_["SPLITS"] if "SPLITS" in sizes_ else PROGRAMS[0]
+            )
             return sizes_["BLOCK_J"] >= (16 if sizes["ROWS"] == 16 else 1) and PROGRAMS[0] <= programs <= PROGRAMS[1]
 
         return [c for c in configs if fits(c.kwargs)] or configs[-1:]
