@@ -37,6 +37,8 @@ def main() -> None:
         for measure in (one_pass, packed):
             if time.monotonic() < stop:
                 measure(run, shape, best, options.verbose)
+        if time.monotonic() < stop:
+            shared.column_rates(run, *((64, 96, 2) if run.dry else shared.WIDTHS[shape]), best)
 
 
 def one_pass(run: shared.Run, shape: str, best: float, verbose: bool) -> None:

@@ -27,7 +27,7 @@ def _configs(options: list[tuple[dict[str, int], int]]) -> list[triton.Config]:
 
 PROJECT = _configs(
     [({"BLOCK_J": 16, "BLOCKS": 2}, 4)]
-    + [({"BLOCK_J": j, "BLOCKS": blocks}, warps) for j, blocks, warps in ((16, 4, 4), (16, 8, 4), (16, 16, 8))]
+    + [({"BLOCK_J": j, "BLOCKS": blocks}, warps) for j, blocks, warps in ((16, 2, 4), (16, 4, 4), (16, 4, 8))]
     + [
         ({"BLOCK_J": j, "BLOCKS": blocks}, warps)
         for j, blocks, warps in ((1, 64, 4), (2, 64, 4), (4, 32, 4), (8, 16, 4))

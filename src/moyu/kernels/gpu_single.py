@@ -204,12 +204,12 @@ def _sum(
     tl.debug_barrier()  # all of this program's partial sums are written before its ticket
     ticket = tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu")
     if ticket == splits - 1:
-        lanes = tl.zeros([16, BLOCK_D], tl.float32)
+        parts = tl.zeros([16, BLOCK_D], tl.float32)
         for before in range(0, splits, 16):
             s = before + tl.arange(0, 16)
             there = (s < splits)[:, None] & (d < q)[None, :]
-            lanes += tl.load(partial + s[:, None] * q + d[None, :], mask=there, other=0.0, cache_modifier=".cg")
-        total = tl.sum(lanes, 0)
+            parts += tl.load(partial + s[:, None] * q + d[None, :], mask=there, other=0.0, cache_modifier=".cg")
+        total = tl.sum(parts, 0)
         if bias is not None:
             total += tl.load(bias + d, mask=d < q, other=0.0).to(tl.float32)
         tl.store(y + d, total.to(y.dtype.element_ty), mask=d < q)
