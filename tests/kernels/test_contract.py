@@ -113,7 +113,7 @@ def test_bad_rows_and_columns_raise(backend):
 
 def test_asked_means_obeyed():
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="gpu back end was asked for but is not available: .*'moyu\\[gpu\\]'"):
+        with pytest.raises(RuntimeError, match=r"gpu back end was asked for but is not available: .*'moyu\[gpu\]'"):
             kernels.use("gpu").__enter__()
     with pytest.raises(ValueError, match="'cqu'; the nearest is 'cpu'"):
         kernels.require("cqu")
