@@ -277,6 +277,41 @@ def test_a_replaced_module_and_a_patched_forward_are_obeyed():
         model.model.layers[0].input_layernorm = norm
 
 
+def steps_whole(model, **kwargs):
+    """Whether a decode step goes from ids to logits natively: then no product is left for the kernels' own `rows`."""
+    with Applied(model, None) as applied:
+        native, counted = decode(model, applied, tokens(2, 20), **kwargs)
+        general, _ = decode(model, applied, tokens(2, 20), general=True)
+    assert_native(counted)
+    assert (native - general).abs().max() <= 1e-4 * general.abs().max()
+    return "rows" not in counted.by_op
+
+
+@pytest.mark.parametrize("structure", PLAIN)
+def test_steps_go_from_ids_to_logits_where_that_is_proved(structure):
+    assert steps_whole(make(structure)) is not structure.startswith(
+        "opt"
+    )  # OPT adds learned positions to its embeddings
+
+
+@pytest.mark.parametrize("scaling", ["llama3", "dynamic"])
+def test_angles_that_change_with_the_length_are_the_models_own(scaling):
+    extra = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if scaling == "llama3" else {}
+    rope = {"rope_type": scaling, "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16} | extra
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**WIDE, **GATED, rope_parameters=rope)).eval()
+    assert steps_whole(model) is (scaling == "llama3")
+
+
+@pytest.mark.parametrize("watched", ["model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb", "model"])
+def test_hooks_around_the_layers_are_called(watched):
+    model, seen = make("llama"), []
+    model.get_submodule(watched).register_forward_hook(lambda *_: seen.append(1))
+    with Applied(model, None) as applied:
+        decode(model, applied, tokens(1, 20))
+    assert len(seen) >= 20 - WIDE_PROMPT
+
+
 def test_casting_and_copying_take_the_new_weights():
     model = make("llama")
     plan = plan_for(model, "griffin")

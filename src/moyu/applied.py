@@ -118,6 +118,14 @@ class Applied(AbstractContextManager):
 
     # --------------------------------------------------------------------------------------------------- one forward
 
+    def native_step(self, args: tuple, kwargs: dict[str, Any]) -> Any | None:
+        """The model's output for a decode step that is one native call, or None: the general way must be taken."""
+        run = self.decode_run
+        watched = self.observer is not None or self.chooser is not None or self.controller is not None
+        if run is None or run.ends is None or watched or torch.is_grad_enabled():
+            return None
+        return decoding.whole_step(run, args, kwargs)
+
     def new_pass(self, rows: Rows, memory: SequenceMemory) -> Pass:
         """The state of one forward over `rows`."""
         any_sparse = bool(rows.sparse.any())

@@ -173,6 +173,11 @@ def prompt(applied: Applied, columns: int) -> Iterator[None]:
         _prompt.reset(token)
 
 
+def prompt_end(applied: Applied, memory: SequenceMemory) -> int | None:
+    """The column that the dense prompt ends before, where anything has said it."""
+    return _prompt.get().get(id(applied), memory.prompt)
+
+
 def rows_of(shape: tuple[int, int], mask: Tensor | None, past: int, boundary: int, device: torch.device) -> Rows:
     """Rows of a (B, T) call that follows `past` columns; `mask` (B, past + T) says which columns are no padding."""
     batch, length = shape
@@ -200,6 +205,9 @@ class ForwardCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with the applied plan."""
         applied = self.applied
+        output = applied.native_step(args, kwargs)
+        if output is not None:
+            return output
         call = self.__signature__.bind_partial(*args, **kwargs).arguments
         call = {**call, **call.get("kwargs", {})}
         ids = call.get("input_ids")
@@ -208,7 +216,7 @@ class ForwardCall:
             return self.inner(*args, **kwargs)
         cache = call.get("past_key_values")
         memory = memory_of(cache)
-        boundary = _prompt.get().get(id(applied), memory.prompt)
+        boundary = prompt_end(applied, memory)
         if boundary is None:
             if applied.granularity == "sequence":
                 raise UserError(

@@ -100,17 +100,11 @@ class PlainLayer:
         return layer
 
     def _linear(self, name: str, decides: SiteState | None) -> Any:
-        piece, linear = self.block.pieces[name], cpu.extension().Linear()
-        weight, bias = piece.weight, piece.bias
-        linear.q, linear.n = weight.shape
-        linear.by_columns = weight.stride(1) != 1
-        linear.stride = weight.stride(1) if linear.by_columns else weight.stride(0)
-        linear.weight = weight.data_ptr()
-        linear.bias = 0 if bias is None else bias.data_ptr()
-        linear.threshold = -math.inf
+        piece = self.block.pieces[name]
+        linear = native_linear(piece.weight, piece.bias)
         if decides is not None:
-            linear.threshold = threshold(decides, weight.dtype)
-            factors = self.factors(decides, weight.dtype)
+            linear.threshold = threshold(decides, piece.weight.dtype)
+            factors = self.factors(decides, piece.weight.dtype)
             linear.factor = 0 if factors is None else factors.data_ptr()
         return linear
 
@@ -120,6 +114,18 @@ class PlainLayer:
             own = state.method.factors(state.site, state.params)
             state.factors = NOTHING if own is None else own.to(dtype).float().contiguous()
         return None if state.factors is NOTHING else state.factors
+
+
+def native_linear(weight: Tensor, bias: Tensor | None) -> Any:
+    """A linear as the extension takes it: (q, n), skipping nothing, by columns where those are contiguous."""
+    linear = cpu.extension().Linear()
+    linear.q, linear.n = weight.shape
+    linear.by_columns = weight.stride(1) != 1
+    linear.stride = weight.stride(1) if linear.by_columns else weight.stride(0)
+    linear.weight = weight.data_ptr()
+    linear.bias = 0 if bias is None else bias.data_ptr()
+    linear.threshold = -math.inf
+    return linear
 
 
 def threshold(state: SiteState, dtype: torch.dtype) -> float:

@@ -17,10 +17,12 @@ from moyu.surgery import Block
 
 from .layers import Norm, PlainLayer
 from .run import DecodeRun, run_step
+from .whole import Angles, Ends
 
 if TYPE_CHECKING:
     from moyu.applied import Applied
 
+_INPUTS = ("hidden_states", "input", "x")
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _UNSEEN = (
     "clip_qkv",
@@ -28,6 +30,8 @@ _UNSEEN = (
     "logit_cap",
     "attention_sink",
 )  # act on values that a probe may not reach
+_UNSEEN_ENDS = ("final_logit_softcapping", "sliding_window", "attention_chunk_size", "output_router_logits")
+_BY_LENGTH = ("dynamic", "longrope")  # rotary angles that depend on more than the position
 # The norms of a plain layer: role, the linear that reads it, the linear that it reads.
 _ROLES = (("before_attention", "q", None), ("before_network", "up", None), ("q_norm", None, "q"), ("k_norm", None, "k"))
 
@@ -42,7 +46,7 @@ class _Call:
 
     @property
     def x(self) -> Tensor | None:
-        value = self.args[0] if self.args else self.kwargs.get("hidden_states")
+        value = self.args[0] if self.args else next((self.kwargs[n] for n in _INPUTS if n in self.kwargs), None)
         return value if isinstance(value, Tensor) else None
 
 
@@ -55,7 +59,7 @@ def plain_run(applied: Applied) -> tuple[DecodeRun | None, str | None]:
         return None, reason
     modules = applied.anatomy.layers
     try:
-        calls = _probe(model, modules)
+        calls = _probe(model)
         layers = [
             _plain(model, module, block, calls) for module, block in zip(modules, applied.anatomy.blocks, strict=True)
         ]
@@ -67,20 +71,21 @@ def plain_run(applied: Applied) -> tuple[DecodeRun | None, str | None]:
     ]
     if len(set(shared)) > 1 or any(layer.rotary != layers[0].rotary for layer in layers):
         return None, "its layers attend in different ways"
+    ends = _plain_ends(applied, layers, calls)
     for layer in layers:
         layer.states = applied.states(layer.block)
         reason = _unexpressed(layer)
         if reason is not None:
             return None, reason
-    return DecodeRun(applied, layers), None
+    return DecodeRun(applied, layers, ends), None
 
 
 class _NotPlain(Exception):
     """Why a layer is not plain."""
 
 
-def _probe(model: nn.Module, layers: nn.ModuleList) -> dict[nn.Module, _Call]:
-    """The last call of every module inside the layers, on a few random tokens."""
+def _probe(model: nn.Module) -> dict[nn.Module, _Call]:
+    """The last call of every module, on a few random tokens."""
     calls: dict[nn.Module, _Call] = {}
     ids = torch.randint(
         3, surgery.text_config(model).vocab_size, (1, surgery.PROBE_TOKENS), generator=torch.Generator().manual_seed(1)
@@ -89,7 +94,7 @@ def _probe(model: nn.Module, layers: nn.ModuleList) -> dict[nn.Module, _Call]:
     def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         calls[module] = _Call(args, kwargs, output)
 
-    handles = [m.register_forward_hook(record, with_kwargs=True) for layer in layers for m in layer.modules()]
+    handles = [m.register_forward_hook(record, with_kwargs=True) for m in model.modules()]
     try:
         model(input_ids=ids, use_cache=False)
     finally:
@@ -154,22 +159,86 @@ def _prove(layer: PlainLayer, call: _Call, calls: dict[nn.Module, _Call], where:
     for network, expected in ((False, attended if bias is None else attended + bias), (True, call.output[0] - x[0])):
         decoder = cpu.extension().Decoder()
         decoder.add(layer.native(masked=network))
-        keys, values = (x.new_zeros(1, kv_heads, tokens, layer.head_dim) for _ in range(2))
-        memory = array(
-            "q",
-            [keys.data_ptr(), keys.stride(0), keys.stride(1), values.data_ptr(), values.stride(0), values.stride(1)],
-        )
-        memory.extend((0, 0) if network else (nothing.data_ptr(), 0))
+        keep = _Room(x, [kv_heads], layer.head_dim, None if network else nothing)
         y = x[0].clone()  # (T, d)
         angles = call.kwargs.get("position_embeddings") if layer.rotary else None
         for t in range(tokens):
-            now = None if angles is None else tuple(a[:1, t : t + 1] for a in angles)
-            run_step(decoder, y[t : t + 1], t, now, None, layer.widest, memory)  # pyright: ignore[reportArgumentType]
+            now = None if angles is None else tuple(a[0, t : t + 1].float().contiguous() for a in angles)
+            run_step(decoder, t, now, None, keep.memory, y.shape[1], layer.widest, hidden=y[t : t + 1])  # pyright: ignore[reportArgumentType]
         error, size = (float(t.float().norm()) for t in (y - x[0] - expected, expected))
         rounding = torch.finfo(x.dtype).eps * float(x.float().norm())  # of x + expected
         if not 0 < size < math.inf or not error <= (5e-2 if x.dtype != torch.float32 else 1e-4) * size + rounding:
             part = "network" if network else "attention"
             raise _NotPlain(f"{where}'s {part} is not what a plain layer computes")
+
+
+class _Room:
+    """Keys and values of a probe's tokens, a layer after the other, as the extension finds them."""
+
+    def __init__(self, x: Tensor, kv_heads: list[int], head_dim: int, mask: Tensor | None) -> None:
+        self.memory, self.held = array("q"), []
+        for heads in kv_heads:
+            for _ in range(2):
+                self.held.append(x.new_zeros(1, heads, x.shape[1], head_dim))
+                self.memory.extend((self.held[-1].data_ptr(), *self.held[-1].stride()[:2]))
+            self.memory.extend((0, 0) if mask is None else (mask.data_ptr(), 0))
+
+
+def _plain_ends(applied: Applied, layers: list[PlainLayer], calls: dict[nn.Module, _Call]) -> Ends | None:
+    """Embedding, final norm and head, where a native step from token ids to logits gives what the model gave."""
+    model = applied.model
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    config, whole = surgery.text_config(model), calls[model].output
+    first, last = calls[layers[0].module], calls[layers[-1].module]
+    x = first.x
+    assert x is not None
+    if (
+        not isinstance(embedding, nn.Embedding)
+        or not isinstance(head, nn.Linear)
+        or not {embedding, head} <= calls.keys()
+        or not surgery.is_linear(head)
+        or not _same(calls[embedding].output, x)
+        or any(getattr(config, name, None) for name in _UNSEEN_ENDS)
+        or any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+        or not {"logits", "past_key_values"} <= set(getattr(type(whole), "__dataclass_fields__", ()))
+        or any(weight.dtype != x.dtype or weight.stride(1) != 1 for weight in (embedding.weight, head.weight))
+    ):
+        return None
+    norms = [
+        n for m, c in calls.items() if _same(c.x, last.output) and _same(c.output, calls[head].x) and (n := _norm(m, c))
+    ]
+    angles = None
+    if layers[0].rotary:
+        given = first.kwargs["position_embeddings"]
+        source = [m for m, c in calls.items() if isinstance(c.output, tuple) and c.output and c.output[0] is given[0]]
+        if len(source) != 1 or any(kind in str(getattr(source[0], "rope_type", "")) for kind in _BY_LENGTH):
+            return None
+        angles = Angles(source[0])
+        positions = torch.arange(given[0].shape[1])
+        if not all(torch.equal(t, a[0].float()) for t, a in zip(angles.at(positions, x.dtype), given, strict=True)):
+            return None
+    if len(norms) != 1:
+        return None
+    ends = Ends(embedding, norms[0], head, angles, type(whole))
+    ids = calls[embedding].x
+    return ends if ids is not None and _proved(ends, layers, ids, whole.logits) else None
+
+
+def _proved(ends: Ends, layers: list[PlainLayer], ids: Tensor, expected: Tensor) -> bool:
+    """Whether native steps that skip nothing give the logits (1, T, V) that the model gave for `ids` (1, T)."""
+    decoder = cpu.extension().Decoder()
+    for layer in layers:
+        decoder.add(layer.native())
+    decoder.ends = ends.native()
+    heads = [layer.block.pieces["k"].weight.shape[0] // layer.head_dim for layer in layers]
+    keep = _Room(expected.new_empty(1, ids.shape[1], 1), heads, layers[0].head_dim, None)
+    logits, d, widest = torch.empty_like(expected[0]), ends.embedding.embedding_dim, max(x.widest for x in layers)
+    for t in range(ids.shape[1]):
+        now = None if ends.angles is None else ends.angles.at(t, expected.dtype)
+        token = ids[:, t : t + 1].contiguous()
+        run_step(decoder, t, now, None, keep.memory, d, widest, ids=token, logits=logits[t : t + 1])
+    error = float((logits - expected[0]).float().norm() / expected.float().norm())
+    return error <= (5e-2 if expected.dtype != torch.float32 else 1e-4)
 
 
 def _unexpressed(layer: PlainLayer) -> str | None:

@@ -1,4 +1,4 @@
-"""One decode step through all layers of a model."""
+"""One decode step through all layers of a model, as one native call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from .layers import PlainLayer
 
 if TYPE_CHECKING:
     from moyu.applied import Applied
+    from moyu.execution import SiteState
     from moyu.runtime import Pass
+
+    from .whole import Ends
 
 GROW = 256  # tokens by which a cache's buffers grow at least
 
@@ -28,9 +31,10 @@ GROW = 256  # tokens by which a cache's buffers grow at least
 class DecodeRun:
     """All layers of a model as one native call a step. Copies rebuild what points into memory."""
 
-    def __init__(self, applied: Applied, layers: list[PlainLayer]) -> None:
-        """`layers` are all decoder layers, in order."""
-        self.applied, self.layers = applied, layers
+    def __init__(self, applied: Applied, layers: list[PlainLayer], ends: Ends | None) -> None:
+        """`layers` are all decoder layers, in order; `ends` what is around them, where that is plain too."""
+        self.applied, self.layers, self.ends = applied, layers, ends
+        self.sequence_sites = [layer.sequence_site for layer in layers]
         self.d = layers[0].block.pieces["q"].weight.shape[1]
         self.widest = max(layer.widest for layer in layers)
         self._decoder: Any = None
@@ -62,33 +66,38 @@ class DecodeRun:
             or state.chooser is not None
             or hidden.dim() != 3
             or hidden.shape[1] != 1
-            or hidden.dtype != self._weights_dtype()
+            or hidden.dtype != self.dtype
             or torch.compiler.is_compiling()
             or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2] != 1))
         ):
             return False
-        return self._appendable(cache, hidden) and self._untouched()
+        return self.can_append(cache, len(hidden), hidden.dtype) and self.untouched()
 
-    def _appendable(self, cache: Any, hidden: Tensor) -> bool:
+    def can_append(self, cache: Any, batch: int, dtype: torch.dtype) -> bool:
         """Whether the cache's layers are plain growing ones, all of one form, which the kernel can append to."""
         known = getattr(cache, "layers", ())
         if any(layer.index >= len(known) for layer in self.layers):
             return False
         held = [known[layer.index] for layer in self.layers]
+        room = getattr(cache, "_moyu_room", None)
+        if room is not None and room.fits(held, batch, dtype):
+            return True
         if any(type(own) is not DynamicLayer or not own.is_initialized for own in held):
             return False
         shape = held[0].keys.shape
         return (
             len(shape) == 4
-            and shape[0] == len(hidden)
-            and all(own.keys.shape == own.values.shape == shape and own.keys.dtype == hidden.dtype for own in held)
+            and shape[0] == batch
+            and all(own.keys.shape == own.values.shape == shape and own.keys.dtype == dtype for own in held)
         )
 
-    def _weights_dtype(self) -> torch.dtype:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
         return self.layers[0].block.pieces["q"].weight.dtype
 
-    def _untouched(self) -> bool:
-        """Whether the layers are still what was proved: nobody hooked, replaced or patched a module of them."""
+    def untouched(self) -> bool:
+        """Whether the modules are still what was proved: nobody hooked, replaced or patched a module of them."""
         if self._decoder is None:
             self._build()
         # Seven hundred comparisons, in C: as a Python loop they take half a millisecond.
@@ -103,45 +112,82 @@ class DecodeRun:
         expected, hooks, weights = [], [], []
         for layer in self.layers:
             decoder.add(layer.native())
-            weights += layer.weights
-            for module in layer.module.modules():
-                own = vars(module)
-                hooks += [own["_forward_hooks"], own["_forward_pre_hooks"]]
-                expected.append((own, "forward", own.get("forward")))
-                for kind in ("_modules", "_parameters"):
-                    expected += [(own[kind], name, value) for name, value in own[kind].items()]
+        if self.ends is not None:
+            decoder.ends = self.ends.native()
+        for module in self._modules():
+            own = vars(module)
+            weights += own["_parameters"].values()
+            hooks += [own["_forward_hooks"], own["_forward_pre_hooks"]]
+            expected.append((own, "forward", own.get("forward")))
+            for kind in ("_modules", "_parameters"):
+                expected += [(own[kind], name, value) for name, value in own[kind].items()]
         owners, names, values = (list(column) for column in zip(*expected, strict=True))
-        self._expected, self._hooks, self._weights = (owners, names, values), hooks, weights
-        self._addresses = [weight.data_ptr() for weight in weights]
+        self._expected, self._hooks = (owners, names, values), hooks
+        self._weights = [weight for weight in weights if weight is not None]
+        self._addresses = [weight.data_ptr() for weight in self._weights]
         self._decoder = decoder
+
+    def _modules(self) -> list[nn.Module]:
+        """Those that a native step stands for."""
+        if self.ends is not None:
+            return list(self.applied.model.modules())
+        return [module for layer in self.layers for module in layer.module.modules()]
 
     def step(self, state: Pass, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Hidden states (B, 1, d) after all layers; appends to the cache."""
+        y, cache = hidden.contiguous().clone(), kwargs["past_key_values"]
+        angles = kwargs.get("position_embeddings") if self.layers[0].rotary else None
+        if angles is not None:
+            angles = tuple(a.reshape(len(a), -1).float() for a in angles)
+        allowed = _allowed(kwargs.get("attention_mask"), len(y), int(cache.get_seq_length(self.layers[0].index)))
+        masks = [None if site is None else self._mask(site, state) for site in self.sequence_sites]
+        kernels.count("decode", self.launch(cache, masks, angles, allowed, hidden=y))
+        return y
+
+    def _mask(self, site: SiteState, state: Pass) -> Tensor:
+        frozen = state.memory.masks.get(site.site.key)
+        return site.decide(NOTHING, state.rows, state) if frozen is None else frozen
+
+    def launch(
+        self,
+        cache: Any,
+        masks: list[Tensor | None],
+        angles: tuple[Tensor, Tensor] | None,
+        allowed: Tensor | None,
+        *,
+        hidden: Tensor | None = None,
+        ids: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> int:
+        """One step, which appends to the cache: `hidden` (B, 1, d) in place, or from `ids` (B, 1) to `logits` (B, 1, V).
+
+        `masks`: (B, f) a layer, or None where nothing is known before; the others as `run_step` takes them. Returns the
+        bytes read.
+        """
         if list(map(Tensor.data_ptr, self._weights)) != self._addresses:  # something has repacked the weights
             with self.applied.layout_lock:
                 self._decoder = None
                 self._build()
-        room = _room(kwargs["past_key_values"], self.layers)
-        masks = [self._mask(layer, state) for layer in self.layers]
+        room = _room(cache, self.layers)
+        masks = [mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks]
         memory = array("q")
-        for position, mask in enumerate(masks):
-            memory.extend(room.where[position])
+        for where, mask in zip(room.where, masks, strict=True):
+            memory.extend(where)
             memory.extend((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0)))
-        y = hidden.contiguous().clone()
-        angles = kwargs.get("position_embeddings") if self.layers[0].rotary else None
-        allowed = _allowed(kwargs.get("attention_mask"), len(y), room.length)
-        read = run_step(self._decoder, y.view(len(y), -1), room.length, angles, allowed, self.widest, memory)
-        kernels.count("decode", read)
+        read = run_step(
+            self._decoder,
+            room.length,
+            angles,
+            allowed,
+            memory,
+            self.d,
+            self.widest,
+            hidden=hidden,
+            ids=ids,
+            logits=logits,
+        )
         room.grow_by_one()
-        return y
-
-    def _mask(self, layer: PlainLayer, state: Pass) -> Tensor | None:
-        site = layer.sequence_site
-        if site is None:
-            return None
-        frozen = state.memory.masks.get(site.site.key)
-        mask = site.decide(NOTHING, state.rows, state) if frozen is None else frozen
-        return mask if mask.stride(1) == 1 else mask.contiguous()
+        return read
 
 
 class _LayerCall:
@@ -164,29 +210,37 @@ class _LayerCall:
 
 def run_step(
     decoder: Any,
-    hidden: Tensor,
     past: int,
     angles: tuple[Tensor, Tensor] | None,
     allowed: Tensor | None,
-    widest: int,
     memory: array,
+    d: int,
+    widest: int,
+    *,
+    hidden: Tensor | None = None,
+    ids: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> int:
-    """One step on `hidden` (B, d) in place; angles are cos and sin, (1 or B, 1, width). Returns the bytes read."""
-    batch, d = hidden.shape
-    cos = sin = None
-    if angles is not None:
-        cos, sin = (a.reshape(len(a), -1).float().expand(batch, -1).contiguous() for a in angles)  # (B, width)
+    """One step on `hidden` (B, ..., d) in place, or from `ids` (B, 1) to `logits` (B, 1, V). Returns the bytes read.
+
+    `angles`: cos and sin, (1 or B, width) float32, contiguous; `allowed`: (B, past + 1) uint8, or None = all.
+    """
+    data = hidden if logits is None else logits
+    assert data is not None
     return decoder.step(
-        cpu.dtype_code(hidden.dtype),
+        cpu.dtype_code(data.dtype),
         torch.get_num_threads(),
-        batch,
+        len(data),
         d,
         past,
-        0 if cos is None else cos.shape[1],
+        0 if angles is None else angles[0].shape[1],
         widest,
-        hidden.data_ptr(),
-        0 if cos is None else cos.data_ptr(),
-        0 if sin is None else sin.data_ptr(),
+        0 if hidden is None else hidden.data_ptr(),
+        0 if ids is None else ids.data_ptr(),
+        0 if logits is None else logits.data_ptr(),
+        0 if angles is None else angles[0].data_ptr(),
+        0 if angles is None else angles[1].data_ptr(),
+        0 if angles is None or len(angles[0]) == 1 else angles[0].shape[1],
         0 if allowed is None else allowed.data_ptr(),
         memory.buffer_info()[0],
     )
@@ -210,6 +264,10 @@ class _Room:
             (start + 2 * k * each, row, head, start + (2 * k + 1) * each, row, head) for k in range(len(layers))
         ]
         self.views = self._cut()
+
+    def fits(self, layers: list[Any], batch: int, dtype: torch.dtype) -> bool:
+        """Whether these layers hold what this room gave them, for so many rows of that type."""
+        return self.buffer.shape[1] == batch and self.buffer.dtype == dtype and self.holds(layers)
 
     def holds(self, layers: list[Any]) -> bool:
         """Whether these layers hold what this room gave them, and it has a place left."""

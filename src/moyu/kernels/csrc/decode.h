@@ -1,5 +1,5 @@
 // One decode step through consecutive decoder layers, in one parallel region: x + attention(norm(x)), then
-// x + network(norm(x)). Every product is a `_share` of linear.h or neurons.h; between them threads meet at barriers.
+// x + network(norm(x)); with the `ends` of a model also from token ids and to logits. Every product is a `_share` of linear.h or neurons.h; between them threads meet at barriers.
 // Values are rounded to the model's type where the layers' own modules round them.
 #pragma once
 
@@ -70,8 +70,6 @@ class Decoding {
         v = arena.take<T>(a.rows * a.widest);
         y = arena.take<T>(a.rows * a.widest);
         for (auto &area : sums) area = arena.take<float>(a.threads * sums_size);
-        every = arena.take<int32_t>(a.widest);
-        for (int64_t i = 0; i < a.widest; ++i) every[i] = static_cast<int32_t>(i);
         bytes = arena.take<int64_t>(a.threads);
         for (int64_t t = 0; t < a.threads; ++t) {
             bytes[t] = 0;
@@ -88,20 +86,27 @@ class Decoding {
 
     static int64_t room(const DecodeArgs &a) {
         const int64_t wide = a.rows * round_up(a.widest);
-        return 16 * wide + 12 * a.threads * wide + 4 * a.widest + 8 * a.threads +
+        return 16 * wide + 12 * a.threads * wide + 8 * a.threads +
                a.threads * (4 * a.rows * a.d + 16 * wide + (a.rows + 5) * a.widest + 4 * (a.past + 1 + kTogether)) +
                kLineBytes * (10 + 9 * a.threads);
     }
 
     void run(const Team &team) {
         Own &my = own[team.thread];
-        for (int64_t i = 0; i < a.rows * a.d; ++i) my.hidden[i] = widen(static_cast<const T *>(a.hidden)[i]);
+        for (int64_t r = 0; r < a.rows; ++r) {
+            const T *from = a.ends ? at<T>(a.ends->embedding, a.ids[r] * a.ends->embedding_stride) : at<T>(a.hidden, r * a.d);
+            for (int64_t i = 0; i < a.d; ++i) my.hidden[r * a.d + i] = widen(from[i]);
+        }
         for (int64_t l = 0; l < a.count; ++l) {
             attend(a.layers[l], a.memory[l], my, team);
             feed_forward(a.layers[l], a.memory[l], my, team);
         }
-        if (team.thread == 0)
+        if (a.ends) {
+            load(a.ends->norm, my);
+            start(a.ends->head, my.stored, my, team, static_cast<T *>(a.logits), nullptr);
+        } else if (team.thread == 0) {
             for (int64_t i = 0; i < a.rows * a.d; ++i) narrow(my.hidden[i], static_cast<T *>(a.hidden)[i]);
+        }
     }
 
     int64_t total() const {
@@ -124,7 +129,6 @@ class Decoding {
     int64_t sums_size;
     T *q, *k, *v, *y;
     float *sums[3];
-    int32_t *every;
     int64_t *bytes;
     Own own[moyu::kMostThreads];
 
@@ -151,7 +155,7 @@ class Decoding {
     void start(const DecodeLinear &w, const T *x, Own &my, const Team &team, T *out, float *area) {
         LinearArgs args = {a.rows, w.n, w.q, a.threads, x, w.n, w.weight, w.stride, nullptr, 0, w.bias, out};
         if (!w.by_columns) {
-            bytes[team.thread] += rows_share<T>(args, my.x, every, w.q, team);
+            bytes[team.thread] += rows_share<T>(args, my.x, nullptr, w.q, team);
             return;
         }
         const int64_t count = decide(w, x, w.n, my);
@@ -197,7 +201,7 @@ class Decoding {
     void load_head(const T *from, const DecodeNorm &norm, const DecodeLayer &layer, int64_t row, float *head) {
         for (int64_t i = 0; i < layer.head_dim; ++i) head[i] = widen(from[i]);
         if (norm.weight) normalize<T>(norm, head, layer.head_dim, head);
-        if (a.rotary) rotate<T>(head, a.cos + row * a.rotary, a.sin + row * a.rotary, a.rotary);
+        if (a.rotary) rotate<T>(head, a.cos + row * a.angles_row, a.sin + row * a.angles_row, a.rotary);
     }
 
     // The query heads that share a key and value head: append its key and value to the cache, then y = softmax(q · K) V.
@@ -291,7 +295,7 @@ class Decoding {
                             layer.up.weight, layer.up.stride, layer.down.weight, layer.down.stride, memory.mask,
                             memory.mask_stride, layer.gate.bias, layer.up.bias, layer.down.bias, nullptr, 0, y};
         int64_t count = f;
-        const int32_t *kept = every;
+        const int32_t *kept = nullptr;
         if (layer.network == moyu::Network::neurons) {
             if (memory.mask) {
                 count = list_kept(memory.mask, memory.mask_stride, a.rows, f, my.any, my.kept);

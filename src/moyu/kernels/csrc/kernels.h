@@ -84,11 +84,23 @@ struct DecodeMemory {
 };
 static_assert(sizeof(DecodeMemory) == 8 * sizeof(int64_t), "the array of integers that Python fills in");
 
+// What comes before and after the layers.
+struct DecodeEnds {
+    const void *embedding;   // (vocabulary, d), a row contiguous
+    int64_t embedding_stride;
+    DecodeNorm norm;
+    DecodeLinear head;       // by rows
+};
+
 struct DecodeArgs {
     int64_t rows, d, threads, past, rotary;  // rotary: width of cos and sin, 0 = no rotary embedding
     int64_t widest;                          // the largest n or q of a linear
-    void *hidden;                            // (rows, d), contiguous, in and out
+    void *hidden;                            // (rows, d), contiguous, in and out; null where `ends` is not
+    const DecodeEnds *ends;                  // from token ids to logits; null = from hidden to hidden
+    const int64_t *ids;                      // (rows,)
+    void *logits;                            // (rows, head.q), contiguous, out
     const float *cos, *sin;                  // (rows, rotary)
+    int64_t angles_row;                      // elements from one row's angles to the next's; 0 = all rows have the same
     const uint8_t *mask;                     // (rows, past + 1), null = all of the past is attended to
     const DecodeLayer *layers;
     const DecodeMemory *memory;

@@ -90,11 +90,17 @@ void def_address(nb::class_<C> &cls, const char *name, const void *C::*field) {
 struct Decoder {
     std::vector<DecodeLayer> layers;
 
+    DecodeEnds ends{};
+
     void add(const DecodeLayer &layer) { layers.push_back(layer); }
+    // From `ids` to `logits`, or (where these are 0) from `hidden` to `hidden`.
     int64_t step(int dtype, int64_t threads, int64_t rows, int64_t d, int64_t past, int64_t rotary, int64_t widest,
-                 uintptr_t hidden, uintptr_t cos, uintptr_t sin, uintptr_t mask, uintptr_t memory) const {
+                 uintptr_t hidden, uintptr_t ids, uintptr_t logits, uintptr_t cos, uintptr_t sin, int64_t angles_row,
+                 uintptr_t mask, uintptr_t memory) const {
         const DecodeArgs args = {rows, d, threads, past, rotary, widest, reinterpret_cast<void *>(hidden),
-                                 static_cast<const float *>(pointer(cos)), static_cast<const float *>(pointer(sin)),
+                                 ids ? &ends : nullptr, static_cast<const int64_t *>(pointer(ids)),
+                                 reinterpret_cast<void *>(logits), static_cast<const float *>(pointer(cos)),
+                                 static_cast<const float *>(pointer(sin)), angles_row,
                                  static_cast<const uint8_t *>(pointer(mask)), layers.data(),
                                  static_cast<const DecodeMemory *>(pointer(memory)),
                                  static_cast<int64_t>(layers.size())};
@@ -131,9 +137,16 @@ void bind_decode(nb::module_ &m) {
     layer.def_prop_rw("act", [](const DecodeLayer &self) { return static_cast<int>(self.act); },
                       [](DecodeLayer &self, int value) { self.act = static_cast<Act>(value); });
 
+    nb::class_<DecodeEnds> ends(m, "Ends");
+    ends.def("__init__", [](DecodeEnds *self) { new (self) DecodeEnds{}; });
+    def_address(ends, "embedding", &DecodeEnds::embedding);
+    ends.def_rw("embedding_stride", &DecodeEnds::embedding_stride).def_rw("norm", &DecodeEnds::norm);
+    ends.def_rw("head", &DecodeEnds::head);
+
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::init<>())
         .def("add", &Decoder::add)
+        .def_rw("ends", &Decoder::ends)
         .def("step", &Decoder::step, nb::call_guard<nb::gil_scoped_release>());
 }
 

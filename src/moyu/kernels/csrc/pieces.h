@@ -113,7 +113,7 @@ inline int64_t list_kept(const uint8_t *mask, int64_t stride, int64_t rows, int6
 inline int together(int64_t piece_bytes) { return piece_bytes < 4096 ? 8 : 4; }
 
 // The pieces of one step of a thread that has the list's part `share`: the part is cut into `streams` runs, a step takes
-// one piece of each, so that even where everything is kept the lockstep has that many long streams.
+// one piece of each, so that even where everything is kept the lockstep has that many long streams. Null `kept` = all.
 struct Taken {
     int64_t piece[kTogether], next[kTogether];  // what to compute, and what the step `hop` later will
     int count = 0;
@@ -121,8 +121,9 @@ struct Taken {
     Taken(const int32_t *kept, const Share &share, int streams, int64_t step, int64_t hop) {
         const int64_t run = steps(share, streams);
         for (int64_t at = share.begin + step; at < share.end && count < streams; at += run) {
-            piece[count] = kept[at];
-            next[count++] = kept[step + hop < run && at + hop < share.end ? at + hop : at];
+            const int64_t later = step + hop < run && at + hop < share.end ? at + hop : at;
+            piece[count] = kept ? kept[at] : at;
+            next[count++] = kept ? kept[later] : later;
         }
     }
     // Steps until a stream has gone kAheadBytes further: more than one for short pieces.
