@@ -11,47 +11,70 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moyu import kernels, surgery
 from moyu.errors import UserError
+from moyu.methods.base import Site, SiteParams
 from moyu.plan import Plan
 from moyu.selection import Threshold
-from moyu.surgery import Block
+from moyu.surgery import Piece
 
 GROUP = 256  # outputs that `kernels.columns_above` lets share a threshold at least
 TOGETHER = (("q", "k", "v"), ("o",), ("qkv",), ("gate", "up"), ("down",))  # linears that read the same input
 
 
-class SkippedColumns(nn.Module):
-    """One linear, its outputs cut out of a product with all linears that share its input.
+class Product(nn.Module):
+    """One product for linears that read the same input: the first of them makes it, the last forgets it.
 
-    Their modules make the same call, and a compiler makes it once.
+    Columns whose |x_i| is not above an output's threshold are skipped, or none where there are no thresholds.
     """
 
     weight: Tensor
-    thresholds: Tensor
     bias: Tensor | None
+    thresholds: Tensor | None
 
-    def __init__(self, weight: Tensor, thresholds: Tensor, bias: Tensor | None, outputs: slice) -> None:
-        """weight: (n, q) of all of them; thresholds: (q,) float32; bias: (q,) or None."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, thresholds: Tensor | None) -> None:
+        """weight: (q, n) of all of them one after another, columns contiguous where there are thresholds (q,); bias: (q,)."""
         super().__init__()
-        if weight.is_cuda:
+        if weight.is_cuda and thresholds is not None:
             kernels.gpu.reserve(weight.device)
-        self.outputs = outputs
         self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("thresholds", thresholds, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("thresholds", thresholds, persistent=False)
+        self.held: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, last: bool) -> Tensor:
+        """(..., n) -> (..., q)."""
+        if self.held is not None and self.held[0] is x:
+            y = self.held[1]
+        elif self.thresholds is None:
+            y = functional.linear(x, self.weight, self.bias)
+        else:
+            flat = kernels.columns_above(x.reshape(-1, x.shape[-1]), self.weight, self.thresholds, bias=self.bias)
+            y = flat.reshape(*x.shape[:-1], -1)
+        self.held = None if last else (x, y)
+        return y
+
+
+class Outputs(nn.Module):
+    """One linear as a part of a product."""
+
+    def __init__(self, product: Product, outputs: slice, last: bool) -> None:
+        """`outputs` are its own; `last`: no other linear of the product comes after it."""
+        super().__init__()
+        self.product, self.outputs, self.last = product, outputs, last
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., own outputs)."""
-        flat = x.reshape(-1, x.shape[-1])
-        y = kernels.columns_above(flat, self.weight.t(), self.thresholds, bias=self.bias)
-        return y[:, self.outputs].reshape(*x.shape[:-1], -1)
+        return self.product(x, self.last)[..., self.outputs]
 
 
 @torch.no_grad()
-def frozen(model: nn.Module, plan: Plan, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A copy of `model` that skips what `plan` skips at every position; what is not replaced shares its parameters.
+def frozen(model: nn.Module, plan: Plan | None, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A copy of `model` that skips what `plan` skips at every position (None: nothing).
+
+    Linears that read the same input become one product, whose weights are copies; what is not replaced shares its parameters.
 
     masks: of a sequence-level method, by site (B, f) bool, as `runtime.memory_of(cache).masks` holds them after a prompt; they
     become smaller dense networks. Raises UserError for a method that neither skips columns by magnitude nor decides once for
@@ -59,69 +82,98 @@ def frozen(model: nn.Module, plan: Plan, masks: Mapping[str, Tensor] | None = No
     """
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for block in surgery.dissect(twin).all_blocks():
-        for group in TOGETHER:
-            sites = {n: s for n in group for s in plan.parts_of(block.layer, block.expert) if n in s[0].linears}
-            if sites and all(site.skips == "columns" for site, _ in sites.values()):
-                _skip_columns(twin, block, plan, sites)
-        for site, _ in plan.parts_of(block.layer, block.expert):
-            if site.skips == "columns":
-                continue
-            if site.skips != "neurons" or not masks or site.key not in masks:
-                raise UserError(
-                    f"method {plan.method.name!r} decides anew for each token, which no frozen network can",
-                    "use a sequence-level method with the masks of its prompt, or one that skips columns by magnitude",
+        parts = [] if plan is None else plan.parts_of(block.layer, block.expert)
+        kept = _kept_neurons(plan, parts, masks or {})
+        for names in TOGETHER:
+            linears = {n: block.pieces[n] for n in names if n in block.pieces}
+            sites = {n: s for n in linears for s in parts if n in s[0].linears and s[0].skips == "columns"}
+            if sites:
+                assert plan is not None
+                _skip_columns(twin, plan, linears, sites)
+            elif kept is not None and set(names) & {"gate", "up", "down"}:
+                _cut_neurons(twin, block.layer, linears, kept)
+            elif len(linears) > 1 and all(p.whole and surgery.is_linear(p.module) for p in linears.values()):
+                _join(
+                    twin,
+                    list(linears.values()),
+                    [p.weight for p in linears.values()],
+                    [p.bias for p in linears.values()],
                 )
-            _cut_neurons(twin, block, masks[site.key])
     return twin
 
 
-def _skip_columns(model: nn.Module, block: Block, plan: Plan, sites: Mapping[str, tuple]) -> None:
-    pieces = [block.pieces[name] for name in sites]
+def _kept_neurons(
+    plan: Plan | None, parts: list[tuple[Site, SiteParams]], masks: Mapping[str, Tensor]
+) -> Tensor | None:
+    """The neurons that a sequence's masks keep, if the block has a site for them."""
+    found = None
+    for site, _ in parts:
+        if site.skips == "columns":
+            continue
+        if site.skips != "neurons" or site.key not in masks:
+            assert plan is not None
+            raise UserError(
+                f"method {plan.method.name!r} decides anew for each token, which no frozen network can",
+                "use a sequence-level method with the masks of its prompt, or one that skips columns by magnitude",
+            )
+        mask = masks[site.key]
+        if not bool((mask == mask[:1]).all()):
+            raise UserError(
+                "the sequences keep different neurons", "freeze one sequence at a time, or one prompt for all"
+            )
+        found = mask[0].nonzero()[:, 0]
+    return found
+
+
+def _skip_columns(model: nn.Module, plan: Plan, linears: Mapping[str, Piece], sites: Mapping[str, tuple]) -> None:
     params = [p for _, p in sites.values()]
     plain = all(isinstance(p.rule, Threshold) and p.basis is p.centre is p.low_rank is p.bias is None for p in params)
-    if not plan.method.by_magnitude or not plain or not all(p.whole for p in pieces):
+    if not plan.method.by_magnitude or not plain or not all(p.whole for p in linears.values()):
         raise UserError(f"method {plan.method.name!r} is no plain threshold on |x| here", "`teal` is one")
     if any(plan.method.factors(site, p) is not None for site, p in sites.values()):
         raise UserError(f"method {plan.method.name!r} weighs |x| with factors", "`teal` does not")
-    sizes = [len(p.weight) for p in pieces]
-    whole = [range(len(pieces))] if all(size % GROUP == 0 for size in sizes) else [[k] for k in range(len(pieces))]
-    for members in whole:
-        weight = torch.cat([pieces[k].weight.t() for k in members], dim=1).contiguous()
-        thresholds = torch.cat(
-            [torch.full((sizes[k],), params[k].rule.value, dtype=torch.float32, device=weight.device) for k in members]
-        )
-        biases = [pieces[k].bias for k in members]
-        bias = None
-        if any(b is not None for b in biases):
-            bias = torch.cat([weight.new_zeros(sizes[k]) if (b := pieces[k].bias) is None else b for k in members])
-        start = 0
-        for k in members:
-            own = slice(start, start := start + sizes[k])
-            _replace(model, pieces[k].module, SkippedColumns(weight, thresholds, bias, own))
+    pieces = [linears[name] for name in sites]
+    together = all(len(p.weight) % GROUP == 0 for p in pieces)
+    for members in [range(len(pieces))] if together else [[k] for k in range(len(pieces))]:
+        own = [pieces[k] for k in members]
+        limits = [
+            p.weight.new_full((len(p.weight),), params[k].rule.value, dtype=torch.float32)
+            for k, p in zip(members, own, strict=True)
+        ]
+        _join(model, own, [p.weight for p in own], [p.bias for p in own], torch.cat(limits))
 
 
-def _cut_neurons(model: nn.Module, block: Block, mask: Tensor) -> None:
-    kept = mask[0].nonzero()[:, 0]
-    if not bool((mask == mask[:1]).all()):
-        raise UserError("the sequences keep different neurons", "freeze one sequence at a time, or one prompt for all")
-    for name in ("gate", "up", "down"):
-        piece = block.pieces.get(name)
-        if piece is None:
-            continue
+def _cut_neurons(model: nn.Module, layer: int, linears: Mapping[str, Piece], kept: Tensor) -> None:
+    for name, piece in linears.items():
         if not piece.whole or not isinstance(piece.module, nn.Linear):
-            raise UserError(
-                f"{name} of layer {block.layer} is no linear of its own", "only separate linears can be cut"
-            )
-        old, weight = piece.module, piece.weight[:, kept] if name == "down" else piece.weight[kept]
-        new = nn.Linear(weight.shape[1], weight.shape[0], bias=old.bias is not None, device="meta", dtype=weight.dtype)
-        new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        if old.bias is not None:
-            new.bias = nn.Parameter(old.bias if name == "down" else old.bias[kept], requires_grad=False)
-        _replace(model, old, new)
+            raise UserError(f"{name} of layer {layer} is no linear of its own", "only separate linears can be cut")
+    pieces = list(linears.values())
+    if "down" in linears:
+        _join(model, pieces, [p.weight[:, kept] for p in pieces], [p.bias for p in pieces])
+    else:
+        _join(
+            model, pieces, [p.weight[kept] for p in pieces], [None if p.bias is None else p.bias[kept] for p in pieces]
+        )
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for module in model.modules():
-        for name, child in module.named_children():
-            if child is old:
-                setattr(module, name, new)
+def _join(
+    model: nn.Module,
+    pieces: list[Piece],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    thresholds: Tensor | None = None,
+) -> None:
+    """Put one product of `weights` in the place of `pieces`."""
+    weight = torch.cat(weights)
+    if thresholds is not None:
+        weight = torch.cat([w.t() for w in weights], dim=1).contiguous().t()
+    bias = None
+    if any(b is not None for b in biases):
+        bias = torch.cat([weight.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
+    product, start = Product(weight.detach(), bias, thresholds), 0
+    for piece, own in zip(pieces, weights, strict=True):
+        new = Outputs(product, slice(start, start := start + len(own)), piece is pieces[-1])
+        for module in model.modules():
+            for name, child in module.named_children():
+                if child is piece.module:
+                    setattr(module, name, new)
