@@ -1,12 +1,14 @@
 """The GPU kernels and whole decode steps on one NVIDIA GPU, variants alternating, random weights.
 
-    python3 benchmarks/gpu/run.py --out RESULTS.jsonl [--part checks kernels steps] [--shapes llama-3-8b ...] [--dry-run]
+    python3 benchmarks/gpu/run.py --out RESULTS.jsonl [--part checks kernels packed steps] [--shapes llama-3-8b ...] [--dry-run]
 
 `checks` runs tests/kernels/gpu_checks.py compiled, and 1 to 16 rows of the 8B widths beside float32 products. `kernels` times
 the feed-forward network of the widths of Llama-3.2-1B, 3-8B and 70B as one CUDA graph over several layers, beside the copy
-rate, and finds the batch from which dense wins. `steps` times decode steps: transformers' eager loop, dense compiled
-(the baseline: torch.compile, reduce-overhead, static cache), and MOYU compiled the same way. Each row is written as soon as it
-is measured. `--dry-run` goes through all of it on a CPU with tiny widths, the kernels interpreted.
+rate: dense by torch, skipped by a mask a row (`kept`), and cut to what one mask keeps (`cut`, dense products by torch, as a
+sequence's mask is run). `packed` does the same with 8- and 4-bit weights. `steps` times decode steps: transformers' eager loop,
+dense compiled (the baseline: torch.compile, reduce-overhead, static cache), MOYU with nothing skipped (`joined`: one product
+for linears that share an input) and MOYU skipping, compiled the same way. Each row is written as soon as it is measured.
+`--dry-run` goes through all of it on a CPU with tiny widths, the kernels interpreted.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from moyu import kernels, methods, models, runtime, surgery
 from moyu.applied import Applied
 from moyu.calibration import Windows, calibrate
 from moyu.decoding.frozen import frozen
+from moyu.kernels import gpu_packed
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {"llama-3.2-1b": (2048, 8192, 8), "llama-3-8b": (4096, 14336, 4), "llama-3-70b": (8192, 28672, 2)}
@@ -136,6 +139,13 @@ def ceiling(run: Run) -> float:
     return max(rates.values())
 
 
+def random_mask(run: Run, batch: int, f: int, kept: float) -> Tensor:
+    """(batch, f) bool: each row keeps the same number of neurons, a multiple of 64 as `frozen` makes it."""
+    count = min(f, max(64, round(kept * f / 64) * 64))
+    order = torch.rand(batch, f, device=run.device).argsort(1)
+    return order < count
+
+
 def dense_networks(x: Tensor, weights: list[tuple[Tensor, ...]]) -> None:
     """Feed-forward networks by torch."""
     for gate, up, down in weights:
@@ -147,6 +157,19 @@ def skipping_networks(x: Tensor, weights: list[tuple[Tensor, ...]], masks: list[
     with kernels.use("gpu"):
         for (gate, up, down), mask in zip(weights, masks, strict=True):
             kernels.neurons(x, gate, up, down, mask, act="silu")
+
+
+def cut_networks(x: Tensor, weights: list[tuple[Tensor, Tensor]]) -> None:
+    """The same with the kept neurons only: gate and up one product."""
+    for first, down in weights:
+        gate, up = F.linear(x, first).chunk(2, -1)
+        F.linear(F.silu(gate) * up, down)
+
+
+def packed_networks(x: Tensor, weights: list[tuple], masks: list[Tensor]) -> None:
+    """The same with packed weights."""
+    for packed, mask in zip(weights, masks, strict=True):
+        gpu_packed.neurons(x, *packed, mask, act="silu")
 
 
 def products(x: Tensor, weights: list[Tensor]) -> None:
@@ -176,10 +199,17 @@ def kernel_rates(run: Run, shapes: list[str]) -> None:
             calls: dict[str, Callable] = {"dense": run.graph(partial(dense_networks, x, dense))}
             unions = {"dense": 1.0}
             for kept in KEPT if batch == 1 else (0.5, 0.2):
-                masks = [torch.rand(batch, f, device=run.device) < kept for _ in weights]
+                masks = [random_mask(run, batch, f, kept) for _ in weights]
 
                 calls[f"kept {kept}"] = run.graph(partial(skipping_networks, x, weights, masks))
                 unions[f"kept {kept}"] = statistics.mean(float(m.any(0).float().mean()) for m in masks)
+                chosen = [m[0].nonzero()[:, 0] for m in masks]
+                smaller = [
+                    (torch.cat([gate[k], up[k]]), down[:, k].contiguous())
+                    for (gate, up, down), k in zip(dense, chosen, strict=True)
+                ]
+                calls[f"cut {kept}"] = run.graph(partial(cut_networks, x, smaller))
+                unions[f"cut {kept}"] = statistics.mean(float(m[0].float().mean()) for m in masks)
             for name, seconds in run.seconds(calls).items():
                 needed = unions[name] * layers * 3 * d * f * made[0].itemsize
                 run.row(
@@ -190,6 +220,36 @@ def kernel_rates(run: Run, shapes: list[str]) -> None:
             column_rates(run, d, f, layers, best)
         del made, weights, dense
         gc.collect()
+
+
+def packed_rates(run: Run, shapes: list[str]) -> None:
+    """One row, 8- and 4-bit weights, beside 16-bit dense products; checked against float32 products of what they stand for."""
+    best = ceiling(run)
+    for shape in shapes:
+        d, f, layers = (64, 96, 2) if run.dry else WIDTHS[shape]
+        x = torch.randn(1, d, device=run.device).to(run.dtype)
+        for bits in (8, 4):
+            made = [
+                tuple(gpu_packed.pack(torch.randn(f, d, device=run.device) * d**-0.5, bits) for _ in range(3))
+                for _ in range(2 * layers)
+            ]
+            gate, up, down = (gpu_packed.unpack(p) for p in made[0])
+            calls, sizes, errors = {}, {}, {}
+            for kept in (1.0, 0.5, 0.2):
+                masks = [random_mask(run, 1, f, kept) for _ in made]
+                name = f"{bits} bits, kept {kept}"
+                mid = F.silu(x.float() @ gate.t()) * (x.float() @ up.t()) * masks[0]
+                error = gpu_packed.neurons(x, *made[0], masks[0], act="silu").float() - mid @ down
+                errors[name] = float((error.abs() / (mid.abs() @ down.abs())).max())
+                sizes[name] = sum(int(m.sum()) for m in masks) * sum(p.row_bytes for p in made[0])
+                calls[name] = run.graph(partial(packed_networks, x, made, masks))
+            for name, seconds in run.seconds(calls).items():
+                run.row(
+                    part="packed", op="neurons", shape=shape, batch=1, variant=name, us_a_layer=seconds / len(made) * 1e6,
+                    gb_s=sizes[name] / seconds / 1e9, share=sizes[name] / seconds / best, error=errors[name],
+                )  # fmt: skip
+            del made, calls
+            gc.collect()
 
 
 def column_rates(run: Run, d: int, f: int, layers: int, best: float) -> None:
@@ -217,13 +277,13 @@ def column_rates(run: Run, d: int, f: int, layers: int, best: float) -> None:
 @torch.no_grad()
 def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float]) -> None:
     """Whole decode steps."""
-    names = ["dense", *(f"neurons {share:.0%}" for share in shares), "columns 50%"]
+    names = ["dense", "joined", *(f"neurons {share:.0%}" for share in shares), "columns 50%"]
     for shape in shapes:
         model, ids, twins = variants(run, shape, names)
         for batch in batches:
             calls = {"eager": eager(model, ids.expand(batch, -1))}
             for name, twin in twins.items():
-                if batch == 1 or name in ("dense", "neurons 50%", "columns 50%"):
+                if batch == 1 or name in ("dense", "neurons 50%"):
                     calls[name] = compiled(run, twin, model, ids.expand(batch, -1))
             found = run.seconds(calls, rounds=8, repeat=8)
             for name, seconds in found.items():
@@ -248,8 +308,8 @@ def variants(
     )
     twins: dict[str, nn.Module] = {}
     for name in names:
-        if name == "dense":
-            twins[name] = model
+        if name in ("dense", "joined"):
+            twins[name] = model if name == "dense" else frozen(model, None)
             continue
         kind, share = name.split()
         method = methods.method({"neurons": "griffin", "columns": "teal"}[kind])
@@ -295,7 +355,7 @@ def compiled(run: Run, twin: nn.Module, model: nn.Module, ids: Tensor) -> Callab
 def main() -> None:
     """Parts in order, each by itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", default=["checks", "kernels", "steps"])
+    parser.add_argument("--part", nargs="+", default=["checks", "kernels", "packed", "steps"])
     parser.add_argument("--shapes", nargs="+", default=list(WIDTHS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.5, 0.65, 0.8], help="neurons skipped")
@@ -307,6 +367,8 @@ def main() -> None:
         checks(run)
     if "kernels" in options.part:
         kernel_rates(run, options.shapes)
+    if "packed" in options.part:
+        packed_rates(run, [s for s in options.shapes if s == "llama-3-8b"])
     if "steps" in options.part:
         steps(run, [s for s in options.shapes if s in models.SHAPES], options.batches, options.shares)
 

@@ -21,6 +21,7 @@ from moyu.selection import Threshold
 from moyu.surgery import Piece
 
 GROUP = 256  # outputs that `kernels.columns_above` lets share a threshold at least
+ALIGNED = 64  # widths of cut networks, filled up with zeros: products of odd widths take up to half as long again
 TOGETHER = (("q", "k", "v"), ("o",), ("qkv",), ("gate", "up"), ("down",))  # linears that read the same input
 
 
@@ -147,13 +148,13 @@ def _cut_neurons(model: nn.Module, layer: int, linears: Mapping[str, Piece], kep
     for name, piece in linears.items():
         if not piece.whole or not isinstance(piece.module, nn.Linear):
             raise UserError(f"{name} of layer {layer} is no linear of its own", "only separate linears can be cut")
-    pieces = list(linears.values())
+    pieces, extra = list(linears.values()), -len(kept) % ALIGNED
     if "down" in linears:
-        _join(model, pieces, [p.weight[:, kept] for p in pieces], [p.bias for p in pieces])
+        weights, biases = [functional.pad(p.weight[:, kept], (0, extra)) for p in pieces], [p.bias for p in pieces]
     else:
-        _join(
-            model, pieces, [p.weight[kept] for p in pieces], [None if p.bias is None else p.bias[kept] for p in pieces]
-        )
+        weights = [functional.pad(p.weight[kept], (0, 0, 0, extra)) for p in pieces]
+        biases = [None if p.bias is None else functional.pad(p.bias[kept], (0, extra)) for p in pieces]
+    _join(model, pieces, weights, biases)
 
 
 def _join(

@@ -9,6 +9,7 @@ order; products of one row are float32 too, those of 2 to 16 rows run on the ten
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -98,11 +99,22 @@ def _check(x: Tensor, width: int) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (N, {width})")
 
 
+def _single(x: Tensor, whole: Packed | None = None) -> ModuleType | None:
+    """The kernels for one row, where it is one and a program can hold a row of `whole`."""
+    if len(x) != 1:
+        return None
+    from . import gpu_packed_single
+
+    return None if whole is not None and whole.shape[1] > gpu_packed_single.WIDEST else gpu_packed_single
+
+
 def _run_rows(x: Tensor, data: Tensor, scales: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
     from . import gpu_packed_programs as programs
 
     weight = Packed(data, scales)
     _check(x, weight.shape[1])
+    if (single := _single(x, weight)) is not None:
+        return single.rows(x, weight, mask, bias)
     y = gpu._output(x, len(data), x.dtype)
     programs.project(y, x, None, weight, mask, bias, "identity")
     return y.to(x.dtype)
@@ -112,6 +124,8 @@ def _run_columns(x: Tensor, data: Tensor, scales: Tensor, mask: Tensor, bias: Te
     from . import gpu_packed_programs as programs
 
     _check(x, len(data))
+    if (single := _single(x)) is not None:
+        return single.columns(x, Packed(data, scales), mask, bias)
     return programs.combine(x, Packed(data, scales), mask, bias, x.dtype)
 
 
@@ -124,9 +138,12 @@ def _run_neurons(
     activation(act)
     second = Packed(up, up_scales)
     _check(x, second.shape[1])
+    first, third = Packed(gate, gate_scales) if len(gate) else None, Packed(down, down_scales)
+    if (single := _single(x, second)) is not None:
+        return single.neurons(x, first, second, third, mask, act)
     value = torch.empty(mask.shape, dtype=torch.float32, device=x.device)
-    programs.project(value, x, Packed(gate, gate_scales) if len(gate) else None, second, mask, None, act)
-    return programs.combine(value, Packed(down, down_scales), mask, None, x.dtype)
+    programs.project(value, x, first, second, mask, None, act)
+    return programs.combine(value, third, mask, None, x.dtype)
 
 
 def _fake_rows(x: Tensor, data: Tensor, scales: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:

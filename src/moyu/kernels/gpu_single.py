@@ -101,13 +101,23 @@ def _configs(names: tuple[str, ...], options: tuple[tuple[int, ...], ...]) -> li
 
 VALUES = _configs(
     ("PROGRAMS", "BLOCK_J"),
-    ((3, 2, 4), (528, 1, 4), (1056, 1, 4), (528, 2, 8), (528, 2, 4), (1056, 1, 8), (2112, 1, 4), (264, 2, 8)),
+    (
+        (3, 2, 4),
+        (528, 1, 4),
+        (1056, 1, 4),
+        (528, 2, 8),
+        (1056, 1, 8),
+        (2112, 1, 4),
+        (264, 2, 8),
+        (1056, 2, 8),
+        (396, 4, 8),
+    ),
 )
 SUMS = _configs(
     ("CHUNK", "BLOCK_J", "BLOCK_D"),
     (
         (16, 4, 32, 4), (128, 16, 256, 4), (128, 32, 256, 4), (256, 32, 256, 4), (512, 32, 256, 4), (256, 16, 512, 4),
-        (128, 16, 512, 8), (64, 16, 256, 2), (256, 64, 128, 4), (512, 16, 256, 4),
+        (128, 16, 512, 8), (64, 16, 256, 2), (256, 64, 128, 4), (512, 16, 256, 4), (1024, 32, 128, 4), (1024, 16, 256, 8),
     ),
 )  # fmt: skip
 
@@ -200,7 +210,13 @@ def _sum(
             value = tl.load(values + j, mask=here, other=0.0)
         j = tl.load(picks + k + BLOCK_J, mask=k + BLOCK_J < end, other=0).to(tl.int64)
         lanes += part.to(tl.float32) * value.to(tl.float32)[:, None]
-    tl.store(partial + split * q + d, tl.sum(lanes, 0), mask=d < q)
+    _bring_together(tl.sum(lanes, 0), partial, tickets, bias, y, d, q, tile, split, splits, BLOCK_D)
+
+
+@triton.jit
+def _bring_together(own, partial, tickets, bias, y, d, q, tile, split, splits, BLOCK_D: tl.constexpr):
+    """y[d] = the sum over splits of what each calls with as `own`, + bias: the last one to arrive adds them up in order."""
+    tl.store(partial + split * q + d, own, mask=d < q)
     tl.debug_barrier()  # all of this program's partial sums are written before its ticket
     ticket = tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu")
     if ticket == splits - 1:
