@@ -43,9 +43,12 @@ void normalize(const DecodeNorm &norm, const float *x, int64_t n, float *out) {
     const float mean = norm.centred ? sum_of(n, [&](int64_t i) { return x[i]; }) / size : 0.0f;
     const float squares = sum_of(n, [&](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
     const float scale = 1.0f / sqrtf(squares / size + norm.eps);
-    for (int64_t i = 0; i < n; ++i) {
-        const float unit = (x[i] - mean) * scale, weight = widen(*at<T>(norm.weight, i));
-        out[i] = norm.centred ? rounded<T>(unit * weight + bias_at<T>(norm.bias, i)) : rounded<T>(rounded<T>(unit) * weight);
+    const T *weight = at<T>(norm.weight, 0);
+    if (norm.centred) {
+        for (int64_t i = 0; i < n; ++i)
+            out[i] = rounded<T>((x[i] - mean) * scale * widen(weight[i]) + bias_at<T>(norm.bias, i));
+    } else {
+        for (int64_t i = 0; i < n; ++i) out[i] = rounded<T>(rounded<T>(x[i] * scale) * widen(weight[i]));
     }
 }
 
@@ -142,12 +145,14 @@ class Decoding {
 
     // my.kept = the pieces that a row keeps, by |x_i| * factor_i > threshold in the model's type (as the method computes it).
     int64_t decide(const DecodeLinear &of, const T *x, int64_t n, Own &my) {
-        for (int64_t r = 0; r < a.rows; ++r)
-            for (int64_t i = 0; i < n; ++i) {
-                const float size = fabsf(widen(x[r * n + i]));
-                const float score = of.factor ? rounded<T>(size * static_cast<const float *>(of.factor)[i]) : size;
-                my.mask[r * n + i] = score > of.threshold;
-            }
+        const float *factor = static_cast<const float *>(of.factor);
+        const float threshold = of.threshold;
+        for (int64_t r = 0; r < a.rows; ++r) {
+            const T *row = x + r * n;
+            uint8_t *mask = my.mask + r * n;
+            for (int64_t i = 0; i < n && !factor; ++i) mask[i] = fabsf(widen(row[i])) > threshold;
+            for (int64_t i = 0; i < n && factor; ++i) mask[i] = rounded<T>(fabsf(widen(row[i])) * factor[i]) > threshold;
+        }
         return list_kept(my.mask, n, a.rows, n, my.any, my.kept);
     }
 
