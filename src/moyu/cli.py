@@ -340,16 +340,26 @@ def generate(
     plan: Annotated[Path | None, typer.Option(help="a plan's folder; without one the model runs dense")] = None,
     prompt: Prompt = None,
     new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 64,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="the plan drafts, the dense model verifies: its text, sooner or later")
+    ] = False,
+    sirius: Annotated[
+        float | None, typer.Option(help="let dense correct what it finds less likely than this, e.g. 0.1; not lossless")
+    ] = None,
+    draft_length: Annotated[int, typer.Option(help="tokens that are drafted before dense looks at them")] = 4,
+    temperature: Annotated[float, typer.Option(help="of --lossless and --sirius; 0 is greedy")] = 0.0,
+    seed: Seed = 0,
     backend: BackendName = "auto",
     as_json: Json = False,
 ) -> None:
-    """Generate text, under a plan or dense; how fast is said on stderr."""
+    """Generate text, under a plan, dense, or drafted by the plan and corrected by dense; how fast is said on stderr."""
     from moyu import pipeline
     from moyu.reporting.summary import generated
 
     if new_tokens < 1:
         raise UserError(f"--new-tokens must be at least 1, not {new_tokens}", "64 is the default")
-    row: Any = pipeline.generate_command(model, plan, prompt, new_tokens, backend)  # pyright: ignore
+    correction = pipeline.correction_for(lossless, sirius, draft_length, temperature, plan)
+    row: Any = pipeline.generate_command(model, plan, prompt, new_tokens, backend, correction, seed)  # pyright: ignore
     if as_json:
         print(row.model_dump_json())
         return

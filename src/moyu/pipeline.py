@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from moyu import accounting, compensation, kernels, methods, models, records, surgery, text
+from moyu import accounting, compensation, kernels, methods, models, records, speculation, surgery, text
 from moyu.applied import Applied
 from moyu.benchmark import Comparison, compare
 from moyu.calibration import Windows, calibrate, solve_bytes
@@ -31,6 +31,7 @@ from moyu.models import Loaded
 from moyu.plan import Plan
 from moyu.profiling import Profile, profile
 from moyu.records import Record
+from moyu.speculation import Correction, Speculation
 from moyu.surgery import Anatomy
 
 DEFAULT_METHODS = ("cett", "cats", "teal", "griffin", "tda", "popularity")
@@ -417,9 +418,56 @@ def generate(context: Context, plan: Plan | None, prompt: str, new_tokens: int) 
     )
 
 
-def generation_record(context: Context, plan: Plan | None, prompt: str, dense: Written) -> Record:
+def correction_for(
+    lossless: bool, sirius: float | None, drafts: int, temperature: float, plan: Path | None
+) -> Correction | None:
+    """What the options of `moyu generate` ask for; UserError for what they cannot mean."""
+    if not lossless and sirius is None:
+        if temperature:
+            raise UserError("--temperature is of --lossless and --sirius", "plain generation is greedy")
+        return None
+    if lossless and sirius is not None:
+        raise UserError("both --lossless and --sirius are given", "give one of them")
+    if plan is None:
+        raise UserError("no plan to draft with", "`moyu calibrate` makes one; then --plan runs/plans/METHOD")
+    if sirius is not None and not 0 <= sirius <= 1:
+        raise UserError(f"--sirius is a likelihood in [0, 1], not {sirius}", "the paper's is 0.1")
+    return Correction("lossless" if lossless else "sirius", drafts, temperature, sirius or 0.0)
+
+
+def corrected(
+    context: Context, plan: Plan, prompt: str, new_tokens: int, correction: Correction
+) -> tuple[Written, Speculation]:
+    """Text after a prompt that `plan` drafts and the dense model corrects."""
+    tokenizer: Any = context.loaded.tokenizer
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ends = getattr(context.loaded.model.generation_config, "eos_token_id", None)
+    with Applied(context.loaded.model, plan, backend=context.settings.backend, anatomy=context.anatomy) as applied:
+        made = speculation.speculate(
+            applied,
+            ids,
+            new_tokens,
+            drafts=correction.drafts,
+            temperature=correction.temperature,
+            rule=correction.decide,
+            ends=[] if ends is None else ends if isinstance(ends, list) else [ends],
+            seed=context.settings.seed,
+        )
+    tokens = [str(tokenizer.decode([t])) for t in made.tokens]
+    return Written(made.tokens, tokens, str(tokenizer.decode(made.tokens)), made.first_token_s, made.tok_s), made
+
+
+def generation_record(
+    context: Context, plan: Plan | None, prompt: str, dense: Written, correction: Correction | None = None
+) -> Record:
     """Dense and sparse text side by side; without a plan the method is `dense`, and both are the same."""
-    sparse = dense if plan is None else generate(context, plan, prompt, context.settings.new_tokens)
+    made = None
+    if plan is None:
+        sparse = dense
+    elif correction is None:
+        sparse = generate(context, plan, prompt, context.settings.new_tokens)
+    else:
+        sparse, made = corrected(context, plan, prompt, context.settings.new_tokens, correction)
     pairs = zip(dense.ids, sparse.ids, strict=False)
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if first is None and len(dense.ids) != len(sparse.ids):
@@ -440,6 +488,16 @@ def generation_record(context: Context, plan: Plan | None, prompt: str, dense: W
         first_token_s=sparse.first_token_s,
         tok_s_dense=dense.tok_s,
         tok_s=sparse.tok_s,
+        correction=None
+        if made is None or correction is None
+        else {
+            "rule": correction.rule,
+            "drafts": correction.drafts,
+            "temperature": correction.temperature,
+            "acceptance": made.acceptance,
+            "tokens_per_pass": made.tokens_per_pass,
+            "margin": None if first is None or first >= len(made.margins) else made.margins[first],
+        },
     )
 
 
@@ -704,13 +762,19 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def generate_command(
-    name: str, plan_folder: Path | None, prompt: str | None, new_tokens: int, backend: Backend
+    name: str,
+    plan_folder: Path | None,
+    prompt: str | None,
+    new_tokens: int,
+    backend: Backend,
+    correction: Correction | None = None,
+    seed: int = 0,
 ) -> Record:
     """Text after a prompt under a plan, dense beside it; dense alone where there is no plan."""
-    settings = Settings(new_tokens=new_tokens, backend=backend)
+    settings = Settings(new_tokens=new_tokens, backend=backend, seed=seed)
     loaded = models.load(name)
     plan = None if plan_folder is None else Plan.load(plan_folder)
     nothing = Windows(torch.zeros(1, 2, dtype=torch.long), 1)
     context = Context(loaded, surgery.dissect(loaded.model), text.Split(nothing, nothing, nothing), settings)
     prompt = PROMPT_TEXT if prompt is None else prompt
-    return generation_record(context, plan, prompt, generate(context, None, prompt, new_tokens))
+    return generation_record(context, plan, prompt, generate(context, None, prompt, new_tokens), correction)

@@ -220,6 +220,19 @@ class Speed(MethodRecord):
         return self
 
 
+class Correction(_Model):
+    """The dense model's part in a text that a plan drafted."""
+
+    rule: Literal["lossless", "sirius"] = Field(description="which drafts stay")
+    drafts: Count = Field(description="tokens that are drafted before dense looks at them")
+    temperature: float = Field(ge=0, description="0 is greedy")
+    acceptance: Fraction = Field(description="accepted of the drafts that were looked at")
+    tokens_per_pass: float = Field(ge=0, description="new tokens a dense pass")
+    margin: float | None = Field(
+        None, description="at the first token that differs from dense: its two largest logits apart"
+    )
+
+
 class Generation(MethodRecord):
     """Greedy text, dense and sparse, after one prompt."""
 
@@ -235,6 +248,7 @@ class Generation(MethodRecord):
     first_token_s: Positive | None = Field(None, description="the same with the plan applied")
     tok_s_dense: Positive | None = Field(None, description="tokens a second after the first, dense")
     tok_s: Positive | None = Field(None, description="the same with the plan applied; one run, not a benchmark")
+    correction: Correction | None = Field(None, description="where dense corrected what the plan drafted, see below")
 
     @model_validator(mode="after")
     def _trained(self) -> Self:
@@ -433,6 +447,7 @@ def schema_markdown() -> str:
         ("`protocol`", Protocol),
         ("`kv_bytes` of a record about a method", KvBytes),
         ("`search` of `quality`", Search),
+        ("`correction` of `generation`", Correction),
         ("`layers` of `profile`", LayerNeed),
         ("`token_curve` of `profile`", PositionNeed),
         ("`conditions` of `study`", Condition),

@@ -76,12 +76,14 @@ class SequenceMemory:
     seen: int = 0  # columns of the cache that came through the applied model
     tokens: Tensor | None = None  # (B, t), kept only where a controller asks
     steps: int = 0
+    control: dict[str, Tensor] = field(default_factory=dict)  # the controller's memory, (B, ...)
     decision: Keep | Refresh = field(default_factory=Keep)
 
     def select(self, index: Tensor) -> None:
         """Keep the slots at `index`, in that order."""
         self.sites = {k: {n: t[index.to(t.device)] for n, t in m.items()} for k, m in self.sites.items()}
         self.masks = {k: t[index.to(t.device)] for k, t in self.masks.items()}
+        self.control = {k: t[index.to(t.device)] for k, t in self.control.items()}
         if self.tokens is not None:
             self.tokens = self.tokens[index.to(self.tokens.device)]
 
@@ -96,8 +98,8 @@ class SequenceMemory:
         if length < self.dense_until:
             self.sites, self.masks, self.dense_until, self.seen = {}, {}, 0, 0
         self.seen = min(self.seen, length)
-        if self.tokens is not None:
-            self.tokens = self.tokens[:, :length]
+        if self.tokens is not None and length < self.tokens.shape[1]:
+            self.tokens, self.control = self.tokens[:, :length], {}
 
 
 class _Remembering:
@@ -254,7 +256,8 @@ class ForwardCall:
         memory.tokens = ids if memory.tokens is None else torch.cat([memory.tokens, ids], dim=1)
         if state.any_sparse and self.applied.controller is not None:
             memory.steps += 1
-            memory.decision = self.applied.controller.after(Step(memory.steps, output.logits[:, -1], memory.tokens))
+            step = Step(memory.steps, output.logits[:, -1], memory.tokens, memory.control)
+            memory.decision = self.applied.controller.after(step)
 
     def _refresh(self, memory: SequenceMemory, cache: Cache | None, call: Mapping[str, Any]) -> None:
         """Carry out a Refresh: the last tokens again through the dense model, cache and memory included."""
@@ -263,7 +266,7 @@ class ForwardCall:
             return
         length = int(cache.get_seq_length())
         start = max(0, length - decision.tokens)
-        tokens, boundary = memory.tokens, memory.prompt
+        tokens, boundary, control = memory.tokens, memory.prompt, memory.control
         mask = call.get("attention_mask")
         mask = None if mask is None else mask[:, :length]
         memory.sites, memory.masks = {}, {}
@@ -278,6 +281,7 @@ class ForwardCall:
         with entered(self.applied, state), kernels.use(self.applied.backend):
             self.inner(**kwargs)
         memory.tokens, memory.prompt, memory.dense_until, memory.seen = tokens, boundary, length, length
+        memory.control = control
 
 
 class GenerateCall:

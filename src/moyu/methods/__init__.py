@@ -26,6 +26,7 @@ METHODS: dict[str, str] = {
     "moefication": "moyu.methods.moefication:Moefication",
     "griffin": "moyu.methods.griffin:Griffin",
     "tda": "moyu.methods.tda:Tda",
+    "clada": "moyu.methods.clada:Clada",
     "popularity": "moyu.methods.popularity:Popularity",
     "static-norm": "moyu.methods.static_norm:StaticNorm",
     "random": "moyu.methods.random:Random",

@@ -184,6 +184,10 @@ class Method(ABC):
         """Bytes read in order to decide, beyond weights that the step reads anyway."""
         return 0
 
+    def controller(self) -> Controller | None:
+        """What decides between the steps of a generation, where a method has something that does."""
+        return None
+
     def knobs(self) -> dict[str, Any]:
         """The knobs and their values."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -235,10 +239,11 @@ class Step:
     index: int  # decode steps so far in this sequence
     logits: Tensor  # (B, V) of the newest position
     tokens: Tensor  # (B, t) every token so far
+    memory: dict[str, Tensor] = field(default_factory=dict)  # the controller's own, (B, ...); it follows the cache
 
 
 class Controller(ABC):
-    """Decides between steps; at most one a plan. A pure function of what it is shown (CLADA, Sirius)."""
+    """Decides between steps; at most one a plan. What it must know of earlier steps it keeps in `step.memory`."""
 
     @abstractmethod
     def after(self, step: Step) -> Keep | Refresh:

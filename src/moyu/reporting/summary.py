@@ -131,11 +131,22 @@ def generated(record: Generation) -> list[str]:
     rates = [(record.method, record.first_token_s, record.tok_s)]
     if record.method != "dense":
         rates.append(("dense", record.first_token_s_dense, record.tok_s_dense))
-    return [
+    lines = [
         f"{name}: first token after {number(first)} s"
         + ("" if rate is None else f", then {number(rate)} tokens a second (prefill excluded)")
         for name, first, rate in rates
     ]
+    if record.correction is not None:
+        own = record.correction
+        lines.append(
+            f"{own.rule}, {own.drafts} drafts: {percent(own.acceptance)} accepted, {number(own.tokens_per_pass)} tokens a dense pass"
+        )
+        if own.temperature == 0 and record.first_difference is not None:
+            lines.append(
+                f"first difference from dense at token {record.first_difference}"
+                + ("" if own.margin is None else f", dense logits {number(own.margin)} apart")
+            )
+    return lines
 
 
 def notes(records: Iterable[Record]) -> list[tuple[str, str]]:
