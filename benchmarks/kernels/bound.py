@@ -37,7 +37,10 @@ def main() -> None:
                 union = 1.0 if name == "rows" else float(mask.any(0).float().mean())
                 rates.append(union * weight.nbytes / _seconds(calls[name]) / 1e9)
             if kept == 1.0 or name != "rows":
-                print(f"{name}, kept {kept}: " + ", ".join(f"{r:.0f}" for r in rates) + " GB/s at 1, 2, 4, 8 rows", flush=True)
+                print(
+                    f"{name}, kept {kept}: " + ", ".join(f"{r:.0f}" for r in rates) + " GB/s at 1, 2, 4, 8 rows",
+                    flush=True,
+                )
 
 
 def _seconds(call) -> float:

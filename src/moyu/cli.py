@@ -538,7 +538,9 @@ def zoo_train(
     name: Annotated[str, typer.Argument(help="swiglu, relu or gelu")],
     data: Annotated[Path, typer.Option(help="folder for the token files; made where it has none")] = RUNS / "zoo-data",
     out: Annotated[Path | None, typer.Option(help="folder for the model")] = None,
-    tokens: Annotated[int | None, typer.Option(help="training tokens; default: what the shipped models saw")] = None,
+    size: Annotated[str, typer.Option(help="6m, as the shipped models, or 100m")] = "6m",
+    tokens: Annotated[int | None, typer.Option(help="training tokens; default: the size's")] = None,
+    watch: Annotated[bool, typer.Option(help="log sparsity and the sign statistic on the way")] = False,
     minutes: Annotated[float | None, typer.Option(help="stop after so long; run again to go on")] = None,
     seed: Seed = 0,
 ) -> None:
@@ -548,13 +550,15 @@ def zoo_train(
     from moyu.zoo import training
 
     zoo.path(name)
-    target = out or RUNS / "zoo" / name
+    if size not in training.SIZES:
+        raise UserError(f"no size {size!r}", f"the sizes are {', '.join(training.SIZES)}")
+    target = out or RUNS / "zoo" / (name if size == training.SHIPPED else f"{name}-{size}")
     check_writable(target)
     check_writable(data)
     if not (data / "meta.json").exists():
         print("reading the corpus and training the tokenizer (some minutes)", file=sys.stderr)
-        training.prepare(data)
-    done = training.train(name, data, target, tokens=tokens or training.TOKENS, minutes=minutes, seed=seed)
+        training.prepare(data, size)
+    done = training.train(name, data, target, size=size, tokens=tokens, minutes=minutes, seed=seed, watched=watch)
     print(f"{'finished' if done else 'stopped by --minutes; run again to go on'}: {target}")
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moyu import zoo
+from moyu.studies import root_cause
 from moyu.zoo import corpus, training
 from moyu.zoo.corpus import Document
 
@@ -25,8 +26,8 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "LENGTH", LENGTH)
     whole = training.config_of
 
-    def small(name):
-        config = whole(name)
+    def small(name, size=training.SHIPPED):
+        config = whole(name, size)
         config.num_hidden_layers, config.hidden_size = 2, 64
         if name != "swiglu":
             config.word_embed_proj_dim = 64
@@ -51,6 +52,27 @@ def test_models_are_matched_in_size():
     assert all(5.5e6 < size < 6.5e6 for size in sizes.values())
 
 
+def test_the_larger_size_is_matched_too():
+    with torch.device("meta"):
+        sizes = {name: sum(p.numel() for p in training.build(name, 0, "100m").parameters()) for name in zoo.names()}
+    assert sizes["relu"] == sizes["gelu"] and sizes["swiglu"] == pytest.approx(sizes["relu"], rel=0.01)
+    assert all(95e6 < size < 110e6 for size in sizes.values())
+
+
+@pytest.mark.parametrize("name", ["relu", "swiglu"])
+def test_a_watched_training_logs_the_series_of_root_cause_and_trains_the_same_model(name, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "WATCHED", 2)
+    _train(name, data, tmp_path / "watched", watched=True)
+    _train(name, data, tmp_path / "alone")
+    seen = json.loads((tmp_path / "watched" / "training.json").read_text())["on_the_way"]
+    assert [step for step, _ in seen] == [0, 1, 2, STEPS]
+    zeros, loss = ([values[root_cause.SERIES.index(s)] for _, values in seen] for s in ("exact zeros", "loss"))
+    assert all(len(layers) == 2 for layers in zeros) and loss[-1] < loss[0]
+    assert (min(zeros[0]) > 0.2) is (name == "relu")
+    both = [load_file(tmp_path / run / "model.safetensors") for run in ("watched", "alone")]
+    assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])
+
+
 def test_relu_and_gelu_differ_in_the_activation_only():
     relu, gelu = (training.config_of(name).to_dict() for name in ("relu", "gelu"))
     assert {key for key in relu if relu[key] != gelu[key]} == {"activation_function"}
@@ -59,11 +81,11 @@ def test_relu_and_gelu_differ_in_the_activation_only():
 
 
 def test_schedule_warms_up_and_falls_to_a_tenth():
-    rates = [training.rate(step, 1000) for step in range(1000)]
+    rates = [training.rate(step, 1000, 1.5e-3) for step in range(1000)]
     peak = rates.index(max(rates))
-    assert max(rates) == pytest.approx(training.PEAK_RATE)
+    assert max(rates) == pytest.approx(1.5e-3)
     assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert rates[-1] == pytest.approx(0.1 * training.PEAK_RATE, rel=0.01)
+    assert rates[-1] == pytest.approx(0.1 * 1.5e-3, rel=0.01)
 
 
 def test_token_files_hold_the_documents_each_after_bos(data):

@@ -248,7 +248,7 @@ def _run(name: str, seed: int, arm: Arm, steps: int, setup: Setup) -> Observed:
 
     def watch(step: int, model: torch.nn.Module) -> None:
         logged.append(step)
-        series.append(_measure(tiny.subject(name, model), tokens))  # pyright: ignore[reportArgumentType]
+        series.append(measure(tiny.subject(name, model), tokens))  # pyright: ignore[reportArgumentType]
 
     model = tiny.train(name, seed, arm, steps=steps, watch=watch)
     if arm == MAIN and setup.cache is not None and not setup.quick:
@@ -256,7 +256,7 @@ def _run(name: str, seed: int, arm: Arm, steps: int, setup: Setup) -> Observed:
     return {"steps": np.array(logged), "series": np.stack(series)}
 
 
-def _measure(who: Subject, tokens: Tensor) -> np.ndarray:
+def measure(who: Subject, tokens: Tensor) -> np.ndarray:
     """Every series of every layer: (series, layers)."""
     values, gradients = who.saliencies(tokens)
     values, gradients = values[:, :, SINK:-1].flatten(1, 2), gradients[:, :, SINK:-1].flatten(1, 2)  # (L, N, f)

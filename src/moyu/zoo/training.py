@@ -1,7 +1,8 @@
-"""The trainer that made the zoo: a tokenizer, token files, and resumable training of a small decoder."""
+"""The trainer that made the zoo: a tokenizer, token files, and resumable training of small decoders in matched sizes."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,35 +39,58 @@ from moyu.zoo import corpus
 
 VOCABULARY = 4096
 LENGTH = 512
-BATCH = 64  # sequences a step
-TOKENS = 120_000_000  # what the shipped models saw
-TRAIN_FILE_TOKENS = 26_000_000  # of the corpus' 54 million: 52 MB of token files travel to another machine easily
-PEAK_RATE, WARM_UP, DECAY = 1.5e-3, 200, 0.1
+WARM_UP, DECAY = 200, 0.1
 EVIDENCE_WINDOWS, SHUFFLED_FILES = 256, 40  # held-out windows scored; held-out files whose words are shuffled
+WATCHED = 8  # held-out windows that are looked at while a model trains
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 
 
-def config_of(name: str) -> LlamaConfig | OPTConfig:
-    """The configuration of a zoo model."""
+@dataclass(frozen=True)
+class Size:
+    """Widths and depth of a size, gated and plain networks with equal parameters, and how it is trained."""
+
+    layers: int
+    width: int
+    heads: int
+    plain: int  # neurons of a plain network
+    gated: int  # of a gated one
+    tokens: int
+    batch: int  # sequences a step
+    file_tokens: int  # at most, of the training file
+    peak_rate: float
+
+
+SIZES = {
+    # the shipped models: 26 of the corpus' 54 million tokens, because 52 MB of token files travel to another machine easily
+    "6m": Size(6, 256, 4, 1024, 688, 120_000_000, 64, 26_000_000, 1.5e-3),
+    "100m": Size(14, 768, 12, 3072, 2048, 1_000_000_000, 256, 1_000_000_000, 6e-4),
+}
+SHIPPED = "6m"
+
+
+def config_of(name: str, size: str = SHIPPED) -> LlamaConfig | OPTConfig:
+    """The configuration of a zoo model, or of its larger sibling."""
+    own = SIZES[size]
     common: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "vocab_size": VOCABULARY, "hidden_size": own.width, "num_hidden_layers": own.layers, "num_attention_heads": own.heads,
         "max_position_embeddings": LENGTH, "tie_word_embeddings": True, **IDS,
     }  # fmt: skip
     if name == "swiglu":
-        return LlamaConfig(**common, intermediate_size=688)
-    return OPTConfig(**common, ffn_dim=1024, word_embed_proj_dim=256, dropout=0.0, activation_function=name)
+        return LlamaConfig(**common, intermediate_size=own.gated)
+    return OPTConfig(**common, ffn_dim=own.plain, word_embed_proj_dim=own.width, dropout=0.0, activation_function=name)
 
 
-def build(name: str, seed: int) -> PreTrainedModel:
+def build(name: str, seed: int, size: str = SHIPPED) -> PreTrainedModel:
     """A zoo model before training."""
     torch.manual_seed(seed)
-    config = config_of(name)
+    config = config_of(name, size)
     return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else OPTForCausalLM(config)
 
 
-def prepare(folder: Path) -> dict[str, Any]:
+def prepare(folder: Path, size: str = SHIPPED) -> dict[str, Any]:
     """Read the corpus, train the tokenizer, write token files and `listing.json` into `folder`; returns the counts."""
+    most = SIZES[size].file_tokens
     folder.mkdir(parents=True, exist_ok=True)
     splits = corpus.collect()
     tokenizer = train_tokenizer(d.text for d in splits["train"][:4000])
@@ -76,12 +101,12 @@ def prepare(folder: Path) -> dict[str, Any]:
         for start in range(0, len(documents), 256):
             for encoding in tokenizer([d.text for d in documents[start : start + 256]], verbose=False)["input_ids"]:  # pyright: ignore
                 ids += encoding  # every document begins with <bos>
-            if split == "train" and len(ids) >= TRAIN_FILE_TOKENS:
-                ids = ids[:TRAIN_FILE_TOKENS]
+            if split == "train" and len(ids) >= most:
+                ids = ids[:most]
                 break
         np.asarray(ids, dtype=np.uint16).tofile(folder / f"{split}.bin")
-        size = sum(len(d.text.encode()) for d in documents)
-        counts[split] = {"documents": len(documents), "bytes": size, "tokens": len(ids)}
+        weight = sum(len(d.text.encode()) for d in documents)
+        counts[split] = {"documents": len(documents), "bytes": weight, "tokens": len(ids)}
     test = "".join(d.text for d in splits["test"][:SHUFFLED_FILES])
     mixed = tokenizer(corpus.shuffled(test), verbose=False)["input_ids"]
     np.asarray(mixed, dtype=np.uint16).tofile(folder / "shuffled.bin")
@@ -109,13 +134,27 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def rate(step: int, steps: int) -> float:
-    """Learning rate: linear warm-up, then a cosine to a tenth."""
+def rate(step: int, steps: int, peak: float) -> float:
+    """Learning rate: linear warm-up to `peak`, then a cosine to a tenth."""
     warm = min(WARM_UP, max(1, steps // 10))
     if step < warm:
-        return PEAK_RATE * (step + 1) / warm
+        return peak * (step + 1) / warm
     share = (step - warm) / max(1, steps - warm)
-    return PEAK_RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+
+
+def watch(model: PreTrainedModel, data: Path) -> list[list[float]]:
+    """The series of `studies.root_cause` (SERIES) of every layer, on the first held-out windows: (series, layers).
+
+    On a copy in float32 on the CPU, so that training goes on as if nobody had looked.
+    """
+    from moyu.studies import root_cause
+    from moyu.studies.subject import Subject
+
+    twin = copy.deepcopy(model).to("cpu", torch.float32).eval()  # pyright: ignore[reportArgumentType]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
+    windows = _ids(data / "test.bin")[: WATCHED * LENGTH].view(-1, LENGTH)
+    return root_cause.measure(Subject.of(models.Loaded("in training", twin, tokenizer)), windows).round(6).tolist()
 
 
 def train(
@@ -123,45 +162,53 @@ def train(
     data: Path,
     out: Path,
     *,
-    tokens: int = TOKENS,
-    batch: int = BATCH,
+    size: str = SHIPPED,
+    tokens: int | None = None,
+    batch: int | None = None,
     device: str | None = None,
     seed: int = 0,
     minutes: float | None = None,
     checkpoint_every: int = 500,
+    watched: bool = False,
 ) -> bool:
     """Train a zoo model on prepared token files; True when finished, False when `minutes` ran out (call to go on).
 
     Deterministic in the data order: step i sees the windows that (seed, i) draws, so a resumed run sees the same text.
+    `watched`: training.json also says what `watch` saw before training, after powers of two of steps, and at the end.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = SIZES[size]
+    tokens, batch = tokens or own.tokens, batch or own.batch
     started = time.monotonic()
-    model = build(name, seed).to(device)  # pyright: ignore[reportArgumentType]
+    model = build(name, seed, size).to(device)  # pyright: ignore[reportArgumentType]
+    forward = torch.compile(model) if device == "cuda" else model
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=device == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=own.peak_rate, betas=(0.9, 0.95), fused=device == "cuda")
     data_ids = torch.from_numpy(np.fromfile(data / "train.bin", dtype=np.uint16).astype(np.int32)).to(device)
     steps = max(1, tokens // (batch * LENGTH))
     state_file = out / "checkpoint.pt"
-    first, curve = 0, []
+    first, curve, seen = 0, [], []
     out.mkdir(parents=True, exist_ok=True)
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         if state["steps"] == steps:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            first, curve = state["step"], state["curve"]
+            first, curve, seen = state["step"], state["curve"], state["seen"]
     offsets = torch.arange(LENGTH, device=device)
+    if watched and not seen:
+        seen.append([0, watch(model, data)])
     model.train()
     for step in range(first, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         starts = torch.randint(0, len(data_ids) - LENGTH, (batch, 1), generator=generator).to(device)
         ids = data_ids[starts + offsets].long()
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps)
+            group["lr"] = rate(step, steps, own.peak_rate)
         with torch.autocast(device, torch.bfloat16):
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            logits = forward(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -172,14 +219,18 @@ def train(
             seconds = time.monotonic() - started
             speed = (step - first + 1) * batch * LENGTH / seconds
             print(f"{name}: step {step}/{steps} loss {loss.item():.3f} {speed:,.0f} tokens/s", flush=True)
+        if watched and (step + 1 == steps or (step + 1) & step == 0):
+            seen.append([step + 1, watch(model, data)])
         over = minutes is not None and time.monotonic() - started > minutes * 60
         if over or (step + 1) % checkpoint_every == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            _save(state_file, state | {"step": step + 1, "steps": steps, "curve": curve})
+            _save(state_file, state | {"step": step + 1, "steps": steps, "curve": curve, "seen": seen})
         if over and step + 1 < steps:
             return False
     facts = {"tokens": steps * batch * LENGTH, "batch": batch, "seed": seed, "loss": curve}
-    export(name, model.eval(), data, out, facts)
+    facts |= {"size": size} if size != SHIPPED else {}
+    facts |= {"on_the_way": seen} if watched else {}
+    export(name, model.eval(), data, out, facts, size)
     state_file.unlink(missing_ok=True)
     return True
 
@@ -190,11 +241,14 @@ def _save(path: Path, state: dict[str, Any]) -> None:
     os.replace(file.name, path)
 
 
-def export(name: str, model: PreTrainedModel, data: Path, out: Path, facts: dict[str, Any]) -> None:
+def export(
+    name: str, model: PreTrainedModel, data: Path, out: Path, facts: dict[str, Any], size: str = SHIPPED
+) -> None:
     """Write bf16 safetensors, tokenizer and training.json with the evidence that the model is trained."""
     meta = json.loads((data / "meta.json").read_text())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
-    bits = evidence(name, model, facts["seed"], tokenizer, _ids(data / "test.bin"), _ids(data / "shuffled.bin"))
+    untrained = build(name, facts["seed"], size).to(model.device).eval()  # pyright: ignore[reportArgumentType]
+    bits = evidence(model, untrained, tokenizer, _ids(data / "test.bin"), _ids(data / "shuffled.bin"))
     model.to(torch.bfloat16).save_pretrained(out)  # pyright: ignore[reportArgumentType]
     tokenizer.save_pretrained(out)
     (out / "training.json").write_text(
@@ -222,10 +276,13 @@ def _ids(file: Path) -> Tensor:
 
 
 def evidence(
-    name: str, model: PreTrainedModel, seed: int, tokenizer: PreTrainedTokenizerBase, test: Tensor, shuffled: Tensor
+    model: PreTrainedModel,
+    untrained: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Tensor,
+    shuffled: Tensor,
 ) -> dict[str, float]:
     """Bits a byte of a trained model on held-out ids, beside what it was before training and on shuffled words."""
-    untrained = build(name, seed).to(model.device).eval()  # pyright: ignore[reportArgumentType]
     return {
         "held_out": measure(model, tokenizer, test),
         "random_initialisation": measure(untrained, tokenizer, test),
@@ -263,7 +320,7 @@ def measure_shipped(name: str) -> dict[str, Any]:
         for part in (texts, [corpus.shuffled("".join(texts[:SHUFFLED_FILES]))])
     )
     facts = zoo.describe(name)
-    found = evidence(name, loaded.model, facts["seed"], loaded.tokenizer, test, shuffled)
+    found = evidence(loaded.model, build(name, facts["seed"]).eval(), loaded.tokenizer, test, shuffled)
     facts |= {"bits_per_byte": found, "measured_on": corpus.fingerprint(documents)}
     atomic_write_text(folder / "training.json", json.dumps(facts, indent=1))
     return found
