@@ -19,7 +19,8 @@ from tiny import build, tokens
 
 PROMPT, LENGTH = 8, 14
 STRUCTURES = ["llama", "opt-relu", "gpt2", "phi3", "mixtral"]
-ALL = {name: methods.method(name) for name in methods.names()} | FIXTURES
+QUICK = {"lte": {"steps": 2, "block": 12}}  # less training than by default: these tests are not about what was learned
+ALL = {name: methods.method(name, **QUICK.get(name, {})) for name in methods.names()} | FIXTURES
 
 
 def plan_for(model, method, sparsity=0.5, windows=None, **kwargs):
@@ -105,7 +106,7 @@ def test_fp64_reference_masks_identical_logits_equal(name, structure, batch):
 @pytest.mark.parametrize("name", methods.names())
 def test_corrupted_masks_are_noticed(name):
     """The equality test can fail: one flipped decision moves the logits far beyond its tolerance."""
-    method = methods.method(name)
+    method = ALL[name]
     model = build("reglu")
     plan = plan_for(model, method)
     ids, mask = padded(1)

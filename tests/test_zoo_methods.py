@@ -11,7 +11,7 @@ from moyu.applied import Applied
 from moyu.calibration import Windows
 from moyu.choosers import Counter, Recorder
 from moyu.zoo.training import VOCABULARY
-from test_equality import assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
+from test_equality import QUICK, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 from tiny import tokens
 
 
@@ -20,7 +20,7 @@ from tiny import tokens
 @pytest.mark.parametrize("model_name", zoo.names())
 def test_masked_pass_equals_skipped_steps(model_name, name, batch):
     model = models.load(model_name, dtype=torch.float64).model
-    method = methods.method(name)
+    method = methods.method(name, **QUICK.get(name, {}))
     if not has_sites(model, method):
         with pytest.raises(moyu.UserError, match="nothing to skip"):
             plan_for(model, method)

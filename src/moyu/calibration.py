@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moyu import compensation, kernels, runtime, surgery
+from moyu import compensation, in_loop, kernels, runtime, surgery
 from moyu.applied import Applied
 from moyu.errors import UserError
 from moyu.execution import SiteState
@@ -106,9 +106,12 @@ def calibrate(
             _fit_layer(walk, index, layer_blocks, method, parts, sparsity, bias, centre)
             if progress:
                 progress(index + 1, len(blocks))
+    if method.joint and sparsity > 0:
+        steps = method.knobs()["steps"]
+        draft = in_loop.train(model, draft, windows, sparsity, steps=steps, anatomy=anatomy, progress=progress)
     return dataclasses.replace(
         draft,
-        parts=dict(parts),
+        parts=dict(draft.parts),
         model={
             "name": name,
             "revision": revision,

@@ -307,19 +307,30 @@ def fit(
     text: Text = None,
     shifted: Annotated[Path | None, typer.Option(help="text of another kind, to grade the router on as well")] = None,
     windows: Annotated[int, typer.Option(help="windows of text to train on")] = 64,
+    tune: Annotated[
+        Path | None, typer.Option(help="tune the weights as well (lte): a folder for the checkpoint and its plan")
+    ] = None,
     out: Out = RUNS / "plans",
     window: Window = 256,
     prompt_tokens: Boundary = 128,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a method's router on a frozen model, make its plan, and grade it on text that it has not seen."""
+    """Train a method's router on a frozen model, make its plan, and grade it on text that it has not seen.
+
+    A plan that the same training has already made is taken as it is.
+    """
     from moyu import pipeline
 
     settings = _settings(
         [method], sparsity, None, knob, text=text, window=window, boundary=prompt_tokens, seed=seed, calibration=windows
     )
-    pipeline.check_writable(out)
+    pipeline.check_writable(tune or out)
+    if tune is not None:
+        with _progress() as stage:
+            row = pipeline.tune(model, settings, tune, stage)
+        print(json.dumps(row) if as_json else "\n".join(f"{k:18s} {v}" for k, v in row.items()))
+        return
     with _progress() as stage:
         grades = pipeline.fit(model, settings, shifted, out / method, stage)
     for row in grades:

@@ -141,11 +141,11 @@ def learn(
                 at = torch.arange(step * batch, (step + 1) * batch) % len(windows.tokens)
                 tokens = windows.tokens[at].to(next(model.parameters()).device)
                 with torch.no_grad(), applied.prompt(tokens.shape[1]):
-                    dense = _log_probs(model, tokens, windows.prompt)
+                    dense = log_probs(model, tokens, windows.prompt)
                 for entry in learned:
                     entry.update()
                 with applied.prompt(windows.prompt):
-                    sparse = _log_probs(model, tokens, windows.prompt)
+                    sparse = log_probs(model, tokens, windows.prompt)
                 loss = functional.kl_div(sparse, dense, log_target=True, reduction="batchmean")
                 optimiser.zero_grad()
                 loss.backward()
@@ -186,7 +186,7 @@ def _at_least_float(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _log_probs(model: nn.Module, tokens: Tensor, prompt: int) -> Tensor:
+def log_probs(model: nn.Module, tokens: Tensor, prompt: int) -> Tensor:
     """Log-probabilities of the sparse positions, (B * (T - P), V)."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, prompt:]
     return logits.flatten(0, 1).float().log_softmax(-1)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from moyu import kernels, runtime, selection, surgery
 from moyu.errors import UserError
-from moyu.methods.base import NOTHING, Method, Rows, Site, SiteParams, Tap
+from moyu.methods.base import NOTHING, Method, Rows, Site, SiteParams, Tap, head_norms
 from moyu.surgery import Block, Experts, Piece
 
 if TYPE_CHECKING:
@@ -112,7 +112,9 @@ class _Executor:
         mask = site.decide(x, rows, state)
         if state.chooser is not None:
             mask = state.chooser(site.site, mask, rows, oracle)
-        mask = mask if state.skipping else mask | ~rows.sparse[:, None]
+        if not state.skipping:
+            dense = ~rows.sparse[:, None]
+            mask = torch.where(dense, 1.0, mask) if mask.is_floating_point() else mask | dense
         if shared:
             state.masks[site.site.key] = mask
         return mask
@@ -326,7 +328,8 @@ class FfnCall(_Executor):
         if decided is None:
             return self.columns(down, "down", value, self.site(reads="mid", skips="columns"), rows, state)
         self.observe(decided, value, mask, rows, state)  # pyright: ignore[reportArgumentType]
-        y = functional.linear(torch.where(mask, value, 0), down.weight, down.bias)  # pyright: ignore
+        kept = value * mask if mask.is_floating_point() else torch.where(mask, value, 0)  # pyright: ignore
+        y = functional.linear(kept, down.weight, down.bias)
         return self.compensate(y, "down", decided, rows)
 
     def _neurons(self, x: Tensor, given: Tensor | None, site: SiteState, mask: Tensor, rows: Rows) -> Tensor:
@@ -415,10 +418,8 @@ class AttentionLinear(_Executor):
                 return self.dense(self.piece, x, state)
             return kernels.rows(x, weight, _widen(mask, weight.shape[0]), bias=self.piece.bias)
 
-        def hindsight() -> Tensor:  # ||W_o,h x_h|| by the Gram matrix of each head, (N, heads)
-            each, by_head = (t.float().unflatten(1, (units, -1)) for t in (x, weight.detach()))
-            gram = torch.einsum("dhi,dhj->hij", by_head, by_head)
-            return torch.einsum("nhi,hij,nhj->nh", each, gram, each).clamp(min=0).sqrt()
+        def hindsight() -> Tensor:  # (N, heads)
+            return head_norms(x, weight, units)
 
         if state.skipping:
             mask = state.masks.pop(key)

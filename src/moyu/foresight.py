@@ -9,7 +9,7 @@ from moyu import surgery
 from moyu.applied import Applied
 from moyu.calibration import Windows
 from moyu.errors import UserError
-from moyu.methods.base import Rows, Site, SiteParams, Tap
+from moyu.methods.base import Rows, Site, SiteParams, Tap, head_norms
 from moyu.plan import Plan
 from moyu.routers import Grade, grade
 from moyu.selection import TopK, select
@@ -22,10 +22,11 @@ def foresight(
 ) -> dict[int, Grade]:
     """Grades of a plan's scores, a layer: recall, AUROC and captured mass |a_j| ||w_j|| on the sparse positions of `windows`.
 
-    Of plans that choose whole neurons, or blocks of them, at every token (routers, proxies). The model runs under the
+    Of plans that choose whole neurons, blocks of them, or heads, at every token (routers, proxies); a head's mass is the norm
+    of what it adds to the output, and a layer with both kinds has the mean of their grades. The model runs under the
     plan, so that layers are graded on the inputs that they meet. Raises UserError for other plans.
     """
-    judged = [part for part in plan.parts.values() if part[0].skips == "neurons"]
+    judged = [part for part in plan.parts.values() if part[0].skips in ("neurons", "heads")]
     if plan.method.granularity != "token" or not judged:
         raise UserError(f"method {plan.method.name!r} foresees no neurons", "grade one that does, such as 'deja-vu'")
     anatomy = anatomy or surgery.dissect(model)
@@ -51,25 +52,30 @@ class _Grader:
     def __init__(self, plan: Plan, anatomy: Anatomy) -> None:
         self.plan = plan
         self.blocks = {(b.layer, b.expert): b for b in anatomy.all_blocks()}
-        self.inputs: dict[tuple[int, int | None], Tensor] = {}
+        self.inputs: dict[tuple[int, int | None, Tap], Tensor] = {}
         self.grades: dict[int, list[tuple[int, Grade]]] = {}
 
     def see(self, layer: int, expert: int | None, tap: Tap, x: Tensor, rows: Rows) -> None:
-        if tap == "mlp_in":
-            self.inputs[layer, expert] = x
+        if tap in ("mlp_in", "attn_in"):
+            self.inputs[layer, expert, tap] = x
         chosen = (rows.sparse & rows.valid).nonzero().squeeze(1)
-        if tap == "mid" and len(chosen):
+        shown = {"mid": "neurons", "heads": "heads"}.get(tap)
+        if shown and len(chosen):
             for site, params in self.plan.parts.values():
-                if (site.layer, site.expert, site.skips) == (layer, expert, "neurons"):
+                if (site.layer, site.expert, site.skips) == (layer, expert, shown):
                     own = self._grade(site, params, x[chosen], chosen, rows)
                     self.grades.setdefault(layer, []).append((len(chosen), own))
 
     def mask(self, site: Site, values: Tensor, mask: Tensor, rows: Rows) -> None: ...
 
-    def _grade(self, site: Site, params: SiteParams, mid: Tensor, chosen: Tensor, rows: Rows) -> Grade:
-        inputs = self.inputs[site.source_layer, site.expert][chosen]
+    def _grade(self, site: Site, params: SiteParams, held: Tensor, chosen: Tensor, rows: Rows) -> Grade:
+        inputs = self.inputs[site.source_layer, site.expert, site.reads][chosen]
         scores = self.plan.method.score(inputs, rows.take(chosen), site, params, {})  # (N, units)
-        mass = mid.abs().float() * self.blocks[site.layer, site.expert].pieces["down"].weight.float().norm(dim=0)
+        pieces = self.blocks[site.layer, site.expert].pieces
+        if site.skips == "heads":
+            mass = head_norms(held, pieces["o"].weight, site.units)
+        else:
+            mass = held.abs().float() * pieces["down"].weight.detach().float().norm(dim=0)
         if params.blocks is not None:
             mass = torch.zeros(len(mass), site.units).index_add_(1, params.blocks, mass)
         rule = params.rule

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import hashlib
+import json
 import os
 import statistics
 import time
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from moyu import accounting, compensation, kernels, methods, models, records, speculation, surgery, text
+from moyu import accounting, compensation, in_loop, kernels, methods, models, records, speculation, surgery, text
 from moyu.applied import Applied
 from moyu.benchmark import Comparison, compare
 from moyu.calibration import Windows, calibrate, solve_bytes
@@ -28,7 +30,7 @@ from moyu.foresight import foresight
 from moyu.kernels import Backend
 from moyu.methods.base import Method
 from moyu.models import Loaded
-from moyu.plan import Plan
+from moyu.plan import Plan, digests, fingerprint
 from moyu.profiling import Profile, profile
 from moyu.records import Record
 from moyu.speculation import Correction, Speculation
@@ -604,8 +606,7 @@ def fit(name: str, settings: Settings, shifted: Path | None, out: Path, stage: S
         able = [n for n in methods.names() if methods.method_class(n).trains]
         raise UserError(f"method {method!r} trains no router", f"`moyu calibrate` plans it; routers: {', '.join(able)}")
     context = Context.open(name, settings, stage)
-    plan = context.plan(method, progress=lambda done, whole: stage(f"train {method}", done, whole))
-    plan.save(out)
+    plan = _fitted(context, method, out, stage)
     texts = {"held-out": context.split.test}
     if shifted is not None:
         texts["shifted"] = Context.open(name, dataclasses.replace(settings, text=shifted), stage).split.test
@@ -616,6 +617,64 @@ def fit(name: str, settings: Settings, shifted: Path | None, out: Path, stage: S
         rows += [{"text": kind, "layer": layer, **dataclasses.asdict(own)} for layer, own in grades.items()]
         stage(f"grade on {kind} text", 1, 1)
     return rows
+
+
+def _fitted(context: Context, method: str, out: Path, stage: Stage) -> Plan:
+    """The plan in `out` where the same training made it, or a new one, saved there."""
+    model, anatomy, settings = context.loaded.model, context.anatomy, context.settings
+    own, windows = context.method(method), context.split.calibration
+    made_from = {
+        "method": [method, own.knobs(), context.target_for(own), settings.bias, settings.centre, settings.learn_bias],
+        "model": [fingerprint(model), digests(anatomy, (s for b in anatomy.all_blocks() for s in own.sites(b)))],
+        "text": [hashlib.sha256(windows.tokens.numpy().tobytes()).hexdigest(), windows.prompt, settings.seed],
+    }
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    if (out / "plan.json").exists():
+        with contextlib.suppress(UserError):
+            found = Plan.load(out)
+            if found.calibration.get("fit") == key:
+                return found
+    plan = context.plan(method, progress=lambda done, whole: stage(f"train {method}", done, whole))
+    plan = dataclasses.replace(plan, calibration={**plan.calibration, "fit": key})
+    plan.save(out)
+    return plan
+
+
+def tune(name: str, settings: Settings, out: Path, stage: Stage = quiet) -> dict[str, Any]:
+    """Train a router in the loop together with the feed-forward weights; writes a checkpoint, and its plan in `out/plan`."""
+    (method,) = settings.methods
+    if not methods.method_class(method).joint:
+        able = [n for n in methods.names() if methods.method_class(n).joint]
+        raise UserError(f"method {method!r} does not train in the loop", f"these do: {', '.join(able)}")
+    context = Context.open(name, settings, stage)
+    model, windows = context.loaded.model, context.split.calibration
+    before = context.plan(method, progress=lambda done, whole: stage(f"train {method}", done, whole))
+    frozen = context.quality(before, matched=False)
+    plan = in_loop.train(
+        model,
+        before,
+        windows,
+        context.target_for(before.method),
+        steps=before.method.knobs()["steps"],
+        tune=True,
+        anatomy=context.anatomy,
+        progress=lambda done, whole: stage("tune weights", done, whole),
+    )
+    about = {**plan.model, "name": str(out), "digests": digests(context.anatomy, plan.sites())}
+    plan = dataclasses.replace(plan, model=about)
+    model.save_pretrained(out)  # pyright: ignore[reportCallIssue]
+    context.loaded.tokenizer.save_pretrained(out)
+    plan.save(out / "plan")
+    tuned = context.quality(plan, matched=False)
+    return {
+        "checkpoint": str(out),
+        "plan": plan.hash,
+        "realized_sparsity": tuned.realized_sparsity,
+        "ppl_dense": frozen.dense.perplexity,
+        "ppl_before_tuning": frozen.method.perplexity,
+        "ppl": tuned.method.perplexity,
+        "ppl_tuned_dense": tuned.dense.perplexity,
+    }
 
 
 def run(

@@ -13,6 +13,17 @@ BATCH = 128
 RATE = 1e-2
 
 
+def low_rank(width: int, rank: int, units: int, seed: int) -> nn.Module:
+    """An untrained router of two matrices without a bias, inner (rank, width) and outer (units, rank)."""
+    generator = torch.Generator().manual_seed(seed)
+    router = nn.Sequential()
+    for name, outputs, inputs in (("inner", rank, width), ("outer", units, rank)):
+        layer = nn.Linear(inputs, outputs, bias=False)
+        nn.init.normal_(layer.weight, std=inputs**-0.5, generator=generator)
+        router.add_module(name, layer)
+    return router
+
+
 def train(router: nn.Module, x: Tensor, labels: Tensor, weights: Tensor) -> nn.Module:
     """Train a router, (N, n) -> (N, units) logits, on weighted binary cross-entropy; the same result at every call.
 

@@ -29,16 +29,23 @@ class TopK:
     k: int
 
 
-Rule = Threshold | PerUnitThreshold | TopK
+@dataclass(frozen=True)
+class Soft:
+    """Keep every unit as far as its score in (0, 1) says: only while routers train in the loop, never in a plan."""
+
+
+Rule = Threshold | PerUnitThreshold | TopK | Soft
 
 
 def select(scores: Tensor, rule: Rule) -> Tensor:
-    """The mask of `scores` (N, units) under `rule`: (N, units) bool, True = kept."""
+    """The mask of `scores` (N, units) under `rule`: (N, units) bool, True = kept; under Soft the scores themselves."""
     match rule:
         case Threshold(value):
             return scores > value
         case PerUnitThreshold(values):
             return scores > values.to(scores.device)
+        case Soft():
+            return scores
         case TopK(k):
             return top_k(scores, torch.full((scores.shape[0],), k, device=scores.device))
 

@@ -68,6 +68,8 @@ class Block:
     act: str | None = None  # activation of the feed-forward network; None: the block has only attention
     expert: int | None = None
     host: nn.Module | None = None  # the module whose forward is the whole network; None: inline in the layer
+    heads: int = 0  # of queries; 0: no attention was found
+    kv_heads: int = 0  # of keys and values
 
     @property
     def gated(self) -> bool:
@@ -181,6 +183,7 @@ def dissect(model: nn.Module) -> Anatomy:
             anatomy.gaps.append(gap)
         taken = {id(p.module) for p in block.pieces.values()}
         block.pieces |= _find_attention([c for c in seen if is_linear(c.module) and id(c.module) not in taken])
+        block.heads, block.kv_heads = _count_heads(model, block)
         anatomy.blocks.append(block)
     if not anatomy.experts and not any(b.has_ffn for b in anatomy.blocks):
         reasons = "; ".join(dict.fromkeys(anatomy.gaps))
@@ -310,6 +313,20 @@ def _find_attention(linears: list[_Call]) -> dict[str, Piece]:
     by_letter = {c.name.rpartition(".")[2].lstrip("w_")[:1]: c for c in readers}
     named = [by_letter[letter] for letter in "qkv"] if set(by_letter) == set("qkv") else readers
     return {letter: call.piece() for letter, call in zip("qkv", named, strict=True)} | {"o": output.piece()}
+
+
+def _count_heads(model: nn.Module, block: Block) -> tuple[int, int]:
+    """Query heads, and those of keys and values, as the configuration names them and the weights' shapes confirm; else 0."""
+    heads = getattr(text_config(model), "num_attention_heads", None)
+    width = block.pieces["o"].weight.shape[1] if "o" in block.pieces else 0
+    if not width or not isinstance(heads, int) or width % heads:
+        return 0, 0
+    if "k" in block.pieces:
+        rows = block.pieces["k"].weight.shape[0]
+    else:
+        rows = (block.pieces["qkv"].weight.shape[0] - width) // 2
+    kv_heads = rows // (width // heads)
+    return (heads, kv_heads) if kv_heads and heads % kv_heads == 0 and rows % kv_heads == 0 else (0, 0)
 
 
 def _find_experts(layer: int, module: nn.Module) -> Experts | None:

@@ -15,7 +15,7 @@ from moyu.calibration import Windows
 from moyu.choosers import Counter, Recorder
 from moyu.plan import Plan
 from moyu.selection import Threshold, TopK
-from test_equality import LENGTH, PROMPT, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
+from test_equality import LENGTH, PROMPT, QUICK, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 from tiny import build, tokens
 
 VARIANTS = {
@@ -30,11 +30,12 @@ VARIANTS = {
     "prox-dense": ("prox", {"inputs": 0, "weighted": True}),
     "deja-vu-ahead": ("deja-vu", {"ahead": True, "weighted": True, "rank": 8}),
     "moefication-activations": ("moefication", {"groups": "activations", "block": 10}),
+    "moefication-mlp": ("moefication", {"selector": "mlp", "block": 12}),
     "static-norm-weights": ("static-norm", {"data": False}),
     "random-seed": ("random", {"seed": 5}),
     "random-popular-seed": ("random-popular", {"seed": 5}),
 }
-ALL = {name: (name, {}) for name in methods.names()} | VARIANTS
+ALL = {name: (name, QUICK.get(name, {})) for name in methods.names()} | VARIANTS
 
 
 def make(name):

@@ -30,7 +30,7 @@ def test_head_is_what_the_registry_says(name):
 def test_page_is_written(name):
     text = (FOLDER / f"{name}.md").read_text()
     parts = dict(re.findall(r"^## ([^\n]+)\n\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
-    assert list(parts) == SECTIONS
+    assert [title for title in parts if title != "What it did here"] == SECTIONS
     assert re.search(r"<!-- /head -->\n\n\w.{100}", text, re.DOTALL)  # what it does
     assert all(len(part) > 20 for part in parts.values())
     assert (

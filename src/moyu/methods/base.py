@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moyu import routers, selection
-from moyu.selection import PerUnitThreshold, Threshold, TopK
+from moyu.selection import PerUnitThreshold, Rule, Threshold, TopK
 
 if TYPE_CHECKING:
     from moyu.surgery import Block
@@ -92,7 +92,7 @@ class Site:
 class SiteParams:
     """One site's part of a plan."""
 
-    rule: Threshold | PerUnitThreshold | TopK
+    rule: Rule
     blocks: Tensor | None = None  # (f,) unit of each neuron: MoEfication, LTE
     basis: Tensor | None = None  # (n, n) orthogonal; the mask acts on basis.T @ v (LaRoSA)
     centre: Tensor | None = None  # (n,) the mask acts on v - centre (SCAP)
@@ -141,6 +141,7 @@ class Method(ABC):
     exact: ClassVar[bool] = False  # skips only what contributes exactly nothing
     needs_calibration: ClassVar[bool] = True
     trains: ClassVar[bool] = False
+    joint: ClassVar[bool] = False  # what `fit` leaves is then trained through the model's own loss, all sites together
     solves_target: ClassVar[bool] = True  # False: the model decides how much is skipped
     by_magnitude: ClassVar[bool] = False  # the score is |x| * factors(): kernels may decide while they compute
 
@@ -183,6 +184,10 @@ class Method(ABC):
     def score_bytes(self, site: Site, params: SiteParams) -> int:
         """Bytes read in order to decide, beyond weights that the step reads anyway."""
         return 0
+
+    def penalty(self, gates: Tensor, eta: float) -> Tensor:
+        """Of a `joint` method: what its soft gates (..., units) in (0, 1) add to the task's loss at the multiplier `eta`."""
+        raise NotImplementedError(f"{self.name} is not trained in the loop")
 
     def controller(self) -> Controller | None:
         """What decides between the steps of a generation, where a method has something that does."""
@@ -294,6 +299,25 @@ def row_site(block: Block, reads: Literal["gate", "up"]) -> Site:
     other = "up" if reads == "gate" else "gate"
     size = _row_bytes(block, other) + _column_bytes(block, "down")
     return Site(block.layer, reads, "rows", (other, "down"), block.neurons, size, block.expert)
+
+
+def head_site(block: Block, *, groups: bool = False) -> Site:
+    """Skip whole heads: rows of q where it is a linear of its own, columns of o; k and v stay whole (KV policy `full`).
+
+    groups: a unit is the query heads that share keys and values.
+    """
+    reader = "q" if "q" in block.pieces else "qkv"
+    weights = [block.pieces[n].weight for n in ("q", "o") if n in block.pieces]
+    units = block.kv_heads if groups else block.heads
+    size = sum(whole_lines(w.numel() * w.element_size() // units) for w in weights)
+    return Site(block.layer, "attn_in", "heads", (reader, "o"), units, size)
+
+
+def head_norms(heads: Tensor, o: Tensor, units: int) -> Tensor:
+    """What each head adds to the output, ||W_o,h x_h||: heads (N, H D), o (d, H D) -> (N, units), by Gram matrices."""
+    each, by_head = (t.float().unflatten(1, (units, -1)) for t in (heads, o.detach()))
+    gram = torch.einsum("dhi,dhj->hij", by_head, by_head)
+    return torch.einsum("nhi,hij,nhj->nh", each, gram, each).clamp(min=0).sqrt()
 
 
 def neuron_site(block: Block, reads: Literal["mlp_in", "mid"], reads_layer: int | None = None) -> Site:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moyu.methods.base import Acts, Family, Granularity, Memory, Rows, Site, SiteParams, Trained, neuron_site
+from moyu.routers import low_rank
 from moyu.selection import TopK, keep_count, select
 
 
@@ -44,15 +45,7 @@ class DejaVu(Trained):
         return (neuron_site(block, "mlp_in", source),) if block.has_ffn else ()
 
     def router(self, site: Site, width: int) -> nn.Module:
-        rank = min(self.rank, width)
-        shapes = (("inner", rank, width), ("outer", site.units, rank))
-        generator = torch.Generator().manual_seed(site.layer)
-        router = nn.Sequential()
-        for name, outputs, inputs in shapes:
-            layer = nn.Linear(inputs, outputs, bias=False)
-            nn.init.normal_(layer.weight, std=inputs**-0.5, generator=generator)
-            router.add_module(name, layer)
-        return router
+        return low_rank(width, min(self.rank, width), site.units, seed=site.layer)
 
     def lessons(self, site: Site, acts: Acts, target: float) -> tuple[Tensor, Tensor]:
         mass = acts.met("mid").abs().float() * acts.weights["down"].float().norm(dim=0)  # (N, f)

@@ -1,7 +1,8 @@
 """MoEfication: split a trained feed-forward network into experts of similar neurons and run the ones that match the token.
 
 Neurons are grouped by balanced k-means on the L2-normalised rows of the matrix that the activation acts on (gate, or up where
-there is no gate). score_e = <x, r_e> / ||r_e||, r_e the mean row of expert e; the k experts with the largest are computed.
+there is no gate). score_e = <x, r_e> / ||r_e||, r_e the mean row of expert e, or B tanh(A x), trained; the k experts with
+the largest are computed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from moyu import routers
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
 from moyu.selection import TopK, keep_count
 
@@ -23,15 +25,18 @@ ROWS = 1024  # calibration rows, evenly spaced, that co-activation is looked at 
 
 @dataclass(frozen=True)
 class Moefication(Method):
-    """MoEfication, arXiv 2110.01786, with its training-free router, on a frozen model.
+    """MoEfication, arXiv 2110.01786, on a frozen model.
 
     block: neurons of an expert.
     groups: "weights" as in the paper, or "activations": k-means on what neurons add to the output, |a_j| ||w_j||, over
     calibration tokens, which also fits networks whose activation is no ReLU.
+    selector: "similarity" to the expert's mean row, or "mlp", trained on the calibration text to say which share of the token's
+    largest expert each one adds.
     """
 
     block: int = 16
     groups: str = "weights"
+    selector: str = "similarity"
 
     name: ClassVar[str] = "moefication"
     paper: ClassVar[str] = "MoEfication, arXiv 2110.01786"
@@ -43,6 +48,8 @@ class Moefication(Method):
             raise ValueError(f"block must be at least 1, not {self.block}")
         if self.groups not in ("weights", "activations"):
             raise ValueError(f"groups must be 'weights' or 'activations', not {self.groups!r}")
+        if self.selector not in ("similarity", "mlp"):
+            raise ValueError(f"selector must be 'similarity' or 'mlp', not {self.selector!r}")
 
     def sites(self, block) -> tuple[Site, ...]:
         if not block.has_ffn:
@@ -60,18 +67,33 @@ class Moefication(Method):
             mid = mid[torch.linspace(0, len(mid) - 1, min(ROWS, len(mid))).long()]
             points = (mid.abs().float() * acts.weights["down"].float().norm(dim=0)).t()  # (f, N)
         experts = balanced_clusters(functional.normalize(points, dim=1), site.units)  # (f,)
-        means = torch.stack([rows[experts == e].mean(0) for e in range(site.units)])
-        return SiteParams(
-            rule=TopK(keep_count(site.units, target)),
-            blocks=experts,
-            buffers={"rows": functional.normalize(means, dim=1).contiguous()},  # (E, d)
-        )
+        if self.selector == "mlp":
+            buffers = _mlp(site, acts, experts, train=target > 0)
+        else:
+            means = torch.stack([rows[experts == e].mean(0) for e in range(site.units)])
+            buffers = {"rows": functional.normalize(means, dim=1).contiguous()}  # (E, d)
+        return SiteParams(rule=TopK(keep_count(site.units, target)), blocks=experts, buffers=buffers)
 
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
+        if self.selector == "mlp":
+            inner, outer = (params.buffers[n].to(x.dtype) for n in ("inner", "outer"))
+            return (x @ inner.t()).tanh() @ outer.t()  # (N, E)
         return x @ params.buffers["rows"].to(x.dtype).t()  # (N, E)
 
     def score_bytes(self, site: Site, params: SiteParams) -> int:
-        return params.buffers["rows"].nbytes
+        return sum(t.nbytes for t in params.buffers.values())
+
+
+def _mlp(site: Site, acts: Acts, experts: Tensor, *, train: bool) -> dict[str, Tensor]:
+    """A router of as many hidden units as experts, on what each expert adds over what the token's largest one adds."""
+    x = acts.met("mlp_in")
+    inner, outer = routers.low_rank(x.shape[1], site.units, site.units, seed=site.layer).children()
+    mass = acts.met("mid").abs().float() * acts.weights["down"].float().norm(dim=0)  # (N, f)
+    mass = mass.new_zeros(len(mass), site.units).index_add_(1, experts, mass)  # (N, E)
+    if train:
+        labels = mass / mass.amax(1, keepdim=True).clamp(min=1e-30)
+        routers.train(nn.Sequential(inner, nn.Tanh(), outer), x, labels, torch.ones_like(labels))
+    return {n: m.weight.detach().to(x.dtype) for n, m in (("inner", inner), ("outer", outer))}  # pyright: ignore
 
 
 def balanced_clusters(points: Tensor, count: int) -> Tensor:

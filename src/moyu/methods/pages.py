@@ -115,7 +115,7 @@ def _block(act: str, gated: bool) -> Block:
         linear = nn.Linear(n, q, bias=False, dtype=torch.bfloat16)
         linear.weight.data.normal_(std=n**-0.5, generator=generator)
         pieces[name] = Piece(linear)
-    return Block(0, pieces, act=act)
+    return Block(1, pieces, act=act, heads=4, kv_heads=4)
 
 
 def _bytes(block: Block) -> int:
