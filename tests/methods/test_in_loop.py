@@ -19,6 +19,7 @@ from test_equality import plan_for
 from tiny import build, tokens
 
 
+@pytest.mark.slow
 def test_training_in_the_loop_lowers_held_out_error():
     """On a trained model: the same routers off the loop, then in it."""
     context = pipeline.Context.open("swiglu", pipeline.Settings(calibration=48, test=32, window=96, boundary=16))
