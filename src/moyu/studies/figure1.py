@@ -85,8 +85,9 @@ class Figure1(Study):
         )
 
 
-def panels(families: dict[str, str]) -> list[dict[str, Any]]:
-    """One panel a kind: what it declares, its members, granularities and what they skip."""
+def panels(families: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """One panel a kind: what it declares, its members, granularities and what they skip; of the registry, or as given."""
+    families = {r["method"]: r["family"] for r in methods.table()} if families is None else families
     out = []
     for family, words in KINDS.items():
         members = [m for m, f in families.items() if f == family and m in methods.METHODS]
@@ -96,13 +97,13 @@ def panels(families: dict[str, str]) -> list[dict[str, Any]]:
                 **words,
                 "members": members,
                 "granularity": sorted({c.granularity for c in classes}),
-                "skips": _skips(members),
+                "skips": skips(members),
             }
         )
     return out
 
 
-def _skips(members: list[str]) -> list[str]:
+def skips(members: list[str]) -> list[str]:
     """What the members skip on a gated network, from the sites they declare."""
     from moyu.surgery import dissect
     from moyu.zoo.training import build

@@ -1,0 +1,86 @@
+"""Lossless generation beside dense: acceptance, tokens a dense pass, and tokens a second, variants in turn on every prompt.
+
+    python benchmarks/lossless/lossless.py [MODEL] [--prompts 20] [--tokens 48]
+
+Dense is timed twice, in transformers' own loop and on MOYU's kernels. Prints a table; medians over the prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from moyu import pipeline
+from moyu.applied import Applied
+from moyu.speculation import best_drafts, expected_speedup, sirius, speculate
+
+PLANS = (("griffin", 0.5), ("deja-vu", 0.5), ("teal", 0.4))
+
+
+def dense_rate(model: Any, ids: torch.Tensor, count: int) -> float:
+    """Tokens a second of a greedy loop, the first token apart."""
+    clock = pipeline._Clock()
+    options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "streamer": clock}
+    model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return (count - 1) / (clock.times[-1] - clock.times[1])
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="?", default="swiglu")
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=48)
+    asked = parser.parse_args()
+    settings = pipeline.Settings(test=asked.prompts, calibration=16)
+    context = pipeline.Context.open(asked.model, settings)
+    model, rates, told = context.loaded.model, defaultdict(list), defaultdict(list)
+    plans = {name: context.plan(name, sparsity=sparsity) for name, sparsity in PLANS}
+    prompts = [row[None, :64] for row in context.split.test.tokens]
+    costs = {}
+    for ids in prompts:
+        rates["transformers eager"].append(dense_rate(model, ids, asked.tokens))
+    for name, plan in [(None, None), *plans.items()]:
+        with Applied(model, plan, anatomy=context.anatomy) as applied:
+            for ids in prompts:
+                plain = dense_rate(model, ids, asked.tokens)
+                rates["dense on the kernels" if name is None else f"{name}, uncorrected"].append(plain)
+                if name is None:
+                    continue
+                for label, drafts, rule in (("lossless", 2, None), ("lossless", 4, None), ("sirius 0.1", 16, sirius())):
+                    made = speculate(
+                        applied, ids, asked.tokens, drafts=drafts, **({} if rule is None else {"rule": rule})
+                    )
+                    key = f"{name}, {label}, {drafts} drafts"
+                    rates[key].append(made.tok_s)
+                    told[key].append((made.acceptance, made.tokens_per_pass))
+                    costs.setdefault((name, drafts), []).append(
+                        (made.draft_s / made.drafted, made.verify_s / made.passes)
+                    )
+    dense = {k: statistics.median(rates[k]) for k in ("transformers eager", "dense on the kernels")}
+    print("| variant | tokens/s | x eager | x dense on the kernels | accepted | tokens a dense pass |")
+    print("|---|---|---|---|---|---|")
+    for key, found in rates.items():
+        rate = statistics.median(found)
+        accepted, per_pass = (statistics.mean(v) for v in zip(*told[key], strict=True)) if key in told else (None, None)
+        extra = "| |" if accepted is None else f"{accepted:.0%} | {per_pass:.2f} |"
+        print(f"| {key} | {rate:.0f} | {rate / dense['transformers eager']:.2f} | "
+              f"{rate / dense['dense on the kernels']:.2f} | {extra}")  # fmt: skip
+    for (name, drafts), found in costs.items():
+        if drafts != 4:
+            continue
+        step, verify = (statistics.median(v) * dense["dense on the kernels"] for v in zip(*found, strict=True))
+        accepted = statistics.mean(a for a, _ in told[f"{name}, lossless, 4 drafts"])
+        best = best_drafts(accepted, step, verify)
+        print(
+            f"{name}: a sparse step costs {step:.2f} dense ones and a verification {verify:.2f}; at {accepted:.0%} "
+            f"{best} drafts are best: {expected_speedup(accepted, best, step, verify):.2f}x expected"
+        )
+
+
+if __name__ == "__main__":
+    main()

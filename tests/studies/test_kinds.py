@@ -1,0 +1,24 @@
+"""The page on the four kinds is what the registry declares."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from moyu import methods
+from moyu.reporting.paper import KINDS, drawing, table
+from moyu.studies.figure1 import OUTSIDE
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_page_and_drawing_are_the_registrys():
+    found = re.search(KINDS, (DOCS / "kinds.md").read_text(), re.DOTALL)
+    assert found is not None and f"{found[1]}{table()}\n{found[2]}" == found[0], "run `python -m moyu.studies`"
+    assert (DOCS / "results" / "figure1.svg").read_text() == drawing(), "run `python -m moyu.studies`"
+
+
+def test_every_dynamic_method_has_its_place():
+    placed = re.findall(r"\[`([\w-]+)`\]", table())
+    assert placed and sorted(placed) == sorted(r["method"] for r in methods.table() if r["family"] not in OUTSIDE)
+    assert all(name in drawing() for name in ("teal", "polar", "lte", "clada"))
