@@ -23,10 +23,7 @@ def dense_step_bytes(model: nn.Module, anatomy: Anatomy) -> float:
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     head = getattr(model.get_output_embeddings(), "weight", None)  # pyright: ignore[reportCallIssue]
     routed = {id(p) for e in anatomy.experts for p in e.module.parameters()}
-    share = 1.0
-    if anatomy.experts:
-        config = text_config(model)
-        share = config.num_experts_per_tok / len(anatomy.experts[0].blocks)
+    share = _routed_share(model, anatomy)
     total = 0.0
     for parameter in model.parameters():
         size = parameter.numel() * parameter.element_size()
@@ -48,12 +45,27 @@ def floor(model: nn.Module, anatomy: Anatomy, method: Method) -> float:
     return (total - skippable_bytes(model, anatomy, sites)) / total
 
 
+def block_bytes(model: nn.Module, anatomy: Anatomy) -> float:
+    """Bytes of all linears of the blocks, experts weighted by how many of them a token is routed to."""
+    share = _routed_share(model, anatomy)
+    return sum(
+        piece.weight.numel() * piece.weight.element_size() * (1.0 if block.expert is None else share)
+        for block in anatomy.all_blocks()
+        for piece in block.pieces.values()
+    )
+
+
 def skippable_bytes(model: nn.Module, anatomy: Anatomy, sites: Iterable[Site]) -> float:
     """Bytes of all units of the sites, experts weighted by how many of them a token is routed to."""
-    share = 1.0
-    if anatomy.experts:
-        share = text_config(model).num_experts_per_tok / len(anatomy.experts[0].blocks)
+    share = _routed_share(model, anatomy)
     return sum(s.units * s.unit_bytes * (share if s.expert is not None else 1.0) for s in sites)
+
+
+def _routed_share(model: nn.Module, anatomy: Anatomy) -> float:
+    """Experts that a token is routed to, over all of a layer."""
+    if not anatomy.experts:
+        return 1.0
+    return text_config(model).num_experts_per_tok / len(anatomy.experts[0].blocks)
 
 
 @torch.no_grad()

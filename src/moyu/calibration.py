@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moyu import compensation, in_loop, kernels, runtime, surgery
 from moyu.applied import Applied
-from moyu.errors import UserError
+from moyu.errors import OutOfReach, UserError
 from moyu.execution import SiteState
 from moyu.methods.base import TAPS, Acts, Method, Rows, Site, SiteParams, Tap
 from moyu.plan import Plan, digests, fingerprint
@@ -34,6 +34,7 @@ class Windows:
     tokens: Tensor  # (B, T) int64
     prompt: int  # positions before this one are dense
     source: Mapping[str, Any] = field(default_factory=dict)  # fingerprint of the text
+    documents: tuple[int, ...] = ()  # of each window, where it is known: the unit that intervals resample
 
 
 class _Taps:
@@ -177,7 +178,7 @@ def _fit_layer(
         if bias and sparsity > 0:
             seen = walk.observe(index, walk.sparse)
             for block, site in fresh:
-                if site.key in seen.skipped:
+                if site.key in seen.skipped and parts[site.key][1].bias is None:
                     params = parts[site.key][1]
                     correction = compensation.correction(block, site, params, seen.skipped[site.key])
                     parts[site.key] = (site, dataclasses.replace(params, bias=correction))
@@ -259,5 +260,5 @@ def solve_bytes(skippable: float, total: float, added: float, byte_fraction: flo
     floor = (total + added - skippable) / total
     sparsity = (total + added - byte_fraction * total) / skippable
     if sparsity >= 1:
-        raise UserError(f"byte fraction {byte_fraction} is out of reach: n/a (floor {floor:.2f})", "ask for more bytes")
+        raise OutOfReach(byte_fraction, floor)
     return max(0.0, sparsity)

@@ -520,6 +520,45 @@ def study(
         print(f"\n{running.verdict_line(rows)}\nrecords  {out / 'studies.jsonl'}")
 
 
+@app.command()
+def trinity(
+    models: Annotated[str, typer.Option(help="comma-separated: zoo names, folders, hub ids")] = "swiglu,relu,gelu",
+    methods: Annotated[
+        str | None, typer.Option(help="comma-separated methods, `quantise` for rounding; default: all")
+    ] = None,
+    bytes_: Annotated[str, typer.Option("--bytes", help="comma-separated byte fractions, in (0, 1)")] = "0.75,0.6,0.5",
+    documents: Annotated[int, typer.Option(help="documents of held-out text, a window each")] = 24,
+    quick: Annotated[bool, typer.Option("--quick", help="a smoke test: few methods, little text")] = False,
+    speed: Annotated[bool, typer.Option(help="time the methods on a random-weight shape as well")] = True,
+    out: Out = RUNS / "trinity",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """The scoreboard: quality, speed and applicability of every method at equal bytes, quantising beside; resumable."""
+    from moyu import pipeline
+    from moyu import trinity as board
+    from moyu.reporting import scoreboard
+
+    try:
+        fractions = tuple(float(v) for v in bytes_.split(","))
+    except ValueError:
+        raise UserError(f"--bytes {bytes_!r} is no list of fractions", "write 0.75,0.6,0.5") from None
+    asked = board.Asked(
+        models=models.split(","), methods=() if methods is None else methods.split(","), bytes=fractions, quick=quick,
+        documents=documents, seed=seed, speed=speed,
+    )  # fmt: skip
+    asked.check()
+    pipeline.check_writable(out)
+    with _progress() as stage:
+        rows = board.run(asked, out, stage)
+    scoreboard.write(rows, out)
+    if as_json:
+        _print(rows, True)
+        return
+    print(scoreboard.markdown(rows))
+    print(f"\nrecords  {out / 'records.jsonl'}\nreport   {out / 'report.html'}\nplot     {out / 'trinity.svg'}")
+
+
 zoo_app = typer.Typer(help="The embedded models, and how to make them again.", invoke_without_command=True)
 app.add_typer(zoo_app, name="zoo")
 

@@ -11,3 +11,14 @@ class UserError(ValueError):
         super().__init__(f"{problem}: {next_step}" if next_step else problem)
         self.problem = problem
         self.next_step = next_step
+
+
+class OutOfReach(UserError):
+    """A byte fraction below a method's floor."""
+
+    def __init__(self, byte_fraction: float, floor: float) -> None:
+        """`floor` is the least byte fraction that the method can reach."""
+        super().__init__(
+            f"byte fraction {byte_fraction} is out of reach: n/a (floor {floor:.2f})", "ask for more bytes"
+        )
+        self.floor = floor

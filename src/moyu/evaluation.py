@@ -67,11 +67,13 @@ def evaluate(
     batch: int = 16,
     anatomy: Anatomy | None = None,
     text_bytes: int | None = None,
+    reference: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Quality:
     """Evaluate a plan on windows (B, T) with boundary P = windows.prompt.
 
     text_bytes: bytes of the scored tokens (`moyu.text.scored_bytes`), for bits a byte.
+    reference: log-probabilities (B, T - P - 1, V) of the dense model to compare with (`predict`), where it is not this one.
     matched: also run the matched random and the matched oracle (same sites, same counts per site and row).
     Raises UserError for a sequence-level method with P = 0 and for windows without a scored position.
     """
@@ -85,10 +87,13 @@ def evaluate(
     parts: dict[str, list[Scores]] = {"method": [], "random": [], "oracle": [], "dense": []}
     with Applied(model, plan, engine="mask", anatomy=anatomy) as applied:
         for index, tokens in enumerate(windows.tokens.split(batch)):
-            with applied.prompt(tokens.shape[1]):
-                reference = _log_probs(model, tokens, windows.prompt)
+            if reference is None:
+                with applied.prompt(tokens.shape[1]):
+                    dense = _log_probs(model, tokens, windows.prompt)
+            else:
+                dense = reference[index * batch : (index + 1) * batch]
             targets = tokens[:, windows.prompt + 1 :]
-            parts["dense"].append(_score(reference, reference, targets))
+            parts["dense"].append(_score(dense, dense, targets))
             counter = Counter(*tokens.shape)
             counters.append(counter)
             runs = {"method": counter}
@@ -97,7 +102,7 @@ def evaluate(
                 runs |= {name: Matched(counter, name, kind) for name in ("random", "oracle")}
             for name, chooser in runs.items():
                 with applied.prompt(windows.prompt), applied.watched(chooser=chooser):
-                    parts[name].append(_score(reference, _log_probs(model, tokens, windows.prompt), targets))
+                    parts[name].append(_score(dense, _log_probs(model, tokens, windows.prompt), targets))
             if progress:
                 progress(index + 1, batches)
     positions = len(windows.tokens) * (windows.tokens.shape[1] - windows.prompt)
@@ -120,6 +125,17 @@ def evaluate(
         tokens=merged["method"].nll.numel(),
         text_bytes=text_bytes,
     )
+
+
+@torch.no_grad()
+def predict(model: nn.Module, windows: Windows, batch: int = 16) -> Tensor:
+    """Log-probabilities (B, T - P - 1, V) that a model gives to the scored tokens, nothing skipped."""
+    return torch.cat([_log_probs(model, tokens, windows.prompt) for tokens in windows.tokens.split(batch)])
+
+
+def score(reference: Tensor, log_probs: Tensor, windows: Windows) -> Scores:
+    """What `predict` gave for two models, the second held against the first."""
+    return _score(reference, log_probs, windows.tokens[:, windows.prompt + 1 :])
 
 
 def _log_probs(model: nn.Module, tokens: Tensor, prompt: int) -> Tensor:

@@ -153,7 +153,7 @@ class _Executor:
         if site.params.low_rank is not None:
             outer, inner = (t.to(x.dtype) for t in site.params.low_rank)
             y = y + functional.linear(functional.linear(torch.where(mask, 0, x), inner), outer)
-        return self.compensate(y, name, site, rows)
+        return self.compensate(self.complete(y, x, mask, site, rows), name, site, rows)
 
     def _transformed(self, piece: Piece, name: str, x: Tensor, site: SiteState, rows: Rows, state: Pass) -> Tensor:
         """Masks in a rotated or centred basis: S(v) = Q (mask * Q.T (v - c)) + c. Products stay dense."""
@@ -171,6 +171,11 @@ class _Executor:
             outer, inner = (t.to(x.dtype) for t in site.params.low_rank)
             y = y + functional.linear(functional.linear(x - back, inner), outer)
         return self.compensate(y, name, site, rows)
+
+    def complete(self, y: Tensor, x: Tensor, mask: Tensor, site: SiteState, rows: Rows) -> Tensor:
+        """Add what skipped units give all the same to sparse rows: y (N, q), what was decided from (N, n), mask (N, units)."""
+        rest = site.method.rest_of(x, mask, site.site, site.params)
+        return y if rest is None else y + torch.where(rows.sparse[:, None], rest.to(y.dtype), 0)
 
     def compensate(self, y: Tensor, name: str, site: SiteState, rows: Rows) -> Tensor:
         """Add the plan's bias to sparse rows; a site of several linears holds theirs one after another."""
@@ -330,7 +335,7 @@ class FfnCall(_Executor):
         self.observe(decided, value, mask, rows, state)  # pyright: ignore[reportArgumentType]
         kept = value * mask if mask.is_floating_point() else torch.where(mask, value, 0)  # pyright: ignore
         y = functional.linear(kept, down.weight, down.bias)
-        return self.compensate(y, "down", decided, rows)
+        return self.compensate(self.complete(y, x, mask, decided, rows), "down", decided, rows)  # pyright: ignore
 
     def _neurons(self, x: Tensor, given: Tensor | None, site: SiteState, mask: Tensor, rows: Rows) -> Tensor:
         """Kept neurons only; `given` is what was computed densely to decide, its matrix is not read again."""
@@ -353,7 +358,7 @@ class FfnCall(_Executor):
             down_bias=down.bias,
             given=given,
         )
-        return self.compensate(y, "down", site, rows)
+        return self.compensate(self.complete(y, x, mask, site, rows), "down", site, rows)
 
 
 class AttentionLinear(_Executor):

@@ -23,8 +23,9 @@ from transformers.generation.streamers import BaseStreamer
 from moyu import accounting, compensation, in_loop, kernels, methods, models, records, speculation, surgery, text
 from moyu.applied import Applied
 from moyu.benchmark import Comparison, compare
-from moyu.calibration import Windows, calibrate, solve_bytes
-from moyu.errors import UserError
+from moyu.budget import Reader, solve
+from moyu.calibration import Windows, calibrate
+from moyu.errors import OutOfReach, UserError
 from moyu.evaluation import Quality, evaluate
 from moyu.foresight import foresight
 from moyu.kernels import Backend
@@ -177,10 +178,8 @@ class Context:
         """The sparsity that meets the settings' target; UserError below the method's floor."""
         if self.settings.bytes is None:
             return self.settings.target()
-        sites = [s for b in self.anatomy.all_blocks() for s in method.sites(b)]
-        total = accounting.dense_step_bytes(self.loaded.model, self.anatomy)
-        skippable = accounting.skippable_bytes(self.loaded.model, self.anatomy, sites)
-        return solve_bytes(skippable, total, 0, self.settings.bytes)
+        reader = Reader(self.loaded.model, self.anatomy, None)
+        return solve(reader, method, self.split.calibration, self.settings.bytes)
 
     def plan(
         self, name: str, sparsity: float | None = None, progress: Callable[[int, int], None] | None = None
@@ -529,6 +528,7 @@ def bench_shape(
     shape: str,
     targets: Mapping[str, float],
     *,
+    byte_fraction: float | None = None,
     layers: int | None = None,
     tokens: int = 8,
     rounds: int = 2,
@@ -537,17 +537,23 @@ def bench_shape(
     seed: int = 0,
     stage: Stage = quiet,
 ) -> list[Record]:
-    """Time a random-weight model of a published shape at given sparsities (method name -> fraction skipped)."""
+    """Time a random-weight model of a published shape at given sparsities (method name -> fraction skipped).
+
+    byte_fraction: skip so much that a step reads just this instead; methods whose floor is higher are left out.
+    """
     total = len(targets) + 1
     stage(f"random {shape}", 0, total)
     model = models.random_model(shape, layers=layers, dtype=dtype, seed=seed)
     anatomy = surgery.dissect(model)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, model.config.vocab_size, (1, 24), generator=generator)
-    plans = {}
+    plans, windows, reader = {}, Windows(ids, 8), Reader(model, anatomy)
     for done, (name, target) in enumerate(targets.items()):
         method = methods.method(name)
-        plans[name] = calibrate(model, method, Windows(ids, 8), sparsity=target, name=shape, seed=seed, anatomy=anatomy)
+        with contextlib.suppress(OutOfReach):
+            if byte_fraction is not None:
+                target = solve(reader, method, windows, byte_fraction)
+            plans[name] = calibrate(model, method, windows, sparsity=target, name=shape, seed=seed, anatomy=anatomy)
         stage(f"random {shape}", done + 1, total)
     comparison = compare(
         model,

@@ -315,6 +315,45 @@ class Study(Stamped):
     seconds: Natural | None = Field(None, description="that it took, parts kept from before not counted")
 
 
+class Cell(MethodRecord):
+    """One cell of the scoreboard: a method on a model, at a byte fraction or at a sparsity."""
+
+    kind: Literal["cell"]
+    status: str | None = Field(None, pattern=r"^n/a \(.+\)$", description="`n/a (floor 0.82)` instead of numbers")
+    quick: bool = Field(False, description="a smoke test, too small to be read")
+    weight_bits: Positive = Field(description="bits a weight of a block takes, its share of a scale included")
+    byte_fraction_16: Positive | None = Field(
+        None, description="bytes a step reads over those of the dense model in 16 bits; `byte_fraction`: in these bits"
+    )
+    floor: Natural | None = Field(None, description="least byte fraction the method can reach, in these bits")
+    knobs: dict[str, Any] = Field(default={}, description="settings of the method, chosen on the validation part")
+    documents: Count | None = Field(None, description="documents of held-out text, a window each")
+    tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="scored tokens")
+    ppl_dense: Perplexity | None = Field(None, description="perplexity a token of the dense model in 16 bits")
+    ppl: Perplexity | None = Field(None, description="perplexity a token")
+    kl: Natural | None = Field(None, description="KL(dense in 16 bits || this), nats a token")
+    kl_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="95 %, over documents"
+    )
+    top1_agreement: Fraction | None = Field(None, description="scored tokens with the same most likely next token")
+    kl_random: Natural | None = Field(None, description="KL of the matched random")
+    kl_oracle: Natural | None = Field(None, description="KL of the matched oracle")
+    by_document: dict[str, list[float]] = Field(
+        default={}, description="means of each document, for paired intervals: kl, nll, and those of random and oracle"
+    )
+    fit_s: Natural | None = Field(None, description="seconds that calibrating and training took")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        numbers = ("documents", "tokens", "ppl_dense", "ppl", "kl", "byte_fraction", "byte_fraction_16")
+        given = [n for n in numbers if getattr(self, n) is not None]
+        if self.status is None and len(given) < len(numbers):
+            raise ValueError(f"{', '.join(n for n in numbers if n not in given)} missing, and no status says why")
+        if self.status is not None and given:
+            raise ValueError(f"status {self.status!r} and {', '.join(given)} exclude each other")
+        return self
+
+
 class Coverage(Stamped):
     """Whether an architecture is taken."""
 
@@ -324,8 +363,8 @@ class Coverage(Stamped):
     reason: str = Field("", description="why not, or what was checked")
 
 
-KINDS = (Environment, Profile, Quality, Speed, Generation, Kernel, Study, Coverage)
-Record = Environment | Profile | Quality | Speed | Generation | Kernel | Study | Coverage
+KINDS = (Environment, Profile, Quality, Speed, Generation, Kernel, Study, Cell, Coverage)
+Record = Environment | Profile | Quality | Speed | Generation | Kernel | Study | Cell | Coverage
 
 
 @cache

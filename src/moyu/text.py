@@ -109,19 +109,21 @@ def _windows(
     tokenizer = loaded.tokenizer
     bos = tokenizer.bos_token_id
     step = length - (bos is not None)
-    rows: list[list[int]] = []
+    rows: list[tuple[int, list[int]]] = []
     total = 0
-    for text in texts:
+    for document, text in enumerate(texts):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         total += len(ids)
-        rows += [([] if bos is None else [bos]) + ids[i : i + step] for i in range(0, len(ids) - step + 1, step)]
+        starts = range(0, len(ids) - step + 1, step)
+        rows += [(document, ([] if bos is None else [bos]) + ids[i : i + step]) for i in starts]
     if not rows:
         raise UserError(
             f"{what} has {total} tokens, fewer than one window of {length}",
             "give a longer text, or a smaller --window",
         )
     random.Random(seed).shuffle(rows)
-    return Windows(torch.tensor(rows[:count]), prompt, source)
+    chosen = rows[:count]
+    return Windows(torch.tensor([ids for _, ids in chosen]), prompt, source, tuple(document for document, _ in chosen))
 
 
 def scored_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, prompt: int) -> int:

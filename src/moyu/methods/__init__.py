@@ -30,6 +30,7 @@ METHODS: dict[str, str] = {
     "griffin": "moyu.methods.griffin:Griffin",
     "tda": "moyu.methods.tda:Tda",
     "clada": "moyu.methods.clada:Clada",
+    "estimate": "moyu.methods.estimate:Estimate",
     "popularity": "moyu.methods.popularity:Popularity",
     "static-norm": "moyu.methods.static_norm:StaticNorm",
     "random": "moyu.methods.random:Random",

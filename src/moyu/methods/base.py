@@ -157,6 +157,14 @@ class Method(ABC):
         """c (units,) of a score |x| * c, for methods that are `by_magnitude`; None = 1."""
         return None
 
+    def settings_for(self, bits: int) -> tuple[Method, ...]:
+        """The ways to spend a byte budget on weights kept in `bits`; where there are several, held-out text decides."""
+        return (self,)
+
+    def rest_of(self, x: Tensor, mask: Tensor, site: Site, params: SiteParams) -> Tensor | None:
+        """What skipped units give all the same, of one linear: (N, n) and the mask (N, units) -> (N, q); None: nothing."""
+        return None
+
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
         """Buffers that `score` needs, from weights and calibration activations."""
         return {}

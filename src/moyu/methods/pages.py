@@ -42,6 +42,13 @@ def head(name: str) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
 
 
+def skipped(name: str) -> str:
+    """The kind of sites of a method: what a gated network's blocks, else a plain one's, read and skip."""
+    method = methods.method(name)
+    found = (_skips(method, {act: _block(act, gated) for act in ("silu", "relu")}) for gated in (True, False))
+    return next((text for text in found if text != "nothing"), "nothing")
+
+
 def write(folder: Path) -> None:
     """Write the heads of all pages; a page that is missing is begun."""
     for name in methods.names():

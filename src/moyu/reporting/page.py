@@ -13,6 +13,7 @@ from markupsafe import Markup
 from moyu.errors import UserError
 from moyu.files import atomic_write_text
 from moyu.records import (
+    Cell,
     Coverage,
     Environment,
     Generation,
@@ -24,7 +25,7 @@ from moyu.records import (
     Record,
     Study,
 )
-from moyu.reporting import columns, figures, paper, summary
+from moyu.reporting import columns, figures, paper, scoreboard, summary
 from moyu.reporting.differences import marked
 from moyu.reporting.figures import Figure
 from moyu.reporting.groups import quality_groups, speed_groups
@@ -74,6 +75,8 @@ def view(rows: Sequence[Record]) -> dict[str, Any]:
         "notes": summary.notes(rows),
         "quality": quality,
         "speed": speed,
+        "scoreboard": scoreboard.boards(rows),
+        "scoreboard_plot": scoreboard.plot(cells) if (cells := [r for r in rows if isinstance(r, Cell)]) else None,
         "profiles": [(p, _there([figures.needed_by_layer(p), figures.needed_by_position(p)])) for p in profiles],
         "prompts": _prompts([r for r in rows if isinstance(r, Generation)]),
         "kernels": [r for r in rows if isinstance(r, Kernel)],

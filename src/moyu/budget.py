@@ -1,0 +1,153 @@
+"""From a byte fraction to a plan: how much is skipped, and with which settings, so that a step reads just so much.
+
+What a plan itself makes a step read depends on the plan, so the sparsity is solved for again with what was found; a method
+with several ways to spend the same bytes says which, and the one with the least KL on the validation part is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from moyu import accounting
+from moyu.calibration import Progress, Windows, calibrate, solve_bytes
+from moyu.errors import OutOfReach
+from moyu.evaluation import evaluate
+from moyu.methods.base import Method, SiteParams
+from moyu.plan import Plan
+from moyu.quantisation import Storage
+from moyu.surgery import Anatomy
+from moyu.text import Split
+
+PROBE = 2  # calibration windows that are enough to learn what a plan adds
+ROUNDS = 4
+CLOSE = 1e-3  # of the dense step's bytes
+TRIAL = 4  # windows, of calibration and of validation, that settings are compared on
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Bytes that a decode step reads of a model whose weights are kept in `storage`."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    storage: Storage | None = None  # None: as they are in the model
+
+    def dense(self) -> float:
+        """Bytes of a dense step."""
+        if self.storage is None:
+            return accounting.dense_step_bytes(self.model, self.anatomy)
+        return self.storage.step_bytes(self.model, self.anatomy)
+
+    def skippable(self, method: Method) -> float:
+        """Bytes of all units of all sites."""
+        sites = [s for b in self.anatomy.all_blocks() for s in method.sites(b)]
+        return accounting.skippable_bytes(self.model, self.anatomy, sites) * self._share()
+
+    def added(self, plan: Plan) -> float:
+        """Bytes that the plan itself makes a step read; under a storage, its numbers are kept in 16 bits."""
+        if self.storage is None:
+            return float(accounting.added_bytes(plan.method, plan.parts.values()))
+        parts = [(site, _sixteen(params)) for site, params in plan.parts.values()]
+        return float(accounting.added_bytes(plan.method, parts))
+
+    def skipped(self, byte_fraction: float, plan: Plan) -> float:
+        """Bytes of skipped units, from the byte fraction that an evaluation found on the weights as they are."""
+        total = accounting.dense_step_bytes(self.model, self.anatomy)
+        added = accounting.added_bytes(plan.method, plan.parts.values())
+        return (total + added - byte_fraction * total) * self._share()
+
+    def byte_fraction(self, byte_fraction: float, plan: Plan) -> float:
+        """An evaluation's byte fraction, for weights as they are, as one of this storage's dense step."""
+        return (self.dense() + self.added(plan) - self.skipped(byte_fraction, plan)) / self.dense()
+
+    def floor(self, plan: Plan) -> float:
+        """The least byte fraction of a method that adds what this plan adds."""
+        return (self.dense() + self.added(plan) - self.skippable(plan.method)) / self.dense()
+
+    def _share(self) -> float:
+        """Bytes of a stored weight over those it has in the model."""
+        if self.storage is None:
+            return 1.0
+        return self.storage.weight_bits / 8 / next(self.model.parameters()).element_size()
+
+
+def _sixteen(params: SiteParams) -> SiteParams:
+    def short(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.half() if value.is_floating_point() else value
+        return tuple(short(v) for v in value) if isinstance(value, tuple) else value
+
+    fields = {f: short(getattr(params, f)) for f in ("basis", "centre", "low_rank", "bias")}
+    return dataclasses.replace(params, **fields, buffers={k: short(v) for k, v in params.buffers.items()})
+
+
+def plan_for_bytes(
+    reader: Reader,
+    method: Method,
+    split: Split,
+    byte_fraction: float,
+    *,
+    reference: Tensor | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Plan:
+    """A plan under which a step reads `byte_fraction` of `reader.dense()`; OutOfReach below the method's floor.
+
+    reference: log-probabilities of `split.validation` to compare settings by, where not those of this model.
+    options: those of `calibrate`, beside the sparsity.
+    """
+    settings = method.settings_for(16 if reader.storage is None else reader.storage.bits)
+    best, least, refused = method, math.inf, None
+    trial = dataclasses.replace(split.calibration, tokens=split.calibration.tokens[:TRIAL])
+    check = dataclasses.replace(split.validation, tokens=split.validation.tokens[:TRIAL])
+    if len(settings) > 1:
+        for candidate in settings:
+            try:
+                plan = _solved(reader, candidate, trial, byte_fraction, None, options)
+            except OutOfReach as error:
+                refused = error if refused is None or error.floor < refused.floor else refused
+                continue
+            known = None if reference is None else reference[:TRIAL]
+            found = evaluate(reader.model, plan, check, matched=False, anatomy=reader.anatomy, reference=known)
+            if float(found.method.kl.mean()) < least:
+                best, least = candidate, float(found.method.kl.mean())
+        if least == math.inf and refused is not None:
+            raise refused
+    else:
+        best = settings[0]
+    return _solved(reader, best, split.calibration, byte_fraction, progress, options)
+
+
+def _solved(
+    reader: Reader, method: Method, windows: Windows, byte_fraction: float, progress: Progress | None, options: Any
+) -> Plan:
+    sparsity = solve(reader, method, windows, byte_fraction, **options)
+    return calibrate(
+        reader.model, method, windows, sparsity=sparsity, anatomy=reader.anatomy, progress=progress, **options
+    )
+
+
+def solve(reader: Reader, method: Method, windows: Windows, byte_fraction: float, **options: Any) -> float:
+    """The sparsity at which a step reads `byte_fraction` of `reader.dense()`, what the plan adds counted in.
+
+    windows: calibration text, of which the first few say what a plan adds. OutOfReach below the method's floor.
+    """
+    probe = dataclasses.replace(windows, tokens=windows.tokens[:PROBE])
+    total, skippable = reader.dense(), reader.skippable(method)
+    sparsity, added, slope = solve_bytes(skippable, total, 0.0, byte_fraction), 0.0, 0.0
+    seen: tuple[float, float] | None = None
+    for _ in range(ROUNDS):
+        plan = calibrate(reader.model, method, probe, sparsity=sparsity, anatomy=reader.anatomy, **options)
+        found = reader.added(plan)
+        if abs(found - added - slope * sparsity) < CLOSE * total:
+            break
+        if seen is not None and seen[0] != sparsity:
+            slope = (found - seen[1]) / (sparsity - seen[0])  # what is added is nearly linear in what is skipped
+        seen, added = (sparsity, found), found - slope * sparsity
+        sparsity = solve_bytes(skippable - slope, total, added, byte_fraction)
+    return sparsity

@@ -1,0 +1,194 @@
+"""Estimate: what a token needs most is computed exactly, what it needs least from few bits or not at all.
+
+Neurons are ranked by |act(g^_j) u^_j| ||w_j||, w_j column j of down, with g^ and u^ from one of
+  svd     U V x, the best rank-r map of the inputs that were met (Eckart-Young under their second moment), in few bits;
+  copy    a copy of gate and up in few bits.
+A neuron that is not computed exactly may still give act(g^_j) u^_j w^_j, with w^_j in few bits. In a third way
+  channels  the inputs of every projection are ranked by |x_i| ||W_i||, which needs no estimate, and x_i w^_i stands for W_i.
+What is missing on average is added: b = E[y - y^]. For weights that are kept in few bits, few bits are the first of theirs
+(bit planes): what is computed exactly is not read twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moyu import kernels, selection
+from moyu.methods.base import (
+    Acts,
+    Family,
+    Granularity,
+    Memory,
+    Method,
+    Rows,
+    Site,
+    SiteParams,
+    neuron_site,
+    projection_sites,
+)
+from moyu.quantisation import GROUP, dequantize, quantize, stored_bits
+
+WAYS = ("svd", "copy", "channels")
+DAMPING = 1e-3  # of the mean second moment, for inputs that calibration hardly saw
+
+
+@dataclass(frozen=True)
+class Estimate(Method):
+    """Own; near Prox (arXiv 2607.27591), SparseInfer (arXiv 2411.12692) and SVD predictors of ReGLU models.
+
+    way: "svd", "copy" or "channels".
+    bits: bits of the factors or of the copy, 1 .. 8.
+    rank: rank over d, for "svd", in (0, 1].
+    rest: bits of the weights of what is not computed exactly, 0 .. 8; 0: it gives nothing.
+    stored: bits the model's weights are kept in; below 16, few bits are their first ones.
+    bias: add what is missing on average.
+    """
+
+    way: str = "channels"
+    bits: int = 4
+    rank: float = 0.25
+    rest: int = 3
+    stored: int = 16
+    bias: bool = True
+
+    name: ClassVar[str] = "estimate"
+    paper: ClassVar[str] = "own"
+    family: ClassVar[Family] = "own"
+    granularity: ClassVar[Granularity] = "token"
+
+    def __post_init__(self) -> None:
+        if self.way not in WAYS:
+            raise ValueError(f"way must be one of {', '.join(WAYS)}, not {self.way!r}")
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits must be in 1 .. 8, not {self.bits}")
+        if not 0 < self.rank <= 1:
+            raise ValueError(f"rank must be in (0, 1], not {self.rank}")
+        if not 0 <= self.rest <= 8:
+            raise ValueError(f"rest must be in 0 .. 8, not {self.rest}")
+
+    @property
+    def nested(self) -> bool:
+        """Whether few bits are the first ones of the weights, and not read again with the others."""
+        return self.stored < 16
+
+    def settings_for(self, bits: int) -> tuple[Method, ...]:
+        if bits == 16:
+            ways = [Estimate("channels", rest=b) for b in (3, 4, 5, 6, 8)]
+            return (*ways, *(Estimate("copy", b, rest=b) for b in (3, 4)), Estimate("svd", 4, rest=0))
+        ways = [Estimate("channels", rest=b, stored=bits) for b in range(1, bits)]
+        ways += [Estimate("copy", b, rest=b, stored=bits) for b in range(2, bits)]
+        return (*ways, Estimate("copy", 2, rest=0, stored=bits))
+
+    def sites(self, block) -> tuple[Site, ...]:
+        if self.way == "channels":
+            return projection_sites(block)
+        return (neuron_site(block, "mlp_in"),) if block.has_ffn else ()
+
+    def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
+        buffers, parts = {}, {}
+        if self.way == "channels":
+            last = acts.weights[site.linears[0]].float()
+        else:
+            last = acts.weights["down"].float()
+            names = [n for n in ("gate", "up") if n in acts.weights]
+            stack = torch.cat([acts.weights[n] for n in names]).float()  # (F, d), F = f or 2 f
+            buffers |= {f"{n}.bias": acts.biases[n].clone() for n in names if n in acts.biases}
+            if self.way == "svd":
+                rank = max(1, round(self.rank * stack.shape[1]))
+                parts["outer"], parts["inner"] = factors(stack, acts.met("mlp_in"), rank)
+            else:
+                parts["rows"] = stack
+        buffers["norms"] = last.norm(dim=0)
+        if self.rest:
+            parts["rest"] = last.t()  # (units, q)
+        for name, weight in parts.items():
+            bits = self.rest if name == "rest" else self.bits
+            whole = self.stored if name in ("rest", "rows") else 16
+            codes, scales = quantize(weight, bits) if whole == 16 else first_bits(weight, whole, bits)
+            buffers[f"{name}.codes"], buffers[f"{name}.scales"] = codes, scales.half()
+        return buffers
+
+    def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
+        params = super().fit(site, acts, target)
+        params = dataclasses.replace(params, buffers={**params.buffers, "skipped": torch.tensor([target])})
+        if target == 0.0 or not self.bias:
+            return params
+        x = acts.met(site.reads)
+        mask = selection.select(self.score(x, acts.rows, site, params, {}), params.rule)
+        exact, name = (x, site.linears[0]) if self.way == "channels" else (acts.met("mid"), "down")
+        missing = functional.linear(torch.where(mask, 0, exact), acts.weights[name])  # (N, q)
+        rest = self.rest_of(x, mask, site, params)
+        missing = missing if rest is None else missing - rest
+        return dataclasses.replace(params, bias=missing.mean(0))
+
+    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
+        value = x if self.way == "channels" else self.values(x, site, params)
+        return value.abs() * params.buffers["norms"].to(value)  # (N, f)
+
+    def values(self, x: Tensor, site: Site, params: SiteParams) -> Tensor:
+        """The estimate of the neurons' activations, (N, d) -> (N, f)."""
+        if self.way == "svd":
+            found = functional.linear(
+                functional.linear(x, self._weight("inner", x, params)), self._weight("outer", x, params)
+            )
+        else:
+            found = functional.linear(x, self._weight("rows", x, params))  # (N, F)
+        act, f = kernels.activation(site.act or "identity"), site.units
+        sides = [found[:, :f], found[:, f:]] if found.shape[1] > f else [found]
+        names = ("gate", "up") if len(sides) == 2 else ("up",)
+        biases = [params.buffers.get(f"{n}.bias") for n in names]
+        sides = [s if b is None else s + b.to(s) for s, b in zip(sides, biases, strict=True)]
+        return act(sides[0]) * sides[1] if len(sides) == 2 else act(sides[0])
+
+    def rest_of(self, x: Tensor, mask: Tensor, site: Site, params: SiteParams) -> Tensor | None:
+        if not self.rest:
+            return None
+        value = x if self.way == "channels" else self.values(x, site, params)
+        return torch.where(mask, 0, value) @ self._weight("rest", x, params)  # (N, q)
+
+    def _weight(self, name: str, x: Tensor, params: SiteParams) -> Tensor:
+        codes, scales = params.buffers[f"{name}.codes"], params.buffers[f"{name}.scales"]
+        bits = self.rest if name == "rest" else self.bits
+        return dequantize(codes, scales.float(), bits).to(x)
+
+    def score_bytes(self, site: Site, params: SiteParams) -> int:
+        """Codes count in their bits and with their scales; where only what is skipped is read, at the target."""
+        skipped = float(params.buffers["skipped"])
+        total = 0.0
+        for name, buffer in params.buffers.items():
+            part, _, kind = name.partition(".")
+            if kind == "codes":
+                alone = part == "rest" or (part == "rows" and self.nested)
+                bits = self.rest if part == "rest" else self.bits
+                total += buffer.numel() * stored_bits(bits) / 8 * (skipped if alone else 1.0)
+            elif kind == "bias" or name == "norms":
+                total += buffer.nbytes
+        return round(total)
+
+
+def first_bits(weight: Tensor, whole: int, bits: int) -> tuple[Tensor, Tensor]:
+    """The first `bits` of the codes (q, n) that a weight has in `whole` bits, and the scales that fit them best."""
+    codes = quantize(weight, whole)[0] >> (whole - bits)
+    levels = dequantize(codes, torch.ones(len(codes), -(-codes.shape[1] // GROUP), device=codes.device), bits)
+    pad = (0, -codes.shape[1] % GROUP)
+    levels, weight = (functional.pad(t, pad).unflatten(1, (-1, GROUP)) for t in (levels, weight.float()))
+    return codes, (weight * levels).sum(2) / levels.square().sum(2)
+
+
+def factors(weight: Tensor, x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(q, r), (r, n) whose product M has the least sum of ||(W - M) x||^2 over rows x (N, n), of all of rank r."""
+    wide = x.double()
+    second = wide.t() @ wide / len(wide)  # (n, n)
+    second += DAMPING * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=x.device)
+    values, vectors = torch.linalg.eigh(second)
+    root, inverse = vectors * values.sqrt(), vectors / values.sqrt()  # C = root root', inverse' root = 1
+    u, s, v = torch.linalg.svd(weight.double() @ root, full_matrices=False)
+    share = s[:rank].sqrt()
+    return (u[:, :rank] * share).float(), (share[:, None] * (v[:rank] @ inverse.t())).float()
