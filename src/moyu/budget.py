@@ -102,24 +102,23 @@ def plan_for_bytes(
     options: those of `calibrate`, beside the sparsity.
     """
     settings = method.settings_for(16 if reader.storage is None else reader.storage.bits)
+    if len(settings) == 1:
+        return _solved(reader, settings[0], split.calibration, byte_fraction, progress, options)
     best, least, refused = method, math.inf, None
     trial = dataclasses.replace(split.calibration, tokens=split.calibration.tokens[:TRIAL])
     check = dataclasses.replace(split.validation, tokens=split.validation.tokens[:TRIAL])
-    if len(settings) > 1:
-        for candidate in settings:
-            try:
-                plan = _solved(reader, candidate, trial, byte_fraction, None, options)
-            except OutOfReach as error:
-                refused = error if refused is None or error.floor < refused.floor else refused
-                continue
-            known = None if reference is None else reference[:TRIAL]
-            found = evaluate(reader.model, plan, check, matched=False, anatomy=reader.anatomy, reference=known)
-            if float(found.method.kl.mean()) < least:
-                best, least = candidate, float(found.method.kl.mean())
-        if least == math.inf and refused is not None:
-            raise refused
-    else:
-        best = settings[0]
+    known = None if reference is None else reference[:TRIAL]
+    for candidate in settings:
+        try:
+            plan = _solved(reader, candidate, trial, byte_fraction, None, options)
+        except OutOfReach as error:
+            refused = error if refused is None or error.floor < refused.floor else refused
+            continue
+        found = evaluate(reader.model, plan, check, matched=False, anatomy=reader.anatomy, reference=known)
+        if float(found.method.kl.mean()) < least:
+            best, least = candidate, float(found.method.kl.mean())
+    if least == math.inf and refused is not None:
+        raise refused
     return _solved(reader, best, split.calibration, byte_fraction, progress, options)
 
 
