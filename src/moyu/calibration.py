@@ -71,6 +71,7 @@ def calibrate(
     revision: str | None = None,
     bias: bool = False,
     centre: bool = False,
+    levels: Mapping[str, float] | None = None,
     seed: int = 0,
     anatomy: Anatomy | None = None,
     progress: Progress | None = None,
@@ -79,6 +80,7 @@ def calibrate(
 
     bias: add the closed-form correction W E[v - S(v)] at every site (off by default).
     centre: let masks of columns act on v - c, with the c of `compensation.centred` (off by default).
+    levels: sparsity of each site by its key, instead of the same everywhere (`moyu.allocation`).
     Raises UserError where the model offers no site to this method, or none to what was asked.
     """
     if not 0 <= sparsity < 1:
@@ -102,9 +104,9 @@ def calibrate(
     with torch.no_grad(), Applied(model, draft, engine="mask", anatomy=anatomy, check=False) as applied:
         ahead = [s for layer in blocks for b in layer for s in method.sites(b) if s.source_layer != s.layer]
         applied.lookahead |= {(s.source_layer, s.reads) for s in ahead}
-        walk = _Walk(applied, windows)
+        walk = Walk(applied, windows)
         for index, layer_blocks in enumerate(blocks):
-            _fit_layer(walk, index, layer_blocks, method, parts, sparsity, bias, centre)
+            _fit_layer(walk, index, layer_blocks, method, parts, sparsity, bias, centre, levels or {})
             if progress:
                 progress(index + 1, len(blocks))
     if method.joint and sparsity > 0:
@@ -134,7 +136,7 @@ def calibrate(
 
 
 def _fit_layer(
-    walk: _Walk,
+    walk: Walk,
     index: int,
     blocks: list[Block],
     method: Method,
@@ -142,6 +144,7 @@ def _fit_layer(
     sparsity: float,
     bias: bool,
     centre: bool,
+    levels: Mapping[str, float],
 ) -> None:
     sites = [(block, site) for block in blocks for site in method.sites(block)]
     dense = walk.observe(index, walk.dense)  # also the taps that later layers look at
@@ -153,27 +156,12 @@ def _fit_layer(
             continue
         seen = walk.observe(index, walk.sparse)  # earlier stages of this layer are already sparse
         for block, site in fresh:
-            sparse_taps, rows = seen.acts(site.expert)
-            dense_taps, dense_rows = dense.acts(site.expert)
-            if rows is None or not bool((rows.sparse & rows.valid).any()):
-                raise UserError(
-                    f"{site.key} saw no calibration token (an expert that the text never routes to)",
-                    "calibrate on more text: --tokens",
-                )
-            if dense_rows is None or len(dense_rows.seq) != len(rows.seq):
-                dense_taps = sparse_taps  # routing differs between the streams: fit on what will be met
+            ahead = None
             if site.source_layer != site.layer:
                 source = (site.source_layer, site.reads)
-                dense_taps[site.reads] = walk.dense_taps[source]
-                sparse_taps[site.reads] = walk.sparse_taps[source]
-            weights = {n: p.weight.detach() for n, p in block.pieces.items()}
-            biases = {n: p.bias.detach() for n, p in block.pieces.items() if p.bias is not None}
-            acts = Acts(dense_taps, sparse_taps, rows, weights, biases)
-            if centre and site.skips == "columns" and sparsity > 0:
-                params = compensation.centred(method, site, acts, sparsity, bias)
-            else:
-                params = method.fit(site, acts, sparsity)
-            parts[site.key] = (site, params)
+                ahead = walk.dense_taps[source], walk.sparse_taps[source]
+            target = levels.get(site.key, sparsity)
+            parts[site.key] = fitted_parts(method, block, site, seen, dense, target, ahead, centre, bias)
         walk.attach(index, parts, method)
         if bias and sparsity > 0:
             seen = walk.observe(index, walk.sparse)
@@ -186,8 +174,39 @@ def _fit_layer(
     walk.advance(index)
 
 
-class _Walk:
-    """Runs single layers on two streams of hidden states."""
+def fitted_parts(
+    method: Method,
+    block: Block,
+    site: Site,
+    seen: _Taps,
+    dense: _Taps,
+    target: float,
+    ahead: tuple[Tensor, Tensor] | None = None,
+    centre: bool = False,
+    bias: bool = False,
+) -> tuple[Site, SiteParams]:
+    """A site fitted on what two walks of its layer have seen; `ahead` is its tap where another layer has it."""
+    sparse_taps, rows = seen.acts(site.expert)
+    dense_taps, dense_rows = dense.acts(site.expert)
+    if rows is None or not bool((rows.sparse & rows.valid).any()):
+        raise UserError(
+            f"{site.key} saw no calibration token (an expert that the text never routes to)",
+            "calibrate on more text: --tokens",
+        )
+    if dense_rows is None or len(dense_rows.seq) != len(rows.seq):
+        dense_taps = sparse_taps  # routing differs between the streams: fit on what will be met
+    if ahead is not None:
+        dense_taps[site.reads], sparse_taps[site.reads] = ahead
+    weights = {n: p.weight.detach() for n, p in block.pieces.items()}
+    biases = {n: p.bias.detach() for n, p in block.pieces.items() if p.bias is not None}
+    acts = Acts(dense_taps, sparse_taps, rows, weights, biases)
+    if centre and site.skips == "columns" and target > 0:
+        return site, compensation.centred(method, site, acts, target, bias)
+    return site, method.fit(site, acts, target)
+
+
+class Walk:
+    """Runs single layers on two streams of hidden states: the dense model's, and the one behind sparsified layers."""
 
     def __init__(self, applied: Applied, windows: Windows) -> None:
         self.applied, self.windows = applied, windows
@@ -237,6 +256,10 @@ class _Walk:
         taps = _Taps()
         self._run(index, hidden, self.windows.prompt, taps)
         return taps
+
+    def output(self, index: int) -> Tensor:
+        """Hidden states (B, T, d) behind the layer, on the sparse stream and with the sites that are attached to it."""
+        return self._run(index, self.sparse, self.windows.prompt, None)
 
     def attach(self, index: int, parts: Mapping[str, tuple[Site, SiteParams]], method: Method) -> None:
         """Give the layer's executors the sites fitted so far."""

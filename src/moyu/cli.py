@@ -269,6 +269,9 @@ def calibrate(
     bias: Bias = False,
     centre: Centre = False,
     learn_bias: LearnBias = 0,
+    allocation: Annotated[
+        str, typer.Option(help="uniform, or greedy: divide a block's sparsity among its sites (token-level methods)")
+    ] = "uniform",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -277,7 +280,7 @@ def calibrate(
 
     settings = _settings(
         method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, centre=centre,
-        learn_bias=learn_bias, seed=seed,
+        learn_bias=learn_bias, seed=seed, allocation=allocation,
     )  # fmt: skip
     budget = None if max_ppl_increase is None else pipeline.parse_share(max_ppl_increase)
     pipeline.check_writable(out)

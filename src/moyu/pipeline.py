@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from moyu import accounting, compensation, in_loop, kernels, methods, models, records, speculation, surgery, text
+from moyu.allocation import calibrate_greedily
 from moyu.applied import Applied
 from moyu.benchmark import Comparison, compare
 from moyu.budget import Reader, solve
@@ -65,6 +66,7 @@ class Settings:
     bias: bool = False
     centre: bool = False
     learn_bias: int = 0  # steps
+    allocation: str = "uniform"  # or "greedy"
     text: Path | None = None
     prompt: str | None = None
     window: int = 256
@@ -87,6 +89,10 @@ class Settings:
             raise UserError(f"sparsity must be in [0, 1), not {self.sparsity}", "0.5 skips half of the units")
         if self.bytes is not None and not 0 < self.bytes <= 1:
             raise UserError(f"byte fraction must be in (0, 1], not {self.bytes}", "0.6 reads 60 % of the dense bytes")
+        if self.allocation not in ("uniform", "greedy"):
+            raise UserError(
+                f"--allocation must be uniform or greedy, not {self.allocation!r}", "uniform is the default"
+            )
         if self.learn_bias < 0:
             raise UserError(f"--learn-bias must not be negative, not {self.learn_bias}", "100 steps, for example")
         if not 0 <= self.boundary < self.window - 1:
@@ -186,19 +192,22 @@ class Context:
     ) -> Plan:
         """Calibrate one method."""
         method = self.method(name)
-        plan = calibrate(
-            self.loaded.model,
-            method,
-            self.split.calibration,
-            sparsity=self.target_for(method) if sparsity is None else sparsity,
-            name=self.loaded.name,
-            revision=self.loaded.revision,
-            bias=self.settings.bias,
-            centre=self.settings.centre,
-            seed=self.settings.seed,
-            anatomy=self.anatomy,
-            progress=progress,
-        )
+        fitted: dict[str, Any] = {
+            "sparsity": self.target_for(method) if sparsity is None else sparsity,
+            "name": self.loaded.name,
+            "revision": self.loaded.revision,
+            "bias": self.settings.bias,
+            "centre": self.settings.centre,
+            "seed": self.settings.seed,
+            "anatomy": self.anatomy,
+            "progress": progress,
+        }
+        if self.settings.allocation == "greedy":
+            plan = calibrate_greedily(
+                self.loaded.model, method, self.split.calibration, self.split.validation, **fitted
+            )
+        else:
+            plan = calibrate(self.loaded.model, method, self.split.calibration, **fitted)
         if not self.settings.learn_bias:
             return plan
         windows, steps = self.split.calibration, self.settings.learn_bias
