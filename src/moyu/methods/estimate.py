@@ -4,7 +4,7 @@ Neurons are ranked by |act(g^_j) u^_j| ||w_j||, w_j column j of down, with g^ an
   svd     U V x, the best rank-r map of the inputs that were met (Eckart-Young under their second moment), in few bits;
   copy    a copy of gate and up in few bits.
 A neuron that is not computed exactly may still give act(g^_j) u^_j w^_j, with w^_j in few bits. In a third way
-  channels  the inputs of every projection are ranked by |x_i| ||W_i||, which needs no estimate, and x_i w^_i stands for W_i.
+  channels  the inputs of every projection are ranked by |x_i| ||W_i - w^_i||, which needs no estimate, and x_i w^_i stands for W_i.
 What is missing on average is added: b = E[y - y^]. For weights that are kept in few bits, few bits are the first of theirs
 (bit planes): what is computed exactly is not read twice.
 """
@@ -33,7 +33,7 @@ from moyu.methods.base import (
     neuron_site,
     projection_sites,
 )
-from moyu.quantisation import GROUP, dequantize, quantize, stored_bits
+from moyu.quantisation import GROUP, dequantize, quantize
 
 WAYS = ("svd", "copy", "channels")
 DAMPING = 1e-3  # of the mean second moment, for inputs that calibration hardly saw
@@ -48,6 +48,7 @@ class Estimate(Method):
     rank: rank over d, for "svd", in (0, 1].
     rest: bits of the weights of what is not computed exactly, 0 .. 8; 0: it gives nothing.
     stored: bits the model's weights are kept in; below 16, few bits are their first ones.
+    weighted: rank by what is lost, |x_i| ||W_i - w^_i||; else by |x_i| alone.
     bias: add what is missing on average.
     """
 
@@ -56,6 +57,7 @@ class Estimate(Method):
     rank: float = 0.25
     rest: int = 3
     stored: int = 16
+    weighted: bool = True
     bias: bool = True
 
     name: ClassVar[str] = "estimate"
@@ -82,8 +84,8 @@ class Estimate(Method):
         if bits == 16:
             ways = [Estimate("channels", rest=b) for b in (3, 4, 5, 6, 8)]
             return (*ways, *(Estimate("copy", b, rest=b) for b in (3, 4)), Estimate("svd", 4, rest=0))
-        ways = [Estimate("channels", rest=b, stored=bits) for b in range(1, bits)]
-        ways += [Estimate("copy", b, rest=b, stored=bits) for b in range(2, bits)]
+        own = {"stored": bits, "bias": False}  # at few bits a weight a bias costs more than it gives, on narrow models
+        ways = [Estimate("channels", rest=b, weighted=w, **own) for b in range(min(bits, 3)) for w in (True, False)]
         return (*ways, Estimate("copy", 2, rest=0, stored=bits))
 
     def sites(self, block) -> tuple[Site, ...]:
@@ -105,14 +107,16 @@ class Estimate(Method):
                 parts["outer"], parts["inner"] = factors(stack, acts.met("mlp_in"), rank)
             else:
                 parts["rows"] = stack
-        buffers["norms"] = last.norm(dim=0)
         if self.rest:
             parts["rest"] = last.t()  # (units, q)
         for name, weight in parts.items():
             bits = self.rest if name == "rest" else self.bits
-            whole = self.stored if name in ("rest", "rows") else 16
-            codes, scales = quantize(weight, bits) if whole == 16 else first_bits(weight, whole, bits)
+            first = self.nested and name in ("rest", "rows")
+            codes, scales = first_bits(weight, self.stored, bits) if first else quantize(weight, bits)
             buffers[f"{name}.codes"], buffers[f"{name}.scales"] = codes, scales.half()
+        if self.weighted:
+            lost = last - self._weight("rest", last, buffers).t() if self.rest else last
+            buffers["norms"] = lost.norm(dim=0)
         return buffers
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
@@ -130,16 +134,17 @@ class Estimate(Method):
 
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         value = x if self.way == "channels" else self.values(x, site, params)
-        return value.abs() * params.buffers["norms"].to(value)  # (N, f)
+        norms = params.buffers.get("norms")
+        return value.abs() if norms is None else value.abs() * norms.to(value)  # (N, units)
 
     def values(self, x: Tensor, site: Site, params: SiteParams) -> Tensor:
         """The estimate of the neurons' activations, (N, d) -> (N, f)."""
         if self.way == "svd":
             found = functional.linear(
-                functional.linear(x, self._weight("inner", x, params)), self._weight("outer", x, params)
+                functional.linear(x, self._weight("inner", x, params.buffers)), self._weight("outer", x, params.buffers)
             )
         else:
-            found = functional.linear(x, self._weight("rows", x, params))  # (N, F)
+            found = functional.linear(x, self._weight("rows", x, params.buffers))  # (N, F)
         act, f = kernels.activation(site.act or "identity"), site.units
         sides = [found[:, :f], found[:, f:]] if found.shape[1] > f else [found]
         names = ("gate", "up") if len(sides) == 2 else ("up",)
@@ -151,12 +156,12 @@ class Estimate(Method):
         if not self.rest:
             return None
         value = x if self.way == "channels" else self.values(x, site, params)
-        return torch.where(mask, 0, value) @ self._weight("rest", x, params)  # (N, q)
+        return torch.where(mask, 0, value) @ self._weight("rest", x, params.buffers)  # (N, q)
 
-    def _weight(self, name: str, x: Tensor, params: SiteParams) -> Tensor:
-        codes, scales = params.buffers[f"{name}.codes"], params.buffers[f"{name}.scales"]
+    def _weight(self, name: str, like: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+        codes, scales = buffers[f"{name}.codes"], buffers[f"{name}.scales"]
         bits = self.rest if name == "rest" else self.bits
-        return dequantize(codes, scales.float(), bits).to(x)
+        return dequantize(codes, scales.float(), bits, _group(codes, scales)).to(like)
 
     def score_bytes(self, site: Site, params: SiteParams) -> int:
         """Codes count in their bits and with their scales; where only what is skipped is read, at the target."""
@@ -167,19 +172,26 @@ class Estimate(Method):
             if kind == "codes":
                 alone = part == "rest" or (part == "rows" and self.nested)
                 bits = self.rest if part == "rest" else self.bits
-                total += buffer.numel() * stored_bits(bits) / 8 * (skipped if alone else 1.0)
+                scales = params.buffers[f"{part}.scales"].nbytes
+                total += (buffer.numel() * bits / 8 + scales) * (skipped if alone else 1.0)
             elif kind == "bias" or name == "norms":
                 total += buffer.nbytes
         return round(total)
 
 
 def first_bits(weight: Tensor, whole: int, bits: int) -> tuple[Tensor, Tensor]:
-    """The first `bits` of the codes (q, n) that a weight has in `whole` bits, and the scales that fit them best."""
+    """The first `bits` of the codes (q, n) that a weight has in `whole` bits, and the scale of each row that fits best.
+
+    One scale a row: the groups' own would weigh half a bit a weight, as much as half of one plane.
+    """
     codes = quantize(weight, whole)[0] >> (whole - bits)
-    levels = dequantize(codes, torch.ones(len(codes), -(-codes.shape[1] // GROUP), device=codes.device), bits)
-    pad = (0, -codes.shape[1] % GROUP)
-    levels, weight = (functional.pad(t, pad).unflatten(1, (-1, GROUP)) for t in (levels, weight.float()))
-    return codes, (weight * levels).sum(2) / levels.square().sum(2)
+    levels = dequantize(codes, torch.ones(len(codes), 1, device=codes.device), bits, codes.shape[1])
+    return codes, (weight.float() * levels).sum(1, keepdim=True) / levels.square().sum(1, keepdim=True)
+
+
+def _group(codes: Tensor, scales: Tensor) -> int:
+    """Weights that share a scale: a whole row, or the usual group."""
+    return codes.shape[1] if scales.shape[1] == 1 else GROUP
 
 
 def factors(weight: Tensor, x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
