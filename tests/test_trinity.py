@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +138,10 @@ def test_what_is_skipped_still_gives_its_few_bits(way):
         plan = calibration.calibrate(context.loaded.model, method, context.split.calibration, sparsity=0.9)
         kl[rest] = float(context.quality(plan, matched=False).method.kl.mean())
     assert kl[8] < 1e-3 < 0.1 < kl[0]
+
+
+def test_published_tables_are_those_of_the_records():
+    root = Path(__file__).parent.parent
+    rows = records.read(root / "docs" / "results" / "trinity.jsonl")
+    assert scoreboard.markdown(rows) in (root / "docs" / "scoreboard.md").read_text(), "run `python -m moyu.reporting`"
+    assert scoreboard.brief(rows) in (root / "README.md").read_text(), "run `python -m moyu.reporting`"

@@ -51,8 +51,19 @@ def boards(rows: Iterable[records.Record]) -> list[Board]:
 
 def markdown(rows: Iterable[records.Record]) -> str:
     """The tables as text."""
+    return _text(boards(rows))
+
+
+def brief(rows: Iterable[records.Record]) -> str:
+    """The tables at equal bytes of the first model, as text."""
+    found = [b for b in boards(rows) if b.title.endswith("at equal bytes")]
+    model = found[0].title.partition(",")[0] if found else ""
+    return _text([b for b in found if b.title.startswith(f"{model},")])
+
+
+def _text(found: Sequence[Board]) -> str:
     parts = []
-    for board in boards(rows):
+    for board in found:
         lines = ["| " + " | ".join(line) + " |" for line in [board.head, ["---"] * len(board.head), *board.lines]]
         parts.append("\n".join([f"**{board.title}.** {board.caption}", "", *lines]))
     return "\n\n".join(parts)
