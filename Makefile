@@ -32,7 +32,7 @@ say = echo "==>"
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo setup dev test lint types unit sanitize format browser clean distclean
+.PHONY: help demo setup dev test lint types unit coverage sanitize format browser clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,10 @@ types: $(CORE) $(DEV)  ## pyright on src
 unit: $(CORE) $(DEV) $(BUILT)  ## pytest
 	@$(say) "pytest"
 	@$(BIN)/python -m pytest $(TESTS)
+
+# Last run 2026-11-24: 189 types of transformers 5.23.0 in 4 minutes on 2 busy cores; docs/coverage.md is what it wrote.
+coverage: $(CORE) $(BUILT)  ## every causal LM of transformers, built tiny and checked; writes docs/coverage.md
+	@$(BIN)/moyu coverage --again --out docs/results --page docs/coverage.md
 
 sanitize: dev  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (some 15 minutes, not in CI)
 	@$(BIN)/python scripts/sanitize.py address

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moyu.methods.base import Method, Site, SiteParams
-from moyu.surgery import Anatomy, text_config
+from moyu.surgery import Anatomy
 
 KV_CONTEXTS = (0, 2048, 8192)
 
@@ -22,14 +22,13 @@ def dense_step_bytes(model: nn.Module, anatomy: Anatomy) -> float:
     """
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     head = getattr(model.get_output_embeddings(), "weight", None)  # pyright: ignore[reportCallIssue]
-    routed = {id(p) for e in anatomy.experts for p in e.module.parameters()}
-    share = _routed_share(model, anatomy)
+    share = {id(p): e.share for e in anatomy.experts for p in e.module.parameters()}
     total = 0.0
     for parameter in model.parameters():
         size = parameter.numel() * parameter.element_size()
         if id(parameter) in tables and parameter is not head:
             continue
-        total += size * share if id(parameter) in routed else size
+        total += size * share.get(id(parameter), 1.0)
     return total + sum(t.shape[1] * t.element_size() for t in tables.values())
 
 
@@ -47,9 +46,9 @@ def floor(model: nn.Module, anatomy: Anatomy, method: Method) -> float:
 
 def block_bytes(model: nn.Module, anatomy: Anatomy) -> float:
     """Bytes of all linears of the blocks, experts weighted by how many of them a token is routed to."""
-    share = _routed_share(model, anatomy)
+    share = _shares(anatomy)
     return sum(
-        piece.weight.numel() * piece.weight.element_size() * (1.0 if block.expert is None else share)
+        piece.weight.numel() * piece.weight.element_size() * share.get((block.layer, block.expert), 1.0)
         for block in anatomy.all_blocks()
         for piece in block.pieces.values()
     )
@@ -57,15 +56,13 @@ def block_bytes(model: nn.Module, anatomy: Anatomy) -> float:
 
 def skippable_bytes(model: nn.Module, anatomy: Anatomy, sites: Iterable[Site]) -> float:
     """Bytes of all units of the sites, experts weighted by how many of them a token is routed to."""
-    share = _routed_share(model, anatomy)
-    return sum(s.units * s.unit_bytes * (share if s.expert is not None else 1.0) for s in sites)
+    share = _shares(anatomy)
+    return sum(s.units * s.unit_bytes * share.get((s.layer, s.expert), 1.0) for s in sites)
 
 
-def _routed_share(model: nn.Module, anatomy: Anatomy) -> float:
-    """Experts that a token is routed to, over all of a layer."""
-    if not anatomy.experts:
-        return 1.0
-    return text_config(model).num_experts_per_tok / len(anatomy.experts[0].blocks)
+def _shares(anatomy: Anatomy) -> dict[tuple[int, int | None], float]:
+    """Of each routed expert, the part of its layer's experts that a token is routed to."""
+    return {(b.layer, b.expert): e.share for e in anatomy.experts for b in e.blocks}
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ class _Block:
         walk.attach(index, {}, method)
         self.seen = walk.observe(index, walk.sparse), walk.observe(index, walk.dense)
         self.clean = walk.output(index)
-        self.fits: dict[tuple[str, float], tuple[Site, SiteParams]] = {}
+        self.fits: dict[tuple[str, float], tuple[Site, SiteParams] | None] = {}
 
     def attach(self, levels: Mapping[str, float]) -> None:
         """Let the layer run at these levels."""
@@ -113,7 +113,9 @@ class _Block:
                 key = site.key, round(level, 9)
                 if key not in self.fits:
                     self.fits[key] = fitted_parts(self.method, block, site, *self.seen, level)
-                parts[site.key] = self.fits[key]
+                fitted = self.fits[key]
+                if fitted is not None:
+                    parts[site.key] = fitted
         self.walk.attach(self.index, parts, self.method)
 
     def error(self, levels: Mapping[str, float]) -> float:

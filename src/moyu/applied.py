@@ -171,7 +171,6 @@ class Applied(AbstractContextManager):
         if self.plan is not None:
             self.lookahead |= {(s.source_layer, s.reads) for s in self.plan.sites() if s.source_layer != s.layer}
         lookahead = self.lookahead
-        routed = {e.layer: e for e in self.anatomy.experts}
         taken: set[int] = set()
         for block in self.anatomy.blocks:
             states = self.states(block)
@@ -182,8 +181,10 @@ class Applied(AbstractContextManager):
                     self._wrap_linear(call, block.pieces[name], taken)
             if block.has_ffn:
                 self._wrap_ffn(FfnCall(self, block, states, lookahead), taken)
-            if block.layer in routed:
-                self._wrap_experts(routed[block.layer], lookahead)
+        for block in self.anatomy.further:
+            self._wrap_ffn(FfnCall(self, block, self.states(block), lookahead), taken)
+        for experts in self.anatomy.experts:
+            self._wrap_experts(experts, lookahead)
         if self.engine == "skip" and self.backend in ("auto", "cpu"):
             self.decode_run, self.general_because = decoding.plain_run(self)
             if self.decode_run is not None:
@@ -212,6 +213,10 @@ class Applied(AbstractContextManager):
             call.lay_out()
             self._laid_out += [p.module for p in block.pieces.values()]
         call.bind()
+        if block.middle is not None:
+            for module in block.middle.modules:
+                taken.add(id(module))
+                self._replace(module, "forward", MethodType(surgery.Aside.run, surgery.Aside(module.forward, module)))
         if block.host is not None:
             self._replace(block.host, "forward", MethodType(FfnCall.forward, call))
             return

@@ -38,23 +38,31 @@ class Windows:
 
 
 class _Taps:
-    """An observer that keeps every tap and decision of one layer."""
+    """An observer that keeps every tap and decision of one layer, and what later layers look at."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: int, ahead: dict[tuple[int, Tap], Tensor], wanted: set[tuple[int, Tap]]) -> None:
+        self.layer, self.ahead, self.wanted = layer, ahead, wanted
         self.taps: dict[tuple[int | None, Tap], Tensor] = {}
         self.rows: dict[tuple[int | None, Tap], Rows] = {}
         self.skipped: dict[str, Tensor] = {}
 
     def see(self, layer: int, expert: int | None, tap: Tap, x: Tensor, rows: Rows) -> None:
+        if (layer, tap) in self.wanted:
+            self.ahead[layer, tap] = x.detach()
+        if layer != self.layer:
+            return
         self.taps[expert, tap] = x.detach()
         self.rows[expert, tap] = rows
 
     def mask(self, site: Site, values: Tensor, mask: Tensor, rows: Rows) -> None:
+        if site.layer != self.layer:
+            return
         missing = torch.where(mask, 0, values.float())[rows.sparse]
         self.skipped[site.key] = missing.mean(0)
 
     def acts(self, expert: int | None) -> tuple[dict[Tap, Tensor], Rows | None]:
-        taps: dict[Tap, Tensor] = {t: x for (e, t), x in self.taps.items() if e in (expert, None)}
+        taps: dict[Tap, Tensor] = {t: x for (e, t), x in self.taps.items() if e is None}
+        taps |= {t: x for (e, t), x in self.taps.items() if e == expert}
         rows = next((r for (e, t), r in self.rows.items() if e == expert), None)
         if rows is None and not any(e is not None for e, _ in self.rows):
             rows = next(iter(self.rows.values()), None)
@@ -128,7 +136,8 @@ def calibrate(
             "prompt": windows.prompt,
             "bias": bias,
             "centre": centre,
-        },
+        }
+        | ({"dense_layers": list(anatomy.dense_layers)} if anatomy.dense_layers else {}),
         seed=seed,
         versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")}
         | {"python": platform.python_version()},
@@ -161,7 +170,9 @@ def _fit_layer(
                 source = (site.source_layer, site.reads)
                 ahead = walk.dense_taps[source], walk.sparse_taps[source]
             target = levels.get(site.key, sparsity)
-            parts[site.key] = fitted_parts(method, block, site, seen, dense, target, ahead, centre, bias)
+            fitted = fitted_parts(method, block, site, seen, dense, target, ahead, centre, bias)
+            if fitted is not None:
+                parts[site.key] = fitted
         walk.attach(index, parts, method)
         if bias and sparsity > 0:
             seen = walk.observe(index, walk.sparse)
@@ -184,15 +195,15 @@ def fitted_parts(
     ahead: tuple[Tensor, Tensor] | None = None,
     centre: bool = False,
     bias: bool = False,
-) -> tuple[Site, SiteParams]:
-    """A site fitted on what two walks of its layer have seen; `ahead` is its tap where another layer has it."""
+) -> tuple[Site, SiteParams] | None:
+    """A site fitted on what two walks of its layer have seen; `ahead` is its tap where another layer has it.
+
+    None for an expert that the text never routes to: nothing is known of it, it stays dense.
+    """
     sparse_taps, rows = seen.acts(site.expert)
     dense_taps, dense_rows = dense.acts(site.expert)
     if rows is None or not bool((rows.sparse & rows.valid).any()):
-        raise UserError(
-            f"{site.key} saw no calibration token (an expert that the text never routes to)",
-            "calibrate on more text: --tokens",
-        )
+        return None
     if dense_rows is None or len(dense_rows.seq) != len(rows.seq):
         dense_taps = sparse_taps  # routing differs between the streams: fit on what will be met
     if ahead is not None:
@@ -206,7 +217,10 @@ def fitted_parts(
 
 
 class Walk:
-    """Runs single layers on two streams of hidden states: the dense model's, and the one behind sparsified layers."""
+    """Runs single layers on two streams of hidden states: the dense model's, and the one behind sparsified layers.
+
+    Where the layers are no simple chain, the whole model runs each time.
+    """
 
     def __init__(self, applied: Applied, windows: Windows) -> None:
         self.applied, self.windows = applied, windows
@@ -223,42 +237,43 @@ class Walk:
                 f"prompt of {windows.prompt} in windows of {length} tokens", "use a prompt shorter than the window"
             )
         self.rows = runtime.rows_of((batch, length), None, 0, windows.prompt, device)
-        inputs: list[Tensor] = []
-        handles = [layer.register_forward_pre_hook(self._capture(inputs), with_kwargs=True) for layer in self.layers]
+        chain = _Chain(self.layers)
         try:
             with applied.prompt(length):
                 model(input_ids=self.tokens, use_cache=False)
         finally:
-            for handle in handles:
-                handle.remove()
-        self.dense = self.sparse = inputs[0]
-
-    def _capture(self, inputs: list[Tensor]) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if not inputs:
-                inputs.append(args[0] if args else kwargs["hidden_states"])
-            self.kwargs.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-
-        return hook
+            chain.remove()
+        self.chain = chain if chain.holds else None
+        self.dense = self.sparse = chain.start if chain.holds else self.tokens
+        if not chain.holds:
+            self.sparse = self.tokens.clone()  # only to tell the streams apart
 
     def _run(self, index: int, hidden: Tensor, boundary: int, observer: _Taps | None) -> Tensor:
+        if self.chain is None:
+            with self.applied.watched(observer=observer), self.applied.prompt(boundary):
+                self.applied.model(input_ids=self.tokens, use_cache=False)
+            return hidden
         rows = self.rows._replace(sparse=self.rows.pos >= boundary)
         state = self.applied.new_pass(rows, runtime.SequenceMemory(prompt=boundary))
         state.observer = observer
         state.taps = self.dense_taps if hidden is self.dense and boundary == self.tokens.shape[1] else self.sparse_taps
-        args, kwargs = self.kwargs[index]
+        args, kwargs = self.chain.calls[index]
+        args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
         with runtime.entered(self.applied, state), kernels.use(self.applied.backend):
-            output = self.layers[index](hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+            return _first(self.layers[index](*args, **kwargs))
 
     def observe(self, index: int, hidden: Tensor) -> _Taps:
         """Taps and decisions of one layer; sites that are attached to it act beyond the prompt."""
-        taps = _Taps()
-        self._run(index, hidden, self.windows.prompt, taps)
+        dense = self.chain is None and hidden is self.dense
+        wanted = self.applied.lookahead if self.chain is None else set()
+        taps = _Taps(index, self.dense_taps if dense else self.sparse_taps, wanted)
+        self._run(index, hidden, self.tokens.shape[1] if dense else self.windows.prompt, taps)
         return taps
 
     def output(self, index: int) -> Tensor:
         """Hidden states (B, T, d) behind the layer, on the sparse stream and with the sites that are attached to it."""
+        if self.chain is None:
+            raise UserError("the layers of this model are no simple chain, so none can be run alone", "allocate uniformly")
         return self._run(index, self.sparse, self.windows.prompt, None)
 
     def attach(self, index: int, parts: Mapping[str, tuple[Site, SiteParams]], method: Method) -> None:
@@ -270,9 +285,52 @@ class Walk:
 
     def advance(self, index: int) -> None:
         """Move both streams behind the layer."""
+        if self.chain is None:
+            return
         sparse = self._run(index, self.sparse, self.windows.prompt, None)
         self.dense = self._run(index, self.dense, self.tokens.shape[1], None)
         self.sparse = sparse
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+class _Chain:
+    """Watches one forward: whether each layer runs once, in order, on what the layer before it returned."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self.calls: list[tuple[tuple, dict]] = []
+        self.start: Tensor = torch.empty(0)
+        self.holds = True
+        self._layers, self._last = list(layers), torch.empty(0)
+        self._beside: set[int] = set()  # what the last layer returned besides: a second stream, in a chain of two
+        self._handles = [layer.register_forward_pre_hook(self._before, with_kwargs=True) for layer in layers]
+        self._handles += [layer.register_forward_hook(self._after) for layer in layers]
+
+    def remove(self) -> None:
+        """Stop watching; a chain that ended early does not hold."""
+        for handle in self._handles:
+            handle.remove()
+        self.holds = self.holds and len(self.calls) == len(self._layers)
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        index = len(self.calls)
+        x = args[0] if args else kwargs.get("hidden_states")
+        in_order = index < len(self._layers) and module is self._layers[index]
+        same = isinstance(x, Tensor) and (index == 0 or (x.shape == self._last.shape and torch.equal(x, self._last)))
+        self.holds = self.holds and in_order and same
+        if index == 0 and isinstance(x, Tensor):
+            self.start = x
+        others = [t for t in (*args[1:], *kwargs.values()) if isinstance(t, Tensor) and t is not x]
+        self.holds = self.holds and not any(t.data_ptr() in self._beside for t in others)
+        self.calls.append((args, kwargs))
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        last = _first(output)
+        beside = output[1:] if isinstance(output, tuple | list) else ()
+        self._beside = {t.data_ptr() for t in beside if isinstance(t, Tensor)}
+        self._last = last if isinstance(last, Tensor) else torch.empty(0)
 
 
 def solve_bytes(skippable: float, total: float, added: float, byte_fraction: float) -> float:

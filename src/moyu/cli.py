@@ -48,6 +48,9 @@ Centre = Annotated[bool, typer.Option(help="let masks of input channels act arou
 LearnBias = Annotated[int, typer.Option(help="steps that train a bias for every site; 0 for none")]
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
 BackendName = Annotated[str, typer.Option("--backend", help="auto, reference, cpu or gpu")]
+DenseLayers = Annotated[
+    str | None, typer.Option("--dense-layers", help="layers to leave dense, e.g. 0,1,-1 (-1 is the last)")
+]
 Json = Annotated[bool, typer.Option("--json", help="print records, and nothing else, on stdout")]
 Out = Annotated[Path, typer.Option("--out", help="folder for what is written")]
 RUNS = Path("runs")
@@ -59,10 +62,15 @@ def _settings(
     sparsity: float | None = None,
     bytes_: float | None = None,
     knobs: list[str] | None = None,
+    dense_layers: str | None = None,
     **rest: Any,
 ) -> Settings:
     from moyu.pipeline import Settings, default_methods
 
+    try:
+        layers = tuple(int(part) for part in (dense_layers or "").split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"--dense-layers {dense_layers!r} is no list of layers", "write numbers, e.g. 0,1,-1") from None
     parsed = {}
     for knob in knobs or []:
         name, sign, value = knob.partition("=")
@@ -73,7 +81,7 @@ def _settings(
         except ValueError:
             parsed[name] = value
     methods = methods or list(default_methods(rest.get("boundary", Settings.boundary)))
-    settings = Settings(methods=methods, sparsity=sparsity, bytes=bytes_, knobs=parsed, **rest)
+    settings = Settings(methods=methods, sparsity=sparsity, bytes=bytes_, knobs=parsed, dense_layers=layers, **rest)
     settings.check()
     return settings
 
@@ -148,6 +156,7 @@ def run(
     bias: Bias = False,
     centre: Centre = False,
     learn_bias: LearnBias = 0,
+    dense_layers: DenseLayers = None,
     shape: Annotated[
         str, typer.Option(help="random-weight shape to time as well; `none` for no such timing")
     ] = "llama-3.2-1b",
@@ -159,7 +168,7 @@ def run(
     """Everything: profile, calibrate, evaluate, generate, benchmark; writes records, plans and a report."""
     settings = _settings(
         method, sparsity, bytes_, knob, text=text, prompt=prompt, window=window, boundary=prompt_tokens, bias=bias,
-        centre=centre, learn_bias=learn_bias, seed=seed, backend=backend,
+        centre=centre, learn_bias=learn_bias, seed=seed, backend=backend, dense_layers=dense_layers,
     )  # fmt: skip
     from moyu import pipeline
 
@@ -272,6 +281,7 @@ def calibrate(
     allocation: Annotated[
         str, typer.Option(help="uniform, or greedy: divide a block's sparsity among its sites (token-level methods)")
     ] = "uniform",
+    dense_layers: DenseLayers = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -280,7 +290,7 @@ def calibrate(
 
     settings = _settings(
         method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, centre=centre,
-        learn_bias=learn_bias, seed=seed, allocation=allocation,
+        learn_bias=learn_bias, seed=seed, allocation=allocation, dense_layers=dense_layers,
     )  # fmt: skip
     budget = None if max_ppl_increase is None else pipeline.parse_share(max_ppl_increase)
     pipeline.check_writable(out)
@@ -396,6 +406,7 @@ def evaluate(
     bias: Bias = False,
     centre: Centre = False,
     learn_bias: LearnBias = 0,
+    dense_layers: DenseLayers = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -405,7 +416,7 @@ def evaluate(
 
     settings = _settings(
         method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, centre=centre,
-        learn_bias=learn_bias, seed=seed,
+        learn_bias=learn_bias, seed=seed, dense_layers=dense_layers,
     )  # fmt: skip
     loaded = [Plan.load(p) for p in plan or []]
     with _progress() as stage:
@@ -459,6 +470,35 @@ def bench(
             names = method or context.applicable(settings.methods)[0]
             rows = pipeline.bench_model(context, {n: context.plan(n) for n in names}, tokens=tokens, stage=stage)
     _print(rows, as_json)
+
+
+@app.command()
+def coverage(
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="a model type of transformers; may be repeated")
+    ] = None,
+    out: Out = RUNS / "coverage",
+    page: Annotated[Path | None, typer.Option(help="the page to write; default: beside the records")] = None,
+    jobs: Annotated[int, typer.Option(help="types at a time")] = 2,
+    again: Annotated[bool, typer.Option("--again", help="examine types again whose record is there")] = False,
+    as_json: Json = False,
+) -> None:
+    """Which causal LMs of the installed transformers MOYU takes: each built tiny and checked; resumable."""
+    from moyu import coverage as examination
+    from moyu.pipeline import check_writable
+
+    check_writable(out)
+    with _progress() as stage:
+        rows = examination.run(only or [], out / "coverage.jsonl", jobs=jobs, again=again, stage=stage)
+    target = page or out / "coverage.md"
+    examination.write_page(rows, target)
+    if as_json:
+        _print(list(rows), True)
+        return
+    for row in rows:
+        if not row.taken:
+            print(f"{row.status or '':14s} {row.architecture:26s} {row.reason}")
+    print(f"{examination.verdict(rows)}\npage     {target}\nrecords  {out / 'coverage.jsonl'}")
 
 
 @app.command()

@@ -213,7 +213,11 @@ class FfnCall(_Executor):
         """Keep the sites of the network."""
         taps = ("gate", "up", "mid", "mlp_in")
         self.states = [
-            s for s in states if s.site.skips != "heads" and (s.site.reads in taps or s.site.skips == "neurons")
+            s
+            for s in states
+            if s.site.expert == self.block.expert
+            and s.site.skips != "heads"
+            and (s.site.reads in taps or s.site.skips == "neurons")
         ]
 
     def bind(self) -> None:
@@ -283,6 +287,8 @@ class FfnCall(_Executor):
 
     def run(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
         """The network on N rows, (N, d) -> (N, d)."""
+        if self.block.middle is not None:
+            return self._run_own(x, rows, state)
         pieces, act = self.block.pieces, kernels.activation(self.block.act or "identity")
         up, down, gate = pieces["up"], pieces["down"], pieces.get("gate")
         self.see("mlp_in", x, rows, state)
@@ -336,6 +342,76 @@ class FfnCall(_Executor):
         kept = value * mask if mask.is_floating_point() else torch.where(mask, value, 0)  # pyright: ignore
         y = functional.linear(kept, down.weight, down.bias)
         return self.compensate(self.complete(y, x, mask, decided, rows), "down", decided, rows)  # pyright: ignore
+
+    def _run_own(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
+        """The same order of events where only the network's own module makes the middle.
+
+        It sees 0 for what a mask skips, in both engines, so that a norm inside it means the same in both.
+        """
+        pieces, middle = self.block.pieces, self.block.middle
+        assert middle is not None
+        up, down, gate = pieces["up"], pieces["down"], pieces.get("gate")
+        self.see("mlp_in", x, rows, state)
+        neurons, gate_first, up_first = self.site(skips="neurons"), self.site(reads="gate"), self.site(reads="up")
+        g: Tensor | None = None
+        u: Tensor | None = None
+
+        def hindsight() -> Tensor:  # (N, f)
+            opened = None if gate is None else functional.linear(x, gate.weight, gate.bias)
+            return middle(x, opened, functional.linear(x, up.weight, up.bias)).abs() * column_norms(down)
+
+        mask, decided = None, None
+        if neurons is not None and state.any_sparse and (neurons.site.reads == "mlp_in" or state.skipping):
+            given = x if neurons.site.reads == "mlp_in" else NOTHING
+            mask, decided = self.choose(neurons, given, rows, state, hindsight), neurons
+        elif gate is not None and gate_first is not None:
+            g = self.dense(gate, x, state)
+            opened = middle(x, g, torch.ones_like(g))
+            self.see("gate", opened, rows, state)
+            mask, decided = self.choose(gate_first, opened, rows, state, hindsight), gate_first
+        elif gate is not None and up_first is not None:
+            u = self.dense(up, x, state)
+            self.see("up", u, rows, state)
+            mask, decided = self.choose(up_first, u, rows, state, hindsight), up_first
+        if u is None:
+            site = self.site(reads="mlp_in", skips="columns", linear="up")
+            u = self._kept(up, "up", x, mask, site, rows, state)
+        if gate is not None and g is None:
+            site = self.site(reads="mlp_in", skips="columns", linear="gate")
+            g = self._kept(gate, "gate", x, mask, site, rows, state)
+            if decided is None:
+                self.see("up", u, rows, state)
+                self.see("gate", middle(x, g, torch.ones_like(g)), rows, state)
+        value = middle(x, g, u)  # (N, f)
+        if neurons is not None and neurons.site.reads == "mid":
+            neurons.remember(value, rows, state)
+            if mask is None and state.any_sparse:  # masked: the prompt's rows had to come first
+                mask, decided = self.choose(neurons, NOTHING, rows, state, hindsight), neurons
+                kept = None if g is None else torch.where(mask, g, 0)
+                value = middle(x, kept, torch.where(mask, u, 0))
+        if mask is None or decided is None:
+            self.see("mid", value, rows, state)
+            return self.columns(down, "down", value, self.site(reads="mid", skips="columns"), rows, state)
+        value = torch.where(mask, value, 0)
+        self.see("mid", value, rows, state)
+        self.observe(decided, value, mask, rows, state)
+        if state.skipping:
+            self._ensure([down], ["column"])
+            y = kernels.columns(value, down.weight, mask, bias=down.bias)
+        else:
+            y = functional.linear(value, down.weight, down.bias)
+        return self.compensate(y, "down", decided, rows)
+
+    def _kept(
+        self, piece: Piece, name: str, x: Tensor, mask: Tensor | None, site: SiteState | None, rows: Rows, state: Pass
+    ) -> Tensor:
+        """gate or up where a mask of neurons keeps it, exactly 0 elsewhere; its input's columns where none is."""
+        if mask is None:
+            return self.columns(piece, name, x, site, rows, state)
+        if not state.skipping:
+            return torch.where(mask, functional.linear(x, piece.weight, piece.bias), 0)
+        self._ensure([piece], ["row"])
+        return kernels.rows(x, piece.weight, mask, bias=piece.bias)
 
     def _neurons(self, x: Tensor, given: Tensor | None, site: SiteState, mask: Tensor, rows: Rows) -> Tensor:
         """Kept neurons only; `given` is what was computed densely to decide, its matrix is not read again."""
@@ -468,16 +544,22 @@ class ExpertsCall:
         """`calls` are the experts' networks, in the order of their index."""
         self.applied, self.experts, self.calls, self.inner = applied, experts, calls, inner
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Stands for the experts' forward: hidden (N, d), index and weights (N, k) -> (N, d)."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Stands for the experts' forward: rows (N, d), and who is routed where -> (N, d)."""
         state = runtime.current(self.applied)
-        if state is None or not any(call.active() for call in self.calls):
-            return self.inner(hidden, index, weights)
+        told = None
+        if state is not None and any(call.active() for call in self.calls):
+            told = surgery.routing(self.experts, (*args, *kwargs.values()))
+        if state is None or told is None:
+            return self.inner(*args, **kwargs)
+        hidden, index, weights = told
+        first, count = self.calls[0].block.expert or 0, len(state.rows.seq)
 
         def run(block: Block, x: Tensor, token: Tensor) -> Tensor:
-            return self.calls[block.expert or 0].run(x, state.rows.take(token), state)
+            return self.calls[(block.expert or 0) - first].run(x, state.rows.take(token % count), state)
 
-        return surgery.run_experts(self.experts.blocks, hidden, index, weights, run)
+        out = surgery.run_experts(self.experts, hidden, index, weights, run)
+        return out.reshape(args[0].shape) if args else out
 
 
 def column_norms(piece: Piece) -> Tensor:

@@ -76,6 +76,7 @@ class Settings:
     new_tokens: int = 48
     seed: int = 0
     backend: Backend = "auto"
+    dense_layers: tuple[int, ...] = ()  # left alone; -1 is the last
 
     def target(self) -> float:
         """The sparsity asked for."""
@@ -120,7 +121,7 @@ class Context:
         settings.check()
         stage("load", 0, 1)
         loaded = models.load(name)
-        anatomy = surgery.dissect(loaded.model)
+        anatomy = surgery.dissect(loaded.model, settings.dense_layers)
         length = settings.window
         split = text.windows_for(
             loaded,
@@ -147,6 +148,8 @@ class Context:
                 "table": "main" if self.settings.boundary else "token",
             },
         }
+        if self.anatomy.gaps:
+            base["notes"] = [f"left dense: {gap}" for gap in self.anatomy.gaps]
         if plan is not None:
             base |= of_plan(plan)
         return base | fields
@@ -826,7 +829,8 @@ def describe(name: str) -> dict[str, Any]:
         "type": type(loaded.model).__name__,
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
         "layers": len(anatomy.layers),
-        "feed-forward": f"{'gated' if first.gated else 'plain'}, {first.act}, {first.neurons} neurons, proved in {len(networks)} blocks",
+        "feed-forward": f"{'gated' if first.gated else 'plain'}, {first.act or 'by its own module'}, {first.neurons} neurons, "
+        f"proved in {len(networks)} blocks",
         "attention": ", ".join(n for n in ("q", "k", "v", "qkv", "o") if n in blocks[0].pieces) or "left dense",
         "left dense": anatomy.gaps or "nothing",
         "kernels": _backend("auto"),

@@ -354,13 +354,25 @@ class Cell(MethodRecord):
         return self
 
 
+CoverageStatus = Literal["taken", "partly", "dense", "no network", "does not build", "fails"]
+
+
 class Coverage(Stamped):
     """Whether an architecture is taken."""
 
     kind: Literal["coverage"]
-    architecture: str = Field(min_length=1, description="class name in transformers")
+    architecture: str = Field(min_length=1, description="model type in transformers")
     taken: bool = Field(description="whether MOYU takes it")
     reason: str = Field("", description="why not, or what was checked")
+    status: CoverageStatus | None = Field(None, description="`no network`: none in it; `partly`: some of its networks")
+    class_name: str | None = Field(None, description="class that was built")
+    networks: str | None = Field(
+        None, description="kinds of feed-forward networks that were proved, with their numbers"
+    )
+    checks: list[str] = Field(default=[], description="kernel shapes that were checked, and generation")
+    left: list[str] = Field(default=[], description="parameters of feed-forward networks, by their names, left dense")
+    gaps: list[str] = Field(default=[], description="layers left dense and why")
+    seconds: Natural | None = Field(None, description="that it took")
 
 
 KINDS = (Environment, Profile, Quality, Speed, Generation, Kernel, Study, Cell, Coverage)

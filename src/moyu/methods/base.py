@@ -281,6 +281,10 @@ def _column_bytes(block: Block, name: str) -> int:
     return whole_lines(weight.shape[0] * weight.element_size())
 
 
+def _has_columns(block: Block, name: str) -> bool:
+    return name in block.pieces and block.pieces[name].has_columns
+
+
 def column_site(block: Block, reads: Tap, *linears: str) -> Site:
     """Skip columns (input channels) of the linears that take one input: one mask for all of them."""
     width = block.pieces[linears[0]].weight.shape[1]
@@ -290,14 +294,14 @@ def column_site(block: Block, reads: Tap, *linears: str) -> Site:
 
 def projection_sites(block: Block) -> tuple[Site, ...]:
     """A mask of input channels for every linear."""
-    return tuple(column_site(block, tap, name) for name, tap in READS.items() if name in block.pieces)
+    return tuple(column_site(block, tap, name) for name, tap in READS.items() if _has_columns(block, name))
 
 
 def input_sites(block: Block) -> tuple[Site, ...]:
     """A mask of input channels for every input: q, k and v share one, gate and up share one."""
     shared: dict[Tap, list[str]] = {}
     for name, tap in READS.items():
-        if name in block.pieces:
+        if _has_columns(block, name):
             shared.setdefault(tap, []).append(name)
     return tuple(column_site(block, tap, *names) for tap, names in shared.items())
 

@@ -1,0 +1,137 @@
+"""What surgery finds in a model: logical linears, feed-forward networks and attention of each layer, routed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from moyu import memory
+
+
+@dataclass(eq=False)
+class Piece:
+    """One logical linear of a block: `rows` of a module's parameter, seen as (out, in)."""
+
+    module: nn.Module
+    parameter: str = "weight"
+    bias_parameter: str | None = "bias"
+    transposed: bool = False  # the parameter is stored (in, out): Conv1D, some experts
+    expert: int | None = None  # the parameter is stored (E, ., .), the bias (E, .)
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def weight(self) -> Tensor:
+        """The live weight, (out, in), a view of the parameter."""
+        weight = getattr(self.module, self.parameter)
+        weight = weight if self.expert is None else weight[self.expert]
+        return (weight.t() if self.transposed else weight)[self.rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The live bias, (out,), or None."""
+        bias = getattr(self.module, self.bias_parameter, None) if self.bias_parameter else None
+        if bias is None:
+            return None
+        bias = bias if self.expert is None else bias[self.expert]
+        return bias[self.rows].contiguous()  # where gate and up take turns: a copy of f numbers
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is the module's whole weight, so that its storage may be laid out anew."""
+        return self.expert is None and self.rows == slice(None)
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether a column of it can lie in one piece; not where gate and up take turns in one linear."""
+        return self.rows.step in (None, 1)
+
+    def store(self, weight: Tensor) -> None:
+        """Point the parameter at `weight` (out, in), keeping its identity."""
+        parameter = getattr(self.module, self.parameter)
+        before, parameter.data = parameter.data, weight.t() if self.transposed else weight
+        memory.let_go(before)
+
+
+class Middle(Protocol):
+    """Values of a network's neurons as its own module makes them, where no kernel's formula does."""
+
+    def __call__(self, x: Tensor, gate: Tensor | None, up: Tensor) -> Tensor:
+        """x (N, d), gate and up (N, f) -> what `down` takes, (N, f)."""
+        ...
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The linears whose forward stands aside while the module runs for its middle alone."""
+        ...
+
+
+def product(piece: Piece, x: Tensor) -> Tensor:
+    """x @ W.T + b of a logical linear, (N, in) -> (N, out)."""
+    return nn.functional.linear(x, piece.weight, piece.bias)
+
+
+@dataclass(eq=False)
+class Block:
+    """What one decoder layer offers: a feed-forward network (or one expert of it) and its attention's linears."""
+
+    layer: int
+    pieces: dict[str, Piece]  # of: q, k, v, qkv, o, gate, up, down
+    act: str | None = None  # activation of the feed-forward network, where kernels have it
+    expert: int | None = None  # of routed ones; -1, -2, ... are further dense networks of the layer
+    host: nn.Module | None = None  # the module whose forward is the whole network; None: inline in the layer
+    middle: Middle | None = None  # instead of act
+    heads: int = 0  # of queries; 0: no attention was found
+    kv_heads: int = 0  # of keys and values
+
+    @property
+    def gated(self) -> bool:
+        """Whether the network is down(act(gate) * up) rather than down(act(up))."""
+        return "gate" in self.pieces
+
+    @property
+    def has_ffn(self) -> bool:
+        """Whether a feed-forward network was proved."""
+        return "down" in self.pieces
+
+    @property
+    def neurons(self) -> int:
+        """f, the feed-forward width."""
+        return self.pieces["down"].weight.shape[1]
+
+
+@dataclass(eq=False)
+class Experts:
+    """A module that runs routed experts kept as 3-D parameters; its blocks are one an expert."""
+
+    layer: int
+    module: nn.Module
+    blocks: list[Block]
+    routed: int = 1  # experts that a row is routed to
+    rest: str = "nothing"  # what a row gets for an index beyond the experts: "nothing", or itself ("identity")
+
+    @property
+    def share(self) -> float:
+        """The part of its experts that a row is routed to."""
+        return self.routed / len(self.blocks)
+
+
+@dataclass(eq=False)
+class Anatomy:
+    """All that surgery found in a model."""
+
+    layers: nn.ModuleList
+    blocks: list[Block]
+    experts: list[Experts]
+    gaps: list[str]  # what stays dense and why
+    further: list[Block] = field(default_factory=list)  # dense networks beside the first of their layer
+    dense_layers: tuple[int, ...] = ()  # left alone as asked
+
+    def all_blocks(self) -> Iterator[Block]:
+        """Every block, routed experts included, in layer order."""
+        for block in self.blocks:
+            yield block
+            yield from (b for b in self.further if b.layer == block.layer)
+            yield from (b for e in self.experts if e.layer == block.layer for b in e.blocks)

@@ -1,0 +1,69 @@
+"""The coverage table as a page: written from records, never by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from moyu.records import Coverage
+
+HEAD = """# Coverage
+
+Every causal LM that transformers {version} maps, built tiny from its configuration with random weights, each in its own
+process (`make coverage` writes this page; `moyu coverage` does the same anywhere). *Taken* means: every feed-forward
+network is found and proved; with nothing skipped the logits are the dense model's; at 50 % the skipping kernels give what
+masking gives and read fewer bytes, for every kernel shape that the type has a site for (input channels, rows after the
+gate, whole neurons); `generate` gives the dense tokens at sparsity 0 and runs at 50 %; afterwards weights and logits are
+bit-identical. Which parameters belong to a feed-forward network is judged by their names, independently of what surgery found.
+
+**{taken} of {networks} types that build and have a feed-forward network are taken ({share:.1%})**; {types} types in all,
+{unbuilt} do not build from their default configuration, {without} have no feed-forward network.
+Last run: {date}, transformers {version}, torch {torch}, {seconds:.0f} s of processes in all.
+"""
+
+TITLES = {
+    "partly": "Partly taken",
+    "dense": "Left dense",
+    "fails": "Fails a check",
+    "no network": "Without a feed-forward network",
+    "does not build": "Do not build from their default configuration",
+}
+
+
+def share(records: Sequence[Coverage]) -> tuple[int, int]:
+    """Types taken, and types that build and have a feed-forward network."""
+    counted = [r for r in records if r.status not in ("does not build", "no network")]
+    return sum(r.taken for r in counted), len(counted)
+
+
+def page(records: Sequence[Coverage]) -> str:
+    """docs/coverage.md."""
+    records = sorted(records, key=lambda r: r.architecture)
+    taken, networks = share(records)
+    counts = Counter(r.status for r in records)
+    last = max(records, key=lambda r: r.date)
+    parts = [
+        HEAD.format(
+            version=last.versions["transformers"],
+            torch=last.versions["torch"],
+            taken=taken,
+            networks=networks,
+            share=taken / max(networks, 1),
+            types=len(records),
+            unbuilt=counts["does not build"],
+            without=counts["no network"],
+            date=last.date[:10],
+            seconds=sum(r.seconds or 0.0 for r in records),
+        )
+    ]
+    for status, title in TITLES.items():
+        rows = [r for r in records if r.status == status]
+        if rows:
+            parts.append(f"## {title}\n\n| type | reason |\n|---|---|\n" + "".join(_row(r) for r in rows))
+    rows = "".join(f"| {r.architecture} | {r.networks} | {', '.join(r.checks)} |\n" for r in records if r.taken)
+    parts.append(f"## Taken\n\n| type | networks in the tiny model | checked |\n|---|---|---|\n{rows}")
+    return "\n".join(parts)
+
+
+def _row(record: Coverage) -> str:
+    return f"| {record.architecture} | {' '.join(record.reason.split()).replace('|', chr(92) + '|')} |\n"
