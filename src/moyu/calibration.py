@@ -273,7 +273,9 @@ class Walk:
     def output(self, index: int) -> Tensor:
         """Hidden states (B, T, d) behind the layer, on the sparse stream and with the sites that are attached to it."""
         if self.chain is None:
-            raise UserError("the layers of this model are no simple chain, so none can be run alone", "allocate uniformly")
+            raise UserError(
+                "the layers of this model are no simple chain, so none can be run alone", "allocate uniformly"
+            )
         return self._run(index, self.sparse, self.windows.prompt, None)
 
     def attach(self, index: int, parts: Mapping[str, tuple[Site, SiteParams]], method: Method) -> None:
