@@ -75,7 +75,7 @@ def decode(model, applied, ids, mask=None, general=False, steps=None):
     """Logits (B, T - P, V) of forced tokens after a dense prompt, and the bytes that the kernels read."""
     end = WIDE_PROMPT if steps is None else steps
     # A hook that does nothing is enough to make every step take the general path.
-    handles = [m.register_forward_hook(lambda *_: None) for m in surgery.find_layers(model)[1]] if general else []
+    handles = [m.register_forward_hook(lambda *_: None) for m in applied.anatomy.layers] if general else []
     try:
         with applied.prompt(end), kernels.count_bytes() as counted:
             cache, logits = DynamicCache(config=model.config), []
