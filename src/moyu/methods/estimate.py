@@ -47,7 +47,7 @@ class Estimate(Method):
     bits: bits of the factors or of the copy, 1 .. 8.
     rank: rank over d, for "svd", in (0, 1].
     rest: bits of the weights of what is not computed exactly, 0 .. 8; 0: it gives nothing.
-    stored: bits the model's weights are kept in; below 16, few bits are their first ones.
+    stored: bits the model's weights are kept in, 16 or 2 .. 8; below 16, few bits are their first ones.
     weighted: rank by what is lost, |x_i| ||W_i - w^_i||; else by |x_i| alone.
     bias: add what is missing on average.
     """
@@ -74,6 +74,8 @@ class Estimate(Method):
             raise ValueError(f"rank must be in (0, 1], not {self.rank}")
         if not 0 <= self.rest <= 8:
             raise ValueError(f"rest must be in 0 .. 8, not {self.rest}")
+        if self.stored != 16 and not 2 <= self.stored <= 8:
+            raise ValueError(f"stored must be 16 or in 2 .. 8, not {self.stored}")
 
     @property
     def nested(self) -> bool:
