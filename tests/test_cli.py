@@ -82,6 +82,7 @@ def everything(folder: Path) -> list[str]:
         (["run", "swigul"], "did you mean 'swiglu'"),
         (["run", "no/such/folder"], "zoo name"),
         (["eval", "./missing", *QUICK], "no model './missing'"),
+        (["eval", "relu", "--device", "cuda:99", *QUICK], "device 'cuda:99' cannot be used"),
         (["run", "swiglu", "--sparsity", "1"], r"\[0, 1\), not 1.0: "),
         (["eval", "swiglu", "--sparsity", "-0.1"], r"\[0, 1\)"),
         (["calibrate", "swiglu", "--sparsity", "1.5"], r"\[0, 1\)"),

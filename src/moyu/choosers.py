@@ -56,7 +56,7 @@ class Counter:
         """Count the sparse rows of a mask."""
         chosen = mask[rows.sparse]
         kept = chosen.sum(1)
-        table = self.kept.setdefault(site.key, torch.full(self.shape, -1))
+        table = self.kept.setdefault(site.key, torch.full(self.shape, -1, device=mask.device))
         table[rows.seq[rows.sparse], rows.pos[rows.sparse]] = kept
         width = mask.shape[1]
         skipped = float((width - kept).sum())

@@ -47,6 +47,7 @@ Bias = Annotated[bool, typer.Option(help="add the closed-form bias correction")]
 Centre = Annotated[bool, typer.Option(help="let masks of input channels act around the best centre of each site")]
 LearnBias = Annotated[int, typer.Option(help="steps that train a bias for every site; 0 for none")]
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
+Device = Annotated[str, typer.Option(help="where the model runs: cpu, cuda, cuda:1, ...")]
 BackendName = Annotated[str, typer.Option("--backend", help="auto, reference, cpu or gpu")]
 DenseLayers = Annotated[
     str | None, typer.Option("--dense-layers", help="layers to leave dense, e.g. 0,1,-1 (-1 is the last)")
@@ -282,6 +283,7 @@ def calibrate(
         str, typer.Option(help="uniform, or greedy: divide a block's sparsity among its sites (token-level methods)")
     ] = "uniform",
     dense_layers: DenseLayers = None,
+    device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -290,7 +292,7 @@ def calibrate(
 
     settings = _settings(
         method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, centre=centre,
-        learn_bias=learn_bias, seed=seed, allocation=allocation, dense_layers=dense_layers,
+        learn_bias=learn_bias, seed=seed, allocation=allocation, dense_layers=dense_layers, device=device,
     )  # fmt: skip
     budget = None if max_ppl_increase is None else pipeline.parse_share(max_ppl_increase)
     pipeline.check_writable(out)
@@ -407,6 +409,7 @@ def evaluate(
     centre: Centre = False,
     learn_bias: LearnBias = 0,
     dense_layers: DenseLayers = None,
+    device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -416,7 +419,7 @@ def evaluate(
 
     settings = _settings(
         method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, centre=centre,
-        learn_bias=learn_bias, seed=seed, dense_layers=dense_layers,
+        learn_bias=learn_bias, seed=seed, dense_layers=dense_layers, device=device,
     )  # fmt: skip
     loaded = [Plan.load(p) for p in plan or []]
     with _progress() as stage:
@@ -534,6 +537,7 @@ def study(
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="analyse what is finished again")] = False,
     out: Out = RUNS / "studies",
+    device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -554,6 +558,7 @@ def study(
             quick=quick,
             seed=seed,
             again=again,
+            device=device,
             announce=lambda item, on: print(running.statement(item), file=sys.stderr),
             progress=stage,
         )
@@ -574,6 +579,7 @@ def trinity(
     quick: Annotated[bool, typer.Option("--quick", help="a smoke test: few methods, little text")] = False,
     speed: Annotated[bool, typer.Option(help="time the methods on a random-weight shape as well")] = True,
     out: Out = RUNS / "trinity",
+    device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -588,7 +594,7 @@ def trinity(
         raise UserError(f"--bytes {bytes_!r} is no list of fractions", "write 0.75,0.6,0.5") from None
     asked = board.Asked(
         models=models.split(","), methods=() if methods is None else methods.split(","), bytes=fractions, quick=quick,
-        documents=documents, seed=seed, speed=speed,
+        documents=documents, seed=seed, speed=speed, device=device,
     )  # fmt: skip
     asked.check()
     pipeline.check_writable(out)

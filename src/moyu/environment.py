@@ -28,6 +28,14 @@ def environment() -> dict[str, Any]:
     return {"commit": commit, "dirty": dirty, "versions": versions, "device": _processor()}
 
 
+def device_name(device: Any) -> str:
+    """What a record calls a torch device: the accelerator's name, else the processor's."""
+    import torch
+
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else environment()["device"]
+
+
 def machine() -> dict[str, Any]:
     """Operating system and the cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows

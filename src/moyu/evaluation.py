@@ -139,9 +139,10 @@ def score(reference: Tensor, log_probs: Tensor, windows: Windows) -> Scores:
 
 
 def _log_probs(model: nn.Module, tokens: Tensor, prompt: int) -> Tensor:
-    """(B, T - P - 1, V) log-probabilities that positions P .. T - 2 give to their next token."""
+    """(B, T - P - 1, V) log-probabilities, on the CPU, that positions P .. T - 2 give to their next token."""
+    tokens = tokens.to(next(model.parameters()).device)
     logits = model(input_ids=tokens, use_cache=False).logits[:, prompt:-1]
-    return logits.float().log_softmax(-1)
+    return logits.float().log_softmax(-1).cpu()
 
 
 def _score(reference: Tensor, log_probs: Tensor, targets: Tensor) -> Scores:

@@ -77,7 +77,7 @@ class _Grader:
         else:
             mass = held.abs().float() * pieces["down"].weight.detach().float().norm(dim=0)
         if params.blocks is not None:
-            mass = torch.zeros(len(mass), site.units).index_add_(1, params.blocks, mass)
+            mass = mass.new_zeros(len(mass), site.units).index_add_(1, params.blocks, mass)
         rule = params.rule
         kept = rule.k if isinstance(rule, TopK) else round(float(select(scores, rule).sum(1).float().mean()))
         return grade(scores, mass, max(1, kept))

@@ -38,8 +38,8 @@ class Loaded:
     embedded: bool = False  # from the zoo
 
 
-def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None = None) -> Loaded:
-    """Load a causal LM for inference.
+def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None = None, device: str = "cpu") -> Loaded:
+    """Load a causal LM for inference, onto `device`.
 
     name: a zoo name (`moyu zoo`), a local folder, or a hub id. Raises UserError where there is none.
     dtype: "float32", "bfloat16", "float16", or "auto": float32 for the small embedded models, else the checkpoint's own.
@@ -65,7 +65,18 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None =
         raise UserError(
             f"cannot load {name!r}: {line}", "check the folder or the hub id, and that this machine reaches the hub"
         ) from error
-    return Loaded(name, model.eval(), tokenizer, revision, embedded)
+    return Loaded(name, model.eval().to(_device(device)), tokenizer, revision, embedded)  # pyright: ignore
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"device {name!r} cannot be used: {line}", "`cpu` always can; `cuda` needs torch with CUDA"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from moyu.applied import Applied
 from moyu.benchmark import Comparison, compare
 from moyu.budget import Reader, solve
 from moyu.calibration import Windows, calibrate
+from moyu.environment import device_name
 from moyu.errors import OutOfReach, UserError
 from moyu.evaluation import Quality, evaluate
 from moyu.foresight import foresight
@@ -76,6 +77,7 @@ class Settings:
     new_tokens: int = 48
     seed: int = 0
     backend: Backend = "auto"
+    device: str = "cpu"
     dense_layers: tuple[int, ...] = ()  # left alone; -1 is the last
 
     def target(self) -> float:
@@ -120,7 +122,7 @@ class Context:
         """Load a model and its text."""
         settings.check()
         stage("load", 0, 1)
-        loaded = models.load(name)
+        loaded = models.load(name, device=settings.device)
         anatomy = surgery.dissect(loaded.model, settings.dense_layers)
         length = settings.window
         split = text.windows_for(
@@ -142,6 +144,7 @@ class Context:
             "weights": "trained",
             "seed": self.settings.seed,
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "device": device_name(self.loaded.model.device),
             "protocol": {
                 "prompt": self.settings.boundary,
                 "window": self.settings.window,

@@ -79,7 +79,9 @@ class Plan:
         header, tensors = self._split()
         digest = hashlib.sha256(json.dumps({**header, "versions": None}, sort_keys=True).encode())
         for name in sorted(tensors):
-            digest.update(name.encode() + tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                name.encode() + tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
         return digest.hexdigest()[:12]
 
     def save(self, folder: Path) -> Path:

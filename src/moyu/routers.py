@@ -27,9 +27,12 @@ def low_rank(width: int, rank: int, units: int, seed: int) -> nn.Module:
 def train(router: nn.Module, x: Tensor, labels: Tensor, weights: Tensor) -> nn.Module:
     """Train a router, (N, n) -> (N, units) logits, on weighted binary cross-entropy; the same result at every call.
 
+    It moves to where x is.
+
     x (N, n), labels (N, units) in [0, 1], weights (N, units) >= 0. Adam with a rate that falls to 0.
     """
     x, labels, weights = x.float(), labels.float(), weights.float()
+    router.to(x.device)
     generator = torch.Generator().manual_seed(0)
     optimiser = torch.optim.Adam(router.parameters(), lr=RATE)
     steps = EPOCHS * -(-len(x) // BATCH)
@@ -62,7 +65,7 @@ def grade(scores: Tensor, mass: Tensor, k: int) -> Grade:
     found = torch.zeros_like(wanted).scatter_(1, scores.topk(k, dim=1).indices, True)
     total = mass.sum().clamp(min=1e-30)
     place = torch.empty_like(scores, dtype=torch.float64)
-    order = torch.arange(scores.shape[1], dtype=torch.float64).expand_as(place)
+    order = torch.arange(scores.shape[1], dtype=torch.float64, device=scores.device).expand_as(place)
     place.scatter_(1, scores.argsort(dim=1, stable=True), order)
     count = wanted.sum(1).double()
     pairs = count * (scores.shape[1] - count)

@@ -61,6 +61,7 @@ class Asked:
     documents: int = DOCUMENTS
     seed: int = 0
     speed: bool = True
+    device: str = "cpu"  # of the models whose quality is measured
 
     def check(self) -> None:
         """Refuse what cannot be run, before anything is loaded."""
@@ -82,8 +83,8 @@ class Asked:
     def settings(self) -> Settings:
         """How models and text are opened: more test windows than documents, of which each document's first is taken."""
         if self.quick:
-            return Settings(window=128, boundary=64, calibration=4, test=48, seed=self.seed)
-        return Settings(calibration=8, test=8 * self.documents, seed=self.seed)
+            return Settings(window=128, boundary=64, calibration=4, test=48, seed=self.seed, device=self.device)
+        return Settings(calibration=8, test=8 * self.documents, seed=self.seed, device=self.device)
 
 
 def run(asked: Asked, out: Path, stage: Stage = quiet) -> list[records.Record]:

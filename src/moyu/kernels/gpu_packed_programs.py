@@ -105,12 +105,14 @@ def _unpacked(data, scales, ids, keep, first, n, BITS: tl.constexpr, BLOCKS: tl.
 def _fine_dot(a, b, c, BITS16: tl.constexpr):
     """c + a @ b of float32 tiles on the tensor cores: each is a sum of two 16-bit ones, lo @ lo is below the rounding."""
     if BITS16 is None:
-        return tl.dot(a, b, c, input_precision="ieee")
-    a_hi, b_hi = a.to(BITS16), b.to(BITS16)
-    a_lo, b_lo = (a - a_hi.to(tl.float32)).to(BITS16), (b - b_hi.to(tl.float32)).to(BITS16)
-    c = _dot(a_lo, b_hi, c)
-    c = _dot(a_hi, b_lo, c)
-    return _dot(a_hi, b_hi, c)
+        c = tl.dot(a, b, c, input_precision="ieee")
+    else:
+        a_hi, b_hi = a.to(BITS16), b.to(BITS16)
+        a_lo, b_lo = (a - a_hi.to(tl.float32)).to(BITS16), (b - b_hi.to(tl.float32)).to(BITS16)
+        c = _dot(a_lo, b_hi, c)
+        c = _dot(a_hi, b_lo, c)
+        c = _dot(a_hi, b_hi, c)
+    return c
 
 
 @triton.autotune(PROJECT, key=["m", "n", "BITS", "GATE", "ROWS"], prune_configs_by={"early_config_prune": _prune})

@@ -3,6 +3,7 @@
 Neurons take three launches: the list of the kept ones, their values (a program takes every P-th, whole rows at a time), and
 the sum of their down columns (a program takes an even share of the list). Columns take one: each program lists what its part
 of x keeps. Sums are float32; a sum that is split over programs is added up by the last one to arrive, in the order of splits.
+A launch may begin while the one before it ends (programmatic dependent launch) and waits itself for what that one writes.
 `gpu` asks here for calls of one row; the rows of wider calls share weights and go through its tensor-core kernels.
 """
 
@@ -15,12 +16,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import gpu
 from .gpu import _activation
 
 WIDEST = 8192  # of d: x and a whole row of gate and up live in a program's registers
 SHARE = 1024  # neurons that a program lists
+EARLY = {} if gpu.INTERPRETED else {"launch_pdl": True}
 
 
 def neurons(
@@ -44,7 +47,7 @@ def neurons(
     picks = torch.empty(f + 1, dtype=torch.int32, device=x.device)  # how many, and which
     values = torch.empty(f, dtype=torch.float32, device=x.device)
     _list[(triton.cdiv(f, SHARE),)](
-        mask.view(torch.int8), picks, f, EVERY=triton.next_power_of_2(f), PART=SHARE, num_warps=8
+        mask.view(torch.int8), picks, f, EVERY=triton.next_power_of_2(f), PART=SHARE, num_warps=8, **EARLY
     )
     first, second = (up, None) if gate is None else (gate, up)  # the activation is of the first
     assert first is not None
@@ -52,7 +55,7 @@ def neurons(
         x, first, second, up_bias if gate is None else gate_bias, None if gate is None else up_bias, given, picks, values,
         first.stride(0), 0 if second is None else second.stride(0), d, f,
         ACT=gpu._ACTS["identity" if gate is None and given is not None else act], D=triton.next_power_of_2(d),
-        EVEN=d == triton.next_power_of_2(d),
+        EVEN=d == triton.next_power_of_2(d), **EARLY,
     )  # fmt: skip
     return _add_up(values, down, None, None, picks, down_bias, x.dtype)
 
@@ -84,7 +87,7 @@ def _add_up(
         picks = torch.empty(tiles * (n + max(c.kwargs["CHUNK"] for c in SUMS)), dtype=torch.int32, device=values.device)
     _sum[lambda meta: (triton.cdiv(q, meta["BLOCK_D"]), triton.cdiv(n, meta["CHUNK"]))](
         values, weight, None if mask is None else mask.view(torch.int8), thresholds, picks, bias, partial,
-        gpu._tickets(values.device), y, weight.stride(1), n, q, LISTED=listed,
+        gpu._tickets(values.device), y, weight.stride(1), n, q, LISTED=listed, **EARLY,
     )  # fmt: skip
     return y.to(dtype)
 
@@ -122,9 +125,21 @@ SUMS = _configs(
 )  # fmt: skip
 
 
+OVERLAPPED = tl.constexpr(bool(EARLY))
+
+
+@triton.jit
+def _begin():
+    """Lets the next launch begin, and waits until the one before is over."""
+    if OVERLAPPED:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
 @triton.jit
 def _list(mask, picks, f, EVERY: tl.constexpr, PART: tl.constexpr):
     """picks[1:] = the kept neurons in their order, picks[0] = how many; a program lists PART and counts those before."""
+    _begin()
     p = tl.program_id(0)
     every = tl.arange(0, EVERY)
     before = tl.sum((tl.load(mask + every, mask=every < p * PART, other=0) != 0).to(tl.int32), 0)
@@ -143,6 +158,7 @@ def _values(
     ACT: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """values[k] = act(first_j . x + bias) * (second_j . x + bias) * given_j for the k-th kept neuron j."""
+    _begin()
     step: tl.constexpr = PROGRAMS * BLOCK_J
     i = tl.arange(0, D)
     inputs = tl.load(x + i, mask=i < d, other=0.0).to(tl.float32)[None, :]
@@ -180,6 +196,7 @@ def _sum(
     LISTED: tl.constexpr, CHUNK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y = sum over the kept j of values_j * w_j + bias; BLOCK_D outputs and one of the splits a program."""
+    _begin()
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     d = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     if LISTED:

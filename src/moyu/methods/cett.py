@@ -72,10 +72,10 @@ def curve(mid: Tensor, down: Tensor, grid: Tensor) -> Tensor:
     """
     mid, down = mid.float(), down.float()
     norms = down.norm(dim=0)  # (f,)
-    out = torch.empty(len(mid), len(grid))
+    out = mid.new_empty(len(mid), len(grid))
     for n, a in enumerate(mid):
         bucket = torch.searchsorted(grid, a.abs() * norms)  # (f,) first grid value that drops the neuron
-        sums = torch.zeros(len(grid) + 1, down.shape[0]).index_add_(0, bucket, (a * down).t())  # (G + 1, d)
+        sums = down.new_zeros(len(grid) + 1, len(down)).index_add_(0, bucket, (a * down).t())  # (G + 1, d)
         total = sums.sum(0).norm().clamp(min=1e-12)
         out[n] = sums[:-1].cumsum(0).norm(dim=1) / total
     return out

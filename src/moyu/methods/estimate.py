@@ -123,7 +123,9 @@ class Estimate(Method):
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         params = super().fit(site, acts, target)
-        params = dataclasses.replace(params, buffers={**params.buffers, "skipped": torch.tensor([target])})
+        params = dataclasses.replace(
+            params, buffers={**params.buffers, "skipped": torch.tensor([target], device=acts.met(site.reads).device)}
+        )
         if target == 0.0 or not self.bias:
             return params
         x = acts.met(site.reads)

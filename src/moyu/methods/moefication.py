@@ -93,7 +93,7 @@ def _mlp(site: Site, acts: Acts, experts: Tensor, *, train: bool) -> dict[str, T
     if train:
         labels = mass / mass.amax(1, keepdim=True).clamp(min=1e-30)
         routers.train(nn.Sequential(inner, nn.Tanh(), outer), x, labels, torch.ones_like(labels))
-    return {n: m.weight.detach().to(x.dtype) for n, m in (("inner", inner), ("outer", outer))}  # pyright: ignore
+    return {n: m.weight.detach().to(x) for n, m in (("inner", inner), ("outer", outer))}  # pyright: ignore
 
 
 def balanced_clusters(points: Tensor, count: int) -> Tensor:
@@ -102,7 +102,7 @@ def balanced_clusters(points: Tensor, count: int) -> Tensor:
     Starts from evenly spaced points.
     """
     f = len(points)
-    sizes = torch.full((count,), f // count)
+    sizes = torch.full((count,), f // count, device=points.device)
     sizes[: f % count] += 1
     centres = points[torch.linspace(0, f - 1, count).long()]
     for _ in range(ROUNDS):
@@ -118,14 +118,14 @@ def _assign(similarity: Tensor, sizes: Tensor) -> Tensor:
     By deferred acceptance: every point asks its next best centre, and a centre refuses all but its most similar ones.
     """
     wishes = similarity.argsort(dim=1, descending=True, stable=True)  # (f, E)
-    asked = torch.zeros(len(wishes), 1, dtype=torch.long)
+    asked = torch.zeros_like(wishes[:, :1])
     while True:
         labels = wishes.gather(1, asked)  # (f, 1)
         order = similarity.gather(1, labels)[:, 0].argsort(descending=True, stable=True)
         order = order[labels[order, 0].argsort(stable=True)]  # by centre, then by similarity
         centre = labels[order, 0]
-        first = torch.searchsorted(centre, torch.arange(len(sizes)))  # (E,)
-        refused = order[torch.arange(len(order)) - first[centre] >= sizes[centre]]
+        first = torch.searchsorted(centre, torch.arange(len(sizes), device=centre.device))  # (E,)
+        refused = order[torch.arange(len(order), device=order.device) - first[centre] >= sizes[centre]]
         if not len(refused):
             return labels[:, 0]
         asked[refused] += 1

@@ -69,7 +69,7 @@ class Polar(Trained):
         else:
             added = head_norms(acts.met("heads"), acts.weights["o"], site.units)  # (N, h)
             labels = select(added, TopK(keep_count(site.units, target)))
-        return labels, torch.ones(labels.shape)
+        return labels, torch.ones_like(labels, dtype=torch.float)
 
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         inner = params.buffers.get("inner.weight")

@@ -65,7 +65,7 @@ def _search(scores: Tensor, acts: Acts, tau: float, steps: int = 64) -> float:
     total = (mid @ down.t()).norm(dim=1).clamp(min=1e-12)
     best = -math.inf
     pooled = scores.flatten()[:: max(1, scores.numel() // 2**20)].float()
-    for candidate in torch.quantile(pooled, torch.linspace(0, 1, steps)):
+    for candidate in torch.quantile(pooled, torch.linspace(0, 1, steps, device=pooled.device)):
         dropped = torch.where(scores[seq] > candidate, 0.0, mid) @ down.t()
         if float((dropped.norm(dim=1) / total).mean()) > tau:
             break  # ascending candidates: from the first excess on, the running maximum is above tau

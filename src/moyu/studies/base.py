@@ -34,13 +34,14 @@ class Setup:
     quick: bool = False
     seed: int = 0
     cache: Path | None = None  # folder of the parts that are done; None: nothing is kept
+    device: str = "cpu"  # where the model runs
     progress: Progress = field(default=lambda what, done, total: None)
 
     @cached_property
     def subject(self) -> Subject:
         """The model, loaded at first use."""
         assert self.model is not None
-        return Subject.open(self.model)
+        return Subject.open(self.model, self.device)
 
     def size(self, full: int, quick: int) -> int:
         """A number of documents, seeds or steps."""

@@ -110,9 +110,10 @@ def _generated(subject: Subject, prompt: Tensor, how: dict[str, Any], seed: int)
     torch.manual_seed(seed)
     pad = subject.model.config.pad_token_id
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": subject.bos if pad is None else pad}
-    mask = torch.ones_like(prompt)
-    return torch.cat([subject.model.generate(p, attention_mask=m, **settings, **how) for p, m in
-                      zip(prompt.split(16), mask.split(16), strict=True)])  # fmt: skip
+    parts = prompt.to(subject.model.device).split(16)
+    return torch.cat(
+        [subject.model.generate(p, attention_mask=torch.ones_like(p), **settings, **how).cpu() for p in parts]
+    )
 
 
 def _flock(subject: Subject, paths: Tensor) -> np.ndarray:

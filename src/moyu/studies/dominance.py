@@ -131,9 +131,9 @@ def attention_received(subject: Subject, text: Tensor) -> Tensor:
     before = config._attn_implementation
     subject.model.set_attn_implementation("eager")
     try:
-        output = subject.model(input_ids=text[None], use_cache=False, output_attentions=True)
+        output = subject.model(input_ids=text[None].to(subject.model.device), use_cache=False, output_attentions=True)
     finally:
         subject.model.set_attn_implementation(before)
-    weights = torch.stack([a[0].mean(0) for a in output.attentions]).mean(0)  # (T, T)
+    weights = torch.stack([a[0].mean(0) for a in output.attentions]).mean(0).cpu()  # (T, T)
     later = torch.arange(len(text), 0, -1)
     return weights.sum(0) / later  # a position near the end is seen by few

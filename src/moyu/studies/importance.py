@@ -136,8 +136,8 @@ def _steps(subject: Subject, tokens: torch.Tensor) -> dict[str, np.ndarray]:
         for piece, weight, gradient, at in zip(downs, weights, by_weight, chosen, strict=True):
             aligned = gradient.t() if piece.transposed else gradient
             steps.append(snip_step(weight.detach().flatten()[at], aligned.flatten()[at]))
-        snip.append(torch.stack(steps).numpy())
+        snip.append(torch.stack(steps).cpu().numpy())
         values = [v.detach().flatten(0, -2) for v in kept]
         own = [taylor_step(v, g.flatten(0, -2)) for v, g in zip(values, by_value, strict=True)]
-        taylor.append(torch.stack(own).numpy())
+        taylor.append(torch.stack(own).cpu().numpy())
     return {"snip": np.stack(snip), "taylor": np.stack(taylor)}

@@ -123,7 +123,8 @@ def masked_losses(subject: Subject, tokens: Tensor, choose, *, prompt: int = 0, 
     order = {b.layer: i for i, b in enumerate(subject.blocks)}
 
     def chooser(site: Site, mask: Tensor, rows: Rows, oracle) -> Tensor:
-        return choose(order[site.layer], oracle(), rows)
+        here = rows._replace(seq=rows.seq.cpu(), pos=rows.pos.cpu(), valid=rows.valid.cpu(), sparse=rows.sparse.cpu())
+        return choose(order[site.layer], oracle().cpu(), here).to(mask.device)
 
     out = []
     with torch.no_grad(), Applied(subject.model, plan, engine="mask", anatomy=subject.anatomy, check=False) as applied:

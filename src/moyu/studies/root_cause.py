@@ -261,7 +261,7 @@ def measure(who: Subject, tokens: Tensor) -> np.ndarray:
     values, gradients = who.saliencies(tokens)
     values, gradients = values[:, :, SINK:-1].flatten(1, 2), gradients[:, :, SINK:-1].flatten(1, 2)  # (L, N, f)
     with torch.no_grad():
-        logits = who.model(input_ids=tokens, use_cache=False).logits[:, SINK:-1]
+        logits = who.model(input_ids=tokens.to(who.model.device), use_cache=False).logits[:, SINK:-1]
         impurity = float(gini_impurity(logits.softmax(-1)).mean())
         loss = float(who.losses(tokens).mean())
     rows = []
@@ -269,7 +269,7 @@ def measure(who: Subject, tokens: Tensor) -> np.ndarray:
         some = a[:: max(1, len(a) // 32)]
         rows.append([
             float((a == 0).float().mean()),
-            1 - float(needed(some, block.pieces["down"].weight.detach()).mean()),
+            1 - float(needed(some, block.pieces["down"].weight.detach().cpu()).mean()),
             float(participation_ratio(a).mean()),
             float(sign_statistic(a, g).sum()),
             float((a * g > 0).sum() / (a * g != 0).sum().clamp(min=1)),

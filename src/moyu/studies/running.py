@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moyu import records, studies
+from moyu.environment import device_name
 from moyu.studies.base import Progress, Setup, Study
 from moyu.studies.verdicts import Finding, judge
 
@@ -46,6 +47,7 @@ def run(
     quick: bool = False,
     seed: int = 0,
     again: bool = False,
+    device: str = "cpu",
     announce: Announce = lambda study, model: None,
     progress: Progress = lambda what, done, total: None,
 ) -> list[records.Study]:
@@ -63,7 +65,7 @@ def run(
         row = done.get((study.name, model))
         if row is None or again:
             announce(study, model)
-            setup = Setup(model, quick, seed, out / "parts", _prefixed(progress, study, model))
+            setup = Setup(model, quick, seed, out / "parts", device, _prefixed(progress, study, model))
             started = time.monotonic()
             row = record(study, setup, study.analyse(study.observe(setup)), time.monotonic() - started)
             done[study.name, model] = row
@@ -112,6 +114,7 @@ def record(study: Study, setup: Setup, finding: Finding, seconds: float) -> reco
         name=study.name,
         model=setup.model,
         seed=setup.seed,
+        device=device_name(setup.device),
         quick=setup.quick,
         verdict=judge(study.conditions, study.controls, finding),
         claim=study.claim,

@@ -1,4 +1,7 @@
-"""A model under study: what its neurons did on some tokens, and what they would have done untrained."""
+"""A model under study: what its neurons did on some tokens, and what they would have done untrained.
+
+The model may be on any device; what a subject returns is on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ class _Taps:
 
     def see(self, layer: int, expert: int | None, tap: Tap, x: Tensor, rows: Rows) -> None:
         if expert is None and tap in self.wanted:
-            self.kept[layer, tap] = x.detach().float()
+            self.kept[layer, tap] = x.detach().float().cpu()
 
     def mask(self, site: Site, values: Tensor, mask: Tensor, rows: Rows) -> None: ...
 
@@ -56,9 +59,9 @@ class Subject:
     anatomy: Anatomy
 
     @classmethod
-    def open(cls, name: str) -> Subject:
+    def open(cls, name: str, device: str = "cpu") -> Subject:
         """Load a model by name; UserError as in `moyu.load`."""
-        return cls.of(models.load(name, dtype="float32"))
+        return cls.of(models.load(name, dtype="float32", device=device))
 
     @classmethod
     def of(cls, loaded: Loaded) -> Subject:
@@ -81,7 +84,7 @@ class Subject:
     @cached_property
     def column_norms(self) -> list[Tensor]:
         """||w_j|| of every layer, (f,)."""
-        return [b.pieces["down"].weight.detach().float().norm(dim=0) for b in self.blocks]
+        return [b.pieces["down"].weight.detach().float().norm(dim=0).cpu() for b in self.blocks]
 
     @property
     def neurons(self) -> int:
@@ -102,7 +105,7 @@ class Subject:
         """The same architecture at random initialisation: the architecture's null."""
         config = copy.deepcopy(self.model.config)
         torch.manual_seed(seed)
-        twin = type(self.model)(config).float().eval()
+        twin = type(self.model)(config).float().eval().to(self.model.device)
         return Subject.of(Loaded(f"{self.loaded.name} untrained", twin, self.loaded.tokenizer))
 
     @torch.no_grad()
@@ -114,9 +117,10 @@ class Subject:
         with Applied(self.model, None, engine="mask", anatomy=self.anatomy) as applied, applied.prompt(tokens.shape[1]):
             for index, part in enumerate(tokens.split(batch)):
                 observer = _Taps([tap])
-                extra = {} if positions is None else {"position_ids": positions.split(batch)[index]}
+                device = self.model.device
+                extra = {} if positions is None else {"position_ids": positions.split(batch)[index].to(device)}
                 with applied.watched(observer=observer):
-                    self.model(input_ids=part, use_cache=False, **extra)
+                    self.model(input_ids=part.to(device), use_cache=False, **extra)
                 layers = [observer.kept[b.layer, tap].unflatten(0, part.shape) for b in self.blocks]
                 parts.append(torch.stack(layers))
         return torch.cat(parts, dim=1)
@@ -125,11 +129,12 @@ class Subject:
     def stepwise(self, tokens: Tensor) -> Tensor:
         """Neuron values when the tokens are fed one by one with a cache: (B, T) -> (L, B, T, f)."""
         steps, cache = [], None
+        fed = tokens.to(self.model.device)
         with Applied(self.model, None, engine="mask", anatomy=self.anatomy) as applied, applied.prompt(tokens.shape[1]):
             for t in range(tokens.shape[1]):
                 observer = _Taps(["mid"])
                 with applied.watched(observer=observer):
-                    output = self.model(input_ids=tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
+                    output = self.model(input_ids=fed[:, t : t + 1], past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
                 steps.append(torch.stack([observer.kept[b.layer, "mid"] for b in self.blocks]))
         return torch.stack(steps, dim=2)
@@ -149,13 +154,13 @@ class Subject:
     def thresholds(self, tokens: Tensor, tau: float = 0.2) -> Tensor:
         """The largest thresholds whose mean CETT stays at or below `tau` on some texts, a layer: (B, T) -> (L,)."""
         values = self.values(tokens)[:, :, SINK:].flatten(1, 2)
-        downs = [b.pieces["down"].weight.detach().float() for b in self.blocks]
+        downs = [b.pieces["down"].weight.detach().float().cpu() for b in self.blocks]
         found = [cett_search(v, d, tau, tokens=64) for v, d in zip(values, downs, strict=True)]
         return torch.tensor(found).clamp(min=0)
 
     def losses(self, tokens: Tensor, labels: Tensor | None = None, *, first: int = SINK) -> Tensor:
         """Mean loss in nats of each sequence over the tokens behind position `first`: (B, T) -> (B,). Under autograd too."""
-        logits = self.model(input_ids=tokens, use_cache=False).logits[:, first:-1].float()
+        logits = self.model(input_ids=tokens.to(self.model.device), use_cache=False).logits[:, first:-1].float().cpu()
         targets = (tokens if labels is None else labels)[:, first + 1 :]
         each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return each.view(targets.shape).mean(1)
@@ -181,5 +186,5 @@ class Subject:
             loss = self.losses(tokens, labels).sum() * (tokens.shape[1] - SINK - 1)
             gradients = torch.autograd.grad(loss, kept)
         shape = (*tokens.shape, -1)
-        values = torch.stack([k.detach().reshape(shape) for k in kept])
-        return values, torch.stack([g.reshape(shape) for g in gradients])
+        values = torch.stack([k.detach().reshape(shape).cpu() for k in kept])
+        return values, torch.stack([g.reshape(shape).cpu() for g in gradients])

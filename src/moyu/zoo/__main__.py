@@ -21,6 +21,7 @@ def main() -> None:
     train.add_argument("--data", type=Path, required=True)
     train.add_argument("--out", type=Path, required=True)
     train.add_argument("--tokens", type=int, help="default: the size's")
+    train.add_argument("--batch", type=int, help="sequences a step; default: the size's")
     train.add_argument("--device")
     train.add_argument("--minutes", type=float)
     train.add_argument("--size", choices=training.SIZES, default=training.SHIPPED)
@@ -34,7 +35,7 @@ def main() -> None:
         print(json.dumps(training.measure_shipped(args.name), indent=1))
     else:
         done = training.train(
-            args.name, args.data, args.out, size=args.size, tokens=args.tokens, device=args.device, minutes=args.minutes,
+            args.name, args.data, args.out, size=args.size, tokens=args.tokens, batch=args.batch, device=args.device, minutes=args.minutes,
             watched=args.watch,
         )  # fmt: skip
         print("finished" if done else "stopped by --minutes; run again to go on")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import random
 import re
 import sysconfig
@@ -22,7 +23,7 @@ from typing import Any, Literal
 Split = Literal["train", "validation", "test"]
 
 ROOTS = ("torch", "transformers", "numpy", "typer", "rich", "jinja2", "pyyaml", "pydantic")
-LISTING = Path(__file__).parent / "corpus.json"
+LISTING = Path(os.environ.get("MOYU_CORPUS") or Path(__file__).parent / "corpus.json")  # of the shipped models' data
 SMALLEST, LARGEST = 200, 300_000  # bytes of a file
 SHINGLE, SHARED = 5, 0.2  # lines of a shingle; share of them in training above which a held-out file is dropped
 CALIBRATION_FILES = 400

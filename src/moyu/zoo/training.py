@@ -41,7 +41,8 @@ VOCABULARY = 4096
 LENGTH = 512
 WARM_UP, DECAY = 200, 0.1
 EVIDENCE_WINDOWS, SHUFFLED_FILES = 256, 40  # held-out windows scored; held-out files whose words are shuffled
-WATCHED = 8  # held-out windows that are looked at while a model trains
+WATCHED = 4  # held-out windows that are looked at while a model trains
+LOOKS = tuple(4**i for i in range(16))  # steps after which they are looked at, beside the first and the last
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 
@@ -146,12 +147,12 @@ def rate(step: int, steps: int, peak: float) -> float:
 def watch(model: PreTrainedModel, data: Path) -> list[list[float]]:
     """The series of `studies.root_cause` (SERIES) of every layer, on the first held-out windows: (series, layers).
 
-    On a copy in float32 on the CPU, so that training goes on as if nobody had looked.
+    On a copy in float32, so that training goes on as if nobody had looked.
     """
     from moyu.studies import root_cause
     from moyu.studies.subject import Subject
 
-    twin = copy.deepcopy(model).to("cpu", torch.float32).eval()  # pyright: ignore[reportArgumentType]
+    twin = copy.deepcopy(model).float().eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
     windows = _ids(data / "test.bin")[: WATCHED * LENGTH].view(-1, LENGTH)
     return root_cause.measure(Subject.of(models.Loaded("in training", twin, tokenizer)), windows).round(6).tolist()
@@ -174,14 +175,20 @@ def train(
     """Train a zoo model on prepared token files; True when finished, False when `minutes` ran out (call to go on).
 
     Deterministic in the data order: step i sees the windows that (seed, i) draws, so a resumed run sees the same text.
-    `watched`: training.json also says what `watch` saw before training, after powers of two of steps, and at the end.
+    `watched`: training.json also says what `watch` saw before training, after LOOKS of steps, and at the end.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     own = SIZES[size]
     tokens, batch = tokens or own.tokens, batch or own.batch
     started = time.monotonic()
     model = build(name, seed, size).to(device)  # pyright: ignore[reportArgumentType]
-    forward = torch.compile(model) if device == "cuda" else model
+
+    def loss_of(ids: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+
+    step_loss = torch.compile(loss_of) if device == "cuda" else loss_of
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -207,9 +214,7 @@ def train(
         ids = data_ids[starts + offsets].long()
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps, own.peak_rate)
-        with torch.autocast(device, torch.bfloat16):
-            logits = forward(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        loss = step_loss(ids)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -219,7 +224,7 @@ def train(
             seconds = time.monotonic() - started
             speed = (step - first + 1) * batch * LENGTH / seconds
             print(f"{name}: step {step}/{steps} loss {loss.item():.3f} {speed:,.0f} tokens/s", flush=True)
-        if watched and (step + 1 == steps or (step + 1) & step == 0):
+        if watched and (step + 1 == steps or step + 1 in LOOKS):
             seen.append([step + 1, watch(model, data)])
         over = minutes is not None and time.monotonic() - started > minutes * 60
         if over or (step + 1) % checkpoint_every == 0:
