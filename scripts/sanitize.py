@@ -42,7 +42,10 @@ def run(extension: Path, arguments: list[str]) -> int:
     from moyu.kernels import cpu
 
     assert cpu.extension() is module
-    return pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", *(arguments or ["-k", "not instruction", *TESTS])])
+    chosen = arguments or ["-k", "not instruction"]
+    return pytest.main(
+        ["-q", "-s", "-n", "0", "-p", "no:cacheprovider", *chosen, *TESTS]
+    )  # -s: a report goes to stderr
 
 
 def main() -> None:
@@ -56,7 +59,7 @@ def main() -> None:
     ]
     options = {
         "ASAN_OPTIONS": "detect_leaks=0",
-        "TSAN_OPTIONS": "halt_on_error=1 report_signal_unsafe=0",
+        "TSAN_OPTIONS": f"halt_on_error=1 report_signal_unsafe=0 suppressions={ROOT / 'scripts' / 'tsan.supp'}",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     environment = os.environ | options | {"LD_PRELOAD": ":".join(libraries), "MOYU_SANITIZED": str(build(kind))}
