@@ -281,17 +281,24 @@ def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float]) 
     for shape in shapes:
         model, ids, twins = variants(run, shape, names)
         for batch in batches:
-            calls = {"eager": eager(model, ids.expand(batch, -1))}
-            for name, twin in twins.items():
-                if batch == 1 or name in ("dense", "neurons 50%"):
-                    calls[name] = compiled(run, twin, model, ids.expand(batch, -1))
-            found = run.seconds(calls, rounds=8, repeat=8)
-            for name, seconds in found.items():
+            calls = {
+                "eager": eager(model, ids.expand(batch, -1)),
+                "dense": compiled(run, model, model, ids.expand(batch, -1)),
+            }
+            for name in ("eager", *names):
+                own = dict(
+                    calls
+                )  # each variant beside eager and dense, and its row written before the next one compiles
+                if name not in own:
+                    if batch > 1 and name != "neurons 50%":
+                        continue
+                    own[name] = compiled(run, twins[name], model, ids.expand(batch, -1))
+                found = run.seconds(own, rounds=8, repeat=8)
                 run.row(
-                    part="steps", shape=shape, batch=batch, variant=name, ms=seconds * 1e3, tok_s=batch / seconds,
-                    against_dense=found["dense"] / seconds, against_eager=found["eager"] / seconds,
+                    part="steps", shape=shape, batch=batch, variant=name, ms=found[name] * 1e3, tok_s=batch / found[name],
+                    against_dense=found["dense"] / found[name], against_eager=found["eager"] / found[name],
                 )  # fmt: skip
-            del calls
+            del calls, own
             torch.compiler.reset()
             gc.collect()
         del model, twins
