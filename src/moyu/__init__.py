@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from moyu.calibration import Windows, calibrate
     from moyu.errors import UserError
     from moyu.evaluation import evaluate
+    from moyu.integrations.transformers import MoyuConfig
     from moyu.methods import method
     from moyu.models import load
     from moyu.plan import Plan
 
-__all__ = ["Applied", "Plan", "UserError", "Windows", "apply", "calibrate", "evaluate", "load", "method"]
+__all__ = ["Applied", "MoyuConfig", "Plan", "UserError", "Windows", "apply", "calibrate", "evaluate", "load", "method"]
 
 _HOMES = {
     "Applied": "applied",
+    "MoyuConfig": "integrations.transformers",
     "Plan": "plan",
     "UserError": "errors",
     "Windows": "calibration",

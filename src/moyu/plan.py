@@ -180,7 +180,8 @@ def _params(key: str, rule: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of the configuration that shapes the model: type, widths, depth, activation, vocabulary."""
-    ignored = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "_attn_implementation")
+    ignored = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "_attn_implementation",
+               "quantization_config")  # fmt: skip  # how weights are stored: the digests tell
     config = {k: v for k, v in model.config.to_dict().items() if k not in ignored}  # pyright: ignore
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -1,0 +1,181 @@
+"""A plan through transformers' own loading: `from_pretrained(path, quantization_config=MoyuConfig(plan=...))`.
+
+Importing `MoyuConfig` from `moyu` registers it. The plan is applied when the weights are loaded; a checkpoint that is saved carries
+it in the folder `moyu-plan`, names it in config.json, and is sparse again when it is loaded by a process that imported
+`MoyuConfig`.
+Weights stay as they are: for a model that another quantiser has loaded, apply the plan afterwards with `moyu.apply`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import MethodType
+from typing import Any, get_args
+
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moyu import methods, surgery
+from moyu.applied import Applied, Engine
+from moyu.errors import UserError
+from moyu.files import atomic_write_text
+from moyu.kernels import Backend
+from moyu.plan import Plan
+
+FOLDER = "moyu-plan"  # of a saved checkpoint
+
+
+class MoyuConfig(QuantizationConfigMixin):
+    """What to apply to a model that is being loaded.
+
+    plan: a plan's folder; for a saved checkpoint, its folder inside the checkpoint.
+    method: instead of a plan, a method that needs no calibration, as `griffin`, `clada` and `relu-zero`; others raise UserError.
+    sparsity: of `method`, in [0, 1).
+    backend: "auto", "cpu", "gpu" or "reference". engine: "skip", or "mask" to simulate.
+    """
+
+    def __init__(
+        self,
+        plan: str | Path | None = None,
+        method: str | None = None,
+        sparsity: float = 0.5,
+        backend: Backend = "auto",
+        engine: Engine = "skip",
+        quant_method: str = "moyu",
+        **knobs: Any,
+    ) -> None:
+        """Raises UserError where neither or both of plan and method are given, and for unknown engines, methods and knobs."""
+        if (plan is None) == (method is None):
+            raise UserError("say what to apply", "give MoyuConfig a plan or a method, not both")
+        if engine not in get_args(Engine):
+            raise UserError(
+                f"engine must be one of {', '.join(get_args(Engine))}, not {engine!r}", "`skip` is the default"
+            )
+        self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue]
+        self.plan = None if plan is None else str(plan)
+        self.method, self.sparsity, self.backend, self.engine = method, sparsity, backend, engine
+        self.knobs = knobs.pop("knobs", {}) | knobs
+        if method is not None and methods.method(method, **self.knobs).needs_calibration:
+            raise UserError(
+                f"method {method!r} needs text to calibrate on",
+                f"make a plan, `moyu calibrate MODEL --method {method} --out FOLDER`, and give MoyuConfig(plan=FOLDER)",
+            )
+
+
+class MoyuQuantizer(HfQuantizer):
+    """Applies a MoyuConfig once the weights are there."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        """As transformers calls it; `pre_quantized` says that the weights come from a saved checkpoint."""
+        super().__init__(quantization_config, **kwargs)
+        self.asked: Any = quantization_config
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        model.eval()
+        plan = self._plan(model)
+        applied = Applied(model, plan, backend=self.asked.backend, engine=self.asked.engine)
+        object.__setattr__(model, "moyu_applied", applied)
+        object.__setattr__(model, "save_pretrained", MethodType(_save, model))
+        return model
+
+    def _plan(self, model: Any) -> Plan:
+        if self.asked.method is not None:
+            return _plan_without_text(model, self.asked)
+        given = Path(self.asked.plan)
+        inside = Path(getattr(model, "name_or_path", "") or "") / given
+        return Plan.load(inside if not given.exists() and inside.exists() else given)
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """The weights are plain ones, and `_save` brings the plan."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Applied models decode; restore the model to train it."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Decode steps fall back to what torch.compile can trace."""
+        return True
+
+
+register_quantization_config("moyu")(MoyuConfig)
+register_quantizer("moyu")(MoyuQuantizer)
+
+
+def _plan_without_text(model: Any, asked: MoyuConfig) -> Plan:
+    """A plan of a method that looks at weights and activations of the step alone."""
+    import torch
+
+    from moyu.calibration import Windows, calibrate
+
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    tokens = torch.randint(0, vocabulary, (1, 8), generator=torch.Generator().manual_seed(0))  # seen, and not looked at
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    method = methods.method(asked.method or "", **asked.knobs)
+    return calibrate(
+        model, method, Windows(tokens, 1), sparsity=asked.sparsity, name=name, anatomy=surgery.dissect(model)
+    )
+
+
+def _save(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """Stands for save_pretrained: the checkpoint as transformers writes it, the plan, and a model card."""
+    applied: Applied = vars(self)["moyu_applied"]
+    config: Any = self.config.quantization_config
+    plan, folder = applied.plan, Path(save_directory)
+    assert plan is not None
+    before = (config.plan, config.method)
+    applied.restore()  # weights as the checkpoint has them
+    try:
+        config.plan, config.method = FOLDER, None
+        result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
+        plan.save(folder / FOLDER)
+        if not (folder / "README.md").exists():
+            atomic_write_text(folder / "README.md", card(plan))
+    finally:
+        config.plan, config.method = before
+        again = Applied(self, plan, backend=config.backend, engine=config.engine)
+        object.__setattr__(self, "moyu_applied", again)
+    return result
+
+
+def card(plan: Plan) -> str:
+    """A model card: what is skipped, what the plan was made from, and how to load it."""
+    sites = sorted({f"{s.reads} -> {s.skips} of {', '.join(s.linears)}" for s in plan.sites()})
+    facts = {
+        "method": f"{plan.method.name} ({plan.method.paper})",
+        "target sparsity": plan.target_sparsity,
+        "knobs": json.dumps(plan.method.knobs()),
+        "sites": "; ".join(sites),
+        "calibrated on": json.dumps(dict(plan.calibration)),
+        "plan": plan.hash,
+    }
+    lines = "\n".join(f"| {k} | {v} |" for k, v in facts.items())
+    return f"""---
+tags: [moyu, dynamic-activation]
+base_model: {plan.model["name"]}
+---
+
+# {plan.model["name"]}, with dynamic activation by {plan.method.name}
+
+The weights are those of the base model. Decode steps skip what the plan in `{FOLDER}` says; without MOYU this is the dense model.
+
+```python
+from moyu import MoyuConfig  # registers the loader
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+```
+
+| | |
+|---|---|
+{lines}
+
+Measured quality and speed: `moyu eval THIS FOLDER` and `moyu bench THIS FOLDER`.
+"""
