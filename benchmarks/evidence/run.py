@@ -20,7 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NAMES = ("relu", "gelu", "swiglu")
-METHODS = (  # groups that take about as long
+METHODS = (  # a process each, the longest first
+    ("estimate",),
+    ("lte",),
+    ("moefication",),
+    ("r-sparse",),
+    ("deja-vu", "deja-vu-heads", "polar"),
+    ("larosa", "prox", "wina"),
+    ("griffin", "tda", "clada", "teal", "was", "countdown"),
     (
         "quantise",
         "random",
@@ -33,13 +40,12 @@ METHODS = (  # groups that take about as long
         "cats",
         "chess",
     ),
-    ("countdown", "griffin", "tda", "clada", "teal", "wina", "was"),
-    ("r-sparse", "larosa", "prox", "estimate"),
-    ("deja-vu", "deja-vu-heads", "polar", "moefication", "lte"),
 )
 STUDIES = (
-    "importance", "inertia", "decay", "dominance", "semantics", "prefix_swap", "over_activation", "decoding", "figure2"
-)  # fmt: skip
+    ("importance", "inertia", "decay", "dominance", "semantics"),
+    ("prefix_swap", "over_activation"),
+    ("decoding", "figure2"),
+)
 MOYU = (sys.executable, "-c", "from moyu.cli import main; main()")
 STOP = 20.0  # seconds before the end in which a training writes its checkpoint
 
@@ -64,10 +70,9 @@ class Job:
 def jobs(folder: Path, options: argparse.Namespace) -> Iterator[Job]:
     """All jobs, in the order in which they should start."""
     models, results = folder / "models", folder / "results"
-    last = (
-        models / f"{NAMES[-1]}-{options.size}" / "training.json"
-    )  # beside a training, all else would slow it to a third
-    for name in NAMES:
+    # beside a training all else would slow it, so the rest waits for the last one
+    last = models / f"{options.models[-1]}-{options.size}" / "training.json"
+    for name in options.models:
         trained = models / f"{name}-{options.size}" / "training.json"
         yield Job(
             f"train {name}",
@@ -93,16 +98,17 @@ def jobs(folder: Path, options: argparse.Namespace) -> Iterator[Job]:
                 results / f"score-{name}-{index}.done",
                 2,
             )  # fmt: skip
-        yield Job(
-            f"study {name}",
-            [
-                *MOYU, "study", *STUDIES, "--model", trained.parent.name, "--device", options.device, "--out",
-                str(results / f"studies-{name}"), *(["--quick"] if options.quick else []),
-            ],
-            last,
-            results / f"study-{name}.done",
-            4,
-        )  # fmt: skip
+        for index, group in enumerate(STUDIES):
+            yield Job(
+                f"study {name} {index}",
+                [
+                    *MOYU, "study", *group, "--model", trained.parent.name, "--device", options.device, "--out",
+                    str(results / f"studies-{name}-{index}"), *(["--quick"] if options.quick else []),
+                ],
+                last,
+                results / f"study-{name}-{index}.done",
+                2,
+            )  # fmt: skip
 
 
 def start(job: Job, folder: Path, left: float) -> None:
@@ -154,7 +160,8 @@ def main() -> None:
     parser.add_argument("--bytes", default="0.75,0.6,0.5,0.4")
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--at-once", type=int, default=8, help="processes beside the training")
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--at-once", type=int, default=12, help="processes beside the training")
     parser.add_argument("--quick", action="store_true", help="small studies, to see that all of it runs")
     options = parser.parse_args()
     end = time.monotonic() + options.minutes * 60
@@ -182,7 +189,7 @@ def main() -> None:
     for job in running:
         if job.process is not None:
             job.process.terminate()
-    for name in NAMES:
+    for name in options.models:
         facts = folder / "models" / f"{name}-{options.size}" / "training.json"
         if facts.exists():
             shutil.copy(facts, folder / "results" / f"training-{name}.json")
