@@ -281,24 +281,20 @@ def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float]) 
     for shape in shapes:
         model, ids, twins = variants(run, shape, names)
         for batch in batches:
-            calls = {
-                "eager": eager(model, ids.expand(batch, -1)),
-                "dense": compiled(run, model, model, ids.expand(batch, -1)),
-            }
-            for name in ("eager", *names):
-                own = dict(
-                    calls
-                )  # each variant beside eager and dense, and its row written before the next one compiles
-                if name not in own:
-                    if batch > 1 and name != "neurons 50%":
-                        continue
-                    own[name] = compiled(run, twins[name], model, ids.expand(batch, -1))
+            rows = ids.expand(batch, -1)
+            beside = {"eager": Step(run, model, rows), "dense": Step(run, model, rows, model)}
+            for name in ("eager", *names):  # each row is written before the next variant compiles
+                if batch > 1 and name not in (*beside, "neurons 50%"):
+                    continue
+                own = beside if name in beside else beside | {name: Step(run, model, rows, twins[name])}
+                for step in own.values():
+                    step.begin()
                 found = run.seconds(own, rounds=8, repeat=8)
                 run.row(
                     part="steps", shape=shape, batch=batch, variant=name, ms=found[name] * 1e3, tok_s=batch / found[name],
                     against_dense=found["dense"] / found[name], against_eager=found["eager"] / found[name],
                 )  # fmt: skip
-            del calls, own
+            del beside, own
             torch.compiler.reset()
             gc.collect()
         del model, twins
@@ -335,28 +331,32 @@ def masks_after(model: nn.Module, plan: object, ids: Tensor) -> dict[str, Tensor
     return dict(runtime.memory_of(cache).masks)
 
 
-def eager(model: nn.Module, ids: Tensor) -> Callable[[], object]:
-    """A step of transformers' own loop; the token stays the same, the cache grows."""
-    cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
-    return lambda: model(ids[:, :1], past_key_values=cache).logits[:, -1:].argmax(-1)
+class Step:
+    """A decode step after a prompt, always of the same token: transformers' own loop, or `twin` compiled with a static cache."""
 
+    def __init__(self, run: Run, model: nn.Module, ids: Tensor, twin: nn.Module | None = None) -> None:
+        """Compiles at the first calls, which happen here."""
+        self.model, self.ids, self.token = model, ids, ids[:, :1].clone()
+        self.step, self.static = model, None
+        if twin is not None:
+            self.static = StaticCache(config=model.config, max_cache_len=LENGTH)
+            how = {"backend": "eager"} if run.dry else {"mode": "reduce-overhead"}
+            self.step = torch.compile(twin, fullgraph=True, **how)
+        self.begin()
+        for _ in range(1 if run.dry else 4):
+            self()
 
-def compiled(run: Run, twin: nn.Module, model: nn.Module, ids: Tensor) -> Callable[[], object]:
-    """A compiled step with a static cache, after a dense prompt; each step is a place further."""
-    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-    step = torch.compile(twin, fullgraph=True, **({"backend": "eager"} if run.dry else {"mode": "reduce-overhead"}))
-    token = ids[:, :1].clone()
+    def begin(self) -> None:
+        """Go back to the end of the prompt: a static cache has room for one timing only."""
+        self.cache = DynamicCache(config=self.model.config) if self.static is None else self.static
+        self.cache.reset()
+        with torch.no_grad():
+            self.model(self.ids, past_key_values=self.cache)
 
-    def call() -> Tensor:
-        with torch.no_grad(), kernels.use("gpu"):
-            return step(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-
-    for _ in range(1 if run.dry else 4):
-        call()
-    return call
+    def __call__(self) -> Tensor:
+        """The next token."""
+        with torch.no_grad(), kernels.use("gpu" if self.static else "auto"):
+            return self.step(self.token, past_key_values=self.cache, use_cache=True).logits[:, -1:].argmax(-1)
 
 
 def main() -> None:

@@ -89,15 +89,12 @@ def _unpacked(data, scales, ids, keep, first, n, BITS: tl.constexpr, BLOCKS: tl.
     row = ids.to(tl.int64)
     here = keep[:, None] & (block < n // 32)[None, :]
     scale = tl.load(scales + row[:, None] * (n // 32) + block[None, :], mask=here, other=0.0).to(tl.float32)
+    place = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     if BITS == 8:
-        place = block[:, None] * 32 + tl.arange(0, 32)[None, :]
         q = tl.load(data + row[:, None, None] * n + place[None, :, :], mask=here[:, :, None], other=0).to(tl.float32)
-    else:
-        place = block[:, None] * 16 + tl.arange(0, 16)[None, :]
-        pair = tl.load(data + row[:, None, None] * (n // 2) + place[None, :, :], mask=here[:, :, None], other=0).to(
-            tl.int32
-        )
-        q = (tl.interleave(pair & 15, pair >> 4) - 8).to(tl.float32)
+    else:  # each byte is loaded for both its halves: halves put together by tl.interleave came wrong out of tl.dot
+        pair = tl.load(data + row[:, None, None] * (n // 2) + place[None, :, :] // 2, mask=here[:, :, None], other=0)
+        q = (((pair.to(tl.int32) >> (place % 2 * 4)[None, :, :]) & 15) - 8).to(tl.float32)
     return q * scale[:, :, None]
 
 
