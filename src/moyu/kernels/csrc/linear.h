@@ -16,21 +16,20 @@ int64_t rows_share(const LinearArgs &a, const Factor<T> *x, const int32_t *kept,
     const Share share(count, team);
     const Part weight{a.weight, a.weight_stride};
     T *out = static_cast<T *>(a.out);
-    int which[kTogether];
-    float value[kTogether];
+    float value[kRowBlock][kTogether];
     int64_t read = 0;
     for (int64_t step = 0; step < Taken::steps(share, streams); ++step) {
         const Taken taken(kept, share, streams, step, hop);
-        for (int64_t r = 0; r < a.rows; ++r) {
-            const bool all = a.mask == nullptr || a.rows == 1;
-            const int own = taken.kept_by(all ? nullptr : a.mask + r * a.mask_stride, which);
-            const Weights<T> w(taken, which, own, weight, weight, taken.next);
-            project(w, x, r, a.n, value);
-            for (int i = 0; i < own; ++i) {
-                const int64_t j = taken.piece[which[i]];
-                narrow(value[i] + bias_at<T>(a.bias, j), out[r * a.q + j]);
+        const Takers takers(taken, a.mask, a.mask_stride, a.rows);
+        auto weights = [&](int64_t r) {
+            return Weights<T>(taken, takers.which[r], takers.own[r], weight, weight, taken.next);
+        };
+        project<T>(takers, weights, x, a.rows, a.n, value);
+        for (int64_t r = 0; r < a.rows; ++r)
+            for (int i = 0; i < takers.own[r]; ++i) {
+                const int64_t j = taken.piece[takers.which[r][i]];
+                if (takers.keeps(a.mask, a.mask_stride, r, j)) narrow(value[r][i] + bias_at<T>(a.bias, j), out[r * a.q + j]);
             }
-        }
         read += taken.count * (row_bytes + bias_bytes);
     }
     return read;
@@ -45,17 +44,20 @@ int64_t columns_share(const LinearArgs &a, const int32_t *kept, int64_t count, c
     const Share share(count, team);
     const Part weight{a.weight, a.weight_stride};
     for (int64_t i = 0; i < a.rows * round_up(a.q); ++i) sums[i] = 0.0f;
-    int which[kTogether];
-    float value[kTogether];
+    float value[kRowBlock][kTogether];
     int64_t read = 0;
     for (int64_t step = 0; step < Taken::steps(share, streams); ++step) {
         const Taken taken(kept, share, streams, step, hop);
-        for (int64_t r = 0; r < a.rows; ++r) {
-            const int own = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which);
-            for (int i = 0; i < own; ++i) value[i] = widen(*at<T>(a.x, r * a.x_stride + taken.piece[which[i]]));
-            const Weights<T> w(taken, which, own, weight, weight, taken.next);
-            accumulate(w, value, sums, r, a.q);
-        }
+        const Takers takers(taken, a.mask, a.mask_stride, a.rows);
+        auto weights = [&](int64_t r) {
+            return Weights<T>(taken, takers.which[r], takers.own[r], weight, weight, taken.next);
+        };
+        for (int64_t r = 0; r < a.rows; ++r)
+            for (int i = 0; i < takers.own[r]; ++i) {
+                const int64_t j = taken.piece[takers.which[r][i]];
+                value[r][i] = takers.keeps(a.mask, a.mask_stride, r, j) ? widen(*at<T>(a.x, r * a.x_stride + j)) : 0.0f;
+            }
+        accumulate<T>(takers, weights, value, sums, a.rows, a.q);
         read += taken.count * column_bytes;
     }
     return read;

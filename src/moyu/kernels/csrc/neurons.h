@@ -23,39 +23,46 @@ int64_t neurons_share(const NeuronsArgs &a, const Factor<T> *x, const int32_t *k
 
     const Share share(count, team);
     for (int64_t i = 0; i < a.rows * round_up(a.d_out); ++i) sums[i] = 0.0f;
-    int which[kRowBlock][kTogether], own[kRowBlock];
     float g[kRowBlock][kTogether] = {}, u[kRowBlock][kTogether] = {};
     int64_t read = 0;
     // Part by part and not row by row: the pieces of one part and a row of x fit in L1, whole neurons do not.
     for (int64_t step = 0; step < Taken::steps(share, streams); ++step) {
         const Taken taken(kept, share, streams, step, hop);
-        auto weights = [&](int64_t r, const Part &part, const Part &after, const int64_t *after_pieces) {
-            return chained ? Weights<T>(taken, which[r], own[r], part, after, after_pieces)
-                           : Weights<T>(taken, which[r], own[r], part, part, taken.next);
+        const Takers takers(taken, a.mask, a.mask_stride, a.rows);
+        auto weights = [&](const Part &part, const Part &after, const int64_t *after_pieces) {
+            return [&, after_pieces](int64_t r) {
+                return chained ? Weights<T>(taken, takers.which[r], takers.own[r], part, after, after_pieces)
+                               : Weights<T>(taken, takers.which[r], takers.own[r], part, part, taken.next);
+            };
         };
         auto add_bias = [&](int64_t r, const void *bias, float *value) {
             if (bias)
-                for (int i = 0; i < own[r]; ++i) value[i] += bias_at<T>(bias, taken.piece[which[r][i]]);
+                for (int i = 0; i < takers.own[r]; ++i) value[i] += bias_at<T>(bias, taken.piece[takers.which[r][i]]);
         };
+        if (a.gate) {
+            project<T>(takers, weights(gate, a.up ? up : down, taken.piece), x, a.rows, a.d, g);
+            for (int64_t r = 0; r < a.rows; ++r) {
+                add_bias(r, a.gate_bias, g[r]);
+                activate<kTogether>(a.act, g[r]);  // here and not later: it runs while up's weights arrive
+            }
+        }
+        if (a.up) {
+            project<T>(takers, weights(up, down, taken.piece), x, a.rows, a.d, u);
+            for (int64_t r = 0; r < a.rows; ++r) {
+                add_bias(r, a.up_bias, u[r]);
+                if (!a.gate && !a.given) activate<kTogether>(a.act, u[r]);
+            }
+        }
+        float(*value)[kTogether] = a.gate ? g : u;
         for (int64_t r = 0; r < a.rows; ++r) {
-            own[r] = taken.kept_by(a.rows == 1 ? nullptr : a.mask + r * a.mask_stride, which[r]);
-            if (!a.gate) continue;
-            project(weights(r, gate, a.up ? up : down, taken.piece), x, r, a.d, g[r]);
-            add_bias(r, a.gate_bias, g[r]);
-            activate<kTogether>(a.act, g[r]);  // here and not later: it runs while up's weights arrive
+            for (int i = 0; i < kTogether && a.gate && a.up; ++i) value[r][i] *= u[r][i];
+            for (int i = 0; i < takers.own[r]; ++i) {
+                const int64_t j = taken.piece[takers.which[r][i]];
+                if (!takers.keeps(a.mask, a.mask_stride, r, j)) value[r][i] = 0.0f;
+                else if (a.given) value[r][i] *= widen(*at<T>(a.given, r * a.given_stride + j));
+            }
         }
-        for (int64_t r = 0; r < a.rows && a.up; ++r) {
-            project(weights(r, up, down, taken.piece), x, r, a.d, u[r]);
-            add_bias(r, a.up_bias, u[r]);
-            if (!a.gate && !a.given) activate<kTogether>(a.act, u[r]);
-        }
-        for (int64_t r = 0; r < a.rows; ++r) {
-            float *value = a.gate ? g[r] : u[r];
-            for (int i = 0; i < kTogether && a.gate && a.up; ++i) value[i] *= u[r][i];
-            for (int i = 0; i < own[r] && a.given; ++i)
-                value[i] *= widen(*at<T>(a.given, r * a.given_stride + taken.piece[which[r][i]]));
-            accumulate(weights(r, down, a.gate ? gate : up, taken.next), value, sums, r, a.d_out);
-        }
+        accumulate<T>(takers, weights(down, a.gate ? gate : up, taken.next), value, sums, a.rows, a.d_out);
         read += taken.count * (neuron_bytes + bias_bytes);
     }
     return read;

@@ -20,6 +20,8 @@ constexpr int64_t kLineBytes = 64;
 constexpr int kTogether = 8;             // pieces read in lockstep, at most
 constexpr int64_t kAheadBytes = 1536;    // the least distance of the prefetch in each of them
 constexpr int64_t kRowBlock = 32;        // rows of x that are taken together; weights are read once a block
+constexpr int kRowsAtOnce = Vec::width >= 16 ? 4 : 2;  // that the registers hold sums of
+constexpr int64_t kSharedPercent = 40;   // of a step's pieces times rows must be kept for rows to take them together
 constexpr int64_t kSerialBytes = 65536;  // less work than this is done before a second thread has woken up
 
 // x of a product, as `multiply` takes it.
@@ -66,6 +68,8 @@ inline void add_products(Vec::Pair &sum, const Vec::Pair &w, const Vec::Pair &x)
     sum.a = Vec::fma(w.a, x.a, sum.a);
     sum.b = Vec::fma(w.b, x.b, sum.b);
 }
+template <class T>
+inline Vec::Pair load_weights(const T *w) { return Vec::load2(w); }
 template <class T>
 inline void add_products(Vec::Pair &sum, const T *w, const Vec::Pair &x) {
     add_products(sum, Vec::load2(w), x);
@@ -144,6 +148,29 @@ struct Taken {
 struct Part {
     const void *weight;
     int64_t stride;
+};
+
+// Which pieces of a step each row takes. Where rows keep most of them, all rows take all (`shared`): a line of weights is
+// then loaded once for several rows, and what a row skips is dropped before it counts.
+struct Takers {
+    int which[kRowBlock][kTogether], own[kRowBlock];
+    bool shared;
+    Takers(const Taken &taken, const uint8_t *mask, int64_t stride, int64_t rows) {
+        int64_t kept = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+            own[r] = taken.kept_by(mask && rows > 1 ? mask + r * stride : nullptr, which[r]);
+            kept += own[r];
+        }
+        shared = rows > 1 && 100 * kept >= kSharedPercent * rows * taken.count;
+        for (int64_t r = 0; r < rows && shared && kept < rows * taken.count; ++r) {
+            own[r] = taken.count;
+            for (int c = 0; c < taken.count; ++c) which[r][c] = c;
+        }
+    }
+    // Whether row r of `mask` keeps a piece that it took.
+    bool keeps(const uint8_t *mask, int64_t stride, int64_t r, int64_t piece) const {
+        return !shared || mask == nullptr || mask[r * stride + piece];
+    }
 };
 
 // The weights of some of the pieces of a step, and what is computed next: its lines are prefetched meanwhile.
@@ -268,16 +295,125 @@ inline void axpy(const Weights<T> &w, const float *scale, float *y, int64_t n) {
     }
 }
 
-// The two on row r of x or of y.
-template <class T>
-inline void project(const Weights<T> &w, const Factor<T> *x, int64_t r, int64_t n, float *out) {
-    if (r == 0) dot<true>(w, x, n, out);
-    else dot<false>(w, x + r * round_up(n), n, out);
+// The two for R rows at once and C pieces from `first` on: a load of weights serves R rows, one of x C pieces.
+template <int C, int R, bool Ahead, class T>
+inline void dot_shared(const Weights<T> &w, int first, const Factor<T> *x, int64_t n, float (*out)[kTogether]) {
+    constexpr int W = Vec::width;
+    const int64_t stride = round_up(n);
+    Vec::Pair sum[C][R];
+    for (int c = 0; c < C; ++c)
+        for (int r = 0; r < R; ++r) sum[c][r].a = sum[c][r].b = Vec::zero();
+    const T *now[C], *then[C];
+    for (int c = 0; c < C; ++c) now[c] = w.now[first + c];
+    for (int c = 0; c < C; ++c) then[c] = w.then[first + c];
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        decltype(load_weights(now[0])) part[C];
+        for (int c = 0; c < C; ++c) {
+            if (Ahead) prefetch<2 * W * sizeof(T)>(then[c] + i);
+            part[c] = load_weights(now[c] + i);
+        }
+        for (int r = 0; r < R; ++r) {
+            const auto factor = load_factor(x + r * stride + i);
+            for (int c = 0; c < C; ++c) add_products(sum[c][r], part[c], factor);
+        }
+    }
+    for (int r = 0; r < R && i < n; ++r)
+        for (int c = 0; c < C; ++c)
+            add_products(sum[c][r], now[c] + i, static_cast<int>(n - i), load_factor(x + r * stride + i));
+    for (int c = 0; c < C; ++c)
+        for (int r = 0; r < R; ++r) out[r][first + c] = Vec::sum(Vec::add(sum[c][r].a, sum[c][r].b));
 }
-template <class T>
-inline void accumulate(const Weights<T> &w, const float *scale, float *y, int64_t r, int64_t n) {
-    if (r == 0) axpy<true>(w, scale, y, n);
-    else axpy<false>(w, scale, y + r * round_up(n), n);
+
+template <int C, int R, bool Ahead, class T>
+inline void axpy_shared(const Weights<T> &w, int first, const float (*scale)[kTogether], float *y, int64_t n) {
+    constexpr int W = Vec::width;
+    const int64_t stride = round_up(n);
+    typename Vec::Reg s[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) s[r][c] = Vec::set(scale[r][first + c]);
+    const T *now[C], *then[C];
+    for (int c = 0; c < C; ++c) now[c] = w.now[first + c];
+    for (int c = 0; c < C; ++c) then[c] = w.then[first + c];
+    for (int64_t i = 0; i < n; i += 2 * W) {
+        Vec::Pair part[C];
+        for (int c = 0; c < C; ++c) {
+            if (Ahead && i + 2 * W <= n) prefetch<2 * W * sizeof(T)>(then[c] + i);
+            part[c] = load2_rest(now[c] + i, n - i);
+        }
+        for (int r = 0; r < R; ++r) {
+            float *to = y + r * stride + i;
+            auto y0 = Vec::load(to), y1 = Vec::load(to + W);
+            for (int c = 0; c < C; ++c) {
+                y0 = Vec::fma(part[c].a, s[r][c], y0);
+                y1 = Vec::fma(part[c].b, s[r][c], y1);
+            }
+            Vec::store(to, y0);
+            Vec::store(to + W, y1);
+        }
+    }
+}
+
+// As many pieces as fit into the registers beside R rows, then one by one.
+template <int R, bool Ahead, class T>
+inline void dot_rows(const Weights<T> &w, const Factor<T> *x, int64_t n, float (*out)[kTogether]) {
+    constexpr int C = stored_products<T> ? 4 : 2;
+    int c = 0;
+    for (; c + C <= w.count; c += C) dot_shared<C, R, Ahead>(w, c, x, n, out);
+    for (; c < w.count; ++c) dot_shared<1, R, Ahead>(w, c, x, n, out);
+}
+template <int R, bool Ahead, class T>
+inline void axpy_rows(const Weights<T> &w, const float (*scale)[kTogether], float *y, int64_t n) {
+    constexpr int C = Vec::width >= 16 ? 4 : 2;
+    int c = 0;
+    for (; c + C <= w.count; c += C) axpy_shared<C, R, Ahead>(w, c, scale, y, n);
+    for (; c < w.count; ++c) axpy_shared<1, R, Ahead>(w, c, scale, y, n);
+}
+
+// f(r, rows at once, whether they are the first) for as many rows as there are in groups of 4 or 2; returns how many that is.
+template <class F>
+inline int64_t in_groups(int64_t rows, F f) {
+    using std::integral_constant;
+    int64_t r = 0;
+    if (kRowsAtOnce == 4 && rows >= 4) f(r, integral_constant<int, 4>{}, std::true_type{}), r = 4;
+    else if (rows >= 2) f(r, integral_constant<int, 2>{}, std::true_type{}), r = 2;
+    for (; kRowsAtOnce == 4 && r + 4 <= rows; r += 4) f(r, integral_constant<int, 4>{}, std::false_type{});
+    for (; r + 2 <= rows; r += 2) f(r, integral_constant<int, 2>{}, std::false_type{});
+    return r;
+}
+
+// The two on all rows of x or of y: `weights(r)` are those that row r takes.
+template <class T, class W>
+inline void project(const Takers &takers, W weights, const Factor<T> *x, int64_t rows, int64_t n,
+                    float (*out)[kTogether]) {
+    const int64_t stride = round_up(n);
+    int64_t r = 0;
+    if (takers.shared) {
+        const Weights<T> w = weights(0);
+        r = in_groups(rows, [&](int64_t from, auto at_once, auto ahead) {
+            dot_rows<at_once(), ahead()>(w, x + from * stride, n, out + from);
+        });
+    }
+    for (; r < rows; ++r) {
+        if (r == 0) dot<true>(weights(r), x, n, out[r]);
+        else dot<false>(weights(r), x + r * stride, n, out[r]);
+    }
+}
+template <class T, class W>
+inline void accumulate(const Takers &takers, W weights, const float (*scale)[kTogether], float *y, int64_t rows,
+                       int64_t n) {
+    const int64_t stride = round_up(n);
+    int64_t r = 0;
+    if (takers.shared) {
+        const Weights<T> w = weights(0);
+        r = in_groups(rows, [&](int64_t from, auto at_once, auto ahead) {
+            axpy_rows<at_once(), ahead()>(w, scale + from, y + from * stride, n);
+        });
+    }
+    for (; r < rows; ++r) {
+        if (r == 0) axpy<true>(weights(r), scale[r], y, n);
+        else axpy<false>(weights(r), scale[r], y + r * stride, n);
+    }
 }
 
 // out (rows, n) = sum over threads of sums (threads, rows, padded n) + bias, always in the order of the threads, for the
