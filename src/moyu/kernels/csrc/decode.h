@@ -81,6 +81,7 @@ class Decoding {
             own[t].stored = arena.take<T>(2 * a.rows * a.widest);
             own[t].x = arena.take<Factor<T>>(a.rows * round_up(a.widest));
             own[t].mask = arena.take<uint8_t>(a.rows * a.widest);
+            own[t].zeroed = arena.take<T>(a.rows * a.widest);
             own[t].any = arena.take<uint8_t>(a.widest);
             own[t].kept = arena.take<int32_t>(a.widest);
             own[t].scores = arena.take<float>(a.past + 1 + kTogether);
@@ -90,8 +91,8 @@ class Decoding {
     static int64_t room(const DecodeArgs &a) {
         const int64_t wide = a.rows * round_up(a.widest);
         return 16 * wide + 12 * a.threads * wide + 8 * a.threads +
-               a.threads * (4 * a.rows * a.d + 16 * wide + (a.rows + 5) * a.widest + 4 * (a.past + 1 + kTogether)) +
-               kLineBytes * (10 + 9 * a.threads);
+               a.threads * (4 * a.rows * a.d + 20 * wide + (a.rows + 5) * a.widest + 4 * (a.past + 1 + kTogether)) +
+               kLineBytes * (10 + 10 * a.threads);
     }
 
     void run(const Team &team) {
@@ -123,7 +124,7 @@ class Decoding {
     // is faster than meeting.
     struct Own {
         float *hidden, *values, *scores;
-        T *stored;
+        T *stored, *zeroed;
         Factor<T> *x;
         uint8_t *mask, *any;
         int32_t *kept;
@@ -166,6 +167,7 @@ class Decoding {
         const int64_t count = decide(w, x, w.n, my);
         args.mask = my.mask;
         args.mask_stride = w.n;
+        take_together<T>(args, count, my.zeroed);
         bytes[team.thread] += columns_share<T>(args, my.kept, count, team, area + team.thread * sums_size_of(w));
     }
     int64_t sums_size_of(const DecodeLinear &w) const { return a.rows * round_up(w.q); }

@@ -40,6 +40,11 @@ inline uint32_t to_bits(float value) {
     return bits;
 }
 
+// value or 0, as bits: a loop over it becomes vectors.
+inline float or_zero(bool keep, float value) { return keep ? value : 0.0f; }
+template <class T>
+T or_zero(bool keep, T value) { return {static_cast<uint16_t>(keep ? value.bits : 0)}; }
+
 inline float widen(float value) { return value; }
 inline float widen(BF16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
 inline float widen(F16 value) {

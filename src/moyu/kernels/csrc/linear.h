@@ -35,6 +35,27 @@ int64_t rows_share(const LinearArgs &a, const Factor<T> *x, const int32_t *kept,
     return read;
 }
 
+// Where the rows of x keep most of the `count` columns that any of them keeps, they take all: x has zeros for what a row
+// skips (`zeroed` has room for them), and nobody asks the mask for each piece again.
+template <class T>
+void take_together(LinearArgs &a, int64_t count, T *zeroed) {
+    if (a.mask == nullptr || a.rows == 1) return;
+    int64_t kept = 0;
+    for (int64_t r = 0; r < a.rows; ++r) {
+        const uint8_t *mask = a.mask + r * a.mask_stride;
+        int32_t own = 0;
+        for (int64_t i = 0; i < a.n; ++i) own += mask[i] != 0;
+        kept += own;
+    }
+    if (100 * kept < kSharedPercent * a.rows * count) return;
+    for (int64_t r = 0; r < a.rows; ++r) {
+        const T *x = at<T>(a.x, r * a.x_stride);
+        const uint8_t *mask = a.mask + r * a.mask_stride;
+        for (int64_t i = 0; i < a.n; ++i) zeroed[r * a.n + i] = or_zero(mask[i] != 0, x[i]);
+    }
+    a.x = zeroed, a.x_stride = a.n, a.mask = nullptr;
+}
+
 // sums (rows, padded q) = the kept columns of W that are this thread's, times their x. Returns the bytes read.
 template <class T>
 int64_t columns_share(const LinearArgs &a, const int32_t *kept, int64_t count, const moyu::Team &team, float *sums) {
@@ -85,15 +106,17 @@ int64_t rows_block(const LinearArgs &a) {
 }
 
 template <class T>
-int64_t columns_block(const LinearArgs &a) {
+int64_t columns_block(const LinearArgs &args) {
+    LinearArgs a = args;
     const int64_t sums_size = a.rows * round_up(a.q);
-    Arena arena(4 * (a.threads * sums_size + a.n) + a.n + 8 * a.threads);
+    Arena arena(4 * (a.threads * sums_size + a.n) + a.n + 8 * a.threads + a.rows * a.n * static_cast<int64_t>(sizeof(T)));
     float *sums = arena.take<float>(a.threads * sums_size);
     int32_t *kept = arena.take<int32_t>(a.n);
     uint8_t *any = arena.take<uint8_t>(a.n);
     int64_t *bytes = arena.take<int64_t>(a.threads);
 
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.n, any, kept);
+    take_together<T>(a, count, arena.take<T>(a.rows * a.n));
     auto work = [&](const moyu::Team &team) {
         bytes[team.thread] = columns_share<T>(a, kept, count, team, sums + team.thread * sums_size);
         team.wait();

@@ -138,8 +138,10 @@ struct Taken {
     // Which of them a row keeps, as positions among them; null = all.
     int kept_by(const uint8_t *row_mask, int *which) const {
         int kept = 0;
-        for (int c = 0; c < count; ++c)
-            if (row_mask == nullptr || row_mask[piece[c]]) which[kept++] = c;
+        for (int c = 0; c < count; ++c) {  // without a branch that nobody can predict
+            which[kept] = c;
+            kept += row_mask == nullptr || row_mask[piece[c]] != 0;
+        }
         return kept;
     }
 };
