@@ -14,6 +14,8 @@ from torch import Tensor
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
 from moyu.selection import TopK, keep_count
 
+AT_ONCE = 64  # rows whose squares stay in the cache: fresh memory for a whole prompt's costs more than the arithmetic
+
 
 @dataclass(frozen=True)
 class Griffin(Method):
@@ -44,9 +46,12 @@ def accumulate(squares: Tensor | None, mid: Tensor, rows: Rows) -> Tensor:
     seq = rows.seq
     if not bool(dense.all()):  # copies a prompt's activations only where it has padding
         mid, seq = mid[dense], seq[dense]
-    each = mid.to(torch.float64 if mid.dtype == torch.float64 else torch.float32)
-    each = each.square() if each is mid else each.square_()  # (N, f); fresh memory costs more than the arithmetic
-    share = torch.zeros(rows.slots, len(each), dtype=each.dtype, device=each.device)  # (B, N)
-    share[seq, torch.arange(len(each), device=each.device)] = 1 / each.sum(dim=1).clamp(min=1e-24)
-    fresh = share @ each
-    return fresh if squares is None else squares + fresh
+    kind = torch.float64 if mid.dtype == torch.float64 else torch.float32
+    space = torch.empty(min(AT_ONCE, len(mid)), mid.shape[1], dtype=kind, device=mid.device)
+    total = torch.zeros(rows.slots, mid.shape[1], dtype=kind, device=mid.device) if squares is None else squares.clone()
+    for part, slots in zip(mid.detach().split(AT_ONCE), seq.split(AT_ONCE), strict=True):
+        each = space[: len(part)].copy_(part).square_()
+        share = torch.zeros(rows.slots, len(part), dtype=kind, device=mid.device)
+        share[slots, torch.arange(len(part), device=mid.device)] = 1 / each.sum(dim=1).clamp(min=1e-24)
+        total.addmm_(share, each)
+    return total
