@@ -99,6 +99,10 @@ class _Executor:
         if (self.block.layer, tap) in self.lookahead:
             state.taps[self.block.layer, tap] = x
 
+    def unseen(self, tap: Tap, state: Pass) -> bool:
+        """Whether nobody holds a tap's values: they may be overwritten."""
+        return not torch.is_grad_enabled() and state.observer is None and (self.block.layer, tap) not in self.lookahead
+
     def choose(self, site: SiteState, x: Tensor, rows: Rows, state: Pass, oracle: Callable[[], Tensor]) -> Tensor:
         """The mask (N, n) of a site: the method's, or what a chooser makes of it; dense rows keep everything.
 
@@ -329,7 +333,8 @@ class FfnCall(_Executor):
                 site = self.site(reads="mlp_in", skips="columns", linear="gate")
                 opened = act(self.columns(gate, "gate", x, site, rows, state))
                 self.see("gate", opened, rows, state)
-                value = opened * value
+                value = opened.mul_(value) if self.unseen("gate", state) else opened * value
+                del opened  # a prompt's activations are large: memory that the next ones can have again
         self.see("mid", value, rows, state)
         if neurons is not None:
             if neurons.site.reads == "mid":
