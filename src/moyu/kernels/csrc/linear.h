@@ -47,7 +47,7 @@ void take_together(LinearArgs &a, int64_t count, T *zeroed) {
         for (int64_t i = 0; i < a.n; ++i) own += mask[i] != 0;
         kept += own;
     }
-    if (100 * kept < kSharedPercent * a.rows * count) return;
+    if (100 * kept < kSharedColumnsPercent * a.rows * count) return;
     for (int64_t r = 0; r < a.rows; ++r) {
         const T *x = at<T>(a.x, r * a.x_stride);
         const uint8_t *mask = a.mask + r * a.mask_stride;

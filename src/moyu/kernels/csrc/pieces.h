@@ -21,7 +21,9 @@ constexpr int kTogether = 8;             // pieces read in lockstep, at most
 constexpr int64_t kAheadBytes = 1536;    // the least distance of the prefetch in each of them
 constexpr int64_t kRowBlock = 32;        // rows of x that are taken together; weights are read once a block
 constexpr int kRowsAtOnce = Vec::width >= 16 ? 4 : 2;  // that the registers hold sums of
-constexpr int64_t kSharedPercent = 40;   // of a step's pieces times rows must be kept for rows to take them together
+// When rows of a batch take all that any of them keeps (measured, docs/LOG.md): few rows wait for memory, so always; more
+// wait for arithmetic, so where they keep most of it anyway. Columns, which have no dot product to spare: sooner.
+constexpr int64_t kFewRows = 4, kSharedPercent = 80, kSharedColumnsPercent = 30;
 constexpr int64_t kSerialBytes = 65536;  // less work than this is done before a second thread has woken up
 
 // x of a product, as `multiply` takes it.
@@ -152,8 +154,8 @@ struct Part {
     int64_t stride;
 };
 
-// Which pieces of a step each row takes. Where rows keep most of them, all rows take all (`shared`): a line of weights is
-// then loaded once for several rows, and what a row skips is dropped before it counts.
+// Which pieces of a step each row takes: its own, or all rows all of them (`shared`). Then a line of weights is loaded once
+// for several rows, and what a row skips is dropped before it counts.
 struct Takers {
     int which[kRowBlock][kTogether], own[kRowBlock];
     bool shared;
@@ -163,7 +165,7 @@ struct Takers {
             own[r] = taken.kept_by(mask && rows > 1 ? mask + r * stride : nullptr, which[r]);
             kept += own[r];
         }
-        shared = rows > 1 && 100 * kept >= kSharedPercent * rows * taken.count;
+        shared = rows > 1 && (rows <= kFewRows || 100 * kept >= kSharedPercent * rows * taken.count);
         for (int64_t r = 0; r < rows && shared && kept < rows * taken.count; ++r) {
             own[r] = taken.count;
             for (int c = 0; c < taken.count; ++c) which[r][c] = c;
