@@ -71,6 +71,7 @@ class Applied(AbstractContextManager):
         self._undo: list[tuple[nn.Module, str, Any]] = []
         self._hooks: list[Any] = []
         self._laid_out: list[nn.Module] = []
+        self._places: list[tuple[str, nn.Module]] = []  # of every module whose weights are read without its forward
         self.lookahead: set[tuple[int, Tap]] = set()  # taps that sites of other layers read
         self.ffns: list[FfnCall] = []
         self.linears: list[AttentionLinear] = []
@@ -130,6 +131,8 @@ class Applied(AbstractContextManager):
         """The state of one forward over `rows`."""
         any_sparse = bool(rows.sparse.any())
         any_dense = bool((rows.valid & ~rows.sparse).any())
+        if any_dense:  # once a prompt
+            self._refuse_wrappers()
         skipping = (
             self.engine == "skip"
             and any_sparse
@@ -139,6 +142,15 @@ class Applied(AbstractContextManager):
             and not torch.is_grad_enabled()
         )
         return Pass(rows, memory, any_sparse, any_dense, skipping, self.observer, self.chooser)
+
+    def _refuse_wrappers(self) -> None:
+        """Raise UserError where a module stands in another one since the plan was applied: nobody would ask its wrapper."""
+        for name, module in self._places:
+            if self.model.get_submodule(name) is not module:
+                raise UserError(
+                    f"{name} was replaced or wrapped after the plan was applied, and what was added would be dropped",
+                    "restore() the plan, change the model, then apply a plan to it",
+                )
 
     def lay_out_again(self, pieces: list[surgery.Piece], roles: list) -> None:
         """Called by an executor whose weights something has repacked."""
@@ -170,6 +182,11 @@ class Applied(AbstractContextManager):
     def _attach(self) -> None:
         if self.plan is not None:
             self.lookahead |= {(s.source_layer, s.reads) for s in self.plan.sites() if s.source_layer != s.layer}
+        blocks = [*self.anatomy.blocks, *self.anatomy.further]
+        direct = {id(p.module) for b in blocks for p in b.pieces.values()} | {
+            id(e.module) for e in self.anatomy.experts
+        }
+        self._places = [(name, m) for name, m in self.model.named_modules() if id(m) in direct]
         lookahead = self.lookahead
         taken: set[int] = set()
         for block in self.anatomy.blocks:

@@ -97,17 +97,37 @@ def close(a: Tensor, b: Tensor) -> bool:
     return discrepancy(a, b) <= {torch.float64: 1e-9, torch.float32: 1e-4}.get(a.dtype, 2e-2)
 
 
+class Adapters:
+    """Linears that stand in a wrapper with further weights (PEFT's `base_layer`), which may start to count at any time."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        """`calls` of one layer."""
+        wrappers = [c for c in calls if isinstance(getattr(c.module, "base_layer", None), nn.Module)]
+        self.adapted = {id(c.module.base_layer): c.name for c in wrappers}
+        self.beside = {id(m) for c in wrappers for m in c.module.modules()} - set(self.adapted)
+
+    def on(self, *pieces: Piece) -> bool:
+        """Whether one of the pieces is such a linear."""
+        return any(id(p.module) in self.adapted for p in pieces)
+
+
 def find_networks(layer: int, calls: list[Call]) -> list[Block]:
-    """Every dense feed-forward network of a layer, the widest first."""
-    linears = [c for c in calls if is_linear_call(c)]
+    """Every dense feed-forward network of a layer, the widest first.
+
+    One with adapters on gate or up keeps its own module, which adds them; one with an adapter on down is left out.
+    """
+    adapters = Adapters(calls)
+    linears = [c for c in calls if is_linear_call(c) and id(c.module) not in adapters.beside]
     found: list[Block] = []
     used: set[int] = set()
     for position in range(len(linears) - 1, -1, -1):
         down = linears[position]
         before = [c for c in linears[:position] if id(c.module) not in used]
-        if id(down.module) in used:
+        if id(down.module) in used or adapters.on(down.piece()):
             continue
-        block = _by_formula(layer, calls, down, before) or _by_module(layer, calls, down, before)
+        block = _by_formula(layer, calls, down, before)
+        if block is None or adapters.on(*block.pieces.values()):
+            block = _by_module(layer, calls, down, before)
         if block is not None:
             found.append(block)
             used |= {id(p.module) for p in block.pieces.values()}

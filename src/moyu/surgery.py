@@ -16,7 +16,7 @@ from moyu import kernels
 from moyu.anatomy import Anatomy, Block, Experts, Middle, Piece, product
 from moyu.errors import UserError
 from moyu.experts import find_experts, routing, run_experts
-from moyu.networks import Aside, Call, close, discrepancy, find_networks, is_linear, is_linear_call
+from moyu.networks import Adapters, Aside, Call, close, discrepancy, find_networks, is_linear, is_linear_call
 
 __all__ = [
     "PROBE_TOKENS",
@@ -114,7 +114,7 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
             anatomy.blocks.append(Block(index, {}))
             anatomy.gaps.append(f"layer {index}: does not run for tokens alone")
             continue
-        networks = find_networks(index, fresh)
+        networks, adapters = find_networks(index, fresh), Adapters(fresh)
         experts, gaps = find_experts(index, fresh)
         strange = next((s for b in networks if (s := _rows(b, fresh)) not in _ROWS), None)
         if strange is not None:
@@ -130,6 +130,9 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
                 if index >= len(main)
                 else f"layer {index}: {_WITHOUT}"
             ]
+        if not networks and not experts and adapters.adapted:
+            on = ", ".join(adapters.adapted.values())
+            gaps = [f"layer {index}: adapters on {on}, and none may be dropped: merge them first (merge_and_unload)"]
         anatomy.gaps += gaps
         anatomy.experts += experts
         block = networks[0] if networks else Block(index, {})
@@ -137,7 +140,7 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
             further.expert = -number
         anatomy.further += networks[1:]
         own = {id(p.module) for b in networks for p in b.pieces.values()}
-        linears = [c for c in fresh if is_linear_call(c) and id(c.module) not in own]
+        linears = [c for c in fresh if is_linear_call(c) and id(c.module) not in own | adapters.beside]
         block.pieces |= _find_attention(linears)
         block.heads, block.kv_heads = _count_heads(model, block)
         taken |= own | {id(p.module) for p in block.pieces.values()} | {id(e.module) for e in experts}
