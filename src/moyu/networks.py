@@ -71,6 +71,17 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
+def obstacle(calls: list[Call]) -> str | None:
+    """Why linears among the calls cannot be taken although they are linears: where weights are, or who stands around them."""
+    linears = [c.module for c in calls if isinstance(c.module, (nn.Linear, Conv1D)) and not _is_plain(c.module)]
+    kinds = sorted({type(m.weight).__name__ for m in linears if type(m.weight) is not nn.Parameter})
+    if kinds:
+        return f"the weights of its linears are {', '.join(kinds)}, which the kernels cannot read; load the model with plain ones"
+    if linears:
+        return "its linears run inside hooks, as where a device_map offloads them; load the model onto one device"
+    return None
+
+
 def is_linear_call(call: Call) -> bool:
     """The same of an observed call: a subclass of Linear counts where its output was x @ W.T + b in numbers."""
     module = call.module

@@ -16,7 +16,7 @@ from moyu import kernels
 from moyu.anatomy import Anatomy, Block, Experts, Middle, Piece, product
 from moyu.errors import UserError
 from moyu.experts import find_experts, routing, run_experts
-from moyu.networks import Adapters, Aside, Call, close, discrepancy, find_networks, is_linear, is_linear_call
+from moyu.networks import Adapters, Aside, Call, close, discrepancy, find_networks, is_linear, is_linear_call, obstacle
 
 __all__ = [
     "PROBE_TOKENS",
@@ -125,10 +125,9 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
             continue
         last = max(last, index + 1)
         if not networks and not experts and not gaps and len(fresh) == len(calls[index]):
+            why = obstacle(fresh) or _WITHOUT
             gaps = [
-                f"{place.rpartition('.')[0]} layer {index}: {_WITHOUT}"
-                if index >= len(main)
-                else f"layer {index}: {_WITHOUT}"
+                f"{place.rpartition('.')[0]} layer {index}: {why}" if index >= len(main) else f"layer {index}: {why}"
             ]
         if not networks and not experts and adapters.adapted:
             on = ", ".join(adapters.adapted.values())
