@@ -58,6 +58,21 @@ def test_the_plan_has_the_levels_and_says_which_it_is():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", [(6, 12), (2, 64)], ids=["many windows", "long ones"])
+def test_greedy_looks_at_no_more_than_its_tokens(monkeypatch, shape):
+    seen = []
+
+    class Watched(allocation.Walk):
+        def __init__(self, applied, windows):
+            seen.append(windows.tokens.numel())
+            super().__init__(applied, windows)
+
+    monkeypatch.setattr(allocation, "TOKENS", 32)
+    monkeypatch.setattr(allocation, "Walk", Watched)
+    allocation.greedy(build("llama"), methods.method("teal"), Windows(tokens(*shape), 4), 0.5, step=0.25)
+    assert seen and max(seen) <= 32
+
+
 def test_greedy_beats_uniform_on_a_trained_model_at_the_same_weights():
     context = pipeline.Context.open("swiglu", pipeline.Settings(calibration=4, test=12, window=64, boundary=16))
     model, split = context.loaded.model, context.split

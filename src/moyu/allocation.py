@@ -78,7 +78,7 @@ def greedy(
     """Levels by site key, from at most `TOKENS` tokens; each block on inputs that earlier blocks have sparsified."""
     anatomy = anatomy or surgery.dissect(model)
     count = max(1, TOKENS // windows.tokens.shape[1])
-    windows = dataclasses.replace(windows, tokens=windows.tokens[:count])
+    windows = dataclasses.replace(windows, tokens=windows.tokens[:count, :TOKENS])
     draft, levels = Plan(method, {}, {}), {}
     with Applied(model, draft, engine="mask", anatomy=anatomy, check=False) as applied:
         walk = Walk(applied, windows)
