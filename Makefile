@@ -69,9 +69,9 @@ coverage: $(CORE) $(BUILT)  ## every causal LM of transformers, built tiny and c
 
 # Last run 2026-11-25: 160 of 168 types (95.2 %) in a minute on 2 cores.
 oldest: $(CORE) $(BUILT)  ## the same with the oldest supported transformers; writes build/oldest/coverage/coverage.md
-	@test -d build/oldest/site || PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input $(PIP_ARGS) \
-	  --target build/oldest/site transformers==$(OLDEST)
-	@PYTHONPATH=build/oldest/site $(BIN)/moyu coverage --again --out build/oldest/coverage
+	@test -d build/oldest/$(OLDEST) || PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input $(PIP_ARGS) \
+	  --target build/oldest/$(OLDEST) transformers==$(OLDEST)
+	@PYTHONPATH=build/oldest/$(OLDEST) $(BIN)/moyu coverage --again --out build/oldest/coverage
 
 sanitize: dev  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (some 15 minutes, not in CI)
 	@$(BIN)/python scripts/sanitize.py address

@@ -122,12 +122,11 @@ class Adapters:
         return any(id(p.module) in self.adapted for p in pieces)
 
 
-def find_networks(layer: int, calls: list[Call]) -> list[Block]:
+def find_networks(layer: int, calls: list[Call], adapters: Adapters) -> list[Block]:
     """Every dense feed-forward network of a layer, the widest first.
 
     One with adapters on gate or up keeps its own module, which adds them; one with an adapter on down is left out.
     """
-    adapters = Adapters(calls)
     linears = [c for c in calls if is_linear_call(c) and id(c.module) not in adapters.beside]
     found: list[Block] = []
     used: set[int] = set()

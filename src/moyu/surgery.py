@@ -114,8 +114,10 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
             anatomy.blocks.append(Block(index, {}))
             anatomy.gaps.append(f"layer {index}: does not run for tokens alone")
             continue
-        networks, adapters = find_networks(index, fresh), Adapters(fresh)
+        adapters = Adapters(fresh)
+        networks = find_networks(index, fresh, adapters)
         experts, gaps = find_experts(index, fresh)
+        experts = [e for e in experts if id(e.module) not in adapters.adapted]
         strange = next((s for b in networks if (s := _rows(b, fresh)) not in _ROWS), None)
         if strange is not None:
             networks, experts = [], []

@@ -78,6 +78,16 @@ def test_an_adapter_on_down_is_refused_by_name_and_taken_once_merged(targets, tr
         torch.testing.assert_close(merged(ids).logits, dense)
 
 
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_adapters_on_routed_experts_are_refused_by_name(name):
+    config = peft.LoraConfig(
+        target_modules=[], target_parameters=[f"mlp.experts.{name}"], r=2, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(build("mixtral", torch.float32), config).eval()
+    with pytest.raises(UserError, match=r"adapters on .*mlp\.experts"):
+        plan_for(model, "griffin")
+
+
 def test_merging_invalidates_the_plan():
     model = adapted("q_proj", "gate_proj", trained=True)
     plan = plan_for(model, "teal")

@@ -252,7 +252,9 @@ def test_deja_vu_lessons_and_scores(act, gated):
 # --------------------------------------------------------------------------------------- prompts, references, bounds
 
 
-def test_griffin_and_tda_statistics():
+@pytest.mark.parametrize("at_once", [1000, 3], ids=["one piece", "pieces"])
+def test_griffin_and_tda_statistics(monkeypatch, at_once):
+    monkeypatch.setattr("moyu.methods.griffin.AT_ONCE", at_once)
     block = case()
     prompt = block.taps["mid"][::2]  # dense rows
     s = np.sqrt(((prompt / np.linalg.norm(prompt, axis=1, keepdims=True)) ** 2).sum(0))
