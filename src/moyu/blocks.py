@@ -1,0 +1,213 @@
+"""Weights as blocks of 32 with one fp16 scale each, Q8_0 and Q4_0, and the modules that hold them.
+
+The values are llama.cpp's, bit for bit, so that quality and bytes compare one to one. A block lies along the inputs of a
+linear (along an embedding's row), as in GGUF files:
+
+    q8_0    x_i = d * q_i,         q_i in -127 .. 127,  d = max |x| / 127             34 bytes a block
+    q4_0    x_i = d * (q_i - 8),   q_i in 0 .. 15,      d = x of largest size / -8    18 bytes a block
+
+Quants and scales are kept apart. By rows (the way of a GGUF file), quants are (q, n) int8 or (q, n / 2) uint8, where byte b of a
+block holds its elements b (low four bits) and b + 16 (high); scales are (q, n / 32). By columns, for skipping inputs, the
+same values lie the other way round: quants are (n, q) int8 or (n, Q / 2) uint8, where byte b of 32 outputs holds outputs b and
+b + 16 and Q is q rounded up to 32; scales are (n / 32, q), one row of them for 32 columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Kind = Literal["q8_0", "q4_0"]
+Order = Literal["rows", "columns"]
+
+BLOCK = 32  # weights that share a scale
+SCALE_BYTES = 2
+QUANT_BYTES: dict[str, int] = {"q8_0": BLOCK, "q4_0": BLOCK // 2}  # of a block, its scale apart
+KINDS: tuple[Kind, ...] = ("q8_0", "q4_0")
+CHUNK = 1 << 20  # weights that are (de)quantised at once: temporaries take some 20 bytes a weight
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A weight (q, n) as blocks.
+
+    quants and scales (float16) as the module says for `order`; the last dimension is contiguous, the first may be strided.
+    """
+
+    kind: Kind
+    quants: Tensor
+    scales: Tensor
+    outputs: int
+    order: Order = "rows"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(q, n) of the weight."""
+        by_rows = self.order == "rows"
+        return self.outputs, self.scales.shape[1] * BLOCK if by_rows else len(self.quants)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of quants and scales."""
+        return self.quants.nbytes + self.scales.nbytes
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (q, n), contiguous; each value is exact in float32 and then rounded to `dtype`."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.quants.device)
+        if self.order == "columns":
+            scales = self.scales.float().repeat_interleave(BLOCK, 0)  # (n, q)
+            return out.copy_((self._values(self.quants)[:, : self.outputs] * scales).t())
+        for part in _parts(self.outputs, self.shape[1]):
+            values = self._values(self.quants[part]).unflatten(1, (-1, BLOCK))
+            out[part] = (values * self.scales[part].float()[..., None]).flatten(1)
+        return out
+
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows `index` (...) of the weight, (..., n). Only for `order` rows."""
+        flat = index.flatten()
+        found = Blocks(self.kind, self.quants[flat], self.scales[flat], flat.numel())
+        return found.dequantise(dtype).unflatten(0, index.shape)
+
+    def in_order(self, order: Order) -> Blocks:
+        """The same values laid out by rows or by columns, contiguous; itself where it already is."""
+        if order == self.order:
+            return self
+        q, scales = self.outputs, self.scales.t().contiguous()
+        if self.kind == "q8_0":
+            return Blocks(self.kind, self.quants.t().contiguous(), scales, q, order)
+        if order == "columns":
+            codes = functional.pad(_unpack(self.quants).t(), (0, -q % BLOCK), value=8)  # (n, Q)
+        else:
+            codes = _unpack(self.quants)[:, :q].t()
+        return Blocks(self.kind, _pack(codes), scales, q, order)
+
+    def _values(self, quants: Tensor) -> Tensor:
+        return quants.float() if self.kind == "q8_0" else _unpack(quants).float() - 8
+
+
+def block_bytes(kind: Kind, values: int) -> int:
+    """Bytes of so many weights, scales included; `values` is a multiple of 32."""
+    return values // BLOCK * (QUANT_BYTES[kind] + SCALE_BYTES)
+
+
+@torch.no_grad()
+def quantise(weight: Tensor, kind: Kind) -> Blocks:
+    """A weight (q, n) as llama.cpp's quantizer rounds it, by rows (ggml-quants.c, quantize_row_q8_0_ref and q4_0).
+
+    Raises ValueError where n is no multiple of 32.
+    """
+    q, n = weight.shape
+    if n % BLOCK:
+        raise ValueError(f"{kind} needs rows of a multiple of {BLOCK} weights, this weight has shape {(q, n)}")
+    width, code = (n, torch.int8) if kind == "q8_0" else (n // 2, torch.uint8)
+    quants = torch.empty((q, width), dtype=code, device=weight.device)
+    scales = torch.empty((q, n // BLOCK), dtype=torch.float16, device=weight.device)
+    for part in _parts(q, n):
+        groups = weight[part].detach().float().unflatten(1, (-1, BLOCK))  # (rows, n / 32, 32)
+        if kind == "q8_0":
+            scale = groups.abs().amax(2) / 127
+            quants[part] = _round(groups * _inverse(scale)[..., None]).to(torch.int8).flatten(1)
+        else:
+            scale = groups.gather(2, groups.abs().argmax(2, keepdim=True))[..., 0] / -8
+            codes = (groups * _inverse(scale)[..., None] + 8.5).trunc().clamp(0, 15)
+            quants[part] = _pack(codes.to(torch.uint8).flatten(1))
+        scales[part] = scale.half()
+    return Blocks(kind, quants, scales, q)
+
+
+def _parts(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, CHUNK // max(1, width))
+    return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 0, 1 / scale)
+
+
+def _round(x: Tensor) -> Tensor:
+    """Half away from zero, as C's roundf."""
+    whole = x.abs().floor()
+    return x.sign() * (whole + (2 * (x.abs() - whole)).floor())
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Codes 0 .. 15, (q, n) uint8 -> (q, n / 2): of 32 in a row, b and b + 16 share a byte."""
+    low, high = codes.unflatten(1, (-1, 2, BLOCK // 2)).unbind(2)
+    return (low | high << 4).flatten(1)
+
+
+def _unpack(quants: Tensor) -> Tensor:
+    pairs = quants.unflatten(1, (-1, 1, BLOCK // 2))
+    return torch.cat([pairs & 15, pairs >> 4], dim=2).flatten(1)
+
+
+class _Quantised(nn.Module):
+    """Blocks as buffers: integers, which no cast of the model touches, scales as the bits of fp16.
+
+    What it computes in is the type of `like`, which is cast with the model.
+    """
+
+    quants: Tensor
+    scale_bits: Tensor
+    like: Tensor
+    bias: nn.Parameter | None
+    kind: Kind
+    order: Order
+
+    def __init__(self, blocks: Blocks, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("quants", blocks.quants)
+        self.register_buffer("scale_bits", blocks.scales.view(torch.int16))
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=blocks.quants.device), persistent=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.kind, self.outputs, self.order = blocks.kind, blocks.outputs, blocks.order
+
+    @property
+    def blocks(self) -> Blocks:
+        """The live blocks."""
+        return Blocks(self.kind, self.quants, self.scale_bits.view(torch.float16), self.outputs, self.order)
+
+    def store(self, blocks: Blocks) -> None:
+        """Hold the same weight in other memory or in another order; buffers keep their names."""
+        self.quants, self.scale_bits, self.order = blocks.quants, blocks.scales.view(torch.int16), blocks.order
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (q, n) in the type that the module computes in, made anew each time."""
+        return self.blocks.dequantise(self.like.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and kind."""
+        q, n = self.blocks.shape
+        return f"{n} -> {q}, {self.kind}"
+
+
+class QuantisedLinear(_Quantised):
+    """A linear whose weight (out, in) is kept as blocks."""
+
+    def __init__(self, blocks: Blocks, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
+        """bias: (out,) or None, in `dtype`, which is that of inputs and outputs."""
+        super().__init__(blocks, bias, dtype)
+        self.out_features, self.in_features = blocks.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), with the dequantised weight: exact on any device, fast for many rows."""
+        return functional.linear(x, self.weight, self.bias)
+
+
+class QuantisedEmbedding(_Quantised):
+    """An embedding whose table (vocabulary, d) is kept as blocks; a tied head is a QuantisedLinear on the same ones."""
+
+    def __init__(self, blocks: Blocks, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: of the rows that it gives."""
+        super().__init__(blocks, None, dtype)
+        self.num_embeddings, self.embedding_dim = blocks.shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) -> (..., d)."""
+        return self.blocks.rows(ids, self.like.dtype)
