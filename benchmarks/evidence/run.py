@@ -1,10 +1,10 @@
-"""Matched models of 100 M parameters on one machine with a GPU: trained, watched, scored and studied.
+"""Matched models of 100 M parameters on a machine with GPUs: trained, watched, scored and studied.
 
     PYTHONPATH=src python3 benchmarks/evidence/run.py FOLDER --minutes 9      # again and again until it says "finished"
 
-A model trains at a time; when all are done their scoreboards and studies run side by side. Everything is resumable: a
-stopped training from its checkpoint, a scoreboard from its cells, a study from its parts. FOLDER/results holds what is worth
-keeping: records and training.json of each model.
+A model trains with a GPU to itself; when none is left to train, scoreboards and studies run side by side on the GPUs where
+nothing trains. Everything is resumable: a stopped training from its checkpoint, a scoreboard from its cells, a study from its
+parts. FOLDER/results holds what is worth keeping: records and training.json of each model.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Job:
     done: Path
     threads: int
     trains: bool = False
+    on: str = ""  # the GPU it runs on
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def finished(self) -> bool:
@@ -70,10 +71,8 @@ class Job:
 def jobs(folder: Path, options: argparse.Namespace) -> Iterator[Job]:
     """All jobs, in the order in which they should start."""
     models, results = folder / "models", folder / "results"
-    # beside a training all else would slow it, so the rest waits for the last one
-    last = models / f"{options.models[-1]}-{options.size}" / "training.json"
-    for name in options.models:
-        trained = models / f"{name}-{options.size}" / "training.json"
+    facts = {name: models / f"{name}-{options.size}" / "training.json" for name in options.models}
+    for name, trained in facts.items():
         yield Job(
             f"train {name}",
             [
@@ -86,7 +85,20 @@ def jobs(folder: Path, options: argparse.Namespace) -> Iterator[Job]:
             4,
             trains=True,
         )  # fmt: skip
-        for index, group in enumerate(METHODS):
+    for index, group in enumerate(STUDIES):
+        for name, trained in facts.items():
+            yield Job(
+                f"study {name} {index}",
+                [
+                    *MOYU, "study", *group, "--model", trained.parent.name, "--device", options.device, "--out",
+                    str(results / f"studies-{name}-{index}"), *(["--quick"] if options.quick else []),
+                ],
+                trained,
+                results / f"study-{name}-{index}.done",
+                2,
+            )  # fmt: skip
+    for index, group in enumerate(METHODS):
+        for name, trained in facts.items():
             yield Job(
                 f"score {name} {index}",
                 [
@@ -94,19 +106,8 @@ def jobs(folder: Path, options: argparse.Namespace) -> Iterator[Job]:
                     "--documents", str(options.documents), "--no-speed", "--device", options.device, "--out",
                     str(results / "trinity"),
                 ],
-                last,
+                trained,
                 results / f"score-{name}-{index}.done",
-                2,
-            )  # fmt: skip
-        for index, group in enumerate(STUDIES):
-            yield Job(
-                f"study {name} {index}",
-                [
-                    *MOYU, "study", *group, "--model", trained.parent.name, "--device", options.device, "--out",
-                    str(results / f"studies-{name}-{index}"), *(["--quick"] if options.quick else []),
-                ],
-                last,
-                results / f"study-{name}-{index}.done",
                 2,
             )  # fmt: skip
 
@@ -123,7 +124,11 @@ def start(job: Job, folder: Path, left: float) -> None:
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment()
-            | {"OMP_NUM_THREADS": str(job.threads), "MOYU_CORPUS": str(folder / "data" / "listing.json")},
+            | {
+                "OMP_NUM_THREADS": str(job.threads),
+                "MOYU_CORPUS": str(folder / "data" / "listing.json"),
+                "CUDA_VISIBLE_DEVICES": job.on,
+            },
         )
     print(f"{time.strftime('%X')} started {job.name}", flush=True)
 
@@ -160,8 +165,9 @@ def main() -> None:
     parser.add_argument("--bytes", default="0.75,0.6,0.5,0.4")
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--gpus", nargs="+", default=["0"], help="numbers of the GPUs to use")
     parser.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--at-once", type=int, default=12, help="processes beside the training")
+    parser.add_argument("--at-once", type=int, default=12, help="scoreboards and studies at once on a GPU")
     parser.add_argument("--quick", action="store_true", help="small studies, to see that all of it runs")
     options = parser.parse_args()
     end = time.monotonic() + options.minutes * 60
@@ -176,12 +182,13 @@ def main() -> None:
     while (waiting or running) and time.monotonic() < end:
         running = [job for job in running if not settle(job, folder)]
         for job in list(waiting):
-            room = (
-                not any(j.trains for j in running)
-                if job.trains
-                else sum(not j.trains for j in running) < options.at_once
-            )
-            if room and job.needs.exists():
+            if not job.needs.exists() or (not job.trains and any(j.trains for j in waiting)):
+                continue
+            loads = {gpu: [j for j in running if j.on == gpu] for gpu in options.gpus}
+            room = 1 if job.trains else options.at_once
+            free = [gpu for gpu, load in loads.items() if len(load) < room and not any(j.trains for j in load)]
+            if free:
+                job.on = min(free, key=lambda gpu: len(loads[gpu]))
                 waiting.remove(job)
                 running.append(job)
                 start(job, folder, end - time.monotonic())
