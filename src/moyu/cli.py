@@ -27,7 +27,7 @@ app = typer.Typer(
     help="Decode with a language model without reading the weights that the next token does not need.",
 )
 
-Model = Annotated[str, typer.Argument(help="zoo name, local folder or hub id")]
+Model = Annotated[str, typer.Argument(help="zoo name, local folder, GGUF file or hub id")]
 Methods = Annotated[
     list[str] | None, typer.Option("--method", "-m", help="a method of `moyu methods`; may be repeated")
 ]
@@ -436,7 +436,9 @@ def evaluate(
 
 @app.command()
 def bench(
-    model: Annotated[str | None, typer.Argument(help="zoo name, local folder or hub id; or use --shape")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="zoo name, local folder, GGUF file or hub id; or use --shape")
+    ] = None,
     shape: Annotated[str | None, typer.Option(help="random weights of a published shape, e.g. llama-3.2-1b")] = None,
     layers: Annotated[int | None, typer.Option(help="cut the shape to so many layers")] = None,
     method: Methods = None,

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer: a zoo name, a local folder or a hub id; or a random model of a known shape."""
+"""Load a model and its tokenizer: a zoo name, a local folder, a GGUF file or a hub id; or a random model of a known shape."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from moyu import zoo
+from moyu import gguf, zoo
 from moyu.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,8 +41,9 @@ class Loaded:
 def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None = None, device: str = "cpu") -> Loaded:
     """Load a causal LM for inference, onto `device`.
 
-    name: a zoo name (`moyu zoo`), a local folder, or a hub id. Raises UserError where there is none.
-    dtype: "float32", "bfloat16", "float16", or "auto": float32 for the small embedded models, else the checkpoint's own.
+    name: a zoo name (`moyu zoo`), a local folder, a GGUF file, or a hub id. Raises UserError where there is none.
+    dtype: "float32", "bfloat16", "float16", or "auto": float32 for the small embedded models and for GGUF files of blocks, else
+    the checkpoint's own. Blocks of a GGUF file stay as they are, whatever the type that is computed in.
     """
     embedded = name in zoo.names()
     if isinstance(dtype, str) and dtype != "auto":
@@ -50,12 +51,16 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None =
     elif dtype == "auto" and embedded:
         dtype = torch.float32
     logging.disable_progress_bar()
+    if not embedded and (name.endswith(".gguf") or Path(name).is_file()):
+        model, tokenizer = gguf.load(Path(name), dtype if isinstance(dtype, torch.dtype) else None)
+        return Loaded(name, model.to(_device(device)), tokenizer)  # pyright: ignore[reportArgumentType]
     source = str(zoo.path(name)) if embedded else name
     if not embedded and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
         near = difflib.get_close_matches(name, zoo.names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(
-            f"no model {name!r}", f"{hint}give a zoo name ({', '.join(zoo.names())}), a local folder or a hub id"
+            f"no model {name!r}",
+            f"{hint}give a zoo name ({', '.join(zoo.names())}), a local folder, a GGUF file or a hub id",
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)

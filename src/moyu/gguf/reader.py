@@ -1,0 +1,236 @@
+"""A GGUF file, version 2 or 3: metadata and tensors, every length checked against the file before it is believed.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. All of it is little-endian: magic, version, two counts, that many
+pairs of metadata, that many descriptions of tensors, and from the next multiple of the alignment on the tensors themselves.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moyu.errors import UserError
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+ALIGNMENT, LARGEST_ALIGNMENT = 32, 1 << 16  # where the file names none, and the largest that is believed
+FLOAT32, STRING, ARRAY = 6, 8, 9  # types of metadata; the others are numbers
+NUMBERS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+# More than any model has, and little enough that reading what a file merely claims stays cheap.
+MOST = {"pairs of metadata": 1 << 16, "tensors": 1 << 17, "strings in arrays": 1 << 22}
+LONGEST_KEY, LONGEST_NAME, MOST_DIMENSIONS = 65535, 64, 4  # bytes, bytes: limits of the format and of ggml
+
+# Types of tensors by their number in the file. Of those that are taken: weights of a block, and its bytes.
+KINDS = {0: "F32", 1: "F16", 2: "Q4_0", 8: "Q8_0", 30: "BF16"}
+BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q8_0": (32, 34)}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OTHERS = {
+    3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
+    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
+    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip
+
+DAMAGED = "the file is damaged or no GGUF file: get it again, or convert it again"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file: its shape as torch has it (rows first), its type, and the bytes that it takes."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str  # of BLOCKS
+    offset: int  # from the beginning of the file
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file says: metadata (numbers, strings, lists of strings, arrays of numbers) and tensors."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Entry]
+    mapped: mmap.mmap
+
+    def stored(self, name: str) -> Tensor:
+        """The bytes of a tensor as the file has them, (rows, bytes of a row) uint8: a view of the mapped file."""
+        entry = self.tensors[name]
+        flat = torch.frombuffer(self.mapped, dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
+        return flat.view(prod(entry.shape[:-1]), -1)
+
+    def values(self, name: str) -> Tensor:
+        """A tensor of numbers in its own type and shape: a view of the mapped file. KeyError for blocks."""
+        entry = self.tensors[name]
+        return self.stored(name).view(DTYPES[entry.kind]).view(entry.shape)
+
+
+def read(path: Path) -> File:
+    """Read metadata and descriptions, and map the tensors. UserError, with the offset, for what is no sound GGUF file."""
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: writes would not reach the file
+    except ValueError:
+        raise UserError(f"{path} is empty", DAMAGED) from None
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r} ({error.strerror})", "give a GGUF file that can be read") from error
+    return _Reading(path, mapped).file()
+
+
+class _Reading:
+    """A position in the file, and what is read from there on."""
+
+    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
+        self.path, self.mapped, self.size, self.at = path, mapped, len(mapped), 0
+        self.strings = 0  # in arrays, so far
+
+    def refuse(self, reason: str, at: int | None = None, remedy: str = DAMAGED) -> NoReturn:
+        raise UserError(f"{self.path}, byte {self.at if at is None else at}: {reason}", remedy)
+
+    def file(self) -> File:
+        if self.take(4, "the magic") != MAGIC:
+            self.refuse(f"a GGUF file begins with {MAGIC.decode()}, this one with {bytes(self.mapped[:4])!r}", 0)
+        version = self.number(4, "the version")
+        if version not in VERSIONS:
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
+            self.refuse(
+                "the file is big-endian, this reader takes little-endian ones" if swapped else f"version {version} of "
+                f"the format, this reader takes {' and '.join(map(str, VERSIONS))}",
+                4, "convert it again with a current llama.cpp",
+            )  # fmt: skip
+        tensors, pairs = (self.count(what, 8) for what in ("tensors", "pairs of metadata"))
+        metadata = dict(self.pairs(pairs))
+        return File(self.path, metadata, self.entries(tensors, metadata), self.mapped)
+
+    def pairs(self, count: int) -> Iterator[tuple[str, Any]]:
+        seen: set[str] = set()
+        for _ in range(count):
+            start = self.at
+            key = self.string("a key", LONGEST_KEY)
+            if key in seen:
+                self.refuse(f"the key {key!r} comes twice", start)
+            seen.add(key)
+            yield key, self.value(key, self.number(4, f"the type of {key}"))
+
+    def value(self, key: str, kind: int) -> Any:
+        if kind == STRING:
+            return self.string(key)
+        if kind == ARRAY:
+            return self.array(key)
+        value = self.numbers(key, kind, 1)[0]
+        return float(str(value)) if kind == FLOAT32 else value.item()  # 1e-06 as it was written, not 9.99999997e-07
+
+    def array(self, key: str) -> Any:
+        start = self.at
+        kind, count = self.number(4, f"the type in {key}"), self.number(8, f"the length of {key}")
+        if kind != STRING:
+            return self.numbers(key, kind, count)
+        self.strings += count
+        if self.strings > MOST["strings in arrays"] or count * 8 > self.size - self.at:
+            self.refuse(f"{key} has {count} strings, more than the file can hold", start)
+        return [self.string(f"a string of {key}") for _ in range(count)]
+
+    def entries(self, count: int, metadata: Mapping[str, Any]) -> dict[str, Entry]:
+        alignment = metadata.get("general.alignment", ALIGNMENT)
+        if not isinstance(alignment, int) or not 8 <= alignment <= LARGEST_ALIGNMENT or alignment & (alignment - 1):
+            self.refuse(f"general.alignment is {alignment!r}, no power of two in 8 .. {LARGEST_ALIGNMENT}")
+        found = [self.entry(alignment) for _ in range(count)]
+        start = -(-self.at // alignment) * alignment
+        placed: dict[str, Entry] = {}
+        for at, entry in found:
+            if entry.name in placed:
+                self.refuse(f"the tensor {entry.name!r} comes twice", at)
+            entry = Entry(entry.name, entry.shape, entry.kind, start + entry.offset, entry.nbytes)
+            if entry.offset + entry.nbytes > self.size:
+                self.refuse(
+                    f"{entry.name} would end at byte {entry.offset + entry.nbytes}, the file at {self.size}", at
+                )
+            placed[entry.name] = entry
+        before = None
+        for at, name in sorted((entry.offset, entry.name) for entry in placed.values()):
+            if before is not None and at < before.offset + before.nbytes:
+                self.refuse(f"{name} overlaps {before.name}", at)
+            before = placed[name]
+        return placed
+
+    def entry(self, alignment: int) -> tuple[int, Entry]:
+        """Where a description begins, and the tensor; its offset is still from where tensors begin."""
+        start = self.at
+        name = self.string("the name of a tensor", LONGEST_NAME)
+        dimensions = self.number(4, f"the dimensions of {name}")
+        if not 1 <= dimensions <= MOST_DIMENSIONS:
+            self.refuse(f"{name} has {dimensions} dimensions, not 1 to {MOST_DIMENSIONS}", start)
+        shape = tuple(self.number(8, f"the shape of {name}") for _ in range(dimensions))[::-1]
+        number, offset = self.number(4, f"the type of {name}"), self.number(8, f"the offset of {name}")
+        if number not in KINDS:
+            kind = OTHERS.get(number, f"of type {number}")
+            self.refuse(
+                f"{name} is {kind}, MOYU takes {', '.join(BLOCKS)}", start,
+                "make a file of one type from a 16-bit one: `llama-quantize --pure --output-tensor-type q8_0 --token-embedding-type "
+                "q8_0 IN.gguf OUT.gguf q8_0`" if number in OTHERS else DAMAGED,
+            )  # fmt: skip
+        kind = KINDS[number]
+        weights, size = BLOCKS[kind]
+        if min(shape) < 1 or shape[-1] % weights:
+            self.refuse(f"{name} has shape {shape}, and its rows are blocks of {weights}", start)
+        if offset % alignment:
+            self.refuse(f"{name} is at offset {offset}, no multiple of {alignment}", start)
+        return start, Entry(name, shape, kind, offset, prod(shape) // weights * size)
+
+    def count(self, what: str, size: int) -> int:
+        at, count = self.at, self.number(size, f"the number of {what}")
+        if count > MOST[what]:
+            self.refuse(f"{count} {what}, more than {MOST[what]}", at)
+        return count
+
+    def number(self, size: int, what: str) -> int:
+        return struct.unpack("<I" if size == 4 else "<Q", self.take(size, what))[0]
+
+    def numbers(self, key: str, kind: int, count: int) -> np.ndarray:
+        start = self.at
+        if kind not in NUMBERS:
+            self.refuse(f"{key} has values of type {kind}, which the format has not" if kind != ARRAY else
+                        f"{key} is an array of arrays", start)  # fmt: skip
+        dtype = np.dtype(NUMBERS[kind])
+        data = self.take(count * dtype.itemsize, key)
+        if NUMBERS[kind] == "?" and max(data, default=0) > 1:
+            self.refuse(f"{key} is neither true nor false", start)
+        return np.frombuffer(data, dtype)
+
+    def string(self, what: str, longest: int | None = None) -> str:
+        start = self.at
+        length = self.number(8, f"the length of {what}")
+        if longest is not None and length > longest:
+            self.refuse(f"{what} is {length} bytes long, more than {longest}", start)
+        if longest is not None and not length:
+            self.refuse(f"{what} is empty", start)
+        try:
+            return self.take(length, what).decode()
+        except UnicodeDecodeError:
+            self.refuse(f"{what} is not UTF-8", start)
+
+    def take(self, count: int, what: str) -> bytes:
+        if count > self.size - self.at:
+            self.refuse(f"{what} takes {count} bytes, and the file ends after {self.size - self.at}")
+        start, self.at = self.at, self.at + count
+        return self.mapped[start : self.at]
