@@ -134,7 +134,7 @@ def _observe(subject: Subject, own: Tensor, other: Tensor, far: Tensor, setup: S
     for column, name in enumerate(MASKS):
         setup.progress("masks", column, len(MASKS))
         for i in range(0, len(own), 16):
-            mask = None if name == "oracle" else masks[name][:, i : i + 16]
+            mask = None if name == "oracle" else masks[name][:, i : i + 16].to(subject.model.device)
             losses[i : i + 16, column] = masked_losses(subject, own[i : i + 16], _chooser(mask, count), prompt=PROMPT)
     with torch.no_grad():
         dense = torch.cat([subject.losses(p, first=PROMPT) for p in own.split(16)])

@@ -116,15 +116,14 @@ def least(losses: np.ndarray, kept: np.ndarray, tolerance: float = TOLERANCE) ->
 def masked_losses(subject: Subject, tokens: Tensor, choose, *, prompt: int = 0, batch: int = 16) -> np.ndarray:
     """Loss of each document when `choose(layer index, oracle scores (N, f), rows) -> (N, f) bool` masks every layer.
 
-    Positions before `prompt` are dense and not scored.
+    Scores and rows are on the model's device. Positions before `prompt` are dense and not scored.
     """
     windows = Windows(tokens[:2, :32], 1)
     plan = calibrate(subject.model, methods.method("oracle"), windows, sparsity=0.5, anatomy=subject.anatomy)
     order = {b.layer: i for i, b in enumerate(subject.blocks)}
 
     def chooser(site: Site, mask: Tensor, rows: Rows, oracle) -> Tensor:
-        here = rows._replace(seq=rows.seq.cpu(), pos=rows.pos.cpu(), valid=rows.valid.cpu(), sparse=rows.sparse.cpu())
-        return choose(order[site.layer], oracle().cpu(), here).to(mask.device)
+        return choose(order[site.layer], oracle(), rows)
 
     out = []
     with torch.no_grad(), Applied(subject.model, plan, engine="mask", anatomy=subject.anatomy, check=False) as applied:
@@ -140,13 +139,13 @@ def popularity(subject: Subject, history: Tensor) -> Tensor:
 
 
 def _losses(subject: Subject, tokens: Tensor, history: Tensor, kept: np.ndarray, setup: Setup) -> np.ndarray:
-    popular = popularity(subject, history)
+    popular = popularity(subject, history).to(subject.model.device)
     out = np.empty((len(tokens), len(ARMS), len(kept)))
     for level, share in enumerate(kept):
         setup.progress("masked passes", level, len(kept))
 
         def choose(layer: int, scores: Tensor, rows: Rows, arm: str, share: float = float(share)) -> Tensor:
-            counts = torch.full((len(scores),), keep_count(scores.shape[1], 1 - share))
+            counts = torch.full((len(scores),), keep_count(scores.shape[1], 1 - share), device=scores.device)
             if arm == "static":
                 return top_k(popular[layer][None], counts[:1]).expand(len(scores), -1)
             if arm == "random":
