@@ -51,15 +51,26 @@ def test_values_and_bytes_are_those_of_the_format(kind, weight):
 def test_another_order_holds_the_same_values(kind, weight):
     blocks = quantise(weight, kind)
     columns = blocks.in_order("columns")
-    assert columns.shape == blocks.shape
+    assert columns.shape == blocks.shape and columns.quants.is_contiguous() and columns.scales.is_contiguous()
     assert torch.equal(columns.dequantise(), blocks.dequantise())
     back = columns.in_order("rows")
     assert torch.equal(back.quants, blocks.quants) and torch.equal(back.scales, blocks.scales)
 
 
-def test_odd_widths_are_refused():
-    with pytest.raises(ValueError, match="multiple of 32"):
-        quantise(torch.ones(2, 40), "q8_0")
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_widths_are_filled_up_with_zeros(kind):
+    weight = torch.randn(5, 40)
+    blocks = quantise(weight, kind)
+    filled = quantise(torch.nn.functional.pad(weight, (0, 24)), kind)
+    assert blocks.shape == (5, 40) and blocks.nbytes == filled.nbytes
+    assert torch.equal(blocks.dequantise(), filled.dequantise()[:, :40])
+    columns = blocks.in_order("columns")
+    assert columns.shape == (5, 40)
+    assert torch.equal(columns.dequantise(), blocks.dequantise())
+    assert torch.equal(columns.in_order("rows").quants, blocks.quants)
+    row, column = torch.arange(5).repeat_interleave(40), torch.arange(40).repeat(5)
+    for order in (blocks, columns):
+        assert torch.equal(order.at(row, column), blocks.dequantise().flatten())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from moyu.blocks import QuantisedEmbedding, QuantisedLinear
 from moyu.methods.base import Method, Site, SiteParams
 from moyu.surgery import Anatomy
 
@@ -21,7 +22,8 @@ def dense_step_bytes(model: nn.Module, anatomy: Anatomy) -> float:
     embedding table.
     """
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = getattr(model.get_output_embeddings(), "weight", None)  # pyright: ignore[reportCallIssue]
+    top = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    head = None if isinstance(top, QuantisedLinear) else getattr(top, "weight", None)
     share = {id(p): e.share for e in anatomy.experts for p in e.module.parameters()}
     total = 0.0
     for parameter in model.parameters():
@@ -29,6 +31,11 @@ def dense_step_bytes(model: nn.Module, anatomy: Anatomy) -> float:
         if id(parameter) in tables and parameter is not head:
             continue
         total += size * share.get(id(parameter), 1.0)
+    for module in model.modules():
+        if isinstance(module, QuantisedLinear):
+            total += module.blocks.nbytes
+        elif isinstance(module, QuantisedEmbedding):
+            total += module.blocks.nbytes / module.num_embeddings
     return total + sum(t.shape[1] * t.element_size() for t in tables.values())
 
 
@@ -48,7 +55,7 @@ def block_bytes(model: nn.Module, anatomy: Anatomy) -> float:
     """Bytes of all linears of the blocks, experts weighted by how many of them a token is routed to."""
     share = _shares(anatomy)
     return sum(
-        piece.weight.numel() * piece.weight.element_size() * share.get((block.layer, block.expert), 1.0)
+        piece.nbytes * share.get((block.layer, block.expert), 1.0)
         for block in anatomy.all_blocks()
         for piece in block.pieces.values()
     )

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from moyu import memory
+from moyu.blocks import Blocks, QuantisedLinear
 
 
 @dataclass(eq=False)
@@ -28,6 +30,43 @@ class Piece:
         weight = getattr(self.module, self.parameter)
         weight = weight if self.expert is None else weight[self.expert]
         return (weight.t() if self.transposed else weight)[self.rows]
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The live weight where it is kept as blocks; `weight` then makes a copy of it."""
+        return self.module.blocks if isinstance(self.module, QuantisedLinear) else None
+
+    @property
+    def operand(self) -> Tensor | Blocks:
+        """The live weight as the kernels take it."""
+        return self.blocks or self.weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.operand.shape
+        return rows, columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.module.like.dtype if isinstance(self.module, QuantisedLinear) else self.weight.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight, scales included."""
+        return self.operand.nbytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that skipping a row saves."""
+        return self.nbytes // self.shape[0]
+
+    @property
+    def column_bytes(self) -> int:
+        """Bytes that skipping a column saves; of blocks, whose scales belong to 32 columns, those of its quants."""
+        blocks = self.blocks
+        return self.nbytes // self.shape[1] if blocks is None else blocks.column_bytes
 
     @property
     def bias(self) -> Tensor | None:
@@ -99,7 +138,7 @@ class Block:
     @property
     def neurons(self) -> int:
         """f, the feed-forward width."""
-        return self.pieces["down"].weight.shape[1]
+        return self.pieces["down"].shape[1]
 
 
 @dataclass(eq=False)

@@ -207,7 +207,7 @@ class Applied(AbstractContextManager):
             if self.decode_run is not None:
                 self.decode_run.attach(self._replace)
         head = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-        if isinstance(head, nn.Linear) and surgery.is_linear(head) and id(head) not in taken:
+        if head is not None and surgery.is_linear(head) and id(head) not in taken:
             self._replace(head, "forward", MethodType(DenseLinear.forward, DenseLinear(self, surgery.Piece(head))))
         self._replace(self.model, "forward", ForwardCall(self, self.model.forward))
         if callable(getattr(self.model, "generate", None)):

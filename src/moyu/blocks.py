@@ -1,7 +1,7 @@
 """Weights as blocks of 32 with one fp16 scale each, Q8_0 and Q4_0, and the modules that hold them.
 
 The values are llama.cpp's, bit for bit, so that quality and bytes compare one to one. A block lies along the inputs of a
-linear (along an embedding's row), as in GGUF files:
+linear (along an embedding's row), as in GGUF files; n below is their number rounded up to 32:
 
     q8_0    x_i = d * q_i,         q_i in -127 .. 127,  d = max |x| / 127             34 bytes a block
     q4_0    x_i = d * (q_i - 8),   q_i in 0 .. 15,      d = x of largest size / -8    18 bytes a block
@@ -29,6 +29,7 @@ BLOCK = 32  # weights that share a scale
 SCALE_BYTES = 2
 QUANT_BYTES: dict[str, int] = {"q8_0": BLOCK, "q4_0": BLOCK // 2}  # of a block, its scale apart
 KINDS: tuple[Kind, ...] = ("q8_0", "q4_0")
+FEW_ROWS = 8  # up to these, integer products beat dequantising the whole weight first
 CHUNK = 1 << 20  # weights that are (de)quantised at once: temporaries take some 20 bytes a weight
 
 
@@ -44,12 +45,26 @@ class Blocks:
     scales: Tensor
     outputs: int
     order: Order = "rows"
+    inputs: int | None = (
+        None  # None: as many as the blocks hold; fewer: the last block of a row is filled up with zeros
+    )
 
     @property
     def shape(self) -> tuple[int, int]:
         """(q, n) of the weight."""
-        by_rows = self.order == "rows"
-        return self.outputs, self.scales.shape[1] * BLOCK if by_rows else len(self.quants)
+        if self.order == "columns":
+            return self.outputs, len(self.quants)
+        return self.outputs, self.scales.shape[1] * BLOCK if self.inputs is None else self.inputs
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.quants.device
+
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of a column's quants; its scales belong to 32 columns."""
+        return self.outputs if self.kind == "q8_0" else -(-self.outputs // BLOCK) * BLOCK // 2
 
     @property
     def nbytes(self) -> int:
@@ -59,32 +74,45 @@ class Blocks:
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (q, n), contiguous; each value is exact in float32 and then rounded to `dtype`."""
         out = torch.empty(self.shape, dtype=dtype, device=self.quants.device)
+        n = self.shape[1]
         if self.order == "columns":
-            scales = self.scales.float().repeat_interleave(BLOCK, 0)  # (n, q)
+            scales = self.scales.float().repeat_interleave(BLOCK, 0)[:n]  # (n, q)
             return out.copy_((self._values(self.quants)[:, : self.outputs] * scales).t())
-        for part in _parts(self.outputs, self.shape[1]):
+        for part in _parts(self.outputs, n):
             values = self._values(self.quants[part]).unflatten(1, (-1, BLOCK))
-            out[part] = (values * self.scales[part].float()[..., None]).flatten(1)
+            out[part] = (values * self.scales[part].float()[..., None]).flatten(1)[:, :n]
         return out
 
     def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows `index` (...) of the weight, (..., n). Only for `order` rows."""
         flat = index.flatten()
-        found = Blocks(self.kind, self.quants[flat], self.scales[flat], flat.numel())
+        found = Blocks(self.kind, self.quants[flat], self.scales[flat], flat.numel(), inputs=self.inputs)
         return found.dequantise(dtype).unflatten(0, index.shape)
+
+    def at(self, row: Tensor, column: Tensor) -> Tensor:
+        """Single values, float32: row and column (k,) -> (k,)."""
+        first, second = (row, column) if self.order == "rows" else (column, row)
+        if self.kind == "q8_0":
+            code = self.quants[first, second].float()
+        else:
+            byte = self.quants[first, second // BLOCK * (BLOCK // 2) + second % (BLOCK // 2)]
+            code = torch.where(second % BLOCK < BLOCK // 2, byte & 15, byte >> 4).float() - 8
+        scale = self.scales[row, column // BLOCK] if self.order == "rows" else self.scales[column // BLOCK, row]
+        return code * scale.float()
 
     def in_order(self, order: Order) -> Blocks:
         """The same values laid out by rows or by columns, contiguous; itself where it already is."""
         if order == self.order:
             return self
-        q, scales = self.outputs, self.scales.t().contiguous()
-        if self.kind == "q8_0":
-            return Blocks(self.kind, self.quants.t().contiguous(), scales, q, order)
-        if order == "columns":
-            codes = functional.pad(_unpack(self.quants).t(), (0, -q % BLOCK), value=8)  # (n, Q)
-        else:
-            codes = _unpack(self.quants)[:, :q].t()
-        return Blocks(self.kind, _pack(codes), scales, q, order)
+        (q, n), by_columns = self.shape, order == "columns"
+        codes = self.quants if self.kind == "q8_0" else _unpack(self.quants)
+        codes = (codes[:, :n] if by_columns else codes[:, :q]).t()
+        fill = -q % BLOCK if by_columns else -n % BLOCK  # with weights that are 0
+        if self.kind == "q4_0":
+            codes = _pack(functional.pad(codes, (0, fill), value=8))
+        elif not by_columns:
+            codes = functional.pad(codes, (0, fill))
+        return Blocks(self.kind, codes.contiguous(), self.scales.t().contiguous(), q, order, n)
 
     def _values(self, quants: Tensor) -> Tensor:
         return quants.float() if self.kind == "q8_0" else _unpack(quants).float() - 8
@@ -99,16 +127,16 @@ def block_bytes(kind: Kind, values: int) -> int:
 def quantise(weight: Tensor, kind: Kind) -> Blocks:
     """A weight (q, n) as llama.cpp's quantizer rounds it, by rows (ggml-quants.c, quantize_row_q8_0_ref and q4_0).
 
-    Raises ValueError where n is no multiple of 32.
+    Where n is no multiple of 32, which no file of llama.cpp's has, the last block of a row is filled up with zeros.
     """
-    q, n = weight.shape
-    if n % BLOCK:
-        raise ValueError(f"{kind} needs rows of a multiple of {BLOCK} weights, this weight has shape {(q, n)}")
+    q, inputs = weight.shape
+    n = -(-inputs // BLOCK) * BLOCK
     width, code = (n, torch.int8) if kind == "q8_0" else (n // 2, torch.uint8)
     quants = torch.empty((q, width), dtype=code, device=weight.device)
     scales = torch.empty((q, n // BLOCK), dtype=torch.float16, device=weight.device)
     for part in _parts(q, n):
-        groups = weight[part].detach().float().unflatten(1, (-1, BLOCK))  # (rows, n / 32, 32)
+        values = functional.pad(weight[part].detach().float(), (0, n - inputs))
+        groups = values.unflatten(1, (-1, BLOCK))  # (rows, n / 32, 32)
         if kind == "q8_0":
             scale = groups.abs().amax(2) / 127
             quants[part] = _round(groups * _inverse(scale)[..., None]).to(torch.int8).flatten(1)
@@ -117,7 +145,7 @@ def quantise(weight: Tensor, kind: Kind) -> Blocks:
             codes = (groups * _inverse(scale)[..., None] + 8.5).trunc().clamp(0, 15)
             quants[part] = _pack(codes.to(torch.uint8).flatten(1))
         scales[part] = scale.half()
-    return Blocks(kind, quants, scales, q)
+    return Blocks(kind, quants, scales, q, inputs=inputs)
 
 
 def _parts(rows: int, width: int) -> Iterator[slice]:
@@ -165,16 +193,19 @@ class _Quantised(nn.Module):
         self.register_buffer("scale_bits", blocks.scales.view(torch.int16))
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=blocks.quants.device), persistent=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        self.kind, self.outputs, self.order = blocks.kind, blocks.outputs, blocks.order
+        self.kind, self.outputs, self.order, self.inputs = blocks.kind, blocks.outputs, blocks.order, blocks.shape[1]
 
     @property
     def blocks(self) -> Blocks:
         """The live blocks."""
-        return Blocks(self.kind, self.quants, self.scale_bits.view(torch.float16), self.outputs, self.order)
+        return Blocks(
+            self.kind, self.quants, self.scale_bits.view(torch.float16), self.outputs, self.order, self.inputs
+        )
 
     def store(self, blocks: Blocks) -> None:
-        """Hold the same weight in other memory or in another order; buffers keep their names."""
-        self.quants, self.scale_bits, self.order = blocks.quants, blocks.scales.view(torch.int16), blocks.order
+        """Hold the same weight in other memory or in another order; buffers keep their identity."""
+        self.quants.data, self.scale_bits.data = blocks.quants, blocks.scales.view(torch.int16)
+        self.order = blocks.order
 
     @property
     def weight(self) -> Tensor:
@@ -196,7 +227,13 @@ class QuantisedLinear(_Quantised):
         self.out_features, self.in_features = blocks.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), with the dequantised weight: exact on any device, fast for many rows."""
+        """(..., in) -> (..., out): a few rows on the kernels, which round x; more with the dequantised weight."""
+        from moyu import kernels  # which takes Blocks: at the top the two would import each other
+
+        few = x.numel() <= FEW_ROWS * self.in_features and self.order == "rows" and not x.requires_grad
+        if few and kernels.serves(x):
+            y = kernels.rows(x.reshape(-1, self.in_features), self.blocks, None, bias=self.bias)
+            return y.reshape(*x.shape[:-1], self.out_features)
         return functional.linear(x, self.weight, self.bias)
 
 
@@ -211,3 +248,9 @@ class QuantisedEmbedding(_Quantised):
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., d)."""
         return self.blocks.rows(ids, self.like.dtype)
+
+
+def weight_format(model: nn.Module) -> str | None:
+    """How a model's linears are kept: a kind of blocks (`q8_0`, `q4_0`), several joined by `+`, or None: as numbers."""
+    kinds = sorted({m.kind for m in model.modules() if isinstance(m, QuantisedLinear)}, reverse=True)
+    return "+".join(kinds) or None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moyu import compensation, in_loop, kernels, runtime, surgery
 from moyu.applied import Applied
+from moyu.blocks import weight_format
 from moyu.errors import OutOfReach, UserError
 from moyu.execution import SiteState
 from moyu.methods.base import TAPS, Acts, Method, Rows, Site, SiteParams, Tap
@@ -128,7 +129,8 @@ def calibrate(
             "revision": revision,
             "fingerprint": fingerprint(model),
             "digests": digests(anatomy, (s for s, _ in parts.values())),
-        },
+        }
+        | ({} if weight_format(model) is None else {"weight_format": weight_format(model)}),
         target_sparsity=sparsity if method.solves_target else None,
         calibration={
             "source": dict(windows.source),

@@ -52,6 +52,9 @@ BackendName = Annotated[str, typer.Option("--backend", help="auto, reference, cp
 DenseLayers = Annotated[
     str | None, typer.Option("--dense-layers", help="layers to leave dense, e.g. 0,1,-1 (-1 is the last)")
 ]
+Weights = Annotated[
+    str | None, typer.Option("--weights", help="bf16, q8_0 or q4_0; default: as the checkpoint has them")
+]
 Json = Annotated[bool, typer.Option("--json", help="print records, and nothing else, on stdout")]
 Out = Annotated[Path, typer.Option("--out", help="folder for what is written")]
 RUNS = Path("runs")
@@ -162,6 +165,7 @@ def run(
         str, typer.Option(help="random-weight shape to time as well; `none` for no such timing")
     ] = "llama-3.2-1b",
     shape_layers: Annotated[int, typer.Option(help="layers of that shape")] = 8,
+    weights: Weights = None,
     backend: BackendName = "auto",
     seed: Seed = 0,
     as_json: Json = False,
@@ -169,7 +173,7 @@ def run(
     """Everything: profile, calibrate, evaluate, generate, benchmark; writes records, plans and a report."""
     settings = _settings(
         method, sparsity, bytes_, knob, text=text, prompt=prompt, window=window, boundary=prompt_tokens, bias=bias,
-        centre=centre, learn_bias=learn_bias, seed=seed, backend=backend, dense_layers=dense_layers,
+        centre=centre, learn_bias=learn_bias, seed=seed, backend=backend, dense_layers=dense_layers, weights=weights,
     )  # fmt: skip
     from moyu import pipeline
 
@@ -283,6 +287,7 @@ def calibrate(
         str, typer.Option(help="uniform, or greedy: divide a block's sparsity among its sites (token-level methods)")
     ] = "uniform",
     dense_layers: DenseLayers = None,
+    weights: Weights = None,
     device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
@@ -292,7 +297,7 @@ def calibrate(
 
     settings = _settings(
         method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, centre=centre,
-        learn_bias=learn_bias, seed=seed, allocation=allocation, dense_layers=dense_layers, device=device,
+        learn_bias=learn_bias, seed=seed, allocation=allocation, dense_layers=dense_layers, device=device, weights=weights,
     )  # fmt: skip
     budget = None if max_ppl_increase is None else pipeline.parse_share(max_ppl_increase)
     pipeline.check_writable(out)
@@ -374,6 +379,7 @@ def generate(
     ] = None,
     draft_length: Annotated[int, typer.Option(help="tokens that are drafted before dense looks at them")] = 4,
     temperature: Annotated[float, typer.Option(help="of --lossless and --sirius; 0 is greedy")] = 0.0,
+    weights: Weights = None,
     seed: Seed = 0,
     backend: BackendName = "auto",
     as_json: Json = False,
@@ -385,7 +391,7 @@ def generate(
     if new_tokens < 1:
         raise UserError(f"--new-tokens must be at least 1, not {new_tokens}", "64 is the default")
     correction = pipeline.correction_for(lossless, sirius, draft_length, temperature, plan)
-    row: Any = pipeline.generate_command(model, plan, prompt, new_tokens, backend, correction, seed)  # pyright: ignore
+    row: Any = pipeline.generate_command(model, plan, prompt, new_tokens, backend, correction, seed, weights)  # pyright: ignore
     if as_json:
         print(row.model_dump_json())
         return
@@ -409,6 +415,7 @@ def evaluate(
     centre: Centre = False,
     learn_bias: LearnBias = 0,
     dense_layers: DenseLayers = None,
+    weights: Weights = None,
     device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
@@ -419,7 +426,7 @@ def evaluate(
 
     settings = _settings(
         method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, centre=centre,
-        learn_bias=learn_bias, seed=seed, dense_layers=dense_layers, device=device,
+        learn_bias=learn_bias, seed=seed, dense_layers=dense_layers, device=device, weights=weights,
     )  # fmt: skip
     loaded = [Plan.load(p) for p in plan or []]
     with _progress() as stage:
@@ -445,6 +452,7 @@ def bench(
     sparsity: Sparsity = 0.5,
     tokens: Annotated[int, typer.Option(help="decode steps a round")] = 16,
     rounds: Annotated[int, typer.Option(help="rounds, variants alternating")] = 3,
+    weights: Weights = None,
     backend: BackendName = "auto",
     seed: Seed = 0,
     as_json: Json = False,
@@ -452,7 +460,7 @@ def bench(
     """Decoding speed, dense and skipping alternating in one run, beside the measured read ceiling."""
     from moyu import pipeline
 
-    settings = _settings(method, sparsity, backend=backend, seed=seed)
+    settings = _settings(method, sparsity, backend=backend, seed=seed, weights=weights)
     if (model is None) == (shape is None):
         raise UserError("say what to time", "give MODEL or --shape, not both")
     with _progress() as stage:
@@ -466,6 +474,7 @@ def bench(
                 layers=layers,
                 tokens=tokens,
                 rounds=rounds,
+                weights=weights,
                 backend=settings.backend,
                 seed=seed,
                 stage=stage,

@@ -130,10 +130,9 @@ class _Executor:
 
     def dense(self, piece: Piece, x: Tensor, state: Pass) -> Tensor:
         """The whole product, (N, in) -> (N, out)."""
-        weight = piece.weight
-        if state.skipping and weight.stride(1) == 1:
-            return kernels.rows(x, weight, None, bias=piece.bias)
-        return functional.linear(x, weight, piece.bias)
+        if state.skipping and surgery.is_laid_out(piece, "row"):
+            return kernels.rows(x, piece.operand, None, bias=piece.bias)
+        return functional.linear(x, piece.weight, piece.bias)
 
     def columns(self, piece: Piece, name: str, x: Tensor, site: SiteState | None, rows: Rows, state: Pass) -> Tensor:
         """The product with inputs (columns) skipped where a site says so, (N, in) -> (N, out)."""
@@ -151,7 +150,7 @@ class _Executor:
     ) -> Tensor:
         if state.skipping:
             self._ensure([piece], ["column"])
-            y = kernels.columns(x, piece.weight, mask, bias=piece.bias)
+            y = kernels.columns(x, piece.operand, mask, bias=piece.bias)
         else:
             y = functional.linear(torch.where(mask, x, 0), piece.weight, piece.bias)
         if site.params.low_rank is not None:
@@ -188,7 +187,7 @@ class _Executor:
             return y
         if site.site.skips == "columns":
             before = site.site.linears[: site.site.linears.index(name)]
-            start = sum(len(self.block.pieces[n].weight) for n in before)
+            start = sum(self.block.pieces[n].shape[0] for n in before)
             bias = bias[start : start + y.shape[1]]
         return y + torch.where(rows.sparse[:, None], bias.to(y.dtype), 0)
 
@@ -402,7 +401,7 @@ class FfnCall(_Executor):
         self.observe(decided, value, mask, rows, state)
         if state.skipping:
             self._ensure([down], ["column"])
-            y = kernels.columns(value, down.weight, mask, bias=down.bias)
+            y = kernels.columns(value, down.operand, mask, bias=down.bias)
         else:
             y = functional.linear(value, down.weight, down.bias)
         return self.compensate(y, "down", decided, rows)
@@ -416,7 +415,7 @@ class FfnCall(_Executor):
         if not state.skipping:
             return torch.where(mask, functional.linear(x, piece.weight, piece.bias), 0)
         self._ensure([piece], ["row"])
-        return kernels.rows(x, piece.weight, mask, bias=piece.bias)
+        return kernels.rows(x, piece.operand, mask, bias=piece.bias)
 
     def _neurons(self, x: Tensor, given: Tensor | None, site: SiteState, mask: Tensor, rows: Rows) -> Tensor:
         """Kept neurons only; `given` is what was computed densely to decide, its matrix is not read again."""
@@ -429,9 +428,9 @@ class FfnCall(_Executor):
             up = None
         y = kernels.neurons(
             x,
-            None if gate is None else gate.weight,
-            None if up is None else up.weight,
-            down.weight,
+            None if gate is None else gate.operand,
+            None if up is None else up.operand,
+            down.operand,
             mask,
             act=self.block.act or "identity",
             gate_bias=None if gate is None else gate.bias,
@@ -492,7 +491,7 @@ class AttentionLinear(_Executor):
         Where q skips, its mask must be known before it; where heads are only masked, the choice waits for o, because an
         oracle has to see what the heads hold.
         """
-        heads, weight = self.heads, self.piece.weight
+        heads, (outputs, inputs) = self.heads, self.piece.shape
         assert heads is not None
         key, units = heads.site.key, heads.site.units
         if self.name != "o":
@@ -502,16 +501,16 @@ class AttentionLinear(_Executor):
             mask = state.masks[key] = self.choose(heads, x, rows, state, _no_hindsight)  # (N, heads)
             if self.name == "qkv":
                 return self.dense(self.piece, x, state)
-            return kernels.rows(x, weight, _widen(mask, weight.shape[0]), bias=self.piece.bias)
+            return kernels.rows(x, self.piece.operand, _widen(mask, outputs), bias=self.piece.bias)
 
         def hindsight() -> Tensor:  # (N, heads)
-            return head_norms(x, weight, units)
+            return head_norms(x, self.piece.weight, units)
 
         if state.skipping:
             mask = state.masks.pop(key)
         else:
             mask = self.choose(heads, state.pending.pop(key), rows, state, hindsight)
-        wide = _widen(mask, weight.shape[1])  # (N, in)
+        wide = _widen(mask, inputs)  # (N, in)
         self.observe(heads, x, wide, rows, state)
         return self._masked_columns(self.piece, "o", x, wide, heads, rows, state)
 
@@ -538,7 +537,7 @@ class DenseLinear:
         state = runtime.current(self.applied)
         if state is None or not state.skipping or x.numel() // x.shape[-1] > runtime.MAX_SKIPPING_ROWS:
             return self.inner(x)
-        y = kernels.rows(x.reshape(-1, x.shape[-1]), self.piece.weight, None, bias=self.piece.bias)
+        y = kernels.rows(x.reshape(-1, x.shape[-1]), self.piece.operand, None, bias=self.piece.bias)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

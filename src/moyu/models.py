@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,9 +22,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from moyu import gguf, zoo
+from moyu import gguf, memory, zoo
+from moyu.blocks import KINDS, Blocks, Kind, QuantisedEmbedding, QuantisedLinear, quantise
 from moyu.errors import UserError
 
+WEIGHTS = ("bf16", *KINDS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -82,6 +85,35 @@ def _device(name: str) -> torch.device:
         raise UserError(
             f"device {name!r} cannot be used: {line}", "`cpu` always can; `cuda` needs torch with CUDA"
         ) from error
+
+
+def check_weights(weights: str | None) -> None:
+    """Refuse a name of weights that there is none of (UserError)."""
+    if weights is not None and weights not in WEIGHTS:
+        near = difflib.get_close_matches(weights, WEIGHTS, n=1, cutoff=0.0)[0]
+        raise UserError(f"no weights {weights!r}", f"did you mean {near!r}? there are {', '.join(WEIGHTS)}")
+
+
+@torch.no_grad()
+def quantise_model(model: PreTrainedModel, kind: Kind) -> None:
+    """Keep every linear and the token embedding as blocks, in place and one at a time: no second copy is held.
+
+    A tied head shares the embedding's blocks.
+    """
+    done: dict[nn.Parameter, Blocks] = {}  # by parameter: a tied one is quantised once
+    table = model.get_input_embeddings()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is not nn.Linear and not (child is table and type(child) is nn.Embedding):
+                continue
+            weight = child.weight
+            blocks = done.get(weight) or quantise(weight, kind)
+            done[weight] = blocks
+            new = QuantisedLinear(blocks, child.bias, weight.dtype) if isinstance(child, nn.Linear) else None
+            setattr(parent, name, (new or QuantisedEmbedding(blocks, weight.dtype)).eval())
+            memory.let_go(weight.data)
+            if not getattr(model.config, "tie_word_embeddings", False):
+                del done[weight]
 
 
 @dataclass(frozen=True)

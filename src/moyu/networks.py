@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moyu import kernels
 from moyu.anatomy import Block, Middle, Piece
+from moyu.blocks import QuantisedLinear
 
 WIDE = (
     8.0  # standard deviation of the values that a formula must hold on; limits and caps of published models are below
@@ -59,12 +60,12 @@ class Call:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear whose forward is x @ W.T + b and whose weight is a plain tensor."""
-    return type(module) in (nn.Linear, Conv1D) and _is_plain(module)
+    return type(module) in (nn.Linear, Conv1D, QuantisedLinear) and _is_plain(module)
 
 
 def _is_plain(module: nn.Module) -> bool:
     return (
-        type(module.weight) is nn.Parameter
+        (isinstance(module, QuantisedLinear) or type(module.weight) is nn.Parameter)
         and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
@@ -141,7 +142,7 @@ def find_networks(layer: int, calls: list[Call], adapters: Adapters) -> list[Blo
         if block is not None:
             found.append(block)
             used |= {id(p.module) for p in block.pieces.values()}
-    return sorted(found, key=lambda b: -b.pieces["down"].weight.numel())
+    return sorted(found, key=lambda b: -math.prod(b.pieces["down"].shape))
 
 
 # ------------------------------------------------------------------------------------------------------------- by formula

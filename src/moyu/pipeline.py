@@ -24,11 +24,12 @@ from moyu import accounting, compensation, in_loop, kernels, methods, models, re
 from moyu.allocation import calibrate_greedily
 from moyu.applied import Applied
 from moyu.benchmark import Comparison, compare
+from moyu.blocks import KINDS, Kind, weight_format
 from moyu.budget import Reader, solve
 from moyu.calibration import Windows, calibrate
 from moyu.environment import device_name
 from moyu.errors import OutOfReach, UserError
-from moyu.evaluation import Quality, evaluate
+from moyu.evaluation import Quality, evaluate, predict, score
 from moyu.foresight import foresight
 from moyu.kernels import Backend
 from moyu.methods.base import Method
@@ -41,6 +42,7 @@ from moyu.surgery import Anatomy
 
 DEFAULT_METHODS = ("cett", "cats", "teal", "griffin", "tda", "popularity")
 DEFAULT_SPARSITY = 0.5
+REFERENCE_BYTES = 512 << 20
 PROMPT_TEXT = "def read_config(path):\n"
 
 
@@ -79,6 +81,7 @@ class Settings:
     backend: Backend = "auto"
     device: str = "cpu"
     dense_layers: tuple[int, ...] = ()  # left alone; -1 is the last
+    weights: str | None = None  # of models.WEIGHTS; None: as the checkpoint has them
 
     def target(self) -> float:
         """The sparsity asked for."""
@@ -86,6 +89,7 @@ class Settings:
 
     def check(self) -> None:
         """Refuse what cannot be run, before anything is loaded."""
+        models.check_weights(self.weights)
         if self.sparsity is not None and self.bytes is not None:
             raise UserError("both a sparsity and a byte fraction are given", "give one of --sparsity and --bytes")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
@@ -108,6 +112,33 @@ class Settings:
                 raise UserError(f"method {name!r} decides from the prompt", "use --prompt-tokens of at least 1")
 
 
+@dataclass(frozen=True)
+class Quantising:
+    """What quantising alone costs, nothing skipped."""
+
+    ppl_unquantised: float
+    kl_quantising: float
+
+    @classmethod
+    def measure(cls, model: Any, kind: Kind, windows: Windows) -> Quantising:
+        """Quantise a model in place, and hold it against what it was before on the first of the windows.
+
+        Their log-probabilities take REFERENCE_BYTES at most: some thousand tokens of a large vocabulary.
+        """
+        scored = windows.tokens.shape[1] - windows.prompt - 1
+        count = max(1, REFERENCE_BYTES // (4 * scored * surgery.text_config(model).vocab_size))
+        seen = dataclasses.replace(windows, tokens=windows.tokens[:count])
+        before = predict(model, seen)
+        models.quantise_model(model, kind)
+        found, own = score(before, predict(model, seen), seen), score(before, before, seen)
+        return cls(own.perplexity, max(0.0, float(found.kl.mean())))
+
+
+def open_model(name: str, weights: str | None, device: str = "cpu") -> Loaded:
+    """A model as loaded, or in bfloat16 where that is asked for; blocks come later, once its text is known."""
+    return models.load(name, dtype="bfloat16" if weights == "bf16" else "auto", device=device)
+
+
 @dataclass
 class Context:
     """A loaded model with its text, ready for the stages."""
@@ -116,14 +147,14 @@ class Context:
     anatomy: Anatomy
     split: text.Split
     settings: Settings
+    quantising: Quantising | None = None
 
     @classmethod
     def open(cls, name: str, settings: Settings, stage: Stage = quiet) -> Context:
         """Load a model and its text."""
         settings.check()
         stage("load", 0, 1)
-        loaded = models.load(name, device=settings.device)
-        anatomy = surgery.dissect(loaded.model, settings.dense_layers)
+        loaded = open_model(name, settings.weights, settings.device)
         length = settings.window
         split = text.windows_for(
             loaded,
@@ -134,14 +165,19 @@ class Context:
             test=settings.test,
             seed=settings.seed,
         )
+        quantising = None
+        if settings.weights in KINDS:
+            quantising = Quantising.measure(loaded.model, settings.weights, split.test)
+        anatomy = surgery.dissect(loaded.model, settings.dense_layers)
         stage("load", 1, 1)
-        return cls(loaded, anatomy, split, settings)
+        return cls(loaded, anatomy, split, settings, quantising)
 
     def common(self, plan: Plan | None = None, **fields: Any) -> dict[str, Any]:
         """Fields that every record about this model carries."""
         base = {
             "model": self.loaded.name,
             "weights": "trained",
+            "weight_format": weight_format(self.loaded.model),
             "seed": self.settings.seed,
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "device": device_name(self.loaded.model.device),
@@ -281,6 +317,7 @@ def quality_record(context: Context, plan: Plan, quality: Quality) -> Record:
         top1_agreement=float(quality.method.agree.float().mean()),
         sparsity_by_layer=quality.sparsity_by_layer,
         floor=quality.floor,
+        **({} if context.quantising is None else dataclasses.asdict(context.quantising)),
         compensation=plan.compensation or False,
         target_byte_fraction=context.settings.bytes,
         kv_bytes=context.kv_bytes,
@@ -548,6 +585,7 @@ def bench_shape(
     tokens: int = 8,
     rounds: int = 2,
     dtype: torch.dtype = torch.bfloat16,
+    weights: str | None = None,
     backend: Backend = "auto",
     seed: int = 0,
     stage: Stage = quiet,
@@ -559,6 +597,8 @@ def bench_shape(
     total = len(targets) + 1
     stage(f"random {shape}", 0, total)
     model = models.random_model(shape, layers=layers, dtype=dtype, seed=seed)
+    if weights in KINDS:
+        models.quantise_model(model, weights)
     anatomy = surgery.dissect(model)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, model.config.vocab_size, (1, 24), generator=generator)
@@ -585,6 +625,7 @@ def bench_shape(
     base = {
         "model": shape if depth == full else f"{shape} ({depth} of {full} layers)",
         "weights": "random",
+        "weight_format": weight_format(model),
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
         "kv_bytes": accounting.kv_bytes(model),
@@ -758,7 +799,15 @@ def run(
     rows += bench_model(context, plans, stage=stage)
     if shape is not None:
         able = {n: s for n, s in realized.items() if methods.method_class(n).solves_target}
-        rows += bench_shape(shape, able, layers=shape_layers, backend=settings.backend, seed=settings.seed, stage=stage)
+        rows += bench_shape(
+            shape,
+            able,
+            layers=shape_layers,
+            weights=settings.weights,
+            backend=settings.backend,
+            seed=settings.seed,
+            stage=stage,
+        )
     stage("report", 0, 1)
     records.write(out / "records.jsonl", rows)
     from moyu.reporting import write_report
@@ -850,10 +899,14 @@ def generate_command(
     backend: Backend,
     correction: Correction | None = None,
     seed: int = 0,
+    weights: str | None = None,
 ) -> Record:
     """Text after a prompt under a plan, dense beside it; dense alone where there is no plan."""
-    settings = Settings(new_tokens=new_tokens, backend=backend, seed=seed)
-    loaded = models.load(name)
+    settings = Settings(new_tokens=new_tokens, backend=backend, seed=seed, weights=weights)
+    models.check_weights(weights)
+    loaded = open_model(name, weights)
+    if weights in KINDS:
+        models.quantise_model(loaded.model, weights)
     plan = None if plan_folder is None else Plan.load(plan_folder)
     nothing = Windows(torch.zeros(1, 2, dtype=torch.long), 1)
     context = Context(loaded, surgery.dissect(loaded.model), text.Split(nothing, nothing, nothing), settings)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from moyu import methods
+from moyu.blocks import weight_format
 from moyu.errors import UserError
 from moyu.files import atomic_write_bytes
 from moyu.methods.base import Method, Site, SiteParams
 from moyu.selection import PerUnitThreshold, Threshold, TopK
-from moyu.surgery import Anatomy, Block
+from moyu.surgery import Anatomy, Block, Piece
 
 FORMAT = 1
 SAMPLES = 4096  # weights of each planned tensor that the digest looks at
@@ -63,6 +64,14 @@ class Plan:
             raise UserError(
                 f"this plan was made for {self.model['name']!r}, whose configuration differs from {type(model).__name__}'s",
                 "calibrate this model: `moyu calibrate MODEL`",
+            )
+        kept, own = self.model.get("weight_format"), weight_format(model)
+        if kept != own:
+            raise UserError(
+                f"this plan was made for weights in {kept or 'numbers'} of {self.model['name']!r}, these are in {own or 'numbers'}",
+                f"open the model with `--weights {kept}`"
+                if kept
+                else "a quantised model needs its own plan: `moyu calibrate MODEL --weights`",
             )
         fresh = digests(anatomy, self.sites())
         changed = [name for name, value in self.model["digests"].items() if fresh.get(name) != value]
@@ -197,12 +206,14 @@ def digests(anatomy: Anatomy, sites: Iterator[Site]) -> dict[str, str]:
         for name in site.linears:
             key = f"layer{site.layer}" + ("" if site.expert is None else f".expert{site.expert}") + f".{name}"
             if key not in out and name in block.pieces:
-                out[key] = _digest(block.pieces[name].weight)
+                out[key] = _digest(block.pieces[name])
     return out
 
 
-def _digest(weight: Tensor) -> str:
-    rows, columns = weight.shape
+def _digest(piece: Piece) -> str:
+    rows, columns = piece.shape
     index = torch.linspace(0, rows * columns - 1, min(SAMPLES, rows * columns), dtype=torch.float64).long()
-    sample = weight.detach()[index // columns, index % columns].to("cpu", torch.bfloat16)
+    row, column, blocks = index // columns, index % columns, piece.blocks
+    sample = piece.weight.detach()[row, column] if blocks is None else blocks.at(row, column)
+    sample = sample.to("cpu", torch.bfloat16)
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

@@ -65,6 +65,10 @@ class ModelRecord(Stamped):
 
     model: str = Field(min_length=1, description="name, or path, of the model")
     weights: Literal["trained", "random"] = Field(description="random weights have a speed and no quality")
+    weight_format: str | None = Field(
+        None,
+        description="how linears are kept: `q8_0`, `q4_0`, or null: as numbers of `dtype`, which is what they compute in",
+    )
     protocol: Protocol | None = Field(None, description="how quality was scored, see below")
     corpus: dict[str, Any] | None = Field(None, description="fingerprint of the text")
 
@@ -158,6 +162,11 @@ class Quality(MethodRecord):
     bits_per_byte: Natural | None = Field(None, description="bits a byte of text, with skipping")
     kl: Natural | None = Field(None, description="KL(dense || sparse), nats a token")
     top1_agreement: Fraction | None = Field(None, description="scored tokens with the same most likely next token")
+    ppl_unquantised: Perplexity | None = Field(None, description="`ppl_dense` before the weights were quantised")
+    kl_quantising: Natural | None = Field(
+        None,
+        description="KL(dense before quantising || dense), nats a token: the loss of quantising; `kl` is that of skipping",
+    )
     ppl_random: Perplexity | None = Field(None, description="matched random: same sites, same counts")
     kl_random: Natural | None = Field(None, description="KL of the matched random")
     ppl_oracle: Perplexity | None = Field(None, description="matched oracle: same sites, same counts")
@@ -336,6 +345,11 @@ class Cell(MethodRecord):
         None, description="95 %, over documents"
     )
     top1_agreement: Fraction | None = Field(None, description="scored tokens with the same most likely next token")
+    ppl_unquantised: Perplexity | None = Field(None, description="`ppl_dense` before the weights were quantised")
+    kl_quantising: Natural | None = Field(
+        None,
+        description="KL(dense before quantising || dense), nats a token: the loss of quantising; `kl` is that of skipping",
+    )
     kl_random: Natural | None = Field(None, description="KL of the matched random")
     kl_oracle: Natural | None = Field(None, description="KL of the matched oracle")
     by_document: dict[str, list[float]] = Field(

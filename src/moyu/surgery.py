@@ -7,13 +7,15 @@ and output is kept, and a feed-forward network is three (or two) linears for whi
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from moyu import kernels
+from moyu import kernels, memory
 from moyu.anatomy import Anatomy, Block, Experts, Middle, Piece, product
+from moyu.blocks import QuantisedLinear
 from moyu.errors import UserError
 from moyu.experts import find_experts, routing, run_experts
 from moyu.networks import Adapters, Aside, Call, close, discrepancy, find_networks, is_linear, is_linear_call, obstacle
@@ -238,13 +240,13 @@ def _find_attention(linears: list[Call]) -> dict[str, Piece]:
 def _count_heads(model: nn.Module, block: Block) -> tuple[int, int]:
     """Query heads, and those of keys and values, as the configuration names them and the weights' shapes confirm; else 0."""
     heads = _setting(text_config(model), "num_attention_heads")
-    width = block.pieces["o"].weight.shape[1] if "o" in block.pieces else 0
+    width = block.pieces["o"].shape[1] if "o" in block.pieces else 0
     if not width or not isinstance(heads, int) or width % heads:
         return 0, 0
     if "k" in block.pieces:
-        rows = block.pieces["k"].weight.shape[0]
+        rows = block.pieces["k"].shape[0]
     else:
-        rows = (block.pieces["qkv"].weight.shape[0] - width) // 2
+        rows = (block.pieces["qkv"].shape[0] - width) // 2
     kv_heads = rows // (width // heads)
     return (heads, kv_heads) if kv_heads and heads % kv_heads == 0 and rows % kv_heads == 0 else (0, 0)
 
@@ -260,6 +262,9 @@ def lay_out(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
     `roles` says whether neuron j is row j or column j of the piece. One piece with the role "column" is `input_major`.
     Values do not change. Pieces that are part of a parameter (fused gates, experts) only have rows or columns made contiguous.
     """
+    if any(p.blocks for p in pieces):
+        _lay_out_blocks(pieces, roles)
+        return
     free = [p for p in pieces if p.whole]
     if len(free) == len(pieces) and len({_plane(p, r).shape for p, r in zip(pieces, roles, strict=True)}) == 1:
         planes = [_plane(p, r) for p, r in zip(pieces, roles, strict=True)]  # each (f, d)
@@ -283,6 +288,32 @@ def lay_out(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
             parameter.data = parameter.data.contiguous()
 
 
+def _lay_out_blocks(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
+    """The same for weights in blocks: a row with its scales behind it; the scales of columns, which 32 share, stay apart."""
+    if not all(p.blocks for p in pieces):
+        for piece, role in zip(pieces, roles, strict=True):  # some are no blocks: each by itself
+            if not is_laid_out(piece, role):
+                lay_out([piece], [role])
+        return
+    modules = [p.module for p in pieces]
+    planes = [m.blocks.in_order("rows" if r == "row" else "columns") for m, r in zip(modules, roles, strict=True)]  # pyright: ignore
+    parts = [[b.quants, b.scales] if b.order == "rows" else [b.quants] for b in planes]
+    sizes = [[t.shape[1] * t.element_size() for t in part] for part in parts]
+    width = sum(map(sum, sizes))
+    # Records of a multiple of the page's size would meet in the same places of a cache.
+    storage = _empty((len(planes[0].quants), width + (64 if width % 2048 == 0 else 0)), parts[0][0].view(torch.uint8))
+    start = 0
+    for module, blocks, part, widths in zip(modules, planes, parts, sizes, strict=True):
+        views = []
+        for tensor, size in zip(part, widths, strict=True):
+            views.append(storage[:, start : start + size].view(tensor.dtype))
+            views[-1].copy_(tensor)
+            start += size
+        before = module.quants.data  # pyright: ignore[reportAttributeAccessIssue]
+        module.store(dataclasses.replace(blocks, quants=views[0], scales=views[1] if len(views) > 1 else blocks.scales))  # pyright: ignore
+        memory.let_go(before)
+
+
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     if like.device.type == "cpu":
         return kernels.cpu.empty_weights(*shape, dtype=like.dtype)
@@ -296,12 +327,17 @@ def _plane(piece: Piece, role: str) -> Tensor:
 
 def is_laid_out(piece: Piece, role: Literal["row", "column"]) -> bool:
     """Whether a kernel can read the piece's rows (columns) as contiguous memory."""
+    if piece.blocks is not None:
+        return (piece.blocks.order == "rows") == (role == "row")
     weight = piece.weight
     return weight.stride(1) == 1 if role == "row" else weight.stride(0) == 1
 
 
 def pack(module: nn.Module) -> None:
     """Make every parameter of a module contiguous again; values do not change."""
+    if isinstance(module, QuantisedLinear):
+        blocks = module.blocks.in_order("rows")
+        module.store(dataclasses.replace(blocks, quants=blocks.quants.contiguous(), scales=blocks.scales.contiguous()))
     for parameter in module.parameters(recurse=False):
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()

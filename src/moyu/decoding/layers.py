@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moyu.blocks import Blocks
 from moyu.kernels import cpu
 from moyu.methods.base import NOTHING
 from moyu.selection import Threshold
@@ -59,7 +60,7 @@ class PlainLayer:
     @property
     def widest(self) -> int:
         """The largest width of a product."""
-        return max(max(self.block.pieces[n].weight.shape) for n in LINEARS if n in self.block.pieces)
+        return max(max(self.block.pieces[n].shape) for n in LINEARS if n in self.block.pieces)
 
     def state(self, **wanted: str) -> SiteState | None:
         """The site that skips `skips`, reads `reads`, or skips columns of `linear`."""
@@ -90,8 +91,8 @@ class PlainLayer:
                 setattr(layer, name, self._linear(name, site))
         layer.act = cpu.activation_code(self.block.act or "identity")
         layer.head_dim, layer.scale = self.head_dim, self.scale
-        layer.heads = pieces["q"].weight.shape[0] // self.head_dim
-        layer.kv_heads = pieces["k"].weight.shape[0] // self.head_dim
+        layer.heads = pieces["q"].shape[0] // self.head_dim
+        layer.kv_heads = pieces["k"].shape[0] // self.head_dim
         layer.network = SEPARATE
         if self.sequence_site is not None or not masked:
             layer.network = NEURONS
@@ -101,10 +102,10 @@ class PlainLayer:
 
     def _linear(self, name: str, decides: SiteState | None) -> Any:
         piece = self.block.pieces[name]
-        linear = native_linear(piece.weight, piece.bias)
+        linear = native_linear(piece.operand, piece.bias)
         if decides is not None:
-            linear.threshold = threshold(decides, piece.weight.dtype)
-            factors = self.factors(decides, piece.weight.dtype)
+            linear.threshold = threshold(decides, piece.dtype)
+            factors = self.factors(decides, piece.dtype)
             linear.factor = 0 if factors is None else factors.data_ptr()
         return linear
 
@@ -116,13 +117,19 @@ class PlainLayer:
         return None if state.factors is NOTHING else state.factors
 
 
-def native_linear(weight: Tensor, bias: Tensor | None) -> Any:
+def native_linear(weight: Tensor | Blocks, bias: Tensor | None) -> Any:
     """A linear as the extension takes it: (q, n), skipping nothing, by columns where those are contiguous."""
     linear = cpu.extension().Linear()
     linear.q, linear.n = weight.shape
-    linear.by_columns = weight.stride(1) != 1
-    linear.stride = weight.stride(1) if linear.by_columns else weight.stride(0)
-    linear.weight = weight.data_ptr()
+    if isinstance(weight, Blocks):
+        linear.by_columns, linear.kind = weight.order == "columns", cpu.KIND_CODES[weight.kind]
+        linear.weight, linear.stride = weight.quants.data_ptr(), weight.quants.stride(0)
+        linear.scales = weight.scales.data_ptr()
+        linear.scales_stride = weight.scales.stride(0) * weight.scales.element_size()
+    else:
+        linear.by_columns = weight.stride(1) != 1
+        linear.stride = weight.stride(1) if linear.by_columns else weight.stride(0)
+        linear.weight = weight.data_ptr()
     linear.bias = 0 if bias is None else bias.data_ptr()
     linear.threshold = -math.inf
     return linear

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moyu import surgery
+from moyu.blocks import QuantisedEmbedding, QuantisedLinear
 from moyu.kernels import cpu
 from moyu.selection import Threshold
 from moyu.surgery import Block
@@ -111,6 +112,8 @@ def _plain(model: nn.Module, module: nn.Module, block: Block, calls: dict[nn.Mod
         raise _NotPlain(f"{where} is not attention by q, k, v, o and then one feed-forward network")
     if not all(piece.whole and not piece.transposed for piece in pieces.values()):
         raise _NotPlain(f"{where} has linears that share a weight, or that store it transposed")
+    if len({p.blocks is None for n, p in pieces.items() if n in ("gate", "up", "down")}) > 1:
+        raise _NotPlain(f"{where} has a network whose weights are quantised in part")
     if any(getattr(config, name, None) for name in _UNSEEN):
         raise _NotPlain(f"{where} may clip or cap what its attention computes")
     call = calls[module]
@@ -135,7 +138,7 @@ def _plain(model: nn.Module, module: nn.Module, block: Block, calls: dict[nn.Mod
     if any(id(p) not in known for p in module.parameters()):
         raise _NotPlain(f"{where} has parameters beside its linears and norms")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if pieces["q"].weight.shape[0] % head_dim or pieces["k"].weight.shape[0] % head_dim:
+    if pieces["q"].shape[0] % head_dim or pieces["k"].shape[0] % head_dim:
         raise _NotPlain(f"{where} has heads of different widths")
     attention = next((m for m in module.children() if any(c is pieces["q"].module for c in m.modules())), module)
     scale = getattr(attention, "scaling", None) or head_dim**-0.5
@@ -152,7 +155,7 @@ def _prove(layer: PlainLayer, call: _Call, calls: dict[nn.Module, _Call], where:
     x = call.x
     assert x is not None
     tokens, pieces = x.shape[1], layer.block.pieces
-    kv_heads = pieces["k"].weight.shape[0] // layer.head_dim
+    kv_heads = pieces["k"].shape[0] // layer.head_dim
     nothing = torch.zeros(1, layer.block.neurons, dtype=torch.bool)
     attended = calls[pieces["o"].module].output.reshape(tokens, -1)
     bias = pieces["down"].bias
@@ -167,7 +170,8 @@ def _prove(layer: PlainLayer, call: _Call, calls: dict[nn.Module, _Call], where:
             run_step(decoder, t, now, None, keep.memory, y.shape[1], layer.widest, hidden=y[t : t + 1])  # pyright: ignore[reportArgumentType]
         error, size = (float(t.float().norm()) for t in (y - x[0] - expected, expected))
         rounding = torch.finfo(x.dtype).eps * float(x.float().norm())  # of x + expected
-        if not 0 < size < math.inf or not error <= (5e-2 if x.dtype != torch.float32 else 1e-4) * size + rounding:
+        exact = x.dtype == torch.float32 and all(piece.blocks is None for piece in pieces.values())
+        if not 0 < size < math.inf or not error <= (1e-4 if exact else 5e-2) * size + rounding:
             part = "network" if network else "attention"
             raise _NotPlain(f"{where}'s {part} is not what a plain layer computes")
 
@@ -193,15 +197,15 @@ def _plain_ends(applied: Applied, layers: list[PlainLayer], calls: dict[nn.Modul
     x = first.x
     assert x is not None
     if (
-        not isinstance(embedding, nn.Embedding)
-        or not isinstance(head, nn.Linear)
+        not isinstance(embedding, nn.Embedding | QuantisedEmbedding)
+        or not isinstance(head, nn.Linear | QuantisedLinear)
         or not {embedding, head} <= calls.keys()
         or not surgery.is_linear(head)
         or not _same(calls[embedding].output, x)
         or any(getattr(config, name, None) for name in _UNSEEN_ENDS)
         or any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
         or not {"logits", "past_key_values"} <= set(getattr(type(whole), "__dataclass_fields__", ()))
-        or any(weight.dtype != x.dtype or weight.stride(1) != 1 for weight in (embedding.weight, head.weight))
+        or not all(_readable(module, x.dtype) for module in (embedding, head))
     ):
         return None
     norms = [
@@ -230,7 +234,7 @@ def _proved(ends: Ends, layers: list[PlainLayer], ids: Tensor, expected: Tensor)
     for layer in layers:
         decoder.add(layer.native())
     decoder.ends = ends.native()
-    heads = [layer.block.pieces["k"].weight.shape[0] // layer.head_dim for layer in layers]
+    heads = [layer.block.pieces["k"].shape[0] // layer.head_dim for layer in layers]
     keep = _Room(expected.new_empty(1, ids.shape[1], 1), heads, layers[0].head_dim, None)
     logits, d, widest = torch.empty_like(expected[0]), ends.embedding.embedding_dim, max(x.widest for x in layers)
     for t in range(ids.shape[1]):
@@ -238,7 +242,17 @@ def _proved(ends: Ends, layers: list[PlainLayer], ids: Tensor, expected: Tensor)
         token = ids[:, t : t + 1].contiguous()
         run_step(decoder, t, now, None, keep.memory, d, widest, ids=token, logits=logits[t : t + 1])
     error = float((logits - expected[0]).float().norm() / expected.float().norm())
-    return error <= (5e-2 if expected.dtype != torch.float32 else 1e-4)
+    exact = expected.dtype == torch.float32 and not isinstance(ends.head, QuantisedLinear)
+    exact &= all(p.blocks is None for layer in layers for p in layer.block.pieces.values())
+    return error <= (1e-4 if exact else 5e-2)
+
+
+def _readable(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the kernels read the rows of a table or a head whose rows the model computes with in `dtype`."""
+    if isinstance(module, QuantisedEmbedding | QuantisedLinear):
+        return module.like.dtype == dtype and module.order == "rows"
+    weight = module.weight
+    return weight.dtype == dtype and weight.stride(1) == 1  # pyright: ignore
 
 
 def _unexpressed(layer: PlainLayer) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from moyu import kernels, runtime
+from moyu.blocks import QuantisedEmbedding, QuantisedLinear
 from moyu.kernels import cpu
 from moyu.methods.base import NOTHING
 
@@ -35,10 +36,10 @@ class DecodeRun:
         """`layers` are all decoder layers, in order; `ends` what is around them, where that is plain too."""
         self.applied, self.layers, self.ends = applied, layers, ends
         self.sequence_sites = [layer.sequence_site for layer in layers]
-        self.d = layers[0].block.pieces["q"].weight.shape[1]
+        self.d = layers[0].block.pieces["q"].shape[1]
         self.widest = max(layer.widest for layer in layers)
         self._decoder: Any = None
-        self._weights: list[nn.Parameter] = []
+        self._weights: list[Tensor] = []
         self._addresses: list[int] = []
         self._expected: tuple[list[dict], list[str], list[Any]] = ([], [], [])  # owner[name] is value
         self._hooks: list[dict] = []
@@ -94,7 +95,7 @@ class DecodeRun:
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self.layers[0].block.pieces["q"].weight.dtype
+        return self.layers[0].block.pieces["q"].dtype
 
     def untouched(self) -> bool:
         """Whether the modules are still what was proved: nobody hooked, replaced or patched a module of them."""
@@ -119,7 +120,10 @@ class DecodeRun:
             weights += own["_parameters"].values()
             hooks += [own["_forward_hooks"], own["_forward_pre_hooks"]]
             expected.append((own, "forward", own.get("forward")))
-            for kind in ("_modules", "_parameters"):
+            quantised = isinstance(module, QuantisedLinear | QuantisedEmbedding)
+            if quantised:
+                weights += own["_buffers"].values()
+            for kind in ("_modules", "_parameters", "_buffers") if quantised else ("_modules", "_parameters"):
                 expected += [(own[kind], name, value) for name, value in own[kind].items()]
         owners, names, values = (list(column) for column in zip(*expected, strict=True))
         self._expected, self._hooks = (owners, names, values), hooks

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moyu import kernels, runtime
+from moyu.blocks import Blocks, QuantisedEmbedding, QuantisedLinear
 from moyu.kernels import cpu
 
 from .layers import Norm, native_linear
@@ -62,18 +63,22 @@ class Angles:
 class Ends:
     """What comes before and after the layers."""
 
-    embedding: nn.Embedding
+    embedding: nn.Embedding | QuantisedEmbedding
     norm: Norm
-    head: nn.Linear
+    head: nn.Linear | QuantisedLinear
     angles: Angles | None
     output: type  # of the model's own forward
 
     def native(self) -> Any:
         """The ends as the extension takes them; pointers are those of the live parameters."""
-        ends, weight = cpu.extension().Ends(), self.embedding.weight
-        ends.embedding, ends.embedding_stride = weight.data_ptr(), weight.stride(0)
-        ends.norm, ends.head = self.norm.native(), native_linear(self.head.weight, self.head.bias)
+        ends = cpu.extension().Ends()
+        ends.embedding, ends.norm = native_linear(_held(self.embedding), None), self.norm.native()
+        ends.head = native_linear(_held(self.head), self.head.bias)
         return ends
+
+
+def _held(module: nn.Module) -> Tensor | Blocks:
+    return module.blocks if isinstance(module, QuantisedEmbedding | QuantisedLinear) else module.weight  # pyright: ignore
 
 
 def whole_step(run: DecodeRun, args: tuple, kwargs: dict[str, Any]) -> Any | None:

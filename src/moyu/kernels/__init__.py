@@ -4,6 +4,9 @@ The three are ``torch.library`` operators (``torch.ops.moyu.neurons``, ``rows``,
 and these thin functions are in front. Any number of rows N is correct; speed is for small decode batches: all rows that
 keep a piece of weight use it while it is in the cache, so it is read once (once per 32 rows in the ``cpu`` back end).
 
+Weights are tensors of x's dtype, or ``Blocks`` (Q8_0, Q4_0), which ``reference`` and ``cpu`` take: x is then rounded to 8 bits,
+a scale for every 32 values, products are sums of integers, and the operators are ``block_neurons``, ``block_rows``, ``block_columns``.
+
 Back ends: ``reference`` (plain torch, defines the meaning), ``cpu`` (C++) and ``gpu`` (Triton). ``use("cpu")`` insists on
 one, ``auto`` takes the device's own for tensors of a dtype it has where it can be used, else ``reference``; ``describe()``
 says which.
@@ -20,8 +23,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moyu.blocks import BLOCK, Blocks, Kind, Order
+
 from . import cpu, gpu, reference
-from .checks import activation, check_columns, check_neurons, check_rows
+from .checks import (
+    activation,
+    check_block_linear,
+    check_block_neurons,
+    check_columns,
+    check_neurons,
+    check_rows,
+)
 from .cpu import ReadCeiling
 from .reference import ACTIVATIONS
 
@@ -39,6 +51,7 @@ __all__ = [
     "neurons",
     "require",
     "rows",
+    "serves",
     "use",
 ]
 
@@ -53,9 +66,9 @@ _counter: ContextVar["ByteCounter | None"] = ContextVar("moyu_byte_counter", def
 
 def neurons(
     x: Tensor,
-    gate: Tensor | None,
-    up: Tensor | None,
-    down: Tensor,
+    gate: Tensor | Blocks | None,
+    up: Tensor | Blocks | None,
+    down: Tensor | Blocks,
     mask: Tensor,
     *,
     act: str,
@@ -80,7 +93,8 @@ def neurons(
         gate: (f, d) or None, ``stride(1) == 1``, any row stride.
         up: (f, d) or None, ``stride(1) == 1``, any row stride.
         down: (d_out, f), ``stride(0) == 1``, any column stride. Fastest is the layout ``neuron_major``: gate, up and
-            down are views of one storage (f, k, d), so that what a neuron needs is side by side.
+            down are views of one storage (f, k, d), so that what a neuron needs is side by side. Or all of them are blocks,
+            gate and up by rows and down by columns.
         mask: (N, f) bool, True = computed. The weights of neurons that no row keeps are not read.
         act: a name in ``ACTIVATIONS``.
         gate_bias, up_bias: (f,) or None.
@@ -94,15 +108,22 @@ def neurons(
         ValueError: a shape, stride, combination or activation that does not fit.
         TypeError: dtypes or devices that differ (all floating tensors share x's), a mask that is not bool.
     """
+    if isinstance(down, Blocks):
+        weights = [_opened(down), *(_opened(w) if isinstance(w, Blocks) else (None, None, "", 0) for w in (gate, up))]
+        if any(isinstance(w, Tensor) for w in (gate, up)):
+            raise TypeError("neurons: down is in blocks and gate or up is not; quantise all of them or none")
+        (down_, gate_, up_) = weights
+        rest = (mask, act, gate_bias, up_bias, down_bias, given)
+        return _op_block_neurons(x, *gate_[:3], *up_[:3], *down_, *rest)
     return _op_neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given)
 
 
-def rows(x: Tensor, weight: Tensor, mask: Tensor | None = None, *, bias: Tensor | None = None) -> Tensor:
+def rows(x: Tensor, weight: Tensor | Blocks, mask: Tensor | None = None, *, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` where the mask keeps an output; skipped outputs are exactly 0, without bias.
 
     Args:
         x: (N, n).
-        weight: (q, n), ``stride(1) == 1``, any row stride.
+        weight: (q, n), ``stride(1) == 1``, any row stride; or blocks by rows.
         mask: (N, q) bool, True = computed, or None = all.
         bias: (q,) or None.
 
@@ -112,15 +133,18 @@ def rows(x: Tensor, weight: Tensor, mask: Tensor | None = None, *, bias: Tensor 
     Raises:
         ValueError, TypeError: as ``neurons``.
     """
+    if isinstance(weight, Blocks):
+        return _op_block_rows(x, *_opened(weight), mask, bias)
     return _op_rows(x, weight, mask, bias)
 
 
-def columns(x: Tensor, weight: Tensor, mask: Tensor, *, bias: Tensor | None = None) -> Tensor:
+def columns(x: Tensor, weight: Tensor | Blocks, mask: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """``sum over kept i of x_i * weight[:, i] + bias``: skipped inputs count as 0, their columns are not read.
 
     Args:
         x: (N, n).
-        weight: (q, n), ``stride(0) == 1`` (layout ``input_major``: weight.T is contiguous), any column stride.
+        weight: (q, n), ``stride(0) == 1`` (layout ``input_major``: weight.T is contiguous), any column stride; or blocks by
+            columns.
         mask: (N, n) bool, True = used.
         bias: (q,) or None.
 
@@ -130,6 +154,8 @@ def columns(x: Tensor, weight: Tensor, mask: Tensor, *, bias: Tensor | None = No
     Raises:
         ValueError, TypeError: as ``neurons``.
     """
+    if isinstance(weight, Blocks):
+        return _op_block_columns(x, *_opened(weight), mask, bias)
     return _op_columns(x, weight, mask, bias)
 
 
@@ -153,6 +179,11 @@ def columns_above(x: Tensor, weight: Tensor, thresholds: Tensor, *, bias: Tensor
 def available() -> dict[str, str | None]:
     """Each back end's name -> None where it can be used here, else the reason and the remedy."""
     return {name: module.unavailable() for name, module in _BACKENDS.items()}
+
+
+def serves(x: Tensor) -> bool:
+    """Whether a call with x would run on kernels rather than on the reference."""
+    return _choose(x) is not reference
 
 
 def require(backend: Backend) -> None:
@@ -212,6 +243,13 @@ def count_bytes() -> Iterator[ByteCounter]:
         _counter.reset(token)
 
 
+def _choose_for_blocks(x: Tensor) -> ModuleType:
+    module = _choose(x)
+    if module is gpu and _asked.get() == "gpu":
+        raise RuntimeError("The gpu back end was asked for but takes no weights in blocks; use('auto') would")
+    return reference if module is gpu else module
+
+
 def _choose(x: Tensor) -> ModuleType:
     asked = _asked.get()
     if asked == "auto":
@@ -252,6 +290,61 @@ _library.define(
 _library.define("rows(Tensor x, Tensor weight, Tensor? mask=None, Tensor? bias=None) -> Tensor")
 _library.define("columns(Tensor x, Tensor weight, Tensor mask, Tensor? bias=None) -> Tensor")
 _library.define("columns_above(Tensor x, Tensor weight, Tensor thresholds, Tensor? bias=None) -> Tensor")
+
+
+_library.define(
+    "block_neurons(Tensor x, Tensor? gate, Tensor? gate_scales, str gate_kind, Tensor? up, Tensor? up_scales, str up_kind, "
+    "Tensor down, Tensor down_scales, str down_kind, int outputs, str order, int inputs, Tensor mask, str act, Tensor? gate_bias=None, "
+    "Tensor? up_bias=None, Tensor? down_bias=None, Tensor? given=None) -> Tensor"
+)
+for _name in ("rows", "columns"):
+    _library.define(
+        f"block_{_name}(Tensor x, Tensor quants, Tensor scales, str kind, int outputs, str order, int inputs, "
+        "Tensor? mask=None, Tensor? bias=None) -> Tensor"
+    )
+
+
+def _opened(weight: Blocks) -> tuple[Tensor, Tensor, Kind, int, Order, int]:
+    return weight.quants, weight.scales, weight.kind, weight.outputs, weight.order, weight.shape[1]
+
+
+def _neuron_blocks(
+    x, gate, gate_scales, gate_kind, up, up_scales, up_kind, down, down_scales, down_kind, outputs, order, inputs
+):
+    def by_rows(quants: Tensor | None, scales: Tensor | None, kind: Kind) -> Blocks | None:
+        if quants is None or scales is None:
+            return None
+        width = x.shape[1] if scales.shape[1] == -(-x.shape[1] // BLOCK) else None  # None: too many, or too few
+        return Blocks(kind, quants, scales, len(quants), inputs=width)
+
+    opened = by_rows(gate, gate_scales, gate_kind), by_rows(up, up_scales, up_kind)
+    return x, *opened, Blocks(down_kind, down, down_scales, outputs, order, inputs)
+
+
+def _run_block_neurons(*args):
+    passed = (*_neuron_blocks(*args[:13]), *args[13:15], *(args[15:] + (None,) * (19 - len(args))))
+    check_block_neurons(*passed)
+    return _finish("neurons", _choose_for_blocks(passed[0]).block_neurons(*passed))
+
+
+def _run_block_rows(x, quants, scales, kind, outputs, order, inputs, mask=None, bias=None):
+    weight = Blocks(kind, quants, scales, outputs, order, inputs)
+    check_block_linear("rows", x, weight, mask, bias)
+    return _finish("rows", _choose_for_blocks(x).block_rows(x, weight, mask, bias))
+
+
+def _run_block_columns(x, quants, scales, kind, outputs, order, inputs, mask=None, bias=None):
+    weight = Blocks(kind, quants, scales, outputs, order, inputs)
+    check_block_linear("columns", x, weight, mask, bias)
+    return _finish("columns", _choose_for_blocks(x).block_columns(x, weight, mask, bias))
+
+
+def _fake_block_neurons(x, gate, gs, gk, up, us, uk, down, ds, dk, outputs, *rest):
+    return x.new_empty((x.shape[0], outputs))
+
+
+def _fake_block_linear(x, quants, scales, kind, outputs, *rest):
+    return x.new_empty((x.shape[0], outputs))
 
 
 def _run_neurons(x, gate, up, down, mask, act, gate_bias=None, up_bias=None, down_bias=None, given=None):
@@ -303,6 +396,9 @@ for _name, _run, _fake in (
     ("rows", _run_rows, _fake_rows),
     ("columns", _run_columns, _fake_columns),
     ("columns_above", _run_columns_above, _fake_columns_above),
+    ("block_neurons", _run_block_neurons, _fake_block_neurons),
+    ("block_rows", _run_block_rows, _fake_block_linear),
+    ("block_columns", _run_block_columns, _fake_block_linear),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moyu::{_name}", _fake, lib=_library)
@@ -311,3 +407,6 @@ _op_neurons = torch.ops.moyu.neurons.default
 _op_rows = torch.ops.moyu.rows.default
 _op_columns = torch.ops.moyu.columns.default
 _op_columns_above = torch.ops.moyu.columns_above.default
+_op_block_neurons = torch.ops.moyu.block_neurons.default
+_op_block_rows = torch.ops.moyu.block_rows.default
+_op_block_columns = torch.ops.moyu.block_columns.default

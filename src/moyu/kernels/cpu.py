@@ -1,6 +1,7 @@
 """The C++ kernels: float32, bfloat16 and float16 on the CPU, with AVX-512, AVX2 or portable code chosen at run time.
 
-MOYU_ISA=avx512bf16|avx512|avx2|portable asks for one of them. Threads: as many as torch.get_num_threads() says at each call.
+MOYU_ISA=avx512bf16|avx512vnni|avx512|avxvnni|avx2|portable asks for one of them. Threads: as many
+as torch.get_num_threads() says at each call.
 Each function returns its output and the bytes of weights and biases that were read, added up where they are read.
 """
 
@@ -10,9 +11,12 @@ import mmap
 import os
 import statistics
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from moyu.blocks import Blocks
 
 _REMEDY = "install moyu where there is a C++17 compiler (g++ or clang), or run `make setup` in a checkout"
 try:
@@ -26,6 +30,7 @@ except (ImportError, RuntimeError) as error:  # not built, built for another Pyt
         _why_not = str(error)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KIND_CODES = {"q8_0": 1, "q4_0": 2}  # enum Kind of kernels.h
 _CODES: dict[str, int] = {} if _cpu is None else {name: code for code, name in enumerate(_cpu.activations)}
 if _CODES:
     _CODES["gelu_new"] = _CODES["gelu_pytorch_tanh"] = _CODES["gelu_tanh"]
@@ -133,6 +138,91 @@ def _multiply(kernel, x: Tensor, weight: Tensor, stride: int, mask: Tensor | Non
         x.stride(0),
         weight.data_ptr(),
         stride,
+        0 if mask is None else mask.data_ptr(),
+        0 if mask is None else mask.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+    )
+    return y, read
+
+
+def native_blocks(weight: Blocks | None) -> Any:
+    """Blocks as the extension takes them; pointers are those of the live tensors."""
+    if weight is None:
+        return extension().Blocks(0, 0, 0, 0, 0)
+    quants, scales = weight.quants, weight.scales
+    return extension().Blocks(
+        KIND_CODES[weight.kind],
+        quants.data_ptr(),
+        quants.stride(0),
+        scales.data_ptr(),
+        scales.stride(0) * scales.element_size(),
+    )
+
+
+def block_neurons(
+    x: Tensor,
+    gate: Blocks | None,
+    up: Blocks | None,
+    down: Blocks,
+    mask: Tensor,
+    act: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    given: Tensor | None,
+) -> tuple[Tensor, int]:
+    x, mask = _inner(x), _inner(mask)
+    given = None if given is None else _inner(given)
+    (n, d), (d_out, f) = x.shape, down.shape
+    y = torch.empty((n, d_out), dtype=x.dtype)
+    read = extension().block_neurons(
+        _DTYPES[x.dtype],
+        _CODES[act],
+        torch.get_num_threads(),
+        n,
+        d,
+        f,
+        d_out,
+        x.data_ptr(),
+        x.stride(0),
+        native_blocks(gate),
+        native_blocks(up),
+        native_blocks(down),
+        mask.data_ptr(),
+        mask.stride(0),
+        0 if gate_bias is None else gate_bias.data_ptr(),
+        0 if up_bias is None else up_bias.data_ptr(),
+        0 if down_bias is None else down_bias.data_ptr(),
+        0 if given is None else given.data_ptr(),
+        0 if given is None else given.stride(0),
+        y.data_ptr(),
+    )
+    return y, read
+
+
+def block_rows(x: Tensor, weight: Blocks, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
+    return _block_multiply(extension().block_rows, x, weight, mask, bias)
+
+
+def block_columns(x: Tensor, weight: Blocks, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+    return _block_multiply(extension().block_columns, x, weight, mask, bias)
+
+
+def _block_multiply(kernel, x: Tensor, weight: Blocks, mask: Tensor | None, bias: Tensor | None):
+    x = _inner(x)
+    mask = None if mask is None else _inner(mask)
+    (n_rows, n), q = x.shape, weight.outputs
+    y = torch.empty((n_rows, q), dtype=x.dtype)
+    read = kernel(
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+        n_rows,
+        n,
+        q,
+        x.data_ptr(),
+        x.stride(0),
+        native_blocks(weight),
         0 if mask is None else mask.data_ptr(),
         0 if mask is None else mask.stride(0),
         0 if bias is None else bias.data_ptr(),

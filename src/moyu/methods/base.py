@@ -272,13 +272,11 @@ def whole_lines(size: int) -> int:
 
 
 def _row_bytes(block: Block, name: str) -> int:
-    weight = block.pieces[name].weight
-    return whole_lines(weight.shape[1] * weight.element_size())
+    return whole_lines(block.pieces[name].row_bytes)
 
 
 def _column_bytes(block: Block, name: str) -> int:
-    weight = block.pieces[name].weight
-    return whole_lines(weight.shape[0] * weight.element_size())
+    return whole_lines(block.pieces[name].column_bytes)
 
 
 def _has_columns(block: Block, name: str) -> bool:
@@ -287,7 +285,7 @@ def _has_columns(block: Block, name: str) -> bool:
 
 def column_site(block: Block, reads: Tap, *linears: str) -> Site:
     """Skip columns (input channels) of the linears that take one input: one mask for all of them."""
-    width = block.pieces[linears[0]].weight.shape[1]
+    width = block.pieces[linears[0]].shape[1]
     size = sum(_column_bytes(block, n) for n in linears)
     return Site(block.layer, reads, "columns", linears, width, size, block.expert)
 
@@ -319,9 +317,11 @@ def head_site(block: Block, *, groups: bool = False) -> Site:
     groups: a unit is the query heads that share keys and values.
     """
     reader = "q" if "q" in block.pieces else "qkv"
-    weights = [block.pieces[n].weight for n in ("q", "o") if n in block.pieces]
+    pieces = block.pieces
     units = block.kv_heads if groups else block.heads
-    size = sum(whole_lines(w.numel() * w.element_size() // units) for w in weights)
+    rows = pieces["q"].row_bytes * pieces["q"].shape[0] if "q" in pieces else 0
+    columns = pieces["o"].column_bytes * pieces["o"].shape[1]
+    size = sum(whole_lines(held // units) for held in (rows, columns) if held)
     return Site(block.layer, "attn_in", "heads", (reader, "o"), units, size)
 
 

@@ -3,6 +3,7 @@
 // Values are rounded to the model's type where the layers' own modules round them.
 #pragma once
 
+#include "blocks.h"
 #include "linear.h"
 #include "neurons.h"
 
@@ -84,6 +85,7 @@ class Decoding {
             own[t].zeroed = arena.take<T>(a.rows * a.widest);
             own[t].any = arena.take<uint8_t>(a.widest);
             own[t].kept = arena.take<int32_t>(a.widest);
+            own[t].rounded = Rounded::take(arena, a.rows, a.widest);
             own[t].scores = arena.take<float>(a.past + 1 + kTogether);
         }
     }
@@ -92,14 +94,21 @@ class Decoding {
         const int64_t wide = a.rows * round_up(a.widest);
         return 16 * wide + 12 * a.threads * wide + 8 * a.threads +
                a.threads * (4 * a.rows * a.d + 20 * wide + (a.rows + 5) * a.widest + 4 * (a.past + 1 + kTogether)) +
-               kLineBytes * (10 + 10 * a.threads);
+               a.threads * Rounded::room(a.rows, a.widest) + kLineBytes * (10 + 14 * a.threads);
     }
 
     void run(const Team &team) {
         Own &my = own[team.thread];
         for (int64_t r = 0; r < a.rows; ++r) {
-            const T *from = a.ends ? at<T>(a.ends->embedding, a.ids[r] * a.ends->embedding_stride) : at<T>(a.hidden, r * a.d);
-            for (int64_t i = 0; i < a.d; ++i) my.hidden[r * a.d + i] = widen(from[i]);
+            float *to = my.hidden + r * a.d;
+            if (a.ends && a.ends->embedding.kind != Kind::plain) {
+                widen_row(blocks(a.ends->embedding), a.ids[r], a.d, to);
+                for (int64_t i = 0; i < a.d; ++i) to[i] = rounded<T>(to[i]);
+            } else {
+                const DecodeLinear *table = a.ends ? &a.ends->embedding : nullptr;
+                const T *from = table ? at<T>(table->weight, a.ids[r] * table->stride) : at<T>(a.hidden, r * a.d);
+                for (int64_t i = 0; i < a.d; ++i) to[i] = widen(from[i]);
+            }
         }
         for (int64_t l = 0; l < a.count; ++l) {
             attend(a.layers[l], a.memory[l], my, team);
@@ -128,6 +137,8 @@ class Decoding {
         Factor<T> *x;
         uint8_t *mask, *any;
         int32_t *kept;
+        Rounded rounded;
+        const T *rounded_from;  // what it holds; null = nothing that may be used again
     };
     const DecodeArgs &a;
     int64_t sums_size;
@@ -141,7 +152,22 @@ class Decoding {
             normalize<T>(norm, my.hidden + r * a.d, a.d, my.values);
             for (int64_t i = 0; i < a.d; ++i) narrow(my.values[i], my.stored[r * a.d + i]);
         }
-        load_rows<T>(my.stored, a.d, a.rows, a.d, my.x);
+        take(my.stored, a.d, my);
+    }
+
+    // x (rows, n) as products by rows take it.
+    void take(const T *x, int64_t n, Own &my) {
+        load_rows<T>(x, n, a.rows, n, my.x);
+        my.rounded_from = nullptr;
+    }
+    Rounded round(const T *x, int64_t n, Own &my) {
+        const Rounded to = my.rounded.fitted(n);
+        if (my.rounded_from != x) fill_rows<T>(to, x, n, a.rows, n);
+        my.rounded_from = x;
+        return to;
+    }
+    static Blocks blocks(const DecodeLinear &w) {
+        return {w.kind, at<uint8_t>(w.weight, 0), w.stride, at<uint8_t>(w.scales, 0), w.scales_stride};
     }
 
     // my.kept = the pieces that a row keeps, by |x_i| * factor_i > threshold in the model's type (as the method computes it).
@@ -160,19 +186,30 @@ class Decoding {
     // This thread's part of out (rows, q) = x · Wᵀ: whole outputs, or sums that `finish` brings together.
     void start(const DecodeLinear &w, const T *x, Own &my, const Team &team, T *out, float *area) {
         LinearArgs args = {a.rows, w.n, w.q, a.threads, x, w.n, w.weight, w.stride, nullptr, 0, w.bias, out};
+        const bool in_blocks = w.kind != Kind::plain;
         if (!w.by_columns) {
-            bytes[team.thread] += rows_share<T>(args, my.x, nullptr, w.q, team);
+            bytes[team.thread] += in_blocks ? block_rows_share<T>(args, blocks(w), round(x, w.n, my), nullptr, w.q, team)
+                                            : rows_share<T>(args, my.x, nullptr, w.q, team);
             return;
         }
         const int64_t count = decide(w, x, w.n, my);
         args.mask = my.mask;
         args.mask_stride = w.n;
+        if (in_blocks) {
+            float *sums = area + team.thread * sums_size_of(w);
+            bytes[team.thread] += block_columns_share<T>(args, blocks(w), my.kept, count, team, sums);
+            return;
+        }
         take_together<T>(args, count, my.zeroed);
         bytes[team.thread] += columns_share<T>(args, my.kept, count, team, area + team.thread * sums_size_of(w));
     }
     int64_t sums_size_of(const DecodeLinear &w) const { return a.rows * round_up(w.q); }
     void finish(const DecodeLinear &w, const Team &team, T *out, float *area) {
-        if (w.by_columns) bytes[team.thread] += write_sums<T>(area, team.threads, a.rows, w.q, w.bias, out, team);
+        if (w.by_columns) bytes[team.thread] += write(w, area, team, w.q, out);
+    }
+    int64_t write(const DecodeLinear &w, const float *area, const Team &team, int64_t n, T *out) const {
+        return w.kind == Kind::plain ? write_sums<T>(area, team.threads, a.rows, n, w.bias, out, team)
+                                     : write_sums<T, false>(area, team.threads, a.rows, n, w.bias, out, team);
     }
 
     void add(const T *part, Own &my) {
@@ -195,7 +232,7 @@ class Decoding {
         for (int64_t unit = units.begin; unit < units.end; ++unit)
             attend_group(layer, memory, unit / layer.kv_heads, unit % layer.kv_heads, my);
         team.wait();
-        load_rows<T>(y, layer.o.n, a.rows, layer.o.n, my.x);
+        take(y, layer.o.n, my);
         start(layer.o, y, my, team, v, sums[0]);  // v: the network's first products write q and k without waiting
         team.wait();
         if (layer.o.by_columns) {
@@ -279,7 +316,7 @@ class Decoding {
         if (gated)
             for (int64_t i = share.begin; i < share.end; ++i) narrow(widen(v[i]) * widen(k[i]), v[i]);
         team.wait();
-        load_rows<T>(v, layer.down.n, a.rows, layer.down.n, my.x);
+        take(v, layer.down.n, my);
         start(layer.down, v, my, team, y, sums[2]);
         team.wait();
         if (layer.down.by_columns) {
@@ -325,9 +362,15 @@ class Decoding {
             args.mask_stride = f;
         }
         const int64_t size = a.rows * round_up(a.d);
-        bytes[team.thread] += neurons_share<T>(args, my.x, kept, count, team, sums[0] + team.thread * size);
+        float *own_sums = sums[0] + team.thread * size;
+        if (layer.down.kind == Kind::plain)
+            bytes[team.thread] += neurons_share<T>(args, my.x, kept, count, team, own_sums);
+        else
+            bytes[team.thread] +=
+                block_neurons_share<T>(args, blocks(layer.gate), blocks(layer.up), blocks(layer.down),
+                                       round(my.stored, a.d, my), kept, count, team, own_sums);
         team.wait();
-        bytes[team.thread] += write_sums<T>(sums[0], team.threads, a.rows, a.d, layer.down.bias, y, team);
+        bytes[team.thread] += write(layer.down, sums[0], team, a.d, y);
         team.wait();
     }
 };

@@ -42,6 +42,17 @@ struct LinearArgs {          // both `rows` and `columns`
     void *out;               // (rows, q), contiguous
 };
 
+// A weight as blocks of 32 values with one fp16 scale each; src/moyu/blocks.py says how they lie. Strides are in bytes: from
+// one row to the next, or from one column, and from one row of scales, to the next.
+enum class Kind : int { plain, q8_0, q4_0 };
+struct Blocks {
+    Kind kind;
+    const uint8_t *quants;
+    int64_t quants_stride;
+    const uint8_t *scales;
+    int64_t scales_stride;
+};
+
 // A decode step of consecutive decoder layers. Nothing here has initialisers (see above): make them with {}.
 struct DecodeNorm {          // RMSNorm, or LayerNorm where `centred`
     const void *weight;      // null = none
@@ -58,6 +69,9 @@ struct DecodeLinear {
     bool by_columns;         // skip columns whose |x_i| * factor_i is not above the threshold
     float threshold;
     const void *factor;      // (n,) float or null = 1
+    Kind kind;               // not plain: `weight` are quants, and strides are bytes
+    const void *scales;
+    int64_t scales_stride;
 };
 
 // How the network skips: each product by columns (or not at all), or whole neurons by a mask that is known before
@@ -86,8 +100,7 @@ static_assert(sizeof(DecodeMemory) == 8 * sizeof(int64_t), "the array of integer
 
 // What comes before and after the layers.
 struct DecodeEnds {
-    const void *embedding;   // (vocabulary, d), a row contiguous
-    int64_t embedding_stride;
+    DecodeLinear embedding;  // (vocabulary, d), by rows
     DecodeNorm norm;
     DecodeLinear head;       // by rows
 };
@@ -114,13 +127,19 @@ struct Table {
     int64_t (*neurons[3])(const NeuronsArgs &);
     int64_t (*rows[3])(const LinearArgs &);
     int64_t (*columns[3])(const LinearArgs &);
+    // The same with weights in blocks, whose own addresses the arguments leave out (of gate and up: those not null are used).
+    int64_t (*block_neurons[3])(const NeuronsArgs &, const Blocks &gate, const Blocks &up, const Blocks &down);
+    int64_t (*block_rows[3])(const LinearArgs &, const Blocks &);
+    int64_t (*block_columns[3])(const LinearArgs &, const Blocks &);
     int64_t (*decode[3])(const DecodeArgs &);
     uint64_t (*read)(const void *data, int64_t bytes, int loop, int64_t threads);
 };
 constexpr int kReadLoops = 5;
 
 const Table *avx512bf16_table();  // null where it was not compiled in
+const Table *avx512vnni_table();
 const Table *avx512_table();
+const Table *avxvnni_table();
 const Table *avx2_table();
 const Table *portable_table();
 

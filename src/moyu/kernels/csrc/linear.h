@@ -97,12 +97,7 @@ int64_t rows_block(const LinearArgs &a) {
         for (int64_t i = 0; i < a.rows * a.q; ++i) static_cast<T *>(a.out)[i] = T{};
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.q, any, kept);
     auto work = [&](const moyu::Team &team) { bytes[team.thread] = rows_share<T>(a, x, kept, count, team); };
-    for (int64_t t = 0; t < a.threads; ++t) bytes[t] = 0;
-    run_parallel(threads_for(count * a.n * static_cast<int64_t>(sizeof(T)), count, a.threads), work);
-
-    int64_t total = 0;
-    for (int64_t t = 0; t < a.threads; ++t) total += bytes[t];
-    return total;
+    return total_of(bytes, a.threads, threads_for(count * a.n * static_cast<int64_t>(sizeof(T)), count, a.threads), work);
 }
 
 template <class T>
@@ -123,25 +118,13 @@ int64_t columns_block(const LinearArgs &args) {
         bytes[team.thread] +=
             write_sums<T>(sums, team.threads, a.rows, a.q, a.bias, static_cast<T *>(a.out), team);
     };
-    for (int64_t t = 0; t < a.threads; ++t) bytes[t] = 0;
-    run_parallel(threads_for(count * a.q * static_cast<int64_t>(sizeof(T)), count, a.threads), work);
-
-    int64_t total = 0;
-    for (int64_t t = 0; t < a.threads; ++t) total += bytes[t];
-    return total;
+    return total_of(bytes, a.threads, threads_for(count * a.q * static_cast<int64_t>(sizeof(T)), count, a.threads), work);
 }
 
 template <class T, int64_t (*block)(const LinearArgs &)>
 int64_t by_blocks(const LinearArgs &all) {
     int64_t bytes = 0;
-    for (int64_t row = 0; row < all.rows; row += kRowBlock) {
-        LinearArgs a = all;
-        a.rows = all.rows - row < kRowBlock ? all.rows - row : kRowBlock;
-        a.x = at<T>(all.x, row * all.x_stride);
-        if (all.mask) a.mask = all.mask + row * all.mask_stride;
-        a.out = static_cast<T *>(all.out) + row * all.q;
-        bytes += block(a);
-    }
+    for (int64_t row = 0; row < all.rows; row += kRowBlock) bytes += block(rows_of<T>(all, row));
     return bytes;
 }
 

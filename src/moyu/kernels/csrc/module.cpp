@@ -4,6 +4,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -21,20 +25,32 @@ bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+// By hand: not every compiler that has the instructions knows their name here.
+bool has_avxvnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 #else
 bool has_avx512() { return false; }
 bool has_avx512bf16() { return false; }
+bool has_avx512vnni() { return false; }
 bool has_avx2() { return false; }
+bool has_avxvnni() { return false; }
 #endif
 
 std::vector<const Table *> usable_tables() {  // best first
     std::vector<const Table *> tables;
     if (avx512bf16_table() != nullptr && has_avx512bf16()) tables.push_back(avx512bf16_table());
+    if (avx512vnni_table() != nullptr && has_avx512vnni()) tables.push_back(avx512vnni_table());
     if (avx512_table() != nullptr && has_avx512()) tables.push_back(avx512_table());
+    if (avxvnni_table() != nullptr && has_avxvnni()) tables.push_back(avxvnni_table());
     if (avx2_table() != nullptr && has_avx2()) tables.push_back(avx2_table());
     tables.push_back(portable_table());
     return tables;
@@ -79,6 +95,27 @@ int64_t multiply(int dtype, int64_t threads, int64_t rows, int64_t n, int64_t q,
     return by_columns ? table->columns[dtype](args) : table->rows[dtype](args);
 }
 
+int64_t block_neurons(int dtype, int act, int64_t threads, int64_t rows, int64_t d, int64_t f, int64_t d_out, uintptr_t x,
+                      int64_t x_stride, const Blocks &gate, const Blocks &up, const Blocks &down, uintptr_t mask,
+                      int64_t mask_stride, uintptr_t gate_bias, uintptr_t up_bias, uintptr_t down_bias, uintptr_t given,
+                      int64_t given_stride, uintptr_t out) {
+    const NeuronsArgs args = {rows, d, f, d_out, threads, static_cast<Act>(act), pointer(x), x_stride, gate.quants,
+                              gate.quants_stride, up.quants, up.quants_stride, down.quants, down.quants_stride,
+                              static_cast<const uint8_t *>(pointer(mask)), mask_stride, pointer(gate_bias),
+                              pointer(up_bias), pointer(down_bias), pointer(given), given_stride,
+                              reinterpret_cast<void *>(out)};
+    return table->block_neurons[dtype](args, gate, up, down);
+}
+
+template <bool by_columns>
+int64_t block_multiply(int dtype, int64_t threads, int64_t rows, int64_t n, int64_t q, uintptr_t x, int64_t x_stride,
+                       const Blocks &weight, uintptr_t mask, int64_t mask_stride, uintptr_t bias, uintptr_t out) {
+    const LinearArgs args = {rows, n, q, threads, pointer(x), x_stride, weight.quants, weight.quants_stride,
+                             static_cast<const uint8_t *>(pointer(mask)), mask_stride, pointer(bias),
+                             reinterpret_cast<void *>(out)};
+    return by_columns ? table->block_columns[dtype](args, weight) : table->block_rows[dtype](args, weight);
+}
+
 // Fields that hold addresses are integers in Python.
 template <class C>
 void def_address(nb::class_<C> &cls, const char *name, const void *C::*field) {
@@ -120,6 +157,10 @@ void bind_decode(nb::module_ &m) {
     def_address(linear, "weight", &DecodeLinear::weight);
     def_address(linear, "bias", &DecodeLinear::bias);
     def_address(linear, "factor", &DecodeLinear::factor);
+    def_address(linear, "scales", &DecodeLinear::scales);
+    linear.def_rw("scales_stride", &DecodeLinear::scales_stride);
+    linear.def_prop_rw("kind", [](const DecodeLinear &self) { return static_cast<int>(self.kind); },
+                       [](DecodeLinear &self, int value) { self.kind = static_cast<Kind>(value); });
     linear.def_rw("stride", &DecodeLinear::stride).def_rw("n", &DecodeLinear::n).def_rw("q", &DecodeLinear::q);
     linear.def_rw("by_columns", &DecodeLinear::by_columns).def_rw("threshold", &DecodeLinear::threshold);
 
@@ -139,8 +180,7 @@ void bind_decode(nb::module_ &m) {
 
     nb::class_<DecodeEnds> ends(m, "Ends");
     ends.def("__init__", [](DecodeEnds *self) { new (self) DecodeEnds{}; });
-    def_address(ends, "embedding", &DecodeEnds::embedding);
-    ends.def_rw("embedding_stride", &DecodeEnds::embedding_stride).def_rw("norm", &DecodeEnds::norm);
+    ends.def_rw("embedding", &DecodeEnds::embedding).def_rw("norm", &DecodeEnds::norm);
     ends.def_rw("head", &DecodeEnds::head);
 
     nb::class_<Decoder>(m, "Decoder")
@@ -158,6 +198,15 @@ NB_MODULE(_cpu, m) {
     m.def("neurons", &neurons, release());
     m.def("rows", &multiply<false>, release());
     m.def("columns", &multiply<true>, release());
+    nb::class_<Blocks>(m, "Blocks")
+        .def("__init__", [](Blocks *self, int kind, uintptr_t quants, int64_t quants_stride, uintptr_t scales,
+                            int64_t scales_stride) {
+            new (self) Blocks{static_cast<Kind>(kind), static_cast<const uint8_t *>(pointer(quants)), quants_stride,
+                              static_cast<const uint8_t *>(pointer(scales)), scales_stride};
+        });
+    m.def("block_neurons", &block_neurons, release());
+    m.def("block_rows", &block_multiply<false>, release());
+    m.def("block_columns", &block_multiply<true>, release());
     m.def("read", [](uintptr_t data, int64_t bytes, int loop, int64_t threads) {
         return table->read(pointer(data), bytes, loop, threads);
     }, release());

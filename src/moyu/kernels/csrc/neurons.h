@@ -86,28 +86,15 @@ int64_t neurons_block(const NeuronsArgs &a) {
         bytes[team.thread] +=
             write_sums<T>(sums, team.threads, a.rows, a.d_out, a.down_bias, static_cast<T *>(a.out), team);
     };
-    for (int64_t t = 0; t < a.threads; ++t) bytes[t] = 0;
     const int64_t parts = (a.gate ? 1 : 0) + (a.up ? 1 : 0);
     const int64_t work_bytes = count * (parts * a.d + a.d_out) * static_cast<int64_t>(sizeof(T));
-    run_parallel(threads_for(work_bytes, count, a.threads), work);
-
-    int64_t total = 0;
-    for (int64_t t = 0; t < a.threads; ++t) total += bytes[t];
-    return total;
+    return total_of(bytes, a.threads, threads_for(work_bytes, count, a.threads), work);
 }
 
 template <class T>
 int64_t neurons(const NeuronsArgs &all) {
     int64_t bytes = 0;
-    for (int64_t row = 0; row < all.rows; row += kRowBlock) {
-        NeuronsArgs a = all;
-        a.rows = all.rows - row < kRowBlock ? all.rows - row : kRowBlock;
-        a.x = at<T>(all.x, row * all.x_stride);
-        a.mask = all.mask + row * all.mask_stride;
-        if (all.given) a.given = at<T>(all.given, row * all.given_stride);
-        a.out = static_cast<T *>(all.out) + row * all.d_out;
-        bytes += neurons_block<T>(a);
-    }
+    for (int64_t row = 0; row < all.rows; row += kRowBlock) bytes += neurons_block<T>(rows_of<T>(all, row));
     return bytes;
 }
 

@@ -422,8 +422,8 @@ inline void accumulate(const Takers &takers, W weights, const float (*scale)[kTo
 
 // out (rows, n) = sum over threads of sums (threads, rows, padded n) + bias, always in the order of the threads, for the
 // elements that are this thread's; returns their bytes of bias. The sums lie as Vec::load2 took the weights: where it
-// splits, the even elements, then the odd ones.
-template <class T>
+// splits, the even elements, then the odd ones; in their order where `split` is false.
+template <class T, bool split = Vec::split<T>>
 int64_t write_sums(const float *sums, int64_t threads, int64_t rows, int64_t n, const void *bias, T *out,
                    const moyu::Team &team) {
     constexpr int W = Vec::width;
@@ -443,11 +443,42 @@ int64_t write_sums(const float *sums, int64_t threads, int64_t rows, int64_t n, 
             Vec::store(total + W, b);
             const int count = n - i < 2 * W ? static_cast<int>(n - i) : 2 * W;
             for (int k = 0; k < count; ++k) {
-                const float sum = Vec::split<T> ? total[k % 2 * W + k / 2] : total[k];
+                const float sum = split ? total[k % 2 * W + k / 2] : total[k];
                 narrow(sum + bias_at<T>(bias, i + k), out[i + k]);
             }
         }
     return bias && end > begin ? (end - begin) * static_cast<int64_t>(sizeof(T)) : 0;
+}
+
+// Run the work on a team of at most `wanted` of `threads` and add up the bytes that each has noted.
+template <class F>
+int64_t total_of(int64_t *bytes, int64_t threads, int64_t wanted, F &work) {
+    for (int64_t t = 0; t < threads; ++t) bytes[t] = 0;
+    run_parallel(wanted, work);
+    int64_t total = 0;
+    for (int64_t t = 0; t < threads; ++t) total += bytes[t];
+    return total;
+}
+
+// At most kRowBlock rows of a product, from `row` on.
+template <class T>
+LinearArgs rows_of(const LinearArgs &all, int64_t row) {
+    LinearArgs a = all;
+    a.rows = all.rows - row < kRowBlock ? all.rows - row : kRowBlock;
+    a.x = at<T>(all.x, row * all.x_stride);
+    if (all.mask) a.mask = all.mask + row * all.mask_stride;
+    a.out = static_cast<T *>(all.out) + row * all.q;
+    return a;
+}
+template <class T>
+NeuronsArgs rows_of(const NeuronsArgs &all, int64_t row) {
+    NeuronsArgs a = all;
+    a.rows = all.rows - row < kRowBlock ? all.rows - row : kRowBlock;
+    a.x = at<T>(all.x, row * all.x_stride);
+    a.mask = all.mask + row * all.mask_stride;
+    if (all.given) a.given = at<T>(all.given, row * all.given_stride);
+    a.out = static_cast<T *>(all.out) + row * all.d_out;
+    return a;
 }
 
 // Successive arrays out of the calling thread's scratch memory, each on its own lines.

@@ -8,7 +8,11 @@
 namespace {
 
 struct Vec {
+#ifdef __AVXVNNI__
+    static constexpr const char *isa = "avxvnni";
+#else
     static constexpr const char *isa = "avx2";
+#endif
     static constexpr int width = 8;
     using Reg = __m256;
 

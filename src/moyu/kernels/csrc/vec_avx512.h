@@ -8,8 +8,10 @@
 namespace {
 
 struct Vec {
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__)
     static constexpr const char *isa = "avx512bf16";
+#elif defined(__AVX512VNNI__)
+    static constexpr const char *isa = "avx512vnni";
 #else
     static constexpr const char *isa = "avx512";
 #endif

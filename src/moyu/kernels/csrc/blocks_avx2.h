@@ -1,0 +1,213 @@
+// Integer products of blocks in 256 bits: AVX2, and the same with VNNI's one instruction for two where there is one.
+#pragma once
+
+#include <immintrin.h>
+
+#include "blocks_rest.h"
+
+namespace {
+
+// acc + for each of 8 lanes the sum of 4 products of unsigned and signed bytes. Without VNNI pairs are summed in 16 bits first:
+// 2 * 128 * 127 fits, 2 * 255 * 127 does not, and no caller has more than 128.
+inline __m256i add_bytes(__m256i acc, __m256i u, __m256i s) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(acc, u, s);
+#elif defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(acc, u, s);
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+#endif
+}
+// The same of two signed ones: the sign of `w` goes to `s`.
+inline __m256i add_signed(__m256i acc, __m256i w, __m256i s) {
+    return add_bytes(acc, _mm256_sign_epi8(w, w), _mm256_sign_epi8(s, w));
+}
+
+inline __m256i load_bytes(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
+inline __m256 load_halves(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
+inline __m256 load_halves(const uint8_t *p, int count) {  // 8 of them, 0 beyond the count
+    uint8_t all[16] = {};
+    for (int i = 0; i < 2 * count; ++i) all[i] = p[i];
+    return load_halves(all);
+}
+
+inline float sum_lanes(__m256 a) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
+// out[c] = row c · x for C rows of Q8_0 in lockstep; `then` (or null) is prefetched line by line.
+template <int C>
+inline void dot_q8(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *then, const int8_t *x,
+                   const float *x_scale, int64_t blocks, float *out) {
+    __m256 sum[C];
+    for (int c = 0; c < C; ++c) sum[c] = _mm256_setzero_ps();
+    for (int64_t b = 0; b < blocks; b += 8) {
+        const int count = blocks - b < 8 ? static_cast<int>(blocks - b) : 8;
+        const __m256 xs = _mm256_loadu_ps(x_scale + b);
+        alignas(32) float scale[C][8];
+        for (int c = 0; c < C; ++c) {
+            const __m256 s = count == 8 ? load_halves(scales[c] + 2 * b) : load_halves(scales[c] + 2 * b, count);
+            _mm256_store_ps(scale[c], _mm256_mul_ps(s, xs));
+            if (then) prefetch<256>(then[c] + 32 * b);
+        }
+        const auto block = [&](int k) {
+            const __m256i xq = load_bytes(x + 32 * (b + k));
+            for (int c = 0; c < C; ++c) {
+                const __m256i products = add_signed(_mm256_setzero_si256(), load_bytes(w[c] + 32 * (b + k)), xq);
+                sum[c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_broadcast_ss(scale[c] + k), sum[c]);
+            }
+        };
+        if (count == 8) {
+            for (int k = 0; k < 8; ++k) block(k);
+        } else {
+            for (int k = 0; k < count; ++k) block(k);
+        }
+    }
+    for (int c = 0; c < C && then; ++c) prefetch<128>(then[c] + 32 * blocks);
+    for (int c = 0; c < C; ++c) out[c] = sum_lanes(sum[c]);
+}
+
+// The same for Q4_0, two blocks at a time; codes stand for code - 8, which `x_sums` makes up for.
+template <int C>
+inline void dot_q4(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *then, const int8_t *x,
+                   const float *x_scale, const float *x_sums, int64_t blocks, float *out) {
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256 sum[C];
+    for (int c = 0; c < C; ++c) sum[c] = _mm256_setzero_ps();
+    for (int64_t b = 0; b < blocks; b += 8) {
+        const int count = blocks - b < 8 ? static_cast<int>(blocks - b) : 8;
+        const __m256 xs = _mm256_loadu_ps(x_scale + b), less = _mm256_loadu_ps(x_sums + b);
+        __m256 scale[C];
+        for (int c = 0; c < C; ++c) {
+            const __m256 s = count == 8 ? load_halves(scales[c] + 2 * b) : load_halves(scales[c] + 2 * b, count);
+            scale[c] = _mm256_mul_ps(s, xs);
+            sum[c] = _mm256_fmadd_ps(s, less, sum[c]);
+            if (then) prefetch<128>(then[c] + 16 * b);
+        }
+        const auto pair = [&](int k, auto load) {
+            const __m256i first = load_bytes(x + 32 * (b + k)), second = load_bytes(x + 32 * (b + k) + 32);
+            const __m256i lanes = _mm256_setr_epi32(k, k, k, k, k + 1, k + 1, k + 1, k + 1);
+            for (int c = 0; c < C; ++c) {
+                const __m256i both = load(w[c] + 16 * (b + k));
+                const __m256i front = _mm256_and_si256(both, low), back = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+                __m256i products = _mm256_setzero_si256();
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+                products = add_bytes(add_bytes(products, front, first), back, second);
+#else
+                products = _mm256_add_epi16(_mm256_maddubs_epi16(front, first), _mm256_maddubs_epi16(back, second));
+                products = _mm256_madd_epi16(products, _mm256_set1_epi16(1));
+#endif
+                sum[c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_permutevar8x32_ps(scale[c], lanes), sum[c]);
+            }
+        };
+        const auto whole = [](const uint8_t *p) { return load_bytes(p); };
+        if (count == 8) {
+            for (int k = 0; k < 8; k += 2) pair(k, whole);
+        } else {
+            int k = 0;
+            for (; k + 2 <= count; k += 2) pair(k, whole);
+            if (k < count)
+                pair(k, [](const uint8_t *p) {
+                    return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+                });
+        }
+    }
+    for (int c = 0; c < C && then; ++c) prefetch<128>(then[c] + 16 * blocks);
+    for (int c = 0; c < C; ++c) out[c] = sum_lanes(sum[c]);
+}
+
+// y[0 .. 8) += integers * scales.
+inline void add_scaled(__m256i integers, const uint8_t *scales, __m256 scale, float *y) {
+    const __m256 by = _mm256_mul_ps(load_halves(scales), scale);
+    _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(integers), by, _mm256_loadu_ps(y)));
+}
+
+// y += scale * scales * (sum over columns of v * column), a line of every column at a time. Beyond the count v is 0 and
+// `column` repeats one; a line of each of `after` other columns is prefetched in turn.
+inline void sum_q8(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
+                   int64_t q, const uint8_t *const *then, int after) {
+    const __m256 by = _mm256_set1_ps(scale);
+    int64_t o = 0;
+    for (; o + 64 <= q; o += 64) {
+        __m256i sum[2][4];
+        for (auto &half : sum)
+            for (auto &part : half) part = _mm256_setzero_si256();
+        for (int i = 0; i < after; ++i) prefetch<64>(then[i] + o);
+        for (int i = 0; i < count; i += 4) {
+            int32_t four;
+            std::memcpy(&four, v + i, 4);
+            const __m256i factor = _mm256_set1_epi32(four);
+            for (int h = 0; h < 2; ++h) {
+                const __m256i a = load_bytes(column[i] + o + 32 * h), b = load_bytes(column[i + 1] + o + 32 * h);
+                const __m256i c = load_bytes(column[i + 2] + o + 32 * h), d = load_bytes(column[i + 3] + o + 32 * h);
+                const __m256i ab = _mm256_unpacklo_epi8(a, b), cd = _mm256_unpacklo_epi8(c, d);
+                const __m256i ba = _mm256_unpackhi_epi8(a, b), dc = _mm256_unpackhi_epi8(c, d);
+                sum[h][0] = add_signed(sum[h][0], _mm256_unpacklo_epi16(ab, cd), factor);  // outputs 0 .. 3 and 16 .. 19
+                sum[h][1] = add_signed(sum[h][1], _mm256_unpackhi_epi16(ab, cd), factor);  // 4 .. 7 and 20 .. 23
+                sum[h][2] = add_signed(sum[h][2], _mm256_unpacklo_epi16(ba, dc), factor);  // 8 .. 11 and 24 .. 27
+                sum[h][3] = add_signed(sum[h][3], _mm256_unpackhi_epi16(ba, dc), factor);
+            }
+        }
+        for (int h = 0; h < 2; ++h) {
+            const int64_t at = o + 32 * h;
+            add_scaled(_mm256_permute2x128_si256(sum[h][0], sum[h][1], 0x20), scales + 2 * at, by, y + at);
+            add_scaled(_mm256_permute2x128_si256(sum[h][2], sum[h][3], 0x20), scales + 2 * at + 16, by, y + at + 8);
+            add_scaled(_mm256_permute2x128_si256(sum[h][0], sum[h][1], 0x31), scales + 2 * at + 32, by, y + at + 16);
+            add_scaled(_mm256_permute2x128_si256(sum[h][2], sum[h][3], 0x31), scales + 2 * at + 48, by, y + at + 24);
+        }
+    }
+    for (int i = 0; i < after; ++i) prefetch<128>(then[i] + o);
+    sum_rest(column, count, v, scale, scales, y, o, q, at_q8);
+}
+
+// The same for Q4_0. Pairs of columns are summed in 16 bits: 8 pairs of 2 * 15 * 127 fit, then 32 bits take over.
+inline void sum_q4(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
+                   int64_t q, const uint8_t *const *then, int after) {
+    const __m256 by = _mm256_set1_ps(scale);
+    const __m256i low = _mm256_set1_epi8(15);
+    int32_t all = 0;
+    for (int i = 0; i < count; ++i) all -= 8 * v[i];
+    const __m256i less = _mm256_set1_epi32(all);
+    int64_t o = 0;
+    for (; o + 64 <= q; o += 64) {
+        __m256i sum[2][4];  // of up to 16 columns each; outputs 0 .. 7 and 32 .. 39, 8 and 40, 16 and 48, 24 and 56
+        for (auto &half : sum)
+            for (auto &part : half) part = _mm256_setzero_si256();
+        if (o % 128 == 0)
+            for (int i = 0; i < after; ++i) prefetch<64>(then[i] + o / 2);
+        const auto sixteen = [&](__m256i *to, int from, int end) {
+            for (int i = from; i < end; i += 2) {
+                int16_t two;
+                std::memcpy(&two, v + i, 2);
+                const __m256i factor = _mm256_set1_epi16(two);
+                const __m256i a = load_bytes(column[i] + o / 2), b = load_bytes(column[i + 1] + o / 2);
+                const __m256i ab = _mm256_unpacklo_epi8(a, b), ba = _mm256_unpackhi_epi8(a, b);
+                const auto add = [&](int part, __m256i codes) {
+                    to[part] = _mm256_add_epi16(to[part], _mm256_maddubs_epi16(_mm256_and_si256(codes, low), factor));
+                };
+                add(0, ab);
+                add(1, ba);
+                add(2, _mm256_srli_epi16(ab, 4));
+                add(3, _mm256_srli_epi16(ba, 4));
+            }
+        };
+        sixteen(sum[0], 0, count < 16 ? count : 16);
+        if (count > 16) sixteen(sum[1], 16, count);
+        for (int part = 0; part < 4; ++part) {
+            const auto wide = [&](__m128i first, __m128i second) {
+                return _mm256_add_epi32(_mm256_add_epi32(_mm256_cvtepi16_epi32(first), less), _mm256_cvtepi16_epi32(second));
+            };
+            const int64_t at = o + 8 * part;
+            add_scaled(wide(_mm256_castsi256_si128(sum[0][part]), _mm256_castsi256_si128(sum[1][part])), scales + 2 * at, by,
+                       y + at);
+            add_scaled(wide(_mm256_extracti128_si256(sum[0][part], 1), _mm256_extracti128_si256(sum[1][part], 1)),
+                       scales + 2 * at + 64, by, y + at + 32);
+        }
+    }
+    for (int i = 0; i < after; ++i) prefetch<128>(then[i] + o / 2);
+    sum_rest(column, count, v, scale, scales, y, o, q, at_q4);
+}
+
+}  // namespace

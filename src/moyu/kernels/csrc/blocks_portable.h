@@ -1,0 +1,46 @@
+// Integer products of blocks in plain loops; blocks_avx2.h says what each function computes.
+#pragma once
+
+#include "blocks_rest.h"
+
+namespace {
+
+template <int C>
+inline void dot_q8(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *, const int8_t *x,
+                   const float *x_scale, int64_t blocks, float *out) {
+    for (int c = 0; c < C; ++c) {
+        out[c] = 0.0f;
+        for (int64_t b = 0; b < blocks; ++b) {
+            int32_t total = 0;
+            for (int i = 0; i < 32; ++i) total += static_cast<int8_t>(w[c][32 * b + i]) * x[32 * b + i];
+            out[c] += static_cast<float>(total) * (half_at(scales[c], b) * x_scale[b]);
+        }
+    }
+}
+
+template <int C>
+inline void dot_q4(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *, const int8_t *x,
+                   const float *x_scale, const float *, int64_t blocks, float *out) {
+    for (int c = 0; c < C; ++c) {
+        out[c] = 0.0f;
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int8_t *own = x + b / 2 * 64 + b % 2 * 16;
+            const uint8_t *codes = w[c] + 16 * b;
+            int32_t total = 0;
+            for (int i = 0; i < 16; ++i) total += ((codes[i] & 15) - 8) * own[i] + ((codes[i] >> 4) - 8) * own[32 + i];
+            out[c] += static_cast<float>(total) * (half_at(scales[c], b) * x_scale[b]);
+        }
+    }
+}
+
+inline void sum_q8(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
+                   int64_t q, const uint8_t *const *, int) {
+    sum_rest(column, count, v, scale, scales, y, 0, q, at_q8);
+}
+
+inline void sum_q4(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
+                   int64_t q, const uint8_t *const *, int) {
+    sum_rest(column, count, v, scale, scales, y, 0, q, at_q4);
+}
+
+}  // namespace
