@@ -96,7 +96,7 @@ def test_skipping_is_what_masking_says(pair, method, batch):
         near(skipped, masked, 0.05)
     near(skipped, masked, 0.5 * float((dense - masked).norm() / masked.norm()))
     if kernels.cpu.unavailable() is None:
-        assert general is None and read.keys() == {"decode"}
+        assert general is None and "decode" in read
 
 
 @pytest.mark.parametrize("method", ["griffin", "cats", "countdown"])
@@ -114,7 +114,7 @@ def test_native_steps_are_the_general_ones(pair, monkeypatch, method):
         with Applied(twin, plan) as applied, applied.prompt(PROMPT):
             general, apart = counted_steps(twin, tokens)
     near(native, general, 1e-4)
-    assert "decode" not in apart and read == {"decode": sum(apart.values())}
+    assert "decode" in read and "decode" not in apart and sum(read.values()) == sum(apart.values())
 
 
 @pytest.mark.parametrize("method", ["teal", "griffin"])

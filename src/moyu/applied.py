@@ -273,7 +273,7 @@ class _CopyableLock:
     """A lock that deepcopy replaces by a new one."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a native step that lays out again holds it already
 
     def __enter__(self) -> None:
         self._lock.acquire()

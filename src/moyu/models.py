@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -100,7 +100,7 @@ def quantise_model(model: PreTrainedModel, kind: Kind) -> None:
 
     A tied head shares the embedding's blocks.
     """
-    done: dict[nn.Parameter, Blocks] = {}  # by parameter: a tied one is quantised once
+    done: dict[Tensor, Blocks] = {}  # by parameter: a tied one is quantised once
     table = model.get_input_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -290,18 +290,19 @@ def lay_out(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
 
 def _lay_out_blocks(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
     """The same for weights in blocks: a row with its scales behind it; the scales of columns, which 32 share, stay apart."""
-    if not all(p.blocks for p in pieces):
+    modules = [p.module for p in pieces if isinstance(p.module, QuantisedLinear)]
+    if len(modules) < len(pieces):
         for piece, role in zip(pieces, roles, strict=True):  # some are no blocks: each by itself
             if not is_laid_out(piece, role):
                 lay_out([piece], [role])
         return
-    modules = [p.module for p in pieces]
-    planes = [m.blocks.in_order("rows" if r == "row" else "columns") for m, r in zip(modules, roles, strict=True)]  # pyright: ignore
+    planes = [m.blocks.in_order("rows" if r == "row" else "columns") for m, r in zip(modules, roles, strict=True)]
     parts = [[b.quants, b.scales] if b.order == "rows" else [b.quants] for b in planes]
     sizes = [[t.shape[1] * t.element_size() for t in part] for part in parts]
     width = sum(map(sum, sizes))
-    # Records of a multiple of the page's size would meet in the same places of a cache.
-    storage = _empty((len(planes[0].quants), width + (64 if width % 2048 == 0 else 0)), parts[0][0].view(torch.uint8))
+    width += width % 2  # scales are 16 bits wide
+    width += 64 if width % 2048 == 0 else 0  # records of whole pages would meet in the same places of a cache
+    storage = _empty((len(planes[0].quants), width), parts[0][0].view(torch.uint8))
     start = 0
     for module, blocks, part, widths in zip(modules, planes, parts, sizes, strict=True):
         views = []
@@ -309,8 +310,8 @@ def _lay_out_blocks(pieces: list[Piece], roles: list[Literal["row", "column"]]) 
             views.append(storage[:, start : start + size].view(tensor.dtype))
             views[-1].copy_(tensor)
             start += size
-        before = module.quants.data  # pyright: ignore[reportAttributeAccessIssue]
-        module.store(dataclasses.replace(blocks, quants=views[0], scales=views[1] if len(views) > 1 else blocks.scales))  # pyright: ignore
+        before = module.quants.data
+        module.store(dataclasses.replace(blocks, quants=views[0], scales=views[1] if len(views) > 1 else blocks.scales))
         memory.let_go(before)
 
 
