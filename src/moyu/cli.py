@@ -416,11 +416,17 @@ def evaluate(
     learn_bias: LearnBias = 0,
     dense_layers: DenseLayers = None,
     weights: Weights = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="comma-separated tasks of lm-eval instead of held-out text, e.g. python_next_line"),
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="a folder with YAML tasks of your own")] = None,
+    limit: Annotated[int | None, typer.Option(help="documents of each task, at most")] = None,
     device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Quality against dense on held-out text, with the matched random and the matched oracle."""
+    """Quality against dense on held-out text, with the matched random and the matched oracle; or on tasks of lm-eval."""
     from moyu import pipeline
     from moyu.plan import Plan
 
@@ -429,9 +435,21 @@ def evaluate(
         learn_bias=learn_bias, seed=seed, dense_layers=dense_layers, device=device, weights=weights,
     )  # fmt: skip
     loaded = [Plan.load(p) for p in plan or []]
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1, not {limit}", "leave it out for all documents")
+    if tasks is None and (task_folder is not None or limit is not None):
+        raise UserError("--task-folder and --limit are of --tasks", "name tasks, e.g. --tasks python_next_line")
     with _progress() as stage:
         context = pipeline.Context.open(model, settings, stage)
         names = [] if loaded else (method or context.applicable(settings.methods)[0])
+        if tasks is not None:
+            from moyu.integrations import lm_eval
+
+            asked = [name.strip() for name in tasks.split(",") if name.strip()]
+            found = lm_eval.find_tasks(asked, task_folder)
+            plans = [*loaded, *(context.plan(name) for name in names)]
+            _print(lm_eval.compare(context, plans, found, limit=limit, stage=stage), as_json)
+            return
         rows = []
         for done, item in enumerate([*loaded, *names]):
             stage("evaluate", done, len(loaded) + len(names))

@@ -389,8 +389,37 @@ class Coverage(Stamped):
     seconds: Natural | None = Field(None, description="that it took")
 
 
-KINDS = (Environment, Profile, Quality, Speed, Generation, Kernel, Study, Cell, Coverage)
-Record = Environment | Profile | Quality | Speed | Generation | Kernel | Study | Cell | Coverage
+class Task(MethodRecord):
+    """A metric of a task of lm-evaluation-harness under one plan, dense beside it on the same documents."""
+
+    kind: Literal["task"]
+    asked: str = Field(min_length=1, description="task, group or tag that was asked for; what is skipped is its mean")
+    task: str = Field(min_length=1, description="task, or group, that the metric is of")
+    metric: str = Field(min_length=1, description="name, and the filter of answers where there is one")
+    higher_is_better: bool | None = Field(None, description="as the task says")
+    samples: Annotated[int, Field(ge=1)] = Field(description="documents")
+    shots: Count | None = Field(None, description="examples before each")
+    sparse_positions: Annotated[int, Field(ge=1)] = Field(
+        description="positions of all tasks asked for at which units were skipped; a dense run has none"
+    )
+    value: float = Field(description="of the metric, under the plan")
+    stderr: Natural | None = Field(None, description="its standard error over documents")
+    value_dense: float = Field(description="of the metric, dense")
+    stderr_dense: Natural | None = Field(None, description="its standard error over documents")
+    difference_stderr: Natural | None = Field(
+        None, description="standard error of value - value_dense, by pairs of the same document"
+    )
+    harness: str = Field(min_length=1, description="lm-eval and its version")
+
+    @model_validator(mode="after")
+    def _trained(self) -> Self:
+        if self.weights == "random":
+            raise ValueError("weights are random: no task is recorded for them")
+        return self
+
+
+KINDS = (Environment, Profile, Quality, Speed, Generation, Kernel, Study, Cell, Task, Coverage)
+Record = Environment | Profile | Quality | Speed | Generation | Kernel | Study | Cell | Task | Coverage
 
 
 @cache

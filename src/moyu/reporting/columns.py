@@ -51,6 +51,11 @@ def tenths(value: float | None) -> str:
     return NONE if value is None else f"{value:.1%}"
 
 
+def with_error(value: float, error: float | None) -> str:
+    """A value and its standard error."""
+    return number(value) if error is None else f"{number(value)} ± {number(error, 2)}"
+
+
 def times(value: float | None) -> str:
     """A ratio of speeds."""
     return NONE if value is None else f"{value:.2f}×"

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from moyu.records import Quality, Record, Speed
-from moyu.reporting.columns import number
+from moyu.records import Quality, Record, Speed, Task
+from moyu.reporting.columns import number, tenths, with_error
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,56 @@ def speed_groups(records: Iterable[Record]) -> list[Group]:
             key = (r.weights, r.model, r.context, r.dtype, r.device, r.backend, r.batch, r.layers, r.dense_baseline)
             found.setdefault(key, []).append(r)
     return [Group(_speed_title(rows[0]), _speed_caption(rows), rows) for rows in found.values()]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of one model: a line a metric, a column a plan."""
+
+    title: str
+    caption: str
+    methods: list[str]
+    lines: list[list[str]]  # task, metric, documents, dense, then each method
+
+
+def task_groups(records: Iterable[Record]) -> list[Tasks]:
+    """Tasks by model, dtype and harness, in the order of the records; dense and every plan side by side."""
+    found: dict[Any, list[Task]] = {}
+    for r in records:
+        if isinstance(r, Task):
+            found.setdefault((r.model, r.dtype, r.harness), []).append(r)
+    return [_tasks(rows) for rows in found.values()]
+
+
+def _tasks(rows: list[Task]) -> Tasks:
+    plans = list(dict.fromkeys((r.method, r.plan) for r in rows))
+    heads = [
+        m if sum(m == other for other, _ in plans) == 1 else f"{m} {(p or '')[:4]}" for m, p in plans
+    ]  # two plans of one method by their hash
+    lines: dict[Any, dict[Any, Task]] = {}
+    for r in rows:
+        lines.setdefault((r.asked, r.task, r.metric), {})[r.method, r.plan] = r
+    cells = []
+    for own in lines.values():
+        r = next(iter(own.values()))
+        sparse = [own.get(plan) for plan in plans]
+        dense = with_error(r.value_dense, r.stderr_dense)
+        cells.append(
+            [r.task, r.metric, str(r.samples), dense]
+            + ["" if s is None else with_error(s.value, s.stderr) for s in sparse]
+        )
+    skipped = {
+        m: r.realized_sparsity
+        for m, r in zip(heads, (next(iter(lines.values())).get(p) for p in plans), strict=True)
+        if r
+    }
+    how = ", ".join(f"{m} {tenths(s)}" for m, s in skipped.items())
+    return Tasks(
+        f"Tasks of {rows[0].model} by {rows[0].harness}, simulated by masking",
+        f"Value ± standard error over documents. Contexts dense, what is scored sparse; units skipped: {how}.",
+        heads,
+        cells,
+    )
 
 
 def _quality_title(record: Quality) -> str:

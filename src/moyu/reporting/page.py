@@ -28,7 +28,7 @@ from moyu.records import (
 from moyu.reporting import columns, figures, paper, scoreboard, summary
 from moyu.reporting.differences import marked
 from moyu.reporting.figures import Figure
-from moyu.reporting.groups import quality_groups, speed_groups
+from moyu.reporting.groups import quality_groups, speed_groups, task_groups
 
 
 def render(records: Iterable[Record]) -> str:
@@ -75,6 +75,7 @@ def view(rows: Sequence[Record]) -> dict[str, Any]:
         "notes": summary.notes(rows),
         "quality": quality,
         "speed": speed,
+        "tasks": task_groups(rows),
         "scoreboard": scoreboard.boards(rows),
         "scoreboard_plot": scoreboard.plot(cells) if (cells := [r for r in rows if isinstance(r, Cell)]) else None,
         "profiles": [(p, _there([figures.needed_by_layer(p), figures.needed_by_position(p)])) for p in profiles],
