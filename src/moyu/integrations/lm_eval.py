@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 
 try:
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise UserError(f"tasks need lm-eval ({error})", "pip install 'moyu-llm[eval]', or 'lm-eval>=0.4.13'") from error
 
+HFLM: Any = huggingface.HFLM  # its type is lost behind the harness' decorator
 BATCH = 16  # rows of a call
 BOOTSTRAP = 1000  # resamples for the standard error of what is no mean over documents
 
@@ -146,7 +147,7 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, An
     """
     if folder is not None and not folder.is_dir():
         raise UserError(f"no folder {str(folder)!r} with tasks", "give one with YAML files to --task-folder")
-    own = [str(Path(zoo.__file__).parent / "tasks"), *([str(folder)] if folder else [])]
+    own: list[str | Path] = [Path(zoo.__file__).parent / "tasks", *([folder] if folder else [])]
     found = {}
     with _quiet():
         manager = TaskManager(include_path=own, include_defaults=False)
