@@ -1,4 +1,7 @@
-"""A GGUF file with the very weights of a Llama or Qwen2 model in memory: 16-bit matrices as BF16, vectors as F32."""
+"""A GGUF file with the weights of a Llama or Qwen2 model in memory: every matrix in one type, vectors as F32.
+
+The file and its blocks are made by llama.cpp's own package, so that what MOYU reads from it is held to another writer.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,12 @@ NAMES = {
 }
 
 
-def write(model: nn.Module, path: Path) -> Path:
-    """Write the model's weights, and no tokenizer: token ids go in and logits come out."""
-    config = model.config
+def write(model: nn.Module, path: Path, kind: str = "BF16") -> Path:
+    """Write the model's weights, and no tokenizer: token ids go in and logits come out.
+
+    kind: of all matrices, the embedding and the head included: F16, BF16, Q8_0, Q4_0.
+    """
+    config, stored = model.config, gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -45,25 +51,33 @@ def write(model: nn.Module, path: Path) -> Path:
     writer.add_tokenizer_model("none")
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, parameter in model.named_parameters():
-        stem, _, kind = name.rpartition(".")
+        stem, _, end = name.rpartition(".")
         if stem.startswith("model.layers."):
             _, _, layer, part = stem.split(".", 3)
-            role, target = NAMES[part], f"blk.{layer}.{NAMES[part]}.{kind}"
+            role, target = NAMES[part], f"blk.{layer}.{NAMES[part]}.{end}"
         else:
-            role, target = NAMES[stem], f"{NAMES[stem]}.{kind}"
+            role, target = NAMES[stem], f"{NAMES[stem]}.{end}"
         tensor = parameter.detach()
         if role in heads and config.model_type == "llama":
             tensor = interleaved(tensor, heads[role])
         if tensor.dim() == 1:
             writer.add_tensor(target, tensor.float().numpy())
         else:
-            raw = tensor.contiguous().view(torch.uint8).numpy().reshape(tensor.shape[0], -1)
-            writer.add_tensor(target, np.ascontiguousarray(raw), raw_dtype=gguf.GGMLQuantizationType.BF16)
+            writer.add_tensor(target, raw(tensor, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def raw(weight: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """A matrix (q, n) as the file has it, (q, bytes of a row) uint8."""
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name)
+    if dtype is not None:
+        return weight.to(dtype).contiguous().view(torch.uint8).numpy().reshape(len(weight), -1)
+    parts = [gguf.quants.quantize(part.float().numpy(), kind) for part in weight.split(1024)]
+    return np.concatenate(parts)
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:

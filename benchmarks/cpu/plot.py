@@ -1,4 +1,4 @@
-"""Draw the records of run.py: speed over llama.cpp's for each shape, beside what the bytes allow.
+"""Draw the records of run.py: speed over llama.cpp's for each shape and type of weights, beside what the bytes allow.
 
 .venv/bin/python benchmarks/cpu/plot.py RECORDS.jsonl OUT.svg
 """
@@ -16,16 +16,27 @@ import matplotlib.pyplot as plt
 
 from moyu import models, records
 
+PANELS = 3  # side by side
+TYPES = {"bfloat16": "bf16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 COLOURS = {"transformers": "#9aa0a6", "llama.cpp": "#b8860b", "moyu": "#1f6feb"}
 
 
 def main() -> None:
-    """A panel a shape."""
+    """A panel a shape and type of weights."""
     rows = [r for r in records.read(Path(sys.argv[1])) if isinstance(r, records.Speed)]
-    shapes = [list(group) for _, group in groupby(rows, lambda r: r.context)]
+    shapes = [list(group) for _, group in groupby(rows, lambda r: (r.context, r.dtype))]
     plt.rcParams.update({"svg.hashsalt": "moyu", "font.size": 9})
-    figure, panels = plt.subplots(1, len(shapes), figsize=(4.6 * len(shapes), 3.6), squeeze=False, layout="constrained")
-    for panel, shape in zip(panels[0], shapes, strict=True):
+    lines = -(-len(shapes) // PANELS)
+    figure, panels = plt.subplots(
+        lines,
+        min(len(shapes), PANELS),
+        figsize=(4.6 * min(len(shapes), PANELS), 3.6 * lines),
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel in panels.flat[len(shapes) :]:
+        panel.axis("off")
+    for panel, shape in zip(panels.flat, shapes, strict=False):
         rival = next(r for r in shape if r.backend == "llama.cpp")
         native = next(r for r in shape if r.backend.startswith("moyu dense"))
         for place, r in enumerate(shape):
@@ -41,9 +52,9 @@ def main() -> None:
         panel.axvline(1, color="#b8860b", linestyle=":", linewidth=1)
         panel.set_xlim(0, 2.6)
         panel.set_xlabel("tokens a second over llama.cpp's")
-        depth = models.SHAPES[shape[0].context]().num_hidden_layers
+        depth, kind = models.SHAPES[shape[0].context]().num_hidden_layers, TYPES[rival.dtype]
         panel.set_title(
-            f"{shape[0].context}, {shape[0].layers} of {depth} layers, bf16\nread ceiling {rival.read_ceiling_gb_s:.0f} GB/s"
+            f"{shape[0].context}, {shape[0].layers} of {depth} layers, {kind}\nread ceiling {rival.read_ceiling_gb_s:.0f} GB/s"
         )
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(sys.argv[2], metadata={"Date": None})

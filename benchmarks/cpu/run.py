@@ -1,9 +1,10 @@
 """Decoding on a CPU, one process, variants alternating, the same random weights in all of them.
 
-    .venv/bin/python benchmarks/cpu/run.py [--shape llama-3.2-1b] [--layers N] [--out RECORDS.jsonl]
+    .venv/bin/python benchmarks/cpu/run.py [--shape llama-3.2-1b] [--layers N] [--weights bf16,q8_0,q4_0] [--out RECORDS.jsonl]
 
-Variants: transformers' eager loop, the same compiled, llama.cpp, MOYU dense, MOYU with a share of neurons (GRIFFIN) or of all
-projections' columns (TEAL) skipped. First a numeric check: llama.cpp, transformers and MOYU must agree on the logits.
+Variants: transformers' eager loop, the same compiled (16 bits alone), llama.cpp, MOYU dense, MOYU with a share of neurons (GRIFFIN) or
+of all projections' columns (TEAL) skipped, for each type of weights one after another. First a numeric check: llama.cpp, transformers
+and MOYU must agree on the logits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,16 @@ import torch
 from gguf_file import write
 from llama_cpp_loop import LlamaCpp
 from torch import nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from moyu import accounting, kernels, methods, models, records, surgery
 from moyu.applied import Applied
 from moyu.calibration import Windows, calibrate
+from moyu.gguf import load_model, read
 from moyu.plan import Plan
 
 PROMPT, TURNS = 32, 24
+DTYPES = {"bf16": "bfloat16", "q8_0": "q8_0", "q4_0": "q4_0"}  # what records call them
 Step = Callable[[int], object]  # from a token to its logits: all get the same tokens, and none has to choose one
 
 
@@ -41,10 +45,9 @@ class Bench:
     its rate from second to second.
     """
 
-    def __init__(self, shape: str, layers: int | None) -> None:
-        """Random weights of `shape`, and a plan a variant."""
-        self.shape = shape
-        self.model = models.random_model(shape, layers=layers)
+    def __init__(self, shape: str, weights: str, model: PreTrainedModel, path: Path) -> None:
+        """A plan a variant for a model of random weights of `shape`, which is in the file as well."""
+        self.shape, self.weights, self.model, self.path = shape, weights, model, path
         self.anatomy = surgery.dissect(self.model)
         self.layers, self.whole = len(self.anatomy.layers), models.SHAPES[shape]().num_hidden_layers
         self.bytes = accounting.dense_step_bytes(self.model, self.anatomy)
@@ -54,12 +57,15 @@ class Bench:
         wanted = [("griffin", "neurons", s) for s in (0.3, 0.5, 0.7)] + [("teal", "columns", s) for s in (0.3, 0.5)]
         for name, kind, share in wanted:
             self.plans[f"moyu {share:.0%} {kind}"] = self.plan(name, share)
-        # A copy a layout, of the layers only: nothing lays out the embeddings and the head.
-        same = {id(p): p for name, p in self.model.named_parameters() if ".layers." not in name}
-        laid_out = {kind: copy.deepcopy(self.model, dict(same)) for kind in ("neurons", "columns")} | {
-            "dense": self.model
+        # A copy a layout, of the layers only: nothing lays out the embeddings and the head. Blocks say their order beside the
+        # memory that they are in, so that there is a copy a variant.
+        same = {id(t): t for name, t in tensors(self.model) if ".layers." not in name}
+        layouts = {name: name.split()[-1] if weights == "bf16" else name for name in self.plans}
+        laid_out = {
+            layout: self.model if layout == "dense" else copy.deepcopy(self.model, dict(same))
+            for layout in dict.fromkeys(layouts.values())
         }
-        self.applied = {name: Applied(shared(laid_out[name.split()[-1]]), plan) for name, plan in self.plans.items()}
+        self.applied = {name: Applied(shared(laid_out[layouts[name]]), plan) for name, plan in self.plans.items()}
 
     def plan(self, name: str, share: float) -> Plan:
         """A method that skips `share` of its units."""
@@ -134,9 +140,26 @@ class Bench:
         return step
 
 
+def tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers: blocks are buffers."""
+    return chain(model.named_parameters(), model.named_buffers())
+
+
 def shared(model: nn.Module) -> nn.Module:
-    """Another model on the same parameters."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    """Another model on the same memory."""
+    return copy.deepcopy(model, {id(t): t for _, t in tensors(model)})
+
+
+def prepare(shape: str, layers: int | None, weights: str, path: Path) -> Bench:
+    """Random weights, written to a GGUF file that llama.cpp reads; blocks are read back from it, bit for bit."""
+    model = models.random_model(shape, layers=layers)
+    if weights == "bf16":
+        write(model, path, "BF16")
+        return Bench(shape, weights, model, path)
+    if not path.exists():
+        write(model, path, weights.upper())
+    del model
+    return Bench(shape, weights, load_model(read(path)), path)
 
 
 def check(bench: Bench, engine: LlamaCpp, tokens: int = 24) -> None:
@@ -164,7 +187,7 @@ def check(bench: Bench, engine: LlamaCpp, tokens: int = 24) -> None:
             ids = eager.argmax().view(1, 1)
     errors = ", ".join(f"{name} {error:.4f}" for name, error in worst.items())
     print(
-        f"check, {tokens} forced tokens: error of the logits beside transformers' {errors}; {ties} near-ties decided otherwise"
+        f"check, {tokens} forced tokens: error of the logits beside those of the model's own forward {errors}; {ties} near-ties decided otherwise"
     )
     assert max(worst.values()) < 0.05, "these are not the same model"
 
@@ -238,6 +261,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.2-1b", choices=list(models.SHAPES))
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--weights", default="bf16", help="comma-separated: bf16, q8_0, q4_0")
+    parser.add_argument(
+        "--files", type=Path, help="folder that keeps the GGUF files of blocks; writing them takes a minute each"
+    )
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out: it compiles for a minute or two"
     )
@@ -245,33 +272,39 @@ def main() -> None:
     parser.add_argument("--batches", action="store_true", help="time several sequences at once as well")
     parser.add_argument("--out", type=Path, help="records to write; those of other shapes in it stay")
     options = parser.parse_args()
-    bench = Bench(options.shape, options.layers)
-    with tempfile.TemporaryDirectory() as folder:
-        engine = LlamaCpp(write(bench.model, Path(folder) / "model.gguf"), torch.get_num_threads())
-        check(bench, engine)
-        variants = {"transformers eager": bench.eager()}
-        if not options.no_compile:
-            variants["transformers compiled"] = bench.compiled()
-        variants["llama.cpp"] = bench.llama_cpp(engine)
-        variants |= {name: bench.moyu(name) for name in bench.plans}
-        seconds, ceiling = measure(variants)
-        engine.close()
-    if options.prefill:
-        prefill(bench)
-    if options.batches:
-        batches(bench)
-    report(bench, seconds, ceiling, options.out)
+    for weights in options.weights.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            name = f"{options.shape}-{options.layers or 'all'}-{weights}.gguf"
+            bench = prepare(options.shape, options.layers, weights, (options.files or Path(folder)) / name)
+            engine = LlamaCpp(bench.path, torch.get_num_threads())
+            check(bench, engine, tokens=24 if weights == "bf16" else 4)  # transformers' steps dequantise every weight
+            variants: dict[str, Step] = {}
+            if weights == "bf16":
+                variants["transformers eager"] = bench.eager()
+            if weights == "bf16" and not options.no_compile:
+                variants["transformers compiled"] = bench.compiled()
+            variants["llama.cpp"] = bench.llama_cpp(engine)
+            variants |= {name: bench.moyu(name) for name in bench.plans}
+            seconds, ceiling = measure(variants)
+            engine.close()
+        if options.prefill and weights == "bf16":
+            prefill(bench)
+        if options.batches and weights == "bf16":
+            batches(bench)
+        report(bench, seconds, ceiling, options.out)
+        del bench, variants  # the next type's weights need the room
 
 
 def report(bench: Bench, seconds: dict[str, list[float]], ceiling: float, out: Path | None) -> None:
     """A row a variant, and records."""
     median = {name: statistics.median(s) for name, s in seconds.items()}
-    rows, eager, native = [], median["transformers eager"], median["moyu dense"]
+    baseline = next(iter(seconds))  # transformers' eager loop, or llama.cpp
+    rows, eager, native = [], median[baseline], median["moyu dense"]
     depth, threads = f"{bench.layers} of {bench.whole} layers", torch.get_num_threads()
     print(
-        f"\n{bench.shape}, {depth}, bf16, random weights, {threads} threads, read ceiling {ceiling:.1f} GB/s (median)"
+        f"\n{bench.shape}, {depth}, {bench.weights}, random weights, {threads} threads, read ceiling {ceiling:.1f} GB/s (median)"
     )
-    print("                          tok/s     ms     MB   GB/s share  x eager x llama.cpp x dense  limit")
+    print("                          tok/s     ms     MB   GB/s share  x first x llama.cpp x dense  limit")
     for name, values in seconds.items():
         plan, t = bench.plans.get(name), median[name]
         size = bench.step_bytes(name)
@@ -283,19 +316,20 @@ def report(bench: Bench, seconds: dict[str, list[float]], ceiling: float, out: P
         )
         rows.append(
             records.stamp(
-                kind="speed", model=bench.shape, weights="random", dtype="bfloat16", seed=0, simulated=False, kv_policy="full",
+                kind="speed", model=bench.shape, weights="random", dtype=DTYPES[bench.weights], seed=0, simulated=False, kv_policy="full",
                 method="dense" if plan is None else plan.method.name, family=None if plan is None else plan.method.family,
                 target_sparsity=None if plan is None else float(name.split()[1].rstrip("%")) / 100,
                 context=bench.shape, layers=bench.layers, tok_s=1 / t, tok_s_dense=1 / eager, speedup=eager / t,
                 speedup_limit=bench.bytes / size, byte_fraction=size / bench.bytes, step_bytes=size, tok_s_kernels=1 / native, gb_s=rate,
                 gb_s_dense=bench.bytes / eager / 1e9, read_ceiling_gb_s=ceiling, ceiling_share=rate / ceiling,
                 peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, p20=cuts[1], p50=t, p80=cuts[7],
-                backend=f"{name}: {kernels.describe()}" if name.startswith("moyu") else name, batch=1, dense_baseline="transformers eager",
+                backend=f"{name}: {kernels.describe()}" if name.startswith("moyu") else name, batch=1, dense_baseline=baseline,
             )
         )  # fmt: skip
     if out is not None:
-        others = [r for r in records.read(out) if r.context != bench.shape] if out.exists() else []
-        records.write(out, others + rows)
+        others = records.read(out) if out.exists() else []
+        same = (bench.shape, DTYPES[bench.weights])
+        records.write(out, [r for r in others if (r.context, r.dtype) != same] + rows)
 
 
 if __name__ == "__main__":
