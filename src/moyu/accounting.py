@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from moyu.anatomy import stored_bytes
 from moyu.blocks import QuantisedEmbedding, QuantisedLinear
 from moyu.methods.base import Method, Site, SiteParams
 from moyu.surgery import Anatomy
@@ -27,7 +28,7 @@ def dense_step_bytes(model: nn.Module, anatomy: Anatomy) -> float:
     share = {id(p): e.share for e in anatomy.experts for p in e.module.parameters()}
     total = 0.0
     for parameter in model.parameters():
-        size = parameter.numel() * parameter.element_size()
+        size = stored_bytes(parameter)
         if id(parameter) in tables and parameter is not head:
             continue
         total += size * share.get(id(parameter), 1.0)

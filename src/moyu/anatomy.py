@@ -13,6 +13,19 @@ from moyu import memory
 from moyu.blocks import Blocks, QuantisedLinear
 
 
+def is_foreign(weight: Tensor) -> bool:
+    """Whether a tensor is a quantiser's own kind and says which values it stands for; then its module computes with it."""
+    return type(weight) not in (Tensor, nn.Parameter) and type(weight).dequantize is not Tensor.dequantize
+
+
+def stored_bytes(weight: Tensor) -> int:
+    """Bytes of memory that a tensor takes, of what a quantiser keeps for it where it is quantised."""
+    if not is_foreign(weight):
+        return weight.numel() * weight.element_size()
+    names, _ = weight.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+    return sum(stored_bytes(getattr(weight, name)) for name in names)
+
+
 @dataclass(eq=False)
 class Piece:
     """One logical linear of a block: `rows` of a module's parameter, seen as (out, in)."""
@@ -26,8 +39,9 @@ class Piece:
 
     @property
     def weight(self) -> Tensor:
-        """The live weight, (out, in), a view of the parameter."""
+        """The live weight, (out, in), a view of the parameter; where it is quantised, a copy of the values it stands for."""
         weight = getattr(self.module, self.parameter)
+        weight = weight.dequantize() if self.foreign else weight
         weight = weight if self.expert is None else weight[self.expert]
         return (weight.t() if self.transposed else weight)[self.rows]
 
@@ -44,8 +58,8 @@ class Piece:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        rows, columns = self.operand.shape
-        return rows, columns
+        rows, columns = getattr(self.module, self.parameter).shape if self.foreign else self.operand.shape
+        return len(range(rows)[self.rows]) if self.foreign else rows, columns
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,6 +69,9 @@ class Piece:
     @property
     def nbytes(self) -> int:
         """Bytes of the weight, scales included."""
+        if self.foreign:
+            weight = getattr(self.module, self.parameter)
+            return stored_bytes(weight) * self.shape[0] // weight.shape[0]
         return self.operand.nbytes
 
     @property
@@ -76,6 +93,11 @@ class Piece:
             return None
         bias = bias if self.expert is None else bias[self.expert]
         return bias[self.rows].contiguous()  # where gate and up take turns: a copy of f numbers
+
+    @property
+    def foreign(self) -> bool:
+        """Whether only the module's own forward can compute with the weight."""
+        return not isinstance(self.module, QuantisedLinear) and is_foreign(getattr(self.module, self.parameter))
 
     @property
     def whole(self) -> bool:
@@ -108,7 +130,9 @@ class Middle(Protocol):
 
 
 def product(piece: Piece, x: Tensor) -> Tensor:
-    """x @ W.T + b of a logical linear, (N, in) -> (N, out)."""
+    """x @ W.T + b of a logical linear, (N, in) -> (N, out); by its module's class where the weight is quantised."""
+    if piece.foreign:
+        return type(piece.module).forward(piece.module, x)[..., piece.rows]
     return nn.functional.linear(x, piece.weight, piece.bias)
 
 
@@ -167,6 +191,12 @@ class Anatomy:
     gaps: list[str]  # what stays dense and why
     further: list[Block] = field(default_factory=list)  # dense networks beside the first of their layer
     dense_layers: tuple[int, ...] = ()  # left alone as asked
+
+    @property
+    def foreign(self) -> str:
+        """The kinds of quantised weights among the linears, by name; "" where all are plain."""
+        pieces = [p for b in self.all_blocks() for p in b.pieces.values()]
+        return ", ".join(sorted({type(getattr(p.module, p.parameter)).__name__ for p in pieces if p.foreign}))
 
     def all_blocks(self) -> Iterator[Block]:
         """Every block, routed experts included, in layer order."""

@@ -62,6 +62,11 @@ class Applied(AbstractContextManager):
         self.anatomy = anatomy or surgery.dissect(model)
         if plan is not None and check:
             plan.check(model, self.anatomy)
+        kinds = self.anatomy.foreign
+        if kinds and backend != "auto":
+            raise UserError(
+                f"no kernel reads {kinds}, and backend {backend!r} was asked for", "leave it `auto`: units are masked"
+            )
         self.owner = "dense" if plan is None else plan.hash
         self.method_name = "dense" if plan is None else plan.method.name
         self.granularity = "static" if plan is None else plan.method.granularity
@@ -77,6 +82,9 @@ class Applied(AbstractContextManager):
         self.linears: list[AttentionLinear] = []
         self.decode_run: decoding.DecodeRun | None = None
         self.general_because: str | None = None  # why decode steps are not native, where kernels are used at all
+        if kinds and engine == "skip":
+            self.engine = "mask"
+            self.general_because = f"no kernel reads {kinds}: units are masked, and no bytes are saved"
         try:
             self._attach()
         except BaseException:

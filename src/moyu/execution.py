@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moyu import kernels, runtime, selection, surgery
+from moyu.anatomy import product
 from moyu.errors import UserError
 from moyu.methods.base import NOTHING, Method, Rows, Site, SiteParams, Tap, head_norms
 from moyu.surgery import Block, Experts, Piece
@@ -132,7 +133,7 @@ class _Executor:
         """The whole product, (N, in) -> (N, out)."""
         if state.skipping and surgery.is_laid_out(piece, "row"):
             return kernels.rows(x, piece.operand, None, bias=piece.bias)
-        return functional.linear(x, piece.weight, piece.bias)
+        return product(piece, x)
 
     def columns(self, piece: Piece, name: str, x: Tensor, site: SiteState | None, rows: Rows, state: Pass) -> Tensor:
         """The product with inputs (columns) skipped where a site says so, (N, in) -> (N, out)."""
@@ -152,7 +153,7 @@ class _Executor:
             self._ensure([piece], ["column"])
             y = kernels.columns(x, piece.operand, mask, bias=piece.bias)
         else:
-            y = functional.linear(torch.where(mask, x, 0), piece.weight, piece.bias)
+            y = product(piece, torch.where(mask, x, 0))
         if site.params.low_rank is not None:
             outer, inner = (t.to(x.dtype) for t in site.params.low_rank)
             y = y + functional.linear(functional.linear(torch.where(mask, 0, x), inner), outer)
@@ -169,7 +170,7 @@ class _Executor:
         back = kept if basis is None else kept @ basis.to(x.dtype).t()
         back = back if centre is None else back + centre.to(x.dtype)
         back = torch.where(rows.sparse[:, None], back, x)  # dense rows see no rounding
-        y = functional.linear(back, piece.weight, piece.bias)
+        y = product(piece, back)
         if site.params.low_rank is not None:
             outer, inner = (t.to(x.dtype) for t in site.params.low_rank)
             y = y + functional.linear(functional.linear(x - back, inner), outer)
@@ -300,8 +301,8 @@ class FfnCall(_Executor):
         norms = column_norms(down) if state.chooser is not None else None
 
         def hindsight() -> Tensor:  # oracle score ||n_j||, (N, f)
-            value = functional.linear(x, up.weight, up.bias)
-            gated = act(value) if gate is None else act(functional.linear(x, gate.weight, gate.bias)) * value
+            value = product(up, x)
+            gated = act(value) if gate is None else act(product(gate, x)) * value
             return gated.abs() * (column_norms(down) if norms is None else norms)
 
         if neurons is not None and state.skipping:
@@ -344,7 +345,7 @@ class FfnCall(_Executor):
             return self.columns(down, "down", value, self.site(reads="mid", skips="columns"), rows, state)
         self.observe(decided, value, mask, rows, state)  # pyright: ignore[reportArgumentType]
         kept = value * mask if mask.is_floating_point() else torch.where(mask, value, 0)  # pyright: ignore
-        y = functional.linear(kept, down.weight, down.bias)
+        y = product(down, kept)
         return self.compensate(self.complete(y, x, mask, decided, rows), "down", decided, rows)  # pyright: ignore
 
     def _run_own(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
@@ -361,8 +362,8 @@ class FfnCall(_Executor):
         u: Tensor | None = None
 
         def hindsight() -> Tensor:  # (N, f)
-            opened = None if gate is None else functional.linear(x, gate.weight, gate.bias)
-            return middle(x, opened, functional.linear(x, up.weight, up.bias)).abs() * column_norms(down)
+            opened = None if gate is None else product(gate, x)
+            return middle(x, opened, product(up, x)).abs() * column_norms(down)
 
         mask, decided = None, None
         if neurons is not None and state.any_sparse and (neurons.site.reads == "mlp_in" or state.skipping):
@@ -403,7 +404,7 @@ class FfnCall(_Executor):
             self._ensure([down], ["column"])
             y = kernels.columns(value, down.operand, mask, bias=down.bias)
         else:
-            y = functional.linear(value, down.weight, down.bias)
+            y = product(down, value)
         return self.compensate(y, "down", decided, rows)
 
     def _kept(
@@ -413,7 +414,7 @@ class FfnCall(_Executor):
         if mask is None:
             return self.columns(piece, name, x, site, rows, state)
         if not state.skipping:
-            return torch.where(mask, functional.linear(x, piece.weight, piece.bias), 0)
+            return torch.where(mask, product(piece, x), 0)
         self._ensure([piece], ["row"])
         return kernels.rows(x, piece.operand, mask, bias=piece.bias)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moyu import kernels
-from moyu.anatomy import Block, Middle, Piece
+from moyu.anatomy import Block, Middle, Piece, is_foreign
 from moyu.blocks import QuantisedLinear
 
 WIDE = (
@@ -64,17 +64,28 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return (
-        (isinstance(module, QuantisedLinear) or type(module.weight) is nn.Parameter)
-        and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    )
+    return (isinstance(module, QuantisedLinear) or type(module.weight) is nn.Parameter) and _is_alone(module)
+
+
+def _is_alone(module: nn.Module) -> bool:
+    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _adds_up(call: Call) -> bool:
+    """Whether a linear of quantised weights takes inputs apart: what masks leave out is missing in its output, and no more.
+
+    A quantiser may round activations too, hence the tolerance.
+    """
+    module, x = call.module, call.x.detach()
+    kept = torch.arange(x.shape[-1], device=x.device) % 2 == 0
+    apart = module(torch.where(kept, x, 0)) + module(torch.where(kept, 0, x)) - module(torch.zeros_like(x))
+    return apart.shape == call.y.shape and discrepancy(call.y, apart) <= 2e-2
 
 
 def obstacle(calls: list[Call]) -> str | None:
     """Why linears among the calls cannot be taken although they are linears: where weights are, or who stands around them."""
-    linears = [c.module for c in calls if isinstance(c.module, (nn.Linear, Conv1D)) and not _is_plain(c.module)]
+    linears = [c.module for c in calls if isinstance(c.module, (nn.Linear, Conv1D)) and not is_linear_call(c)]
+    linears = [m for m in linears if not _is_plain(m)]
     kinds = sorted({type(m.weight).__name__ for m in linears if type(m.weight) is not nn.Parameter})
     if kinds:
         return f"the weights of its linears are {', '.join(kinds)}, which the kernels cannot read; load the model with plain ones"
@@ -90,6 +101,8 @@ def is_linear_call(call: Call) -> bool:
         return False
     if is_linear(module):
         return True
+    if type(module) is nn.Linear and is_foreign(module.weight):
+        return _is_alone(module) and _adds_up(call)
     if not isinstance(module, nn.Linear) or not _is_plain(module) or module.weight.dim() != 2:
         return False
     if call.x.shape[-1] != module.weight.shape[1] or call.x.dtype != module.weight.dtype:

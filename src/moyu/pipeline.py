@@ -187,11 +187,18 @@ class Context:
                 "table": "main" if self.settings.boundary else "token",
             },
         }
-        if self.anatomy.gaps:
-            base["notes"] = [f"left dense: {gap}" for gap in self.anatomy.gaps]
+        notes = [f"left dense: {gap}" for gap in self.anatomy.gaps]
+        if kinds := self.anatomy.foreign:
+            notes.append(f"weights are {kinds}: units are masked, and no kernel saves their bytes")
+        if notes:
+            base["notes"] = notes
         if plan is not None:
             base |= of_plan(plan)
         return base | fields
+
+    def bytes_read(self, fraction: float) -> dict[str, float]:
+        """A byte fraction as a record's field: only ideal where weights are quantised and no kernel reads them."""
+        return {"ideal_byte_fraction" if self.anatomy.foreign else "byte_fraction": fraction}
 
     @cached_property
     def kv_bytes(self) -> list[dict[str, int]]:
@@ -306,7 +313,7 @@ def quality_record(context: Context, plan: Plan, quality: Quality) -> Record:
         **context.common(plan),
         simulated=True,
         realized_sparsity=quality.realized_sparsity,
-        byte_fraction=quality.byte_fraction,
+        **context.bytes_read(quality.byte_fraction),
         corpus=dict(context.split.test.source),
         tokens=quality.tokens,
         ppl_dense=quality.dense.perplexity,
@@ -885,7 +892,7 @@ def describe(name: str) -> dict[str, Any]:
         f"proved in {len(networks)} blocks",
         "attention": ", ".join(n for n in ("q", "k", "v", "qkv", "o") if n in blocks[0].pieces) or "left dense",
         "left dense": anatomy.gaps or "nothing",
-        "kernels": _backend("auto"),
+        "kernels": f"none for {kinds}: units are masked" if (kinds := anatomy.foreign) else _backend("auto"),
         "bytes a token": round(accounting.dense_step_bytes(loaded.model, anatomy)),
         "floors": floors,
     }

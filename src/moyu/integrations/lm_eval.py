@@ -224,7 +224,9 @@ def _records(
                 **context.common(plan, protocol=None),
                 simulated=True,
                 realized_sparsity=skipped / sum(u for _, u in units) if units else 0.0,
-                byte_fraction=(read + added - sum(c.skipped_bytes for c, _ in counted) / max(positions, 1)) / read,
+                **context.bytes_read(
+                    (read + added - sum(c.skipped_bytes for c, _ in counted) / max(positions, 1)) / read
+                ),
                 asked=name,
                 task=task,
                 metric=metric if chosen == "none" else f"{metric}, {chosen}",
