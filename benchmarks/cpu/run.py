@@ -187,7 +187,7 @@ def check(bench: Bench, engine: LlamaCpp, tokens: int = 24) -> None:
             ids = eager.argmax().view(1, 1)
     errors = ", ".join(f"{name} {error:.4f}" for name, error in worst.items())
     print(
-        f"check, {tokens} forced tokens: error of the logits beside those of the model's own forward {errors}; {ties} near-ties decided otherwise"
+        f"check, {tokens} forced tokens: error beside the logits of the model's own forward {errors}; {ties} near-ties decided otherwise"
     )
     assert max(worst.values()) < 0.05, "these are not the same model"
 
