@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -11,6 +14,7 @@ from moyu import allocation, cli, methods, pipeline, surgery
 from moyu.allocation import climb, mean, weights
 from moyu.calibration import Windows
 from moyu.plan import Plan
+from moyu.runtime import Products
 from tiny import build, tokens
 
 
@@ -27,7 +31,7 @@ def test_the_climb_takes_what_costs_least():
     """Quadratic errors c p^2 with equal weights: levels end close to what equal marginal costs say, 1 / c."""
     costs = {"a": 1.0, "b": 2.0, "c": 4.0}
     shares = dict.fromkeys(costs, 1 / 3)
-    levels = climb(shares, 0.4, lambda p: sum(c * p[k] ** 2 for k, c in costs.items()), step=0.01)
+    *_, levels = climb(shares, 0.4, lambda p: sum(c * p[k] ** 2 for k, c in costs.items()), step=0.01)
     assert mean(levels, shares) == pytest.approx(0.4)
     total = 1.2 / sum(1 / c for c in costs.values())
     assert {k: levels[k] for k in costs} == pytest.approx({k: total / c for k, c in costs.items()}, abs=0.02)
@@ -35,7 +39,7 @@ def test_the_climb_takes_what_costs_least():
 
 def test_small_matrices_take_larger_steps_and_none_passes_its_most():
     shares = {"large": 0.9, "small": 0.1}
-    levels = climb(shares, 0.3, lambda p: p["large"])  # skipping the small one is free
+    *_, levels = climb(shares, 0.3, lambda p: p["large"])  # skipping the small one is free
     assert levels["small"] == pytest.approx(allocation.MOST) and mean(levels, shares) == pytest.approx(0.3)
     with pytest.raises(moyu.UserError, match="no choice"):
         climb(shares, 0.99, lambda p: 0.0)
@@ -43,8 +47,14 @@ def test_small_matrices_take_larger_steps_and_none_passes_its_most():
 
 def test_the_plan_has_the_levels_and_says_which_it_is():
     model = build("llama", torch.float32)
-    plan = allocation.calibrate_greedily(
-        model, methods.method("teal"), Windows(tokens(6, 40), 20), Windows(tokens(6, 40, seed=4), 20), sparsity=0.5
+    plan = allocation.calibrate_allocated(
+        model,
+        methods.method("teal"),
+        Windows(tokens(6, 40), 20),
+        Windows(tokens(6, 40, seed=4), 20),
+        allocation="greedy",
+        sparsity=0.5,
+        step=0.2,
     )
     about = plan.calibration["allocation"]
     assert about["kl"][about["chosen"]] == min(about["kl"].values())
@@ -69,7 +79,9 @@ def test_greedy_looks_at_no_more_than_its_tokens(monkeypatch, shape):
 
     monkeypatch.setattr(allocation, "TOKENS", 32)
     monkeypatch.setattr(allocation, "Walk", Watched)
-    allocation.greedy(build("llama"), methods.method("teal"), Windows(tokens(*shape), 4), 0.5, step=0.25)
+    model, windows = build("llama"), Windows(tokens(*shape), 4)
+    task = allocation.Task(model, methods.method("teal"), windows, windows, 0.5, surgery.dissect(model), step=0.25)
+    allocation.greedy(task)
     assert seen and max(seen) <= 32
 
 
@@ -77,8 +89,15 @@ def test_greedy_beats_uniform_on_a_trained_model_at_the_same_weights():
     context = pipeline.Context.open("swiglu", pipeline.Settings(calibration=4, test=12, window=64, boundary=16))
     model, split = context.loaded.model, context.split
     method = methods.method("teal")
-    plan = allocation.calibrate_greedily(
-        model, method, split.calibration, split.validation, sparsity=0.5, step=0.1, anatomy=context.anatomy
+    plan = allocation.calibrate_allocated(
+        model,
+        method,
+        split.calibration,
+        split.validation,
+        allocation="greedy",
+        sparsity=0.5,
+        step=0.1,
+        anatomy=context.anatomy,
     )
     about = plan.calibration["allocation"]
     assert about["chosen"] == "greedy"
@@ -92,7 +111,9 @@ def test_greedy_beats_uniform_on_a_trained_model_at_the_same_weights():
 def test_methods_without_budgets_are_refused(name):
     nothing = Windows(tokens(2, 20), 8)
     with pytest.raises(moyu.UserError, match="no site budgets"):
-        allocation.calibrate_greedily(build("llama"), methods.method(name), nothing, nothing, sparsity=0.5)
+        allocation.calibrate_allocated(
+            build("llama"), methods.method(name), nothing, nothing, allocation="greedy", sparsity=0.5
+        )
 
 
 def test_the_command_divides_budgets(tmp_path):
@@ -114,3 +135,93 @@ def test_the_command_divides_budgets(tmp_path):
     assert about["kl"]["greedy"] == pytest.approx(about["kl"]["uniform"])  # one site a block: nothing to divide
     refused = CliRunner().invoke(cli.app, ["calibrate", "swiglu", "--allocation", "wild"])
     assert isinstance(refused.exception, moyu.UserError) and "greedy" in str(refused.exception)
+
+
+def test_a_point_between_two_of_a_path():
+    path = [{"a": 0.0, "b": 0.0}, {"a": 0.4, "b": 0.0}, {"a": 0.4, "b": 0.8}]
+    shares = {"a": 0.5, "b": 0.5}
+    assert allocation.at(path, shares, 0.3) == pytest.approx({"a": 0.4, "b": 0.2})
+    assert allocation.at(path, shares, 0.1) == pytest.approx({"a": 0.2, "b": 0.0})
+
+
+def test_products_are_made_again_only_where_they_change():
+    """Kept products give the same errors as a layer that makes all of them, with less work."""
+    model = build("llama")
+    windows = Windows(tokens(4, 16), 4)
+    errors, made = {}, []
+
+    def visit(block, shares):
+        keys = list(shares)
+        trials = [dict.fromkeys(keys, 0.4)] + [{**dict.fromkeys(keys, 0.4), key: 0.6} for key in keys]
+        for trial in trials:
+            errors.setdefault("kept", []).append(block.error(trial))
+        made.append(block.products.made)
+        for trial in trials:
+            block.products = Products([s for _, s in block.sites])
+            errors.setdefault("fresh", []).append(block.error(trial))
+        return trials[0]
+
+    allocation.each_block(model, methods.method("teal"), windows, visit, surgery.dissect(model))
+    assert errors["kept"] == pytest.approx(errors["fresh"], rel=1e-12) and min(errors["kept"]) > 0
+    # The first run makes 7; q, k or v again that one and the 4 behind it, o 4, up or gate 2, down itself.
+    assert made == [7 + 3 * 5 + 4 + 2 * 2 + 1] * 3
+
+
+def test_least_sum_by_brute_force():
+    """Against every combination of levels on a grid, for curves that are convex and for one that is not."""
+    grid = allocation.GRID
+    curves = {0: [0, 0.1, 0.3, 0.7, 1.5, 3.0], 1: [0, 0.02, 0.05, 0.2, 0.9, 2.0], 2: [0, 0.6, 0.7, 0.8, 0.9, 1.0]}
+    shares = {0: 0.5, 1: 0.25, 2: 0.25}
+    loss = lambda levels: sum(float(np.interp(levels[i], grid, curves[i])) for i in curves)  # noqa: E731
+    fine = np.linspace(0, allocation.MOST, 20)
+    for target in (0.2, 0.45, 0.7):
+        levels = allocation.least_sum(curves, shares, target)
+        assert mean(levels, shares) == pytest.approx(target)
+        points = [dict(enumerate(p)) for p in itertools.product(fine, repeat=3)]
+        best = min(loss(p) for p in points if mean(p, shares) >= target)
+        assert loss(levels) <= best + 0.12  # a curve that is not convex costs up to a piece of its hull
+
+
+@pytest.mark.parametrize(("kind", "trials"), [("search-up", 6), ("search-random", 3), ("cett", 0), ("sensitivity", 0)])
+def test_allocations_meet_the_target_and_say_which_was_better(kind, trials, monkeypatch):
+    monkeypatch.setattr(allocation, "GRID", (0.0, 0.5, allocation.MOST))
+    model = build("llama", torch.float32)
+    method = methods.method("cats")
+    plan = allocation.calibrate_allocated(
+        model, method, Windows(tokens(4, 24), 8), Windows(tokens(6, 24, seed=4), 8), allocation=kind, sparsity=0.5,
+        trials=trials,
+    )  # fmt: skip
+    about = plan.calibration["allocation"]
+    assert set(about["kl"]) == {"uniform", kind} and about["kl"][about["chosen"]] == min(about["kl"].values())
+    task = allocation.Task(
+        model,
+        method,
+        Windows(tokens(4, 24), 8),
+        Windows(tokens(6, 24, seed=4), 8),
+        0.5,
+        surgery.dissect(model),
+        trials=trials,
+    )
+    levels = {
+        "search-up": lambda: allocation.search(task, "up"),
+        "search-random": lambda: allocation.search(task, "random"),
+        "cett": lambda: allocation.equalised(task, stream=False),
+        "sensitivity": lambda: allocation.sensitivity(task)[0],
+    }[kind]()
+    blocks = {int(key[5]): level for key, level in levels.items()}
+    assert mean(blocks, task.shares) == pytest.approx(0.5, abs=1e-6)
+    if kind == "search-up":
+        assert list(blocks.values()) == sorted(blocks.values())
+
+
+def test_equalised_blocks_lose_the_same_share():
+    model, windows = build("llama"), Windows(tokens(4, 24), 8)
+    task = allocation.Task(model, methods.method("cats"), windows, windows, 0.5, surgery.dissect(model))
+    levels, shares = allocation.equalised(task, stream=False), []
+
+    def visit(block, weights):
+        shares.append(block.share({key: levels[key] for key in weights}, stream=False))
+        return dict.fromkeys(weights, 0.5)
+
+    allocation.each_block(model, task.method, windows, visit, task.anatomy)
+    assert max(shares) < 1.25 * min(shares) and max(levels.values()) > min(levels.values())

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moyu.anatomy import stored_bytes
 from moyu.blocks import QuantisedEmbedding, QuantisedLinear
-from moyu.methods.base import Method, Site, SiteParams
+from moyu.methods.base import KvPolicy, Method, Site, SiteParams
 from moyu.surgery import Anatomy
 
 KV_CONTEXTS = (0, 2048, 8192)
@@ -74,19 +74,33 @@ def _shares(anatomy: Anatomy) -> dict[tuple[int, int | None], float]:
 
 
 @torch.no_grad()
-def kv_bytes(model: nn.Module) -> list[dict[str, int]]:
-    """Bytes of keys and values that a decode step reads after each of `KV_CONTEXTS` tokens, batch 1, policy `full`.
+def kv_bytes(
+    model: nn.Module, policy: KvPolicy = "full", use: Mapping[int, Tensor] | None = None
+) -> list[dict[str, int]]:
+    """Bytes of keys and values that a decode step reads after each of `KV_CONTEXTS` tokens, batch 1, by the KV policy.
 
     Measured on the cache of one token. A layer with a sliding window of W tokens reads at most W - 1; states of
     recurrent layers, which do not grow, are not counted.
+    use: how often each unit of heads is kept, (units,) by layer; all of the context comes from steps under the plan. Then a
+    step reads what its kept heads attend to: with `hole` only tokens at which the head was kept (as if its uses were
+    independent), else all of them; `recompute` reads an input for each key and value that it makes up for, at most.
     """
     ids = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    layers = [c for c in model(input_ids=ids, use_cache=True).past_key_values.layers if isinstance(c, DynamicLayer)]
+    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    width = model.config.get_text_config(decoder=True).hidden_size  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     found = []
     for context in KV_CONTEXTS:
-        size = 0
-        for layer in layers:
+        size = 0.0
+        for index, layer in enumerate(layers):
+            if not isinstance(layer, DynamicLayer):
+                continue
             held = min(context, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else context
-            size += held * (layer.keys.nbytes + layer.values.nbytes)  # pyright: ignore[reportOptionalMemberAccess]
-        found.append({"context": context, "bytes": size})
+            each, share = layer.keys.nbytes + layer.values.nbytes, (use or {}).get(index)  # pyright: ignore[reportOptionalMemberAccess]
+            if policy == "full" or share is None:
+                size += held * each
+                continue
+            size += held * each * float((share * share if policy == "hole" else share).mean())
+            if policy == "recompute" and held:
+                size += float((1 - share)[share > 0].sum()) * width * layer.keys.element_size()  # pyright: ignore[reportOptionalMemberAccess]
+        found.append({"context": context, "bytes": round(size)})
     return found

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from moyu import decoding, kernels, runtime, surgery
+from moyu.attention import AttentionCall, AttentionLinear
 from moyu.errors import UserError
-from moyu.execution import AttentionLinear, DenseLinear, ExpertsCall, FfnCall, SiteState
+from moyu.execution import DenseLinear, ExpertsCall, FfnCall, SiteState
 from moyu.kernels import Backend
 from moyu.methods.base import Controller, Rows, Tap
 from moyu.runtime import Chooser, ForwardCall, GenerateCall, Observer, Pass, SequenceMemory, TrainCall
@@ -80,6 +81,7 @@ class Applied(AbstractContextManager):
         self.lookahead: set[tuple[int, Tap]] = set()  # taps that sites of other layers read
         self.ffns: list[FfnCall] = []
         self.linears: list[AttentionLinear] = []
+        self.attentions: list[AttentionCall] = []
         self.decode_run: decoding.DecodeRun | None = None
         self.general_because: str | None = None  # why decode steps are not native, where kernels are used at all
         if kinds and engine == "skip":
@@ -204,6 +206,8 @@ class Applied(AbstractContextManager):
                     call = AttentionLinear(self, block, name, states, lookahead)
                     self.linears.append(call)
                     self._wrap_linear(call, block.pieces[name], taken)
+            if self.plan is not None and self.plan.kv_policy != "full":
+                self._wrap_attention(block, states)
             if block.has_ffn:
                 self._wrap_ffn(FfnCall(self, block, states, lookahead), taken)
         for block in self.anatomy.further:
@@ -230,6 +234,15 @@ class Applied(AbstractContextManager):
             surgery.lay_out([piece], ["column"])
             self._laid_out.append(piece.module)
         self._replace(piece.module, "forward", MethodType(AttentionLinear.forward, call))
+
+    def _wrap_attention(self, block: surgery.Block, states: list[SiteState]) -> None:
+        """Let a block's attention choose before its linears, where its heads may leave keys or values out."""
+        reader = block.pieces["q"].module if "k" in block.pieces else None
+        module = next((m for m in self.model.modules() if reader is not None and reader in m.children()), None)
+        if module is not None:
+            call = AttentionCall(self, block, module, states, self.lookahead)
+            self.attentions.append(call)
+            self._replace(module, "forward", MethodType(AttentionCall.forward, call))
 
     def _wrap_ffn(self, call: FfnCall, taken: set[int]) -> None:
         block = call.block

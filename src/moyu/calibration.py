@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moyu import compensation, in_loop, kernels, runtime, surgery
+from moyu import accounting, compensation, in_loop, kernels, runtime, surgery
 from moyu.applied import Applied
 from moyu.blocks import weight_format
+from moyu.choosers import HeadUse
 from moyu.errors import OutOfReach, UserError
 from moyu.execution import SiteState
 from moyu.methods.base import TAPS, Acts, Method, Rows, Site, SiteParams, Tap
@@ -139,11 +140,21 @@ def calibrate(
             "bias": bias,
             "centre": centre,
         }
-        | ({"dense_layers": list(anatomy.dense_layers)} if anatomy.dense_layers else {}),
+        | ({"dense_layers": list(anatomy.dense_layers)} if anatomy.dense_layers else {})
+        | ({} if draft.kv_policy == "full" else {"kv_bytes": _kv_bytes(model, draft, windows, anatomy)}),
         seed=seed,
         versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")}
         | {"python": platform.python_version()},
     )
+
+
+def _kv_bytes(model: nn.Module, plan: Plan, windows: Windows, anatomy: Anatomy) -> list[dict[str, int]]:
+    """What the plan's KV policy leaves a step to read of the cache, by how often heads are kept on the calibration text."""
+    use = HeadUse()
+    with torch.no_grad(), Applied(model, plan, engine="mask", anatomy=anatomy, check=False) as applied:
+        with applied.prompt(windows.prompt), applied.watched(chooser=use):
+            model(input_ids=windows.tokens.to(next(model.parameters()).device), use_cache=False)
+    return accounting.kv_bytes(model, plan.kv_policy, use.shares)
 
 
 def _fit_layer(
@@ -250,14 +261,21 @@ class Walk:
         if not chain.holds:
             self.sparse = self.tokens.clone()  # only to tell the streams apart
 
-    def _run(self, index: int, hidden: Tensor, boundary: int, observer: _Taps | None) -> Tensor:
+    def _run(
+        self,
+        index: int,
+        hidden: Tensor,
+        boundary: int,
+        observer: _Taps | None,
+        products: runtime.Products | None = None,
+    ) -> Tensor:
         if self.chain is None:
             with self.applied.watched(observer=observer), self.applied.prompt(boundary):
                 self.applied.model(input_ids=self.tokens, use_cache=False)
             return hidden
         rows = self.rows._replace(sparse=self.rows.pos >= boundary)
         state = self.applied.new_pass(rows, runtime.SequenceMemory(prompt=boundary))
-        state.observer = observer
+        state.observer, state.products = observer, products
         state.taps = self.dense_taps if hidden is self.dense and boundary == self.tokens.shape[1] else self.sparse_taps
         args, kwargs = self.chain.calls[index]
         args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
@@ -272,17 +290,20 @@ class Walk:
         self._run(index, hidden, self.tokens.shape[1] if dense else self.windows.prompt, taps)
         return taps
 
-    def output(self, index: int) -> Tensor:
-        """Hidden states (B, T, d) behind the layer, on the sparse stream and with the sites that are attached to it."""
+    def output(self, index: int, products: runtime.Products | None = None) -> Tensor:
+        """Hidden states (B, T, d) behind the layer, on the sparse stream and with the sites that are attached to it.
+
+        products: of runs before, for one that changes a few sites.
+        """
         if self.chain is None:
             raise UserError(
                 "the layers of this model are no simple chain, so none can be run alone", "allocate uniformly"
             )
-        return self._run(index, self.sparse, self.windows.prompt, None)
+        return self._run(index, self.sparse, self.windows.prompt, None, products)
 
     def attach(self, index: int, parts: Mapping[str, tuple[Site, SiteParams]], method: Method) -> None:
         """Give the layer's executors the sites fitted so far."""
-        for call in (*self.applied.ffns, *self.applied.linears):
+        for call in (*self.applied.ffns, *self.applied.linears, *self.applied.attentions):
             if call.block.layer == index:
                 own = [p for p in parts.values() if (p[0].layer, p[0].expert) == (index, call.block.expert)]
                 call.attach([SiteState(site, params, method) for site, params in own])

@@ -78,6 +78,25 @@ class Counter:
         return skipped / units if units else 0.0
 
 
+class HeadUse:
+    """How often each head, or group of heads, is kept."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self._seen: dict[int, list[Tensor]] = {}
+
+    def __call__(self, site: Site, mask: Tensor, rows: Rows, oracle: Callable[[], Tensor]) -> Tensor:
+        """Count the sparse rows of a mask of heads."""
+        if site.skips == "heads":
+            self._seen.setdefault(site.layer, []).append(mask[rows.sparse])
+        return mask
+
+    @property
+    def shares(self) -> dict[int, Tensor]:
+        """(units,) in [0, 1], by layer."""
+        return {layer: torch.cat(masks).float().mean(0) for layer, masks in self._seen.items()}
+
+
 class Matched:
     """Same sites, same counts per site and row as a Counter saw, units chosen at random or in hindsight."""
 

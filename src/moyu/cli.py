@@ -284,7 +284,11 @@ def calibrate(
     centre: Centre = False,
     learn_bias: LearnBias = 0,
     allocation: Annotated[
-        str, typer.Option(help="uniform, or greedy: divide a block's sparsity among its sites (token-level methods)")
+        str,
+        typer.Option(
+            help="how sites and blocks divide the sparsity (token-level methods): uniform, greedy, search, search-up, "
+            "search-down, search-random, cett, cett-stream or sensitivity; the better of it and uniform is taken"
+        ),
     ] = "uniform",
     dense_layers: DenseLayers = None,
     weights: Weights = None,

@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from moyu import kernels, runtime, selection, surgery
 from moyu.anatomy import product
-from moyu.errors import UserError
-from moyu.methods.base import NOTHING, Method, Rows, Site, SiteParams, Tap, head_norms
+from moyu.methods.base import NOTHING, Method, Rows, Site, SiteParams, Tap
 from moyu.surgery import Block, Experts, Piece
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class SiteState:
         memory.masks.pop(self.site.key, None)
 
 
-class _Executor:
+class Executor:
     """What every replaced forward shares: choosing masks and making products."""
 
     def __init__(self, applied: Applied, block: Block, states: list[SiteState], lookahead: set) -> None:
@@ -102,7 +101,8 @@ class _Executor:
 
     def unseen(self, tap: Tap, state: Pass) -> bool:
         """Whether nobody holds a tap's values: they may be overwritten."""
-        return not torch.is_grad_enabled() and state.observer is None and (self.block.layer, tap) not in self.lookahead
+        held = state.observer is not None or state.products is not None or (self.block.layer, tap) in self.lookahead
+        return not torch.is_grad_enabled() and not held
 
     def choose(self, site: SiteState, x: Tensor, rows: Rows, state: Pass, oracle: Callable[[], Tensor]) -> Tensor:
         """The mask (N, n) of a site: the method's, or what a chooser makes of it; dense rows keep everything.
@@ -137,6 +137,11 @@ class _Executor:
 
     def columns(self, piece: Piece, name: str, x: Tensor, site: SiteState | None, rows: Rows, state: Pass) -> Tensor:
         """The product with inputs (columns) skipped where a site says so, (N, in) -> (N, out)."""
+        if state.products is not None:
+            return state.products.get(self.block.expert, name, lambda: self._columns(piece, name, x, site, rows, state))
+        return self._columns(piece, name, x, site, rows, state)
+
+    def _columns(self, piece: Piece, name: str, x: Tensor, site: SiteState | None, rows: Rows, state: Pass) -> Tensor:
         if site is None:
             return self.dense(piece, x, state)
         params = site.params
@@ -204,7 +209,7 @@ class _Executor:
             self.applied.lay_out_again(pieces, roles)
 
 
-class FfnCall(_Executor):
+class FfnCall(Executor):
     """A feed-forward network under a plan: down(mask * act(gate) * up) whatever the order of decisions."""
 
     def __init__(self, applied: Applied, block: Block, states: list[SiteState], lookahead: set) -> None:
@@ -263,7 +268,7 @@ class FfnCall(_Executor):
         remembers = state.any_dense and any(s.method.granularity == "sequence" for s in self.states)
         watched = state.observer is not None or any(layer == self.block.layer for layer, _ in self.lookahead)
         works = self.states and state.any_sparse
-        return state if works or remembers or watched or state.skipping else None
+        return state if works or remembers or watched or state.skipping or state.products is not None else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stands for the forward of the network's module, (..., d) -> (..., d)."""
@@ -440,89 +445,6 @@ class FfnCall(_Executor):
             given=given,
         )
         return self.compensate(self.complete(y, x, mask, site, rows), "down", site, rows)
-
-
-class AttentionLinear(_Executor):
-    """One linear of an attention: columns of its input, rows or columns of skipped heads."""
-
-    def __init__(self, applied: Applied, block: Block, name: str, states: list[SiteState], lookahead: set) -> None:
-        """`name` is the linear's: q, k, v, qkv or o."""
-        super().__init__(applied, block, states, lookahead)
-        self.name = name
-        self.piece = block.pieces[name]
-        self.inner = self.piece.module.forward
-        self.attach(states)
-
-    def attach(self, states: list[SiteState]) -> None:
-        """Keep the sites and look up this linear's."""
-        self.states = states
-        self.heads = self.site(skips="heads", linear=self.name)
-        self.own = self.site(skips="columns", linear=self.name)
-
-    @property
-    def role(self) -> str | None:
-        """Whether kernels read this linear by columns."""
-        return "column" if self.own or (self.heads and self.name == "o") else None
-
-    def ensure_layout(self) -> None:
-        """Lay the weight out again where something has packed it."""
-        if self.role is not None:
-            self._ensure([self.piece], [self.role])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Stands for the linear's forward, (..., in) -> (..., out)."""
-        state = runtime.current(self.applied)
-        works = state is not None and (self.own or self.heads) and state.any_sparse
-        watched = state is not None and (state.observer is not None or bool(self.lookahead))
-        if state is None or not (works or watched or state.skipping):
-            return self.inner(x)
-        flat, rows = x.reshape(-1, x.shape[-1]), state.rows
-        tap: Tap = "heads" if self.name == "o" else "attn_in"
-        if self.name in ("q", "qkv", "o"):
-            self.see(tap, flat, rows, state)
-        if self.heads is not None and state.any_sparse:
-            y = self._with_heads(flat, rows, state)
-        else:
-            y = self.columns(self.piece, self.name, flat, self.own if state.any_sparse else None, rows, state)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-
-    def _with_heads(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
-        """q without the rows of skipped heads, o without their columns; k and v are whole (KV policy `full`).
-
-        Where q skips, its mask must be known before it; where heads are only masked, the choice waits for o, because an
-        oracle has to see what the heads hold.
-        """
-        heads, (outputs, inputs) = self.heads, self.piece.shape
-        assert heads is not None
-        key, units = heads.site.key, heads.site.units
-        if self.name != "o":
-            if not state.skipping:
-                state.pending[key] = x
-                return self.dense(self.piece, x, state)
-            mask = state.masks[key] = self.choose(heads, x, rows, state, _no_hindsight)  # (N, heads)
-            if self.name == "qkv":
-                return self.dense(self.piece, x, state)
-            return kernels.rows(x, self.piece.operand, _widen(mask, outputs), bias=self.piece.bias)
-
-        def hindsight() -> Tensor:  # (N, heads)
-            return head_norms(x, self.piece.weight, units)
-
-        if state.skipping:
-            mask = state.masks.pop(key)
-        else:
-            mask = self.choose(heads, state.pending.pop(key), rows, state, hindsight)
-        wide = _widen(mask, inputs)  # (N, in)
-        self.observe(heads, x, wide, rows, state)
-        return self._masked_columns(self.piece, "o", x, wide, heads, rows, state)
-
-
-def _widen(mask: Tensor, width: int) -> Tensor:
-    """A mask of heads as one of their channels, (N, heads) -> (N, width)."""
-    return mask.repeat_interleave(width // mask.shape[1], dim=1)
-
-
-def _no_hindsight() -> Tensor:
-    raise UserError("the oracle of heads is not known before they are computed", "use engine='mask'")
 
 
 class DenseLinear:

@@ -20,8 +20,19 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from moyu import accounting, compensation, in_loop, kernels, methods, models, records, speculation, surgery, text
-from moyu.allocation import calibrate_greedily
+from moyu import (
+    accounting,
+    allocation,
+    compensation,
+    in_loop,
+    kernels,
+    methods,
+    models,
+    records,
+    speculation,
+    surgery,
+    text,
+)
 from moyu.applied import Applied
 from moyu.benchmark import Comparison, compare
 from moyu.blocks import KINDS, Kind, weight_format
@@ -69,7 +80,7 @@ class Settings:
     bias: bool = False
     centre: bool = False
     learn_bias: int = 0  # steps
-    allocation: str = "uniform"  # or "greedy"
+    allocation: str = "uniform"  # of `allocation.ALLOCATIONS`
     text: Path | None = None
     prompt: str | None = None
     window: int = 256
@@ -96,10 +107,7 @@ class Settings:
             raise UserError(f"sparsity must be in [0, 1), not {self.sparsity}", "0.5 skips half of the units")
         if self.bytes is not None and not 0 < self.bytes <= 1:
             raise UserError(f"byte fraction must be in (0, 1], not {self.bytes}", "0.6 reads 60 % of the dense bytes")
-        if self.allocation not in ("uniform", "greedy"):
-            raise UserError(
-                f"--allocation must be uniform or greedy, not {self.allocation!r}", "uniform is the default"
-            )
+        allocation.check(self.allocation)
         if self.learn_bias < 0:
             raise UserError(f"--learn-bias must not be negative, not {self.learn_bias}", "100 steps, for example")
         if not 0 <= self.boundary < self.window - 1:
@@ -251,9 +259,14 @@ class Context:
             "anatomy": self.anatomy,
             "progress": progress,
         }
-        if self.settings.allocation == "greedy":
-            plan = calibrate_greedily(
-                self.loaded.model, method, self.split.calibration, self.split.validation, **fitted
+        if self.settings.allocation != "uniform":
+            plan = allocation.calibrate_allocated(
+                self.loaded.model,
+                method,
+                self.split.calibration,
+                self.split.validation,
+                allocation=self.settings.allocation,
+                **fitted,
             )
         else:
             plan = calibrate(self.loaded.model, method, self.split.calibration, **fitted)
@@ -297,6 +310,7 @@ def of_plan(plan: Plan) -> dict[str, Any]:
         "plan": plan.hash,
         "target_sparsity": plan.target_sparsity,
         "kv_policy": plan.kv_policy,
+        **({} if plan.kv_policy == "full" else {"kv_bytes": plan.calibration["kv_bytes"]}),
     }
 
 
@@ -310,7 +324,7 @@ def quality_record(context: Context, plan: Plan, quality: Quality) -> Record:
             extra |= {f"ppl_{kind}": scores.perplexity, f"kl_{kind}": max(0.0, float(scores.kl.mean()))}
     return records.stamp(
         kind="quality",
-        **context.common(plan),
+        **({"kv_bytes": context.kv_bytes} | context.common(plan)),
         simulated=True,
         realized_sparsity=quality.realized_sparsity,
         **context.bytes_read(quality.byte_fraction),
@@ -327,7 +341,6 @@ def quality_record(context: Context, plan: Plan, quality: Quality) -> Record:
         **({} if context.quantising is None else dataclasses.asdict(context.quantising)),
         compensation=plan.compensation or False,
         target_byte_fraction=context.settings.bytes,
-        kv_bytes=context.kv_bytes,
         search=plan.calibration.get("search"),
         **extra,
     )
@@ -386,8 +399,7 @@ def speed_records(
         out.append(
             records.stamp(
                 kind="speed",
-                **base,
-                **(of_plan(plans[name]) if name in plans else {"method": "dense", "kv_policy": "full"}),
+                **{**base, **(of_plan(plans[name]) if name in plans else {"method": "dense", "kv_policy": "full"})},
                 simulated=False,
                 realized_sparsity=timing.realized_sparsity,
                 byte_fraction=timing.byte_fraction,

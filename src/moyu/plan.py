@@ -20,7 +20,7 @@ from moyu import methods
 from moyu.blocks import weight_format
 from moyu.errors import UserError
 from moyu.files import atomic_write_bytes
-from moyu.methods.base import Method, Site, SiteParams
+from moyu.methods.base import KvPolicy, Method, Site, SiteParams
 from moyu.selection import PerUnitThreshold, Threshold, TopK
 from moyu.surgery import Anatomy, Block, Piece
 
@@ -39,7 +39,11 @@ class Plan:
     calibration: Mapping[str, Any] = field(default_factory=dict)  # corpus, windows, prompt, bos, template
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
-    kv_policy: str = "full"
+
+    @property
+    def kv_policy(self) -> KvPolicy:
+        """What becomes of the keys and values of skipped heads."""
+        return self.method.kv_policy
 
     @property
     def compensation(self) -> str:
@@ -162,7 +166,7 @@ class Plan:
             return cls(
                 method=methods.method(header["method"], **header["knobs"]),
                 parts=parts,
-                **{k: header[k] for k in ("model", "target_sparsity", "calibration", "seed", "versions", "kv_policy")},
+                **{k: header[k] for k in ("model", "target_sparsity", "calibration", "seed", "versions")},
             )
         except (KeyError, TypeError, safetensors.SafetensorError) as error:
             raise UserError(f"{folder / 'plan.json'} is truncated or not a plan ({error})", again) from error

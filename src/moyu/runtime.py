@@ -62,6 +62,54 @@ class Pass:
     masks: dict[str, Tensor] = field(default_factory=dict)  # head masks, from q to o
     native: bool = False  # this step went through `moyu.decoding`
     pending: dict[int | str, Tensor] = field(default_factory=dict)  # inputs: of inline networks, of masked heads
+    past: int = 0  # columns of the cache before this call
+    products: Products | None = None  # where a layer runs again and again at other levels
+
+
+class Products:
+    """Products of a layer's linears from run to run: those are made again that depend on a level that has changed."""
+
+    KEPT = 64  # tensors; a round of trials over seven sites makes 24
+    STAGES: Mapping[str, int] = MappingProxyType(
+        {
+            "q": 0,
+            "k": 0,
+            "v": 0,
+            "qkv": 0,
+            "o": 1,
+            "gate": 2,
+            "up": 2,
+            "down": 3,
+            "attn_in": 0,
+            "heads": 1,
+            "mlp_in": 2,
+            "mid": 3,
+        }
+    )  # of linears, and of what sites read, in the order of data flow
+
+    def __init__(self, sites: list[Site]) -> None:
+        """`sites` of the layer."""
+        self.sites, self.levels = sites, dict[str, float]()
+        self.made = 0
+        self._kept: dict[tuple, Tensor] = {}
+
+    def at(self, levels: Mapping[str, float]) -> None:
+        """Levels of the next run, by site key."""
+        self.levels = dict(levels)
+
+    def get(self, expert: int | None, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """The product of a linear, (N, q); not to be written to."""
+        stage = self.STAGES[name]
+        depends = (s for s in self.sites if self.STAGES[s.reads] < stage or (name in s.linears and s.expert == expert))
+        key = (expert, name, *((s.key, self.levels[s.key]) for s in depends))
+        known = self._kept.pop(key, None)
+        if known is None:
+            known = make()
+            self.made += 1
+        self._kept[key] = known
+        if len(self._kept) > self.KEPT:
+            self._kept.pop(next(iter(self._kept)))
+        return known
 
 
 @dataclass(eq=False)
@@ -72,6 +120,7 @@ class SequenceMemory:
     prompt: int | None = None  # columns before this one are dense
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # method's memory, (B, ...)
     masks: dict[str, Tensor] = field(default_factory=dict)  # frozen masks, (B, n)
+    columns: dict[str, Tensor] = field(default_factory=dict)  # of every column of the cache, (B, T, ...): see `moyu.kv`
     dense_until: int = 0  # the memory holds nothing from this column on
     seen: int = 0  # columns of the cache that came through the applied model
     tokens: Tensor | None = None  # (B, t), kept only where a controller asks
@@ -83,6 +132,7 @@ class SequenceMemory:
         """Keep the slots at `index`, in that order."""
         self.sites = {k: {n: t[index.to(t.device)] for n, t in m.items()} for k, m in self.sites.items()}
         self.masks = {k: t[index.to(t.device)] for k, t in self.masks.items()}
+        self.columns = {k: t[index.to(t.device)] for k, t in self.columns.items()}
         self.control = {k: t[index.to(t.device)] for k, t in self.control.items()}
         if self.tokens is not None:
             self.tokens = self.tokens[index.to(self.tokens.device)]
@@ -91,13 +141,22 @@ class SequenceMemory:
         """Every slot `repeats` times in a row."""
         slots = next((len(t) for m in self.sites.values() for t in m.values()), 0)
         slots = slots or (0 if self.tokens is None else len(self.tokens))
+        slots = slots or next((len(t) for t in self.columns.values()), 0)
         self.select(torch.arange(slots).repeat_interleave(repeats))
+
+    def append(self, name: str, past: int, fresh: Tensor, unknown: float) -> Tensor:
+        """Columns (B, T, ...) of a call that follows `past` ones: all columns so far; those that no call told are `unknown`."""
+        known = self.columns.get(name, fresh[:, :0])[:, :past]
+        gap = fresh.new_full((len(fresh), past - known.shape[1], *fresh.shape[2:]), unknown)
+        self.columns[name] = torch.cat([known, gap, fresh], dim=1)
+        return self.columns[name]
 
     def crop(self, length: int) -> None:
         """The cache now holds `length` columns: forget what came from later ones."""
         if length < self.dense_until:
             self.sites, self.masks, self.dense_until, self.seen = {}, {}, 0, 0
         self.seen = min(self.seen, length)
+        self.columns = {k: t[:, :length] for k, t in self.columns.items()}
         if self.tokens is not None and length < self.tokens.shape[1]:
             self.tokens, self.control = self.tokens[:, :length], {}
 
@@ -159,6 +218,16 @@ def current(applied: Applied) -> Pass | None:
 def entered(applied: Applied, state: Pass) -> Iterator[None]:
     """Make `state` the running pass of this thread."""
     token = _pass.set({**_pass.get(), id(applied): state})
+    try:
+        yield
+    finally:
+        _pass.reset(token)
+
+
+@contextmanager
+def outside(applied: Applied) -> Iterator[None]:
+    """No running pass in this thread: the model's modules compute as they do without a plan."""
+    token = _pass.set({key: state for key, state in _pass.get().items() if key != id(applied)})
     try:
         yield
     finally:
@@ -239,6 +308,7 @@ class ForwardCall:
             )
         rows = rows_of(tuple(ids.shape[:2]), call.get("attention_mask"), past, boundary, ids.device)
         state = applied.new_pass(rows, memory)
+        state.past = past
         with entered(applied, state), kernels.use(applied.backend):
             output = self.inner(*args, **kwargs)
         memory.seen = past + ids.shape[1]
@@ -278,6 +348,7 @@ class ForwardCall:
                 kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
         rows = rows_of((len(tokens), length - start), mask, start, length, tokens.device)  # all dense
         state = self.applied.new_pass(rows, memory)
+        state.past = start
         with entered(self.applied, state), kernels.use(self.applied.backend):
             self.inner(**kwargs)
         memory.tokens, memory.prompt, memory.dense_until, memory.seen = tokens, boundary, length, length

@@ -26,9 +26,17 @@ Tap = Literal["attn_in", "heads", "mlp_in", "gate", "up", "mid"]
 Skips = Literal["columns", "rows", "neurons", "heads"]
 Family = Literal["threshold", "router_off_loop", "router_in_loop", "sequence", "static", "reference", "own"]
 Granularity = Literal["token", "sequence", "static"]
+KvPolicy = Literal["full", "hole", "zero", "recompute", "carry"]
 Memory = Mapping[str, Tensor]  # one site's sequence memory; every tensor is (B, ...)
 NOTHING = torch.empty(0)  # stands for an activation that a score does not look at
 TAPS: tuple[Tap, ...] = ("attn_in", "heads", "mlp_in", "gate", "up", "mid")
+KV_POLICIES: Mapping[KvPolicy, tuple[str, ...]] = {  # what of a skipped head is not computed beside q, see `moyu.kv`
+    "full": (),
+    "hole": ("k", "v"),
+    "zero": ("k", "v"),
+    "recompute": ("k", "v"),
+    "carry": ("v",),
+}
 READS: Mapping[str, Tap] = {  # the input of each linear
     "q": "attn_in",
     "k": "attn_in",
@@ -197,6 +205,11 @@ class Method(ABC):
         """Of a `joint` method: what its soft gates (..., units) in (0, 1) add to the task's loss at the multiplier `eta`."""
         raise NotImplementedError(f"{self.name} is not trained in the loop")
 
+    @property
+    def kv_policy(self) -> KvPolicy:
+        """What becomes of the keys and values of skipped heads."""
+        return "full"
+
     def controller(self) -> Controller | None:
         """What decides between the steps of a generation, where a method has something that does."""
         return None
@@ -311,18 +324,30 @@ def row_site(block: Block, reads: Literal["gate", "up"]) -> Site:
     return Site(block.layer, reads, "rows", (other, "down"), block.neurons, size, block.expert)
 
 
-def head_site(block: Block, *, groups: bool = False) -> Site:
-    """Skip whole heads: rows of q where it is a linear of its own, columns of o; k and v stay whole (KV policy `full`).
+def head_sites(block: Block, *, groups: bool = False, kv: KvPolicy = "full") -> tuple[Site, ...]:
+    """Skip whole heads: rows of q where it is a linear of its own, columns of o, and what the KV policy leaves out.
 
-    groups: a unit is the query heads that share keys and values.
+    groups: a unit is the query heads that share keys and values; always so where keys or values are left out. Nothing where
+    there is one unit, or where k and v that a policy needs are no linears of their own.
     """
-    reader = "q" if "q" in block.pieces else "qkv"
-    pieces = block.pieces
-    units = block.kv_heads if groups else block.heads
-    rows = pieces["q"].row_bytes * pieces["q"].shape[0] if "q" in pieces else 0
-    columns = pieces["o"].column_bytes * pieces["o"].shape[1]
-    size = sum(whole_lines(held // units) for held in (rows, columns) if held)
-    return Site(block.layer, "attn_in", "heads", (reader, "o"), units, size)
+    left_out = KV_POLICIES[kv]
+    units = block.kv_heads if groups or left_out else block.heads
+    if units < 2 or (left_out and "k" not in block.pieces):
+        return ()
+    linears = ("q" if "q" in block.pieces else "qkv", *left_out, "o")
+    pieces, held = block.pieces, 0
+    for name in linears:
+        if name != "qkv":
+            piece = pieces[name]
+            whole = piece.column_bytes * piece.shape[1] if name == "o" else piece.row_bytes * piece.shape[0]
+            held += whole_lines(whole // units)
+    return (Site(block.layer, "attn_in", "heads", linears, units, held),)
+
+
+def check_kv(policy: str) -> None:
+    """Refuse a KV policy that there is not (ValueError)."""
+    if policy not in KV_POLICIES:
+        raise ValueError(f"kv must be one of {', '.join(KV_POLICIES)}, not {policy!r}")
 
 
 def head_norms(heads: Tensor, o: Tensor, units: int) -> Tensor:

@@ -16,13 +16,15 @@ from moyu.methods.base import (
     Acts,
     Family,
     Granularity,
+    KvPolicy,
     Memory,
     Rows,
     Site,
     SiteParams,
     Trained,
+    check_kv,
     head_norms,
-    head_site,
+    head_sites,
 )
 from moyu.routers import low_rank
 from moyu.selection import TopK, keep_count, select
@@ -30,12 +32,14 @@ from moyu.selection import TopK, keep_count, select
 
 @dataclass(frozen=True)
 class DejaVuHeads(Trained):
-    """Deja Vu for heads, arXiv 2310.17157. Keys and values of all heads are kept and read.
+    """Deja Vu for heads, arXiv 2310.17157.
 
     rank: r, at most the model's width.
+    kv: what becomes of keys and values of skipped heads: "full" (kept and read), "hole", "zero", "recompute" or "carry".
     """
 
     rank: int = 16
+    kv: KvPolicy = "full"
 
     name: ClassVar[str] = "deja-vu-heads"
     paper: ClassVar[str] = "Deja Vu, arXiv 2310.17157"
@@ -45,9 +49,14 @@ class DejaVuHeads(Trained):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
+        check_kv(self.kv)
+
+    @property
+    def kv_policy(self) -> KvPolicy:
+        return self.kv
 
     def sites(self, block) -> tuple[Site, ...]:
-        return (head_site(block),) if block.heads > 1 else ()
+        return head_sites(block, kv=self.kv)
 
     def router(self, site: Site, width: int) -> nn.Module:
         return low_rank(width, min(self.rank, width), site.units, seed=site.layer)

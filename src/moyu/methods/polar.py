@@ -17,13 +17,15 @@ from moyu.methods.base import (
     Acts,
     Family,
     Granularity,
+    KvPolicy,
     Memory,
     Rows,
     Site,
     SiteParams,
     Trained,
+    check_kv,
     head_norms,
-    head_site,
+    head_sites,
     neuron_site,
 )
 from moyu.routers import low_rank
@@ -32,12 +34,14 @@ from moyu.selection import TopK, keep_count, select
 
 @dataclass(frozen=True)
 class Polar(Trained):
-    """Polar Sparsity, arXiv 2505.14884. Keys and values of all heads are kept and read.
+    """Polar Sparsity, arXiv 2505.14884.
 
     rank: width of the neurons' router, at most the model's.
+    kv: what becomes of keys and values of skipped heads: "full" (kept and read), "hole", "zero", "recompute" or "carry".
     """
 
     rank: int = 64
+    kv: KvPolicy = "full"
 
     name: ClassVar[str] = "polar"
     paper: ClassVar[str] = "Polar Sparsity, arXiv 2505.14884"
@@ -47,11 +51,16 @@ class Polar(Trained):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
+        check_kv(self.kv)
+
+    @property
+    def kv_policy(self) -> KvPolicy:
+        return self.kv
 
     def sites(self, block) -> tuple[Site, ...]:
         if block.layer == 0:
             return ()
-        heads = (head_site(block, groups=True),) if block.kv_heads > 1 else ()
+        heads = head_sites(block, groups=True, kv=self.kv)
         neurons = block.has_ffn and not block.gated and block.act == "relu"
         return (*heads, neuron_site(block, "mlp_in")) if neurons else heads
 

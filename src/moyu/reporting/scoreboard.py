@@ -12,10 +12,12 @@ from markupsafe import Markup
 from moyu import records
 from moyu.files import atomic_write_text
 from moyu.records import Cell, Speed
+from moyu.reporting import claims
 from moyu.reporting.charts import Canvas, Linear, Log
 from moyu.reporting.columns import NONE, fixed, gain, number, percent, times
 
 ROUNDING = "quantise"
+NOT_RUN = "not run"
 GOOD, FAST = 0.98, 1.10  # perplexity kept and speed-up that count as applicable
 WIDTH, HEIGHT = 760.0, 420.0
 STYLE = Markup(
@@ -46,7 +48,7 @@ def boards(rows: Iterable[records.Record]) -> list[Board]:
         own = [c for c in cells if c.model == model]
         found += [b for low in (False, True) if (b := _at_bytes(model, own, low))]
         found += [b] if (b := _at_sparsity(model, own)) else []
-    return [_trinity(cells, [r for r in rows if isinstance(r, Speed)]), *found]
+    return [_trinity(cells, [r for r in rows if isinstance(r, Speed)]), *_claims(cells), *found]
 
 
 def markdown(rows: Iterable[records.Record]) -> str:
@@ -120,7 +122,7 @@ def _at_bytes(model: str, cells: list[Cell], low: bool) -> Board | None:
             cells_ = [_kl(native) + f" at {fixed(native.byte_fraction)}", *[NONE] * (len(targets) - 1)]
         else:
             by_target = {c.target_byte_fraction: c for c in mine}
-            cells_ = [_kl(by_target[t]) if t in by_target else NONE for t in targets]
+            cells_ = [_kl(by_target[t]) if t in by_target else NONE if _native_only(mine) else NOT_RUN for t in targets]
         last = next((c for c in reversed(mine) if place(c) is not None), None)
         lines.append([name, *cells_, NONE if last is None else percent(place(last))])
     bits = next((c.weight_bits for c in own), 16)
@@ -134,6 +136,36 @@ def _at_bytes(model: str, cells: list[Cell], low: bool) -> Board | None:
         head if not low else [h for h in head if h != "place"],
         lines if not low else [line[:-1] for line in lines],
     )
+
+
+def _native_only(cells: list[Cell]) -> bool:
+    """Whether a method was only asked for what it skips by itself."""
+    return all(c.target_byte_fraction is None for c in cells)
+
+
+def _claims(cells: list[Cell]) -> list[Board]:
+    """What the cells say about the order of methods."""
+    found = claims.lines(cells)
+    if not found:
+        return []
+    return [
+        Board(
+            "What the cells show",
+            "Cells in which the 95 % interval of a paired difference over documents lies on the claim's side of 0 (shown), on "
+            "both sides (open) or on the other side (refuted). Order and routers by log-perplexity, the rest by KL; order on "
+            "16-bit weights.",
+            ["claim", "shown", "open", "refuted", "refuted by, difference in nats a token"],
+            found,
+        )
+    ]
+
+
+def _missing(cells: list[Cell]) -> str:
+    """Methods of the registry without a cell."""
+    from moyu import methods  # torch; only where cells are shown
+
+    left = [name for name in methods.names() if not any(c.method == name for c in cells)]
+    return f" Not run: {', '.join(left)}." if left else ""
 
 
 def _rank(cells: list[Cell], name: str, targets: list[float]) -> tuple[float, ...]:
@@ -214,7 +246,7 @@ def _trinity(cells: list[Cell], speeds: Sequence[Speed]) -> Board:
         f"P: dense perplexity over the method's at {fixed(top)} of the bytes, the worst of the models. Good: cells (model × "
         f"byte fraction) with P of at least {GOOD}. {timing}. A: share of cells that are good, where S is at least {FAST}; "
         f"least: min(P / {GOOD}, S / {FAST}, A). Front: models where one of its cells, on weights of any bits, is on the "
-        "Pareto front of bytes and KL. Fit: seconds, all cells.",
+        f"Pareto front of bytes and KL. Fit: seconds, all cells.{_missing(cells)}",
         ["method", "P", "good", "S", "A", "least", "front", "fit, s"],
         lines,
     )

@@ -1,0 +1,48 @@
+"""What a scoreboard shows of its claims, on cells whose differences are known."""
+
+from __future__ import annotations
+
+from moyu import records
+from moyu.reporting import claims
+
+NOISE = [0.01, -0.01, 0.02, -0.02, 0.0, 0.01, -0.01, 0.0]
+
+
+def cell(method, level, *, family="threshold", bits=16.0, target=0.6, **further):
+    """A cell whose documents lie around a KL, and a log-perplexity 2 above it; further: of matched random and oracle."""
+    means = {"kl": [max(0.0, level + n) for n in NOISE], "nll": [level + 2 + n for n in NOISE]}
+    means |= {f"nll_{name}": [value + 2 - n for n in NOISE] for name, value in further.items()}
+    return records.stamp(
+        kind="cell", model="tiny", weights="trained", method=method, family=family, simulated=True, weight_bits=bits,
+        target_byte_fraction=target, byte_fraction=target or 1.0, byte_fraction_16=(target or 1.0) * bits / 16, documents=len(NOISE),
+        tokens=80, ppl_dense=5.0, ppl=6.0, kl=level, by_document=means,
+    )  # fmt: skip
+
+
+def verdicts(cells, claim):
+    return {(v.cell.method, v.against): v.holds for v in claims.verdicts(cells) if v.claim == claim}
+
+
+def test_a_method_lies_between_its_oracle_and_its_random():
+    cells = [cell("cats", 1.0, oracle=0.5, random=2.0), cell("teal", 1.0, oracle=1.0, random=0.4)]
+    assert verdicts(cells, "oracle ≤ method") == {("cats", "matched oracle"): True, ("teal", "matched oracle"): None}
+    assert verdicts(cells, "method ≤ random") == {("cats", "matched random"): True, ("teal", "matched random"): False}
+
+
+def test_routers_are_held_against_popularity_at_the_same_bytes():
+    null = cell("popularity", 1.0, family="static")
+    cells = [null, cell("deja-vu", 0.5), cell("lte", 1.5), cell("polar", 0.5, target=0.75), cell("cats", 0.5)]
+    assert verdicts(cells, "router < popularity") == {("deja-vu", "popularity"): True, ("lte", "popularity"): False}
+
+
+def test_estimate_is_held_against_every_method_and_rounding():
+    low = {"bits": 4.5, "target": 0.8}
+    rounding = cell("quantise", 1.0, family="reference", bits=3.5, target=None).model_copy(
+        update={"byte_fraction": 1.0, "byte_fraction_16": 0.8 * 4.5 / 16}
+    )
+    cells = [cell("estimate", 0.5, family="own", **low), rounding, cell("teal", 0.6, **low), cell("wina", 0.4, **low)]
+    cells.append(cell("oracle", 0.1, family="reference", **low))  # a bound is no method
+    assert verdicts(cells, "estimate < every method") == {("estimate", "teal"): True, ("estimate", "wina"): False}
+    assert verdicts(cells, "estimate < rounding") == {("estimate", "3.5 bits"): True}
+    line = next(line for line in claims.lines(cells) if line[0] == "estimate < every method")
+    assert line[1:4] == ["1", "0", "1"] and "estimate against wina on tiny, 0.80 of the bytes, 4.5 bits" in line[4]
