@@ -298,6 +298,7 @@ def calibrate(
 ) -> None:
     """Make plans: one folder a method."""
     from moyu import pipeline
+    from moyu import records as store
 
     settings = _settings(
         method, sparsity, bytes_, knob, text=text, window=window, boundary=prompt_tokens, bias=bias, centre=centre,
@@ -316,6 +317,7 @@ def calibrate(
             plan = context.plan(name) if budget is None else pipeline.largest_sparsity(context, name, budget, stage)
             plan.save(out / name)
             rows.append(pipeline.quality_record(context, plan, context.quality(plan, matched=False)))
+            store.write(out / name / store.FILE, rows[-1:])
         stage("calibrate", len(names), len(names))
     _print(rows, as_json)
     if not as_json:

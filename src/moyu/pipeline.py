@@ -806,6 +806,7 @@ def run(
         quality = context.quality(plan)
         realized[each] = min(max(quality.realized_sparsity, 0.0), 0.99)
         rows.append(quality_record(context, plan, quality))
+        records.write(out / "plans" / each / records.FILE, rows[-1:])
     stage("evaluate", len(plans), len(plans))
     if settings.boundary > 0:
         rows += token_table(context, [p for p in plans.values() if p.method.granularity == "token"], stage)

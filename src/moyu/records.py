@@ -18,6 +18,7 @@ from moyu.environment import environment, machine
 from moyu.errors import UserError
 from moyu.files import atomic_write_bytes
 
+FILE = "records.jsonl"  # beside a plan: what was measured of it
 ROUNDING = 1e-6  # float32 means leave [0, 1] by less than this
 
 

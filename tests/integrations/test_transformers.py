@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 
 import moyu
-from moyu import MoyuConfig, kernels, zoo
+from moyu import MoyuConfig, kernels, records, zoo
 from moyu.integrations import transformers as integration
 
 PROMPT = "def read_config(path):\n"
@@ -64,6 +64,25 @@ def test_a_saved_checkpoint_carries_its_plan(made, tokenizer, tmp_path):
     write = pipeline("text-generation", model=again, tokenizer=tokenizer)
     text = write(PROMPT, max_new_tokens=12, do_sample=False)[0]["generated_text"]
     assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_the_card_carries_what_was_measured(made, tmp_path):
+    plan = moyu.Plan.load(made[0])
+    plan.save(tmp_path / "plan")
+    quality = {
+        "kind": "quality", "model": "swiglu", "weights": "trained", "method": "teal", "simulated": True,
+        "realized_sparsity": 0.49, "byte_fraction": 0.61, "tokens": 4064, "ppl_dense": 7.5, "ppl": 9.13, "kl": 0.242,
+        "top1_agreement": 0.8, "corpus": {"corpus": "python", "split": "test"},
+    }  # fmt: skip
+    rows = [records.stamp(**quality, plan=plan.hash), records.stamp(**quality | {"ppl": 99.0}, plan="another")]
+    records.write(tmp_path / "plan" / records.FILE, rows)
+    load(zoo.path("swiglu"), quantization_config=MoyuConfig(plan=tmp_path / "plan")).save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "| 4064 | 49.0% | 0.61 | 7.50 | 9.13 | 0.242 | 80.0% |" in card and "split test" in card
+    assert "99" not in card.partition("Measured on")[2], "of another plan"
+    load(tmp_path / "saved").save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == card
+    assert "was not measured" in integration.card(plan)
 
 
 def test_streaming_gives_the_same_text(made, tokenizer):

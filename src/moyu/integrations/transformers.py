@@ -1,14 +1,15 @@
 """A plan through transformers' own loading: `from_pretrained(path, quantization_config=MoyuConfig(plan=...))`.
 
 Importing `MoyuConfig` from `moyu` registers it. The plan is applied when the weights are loaded; a checkpoint that is saved carries
-it in the folder `moyu-plan`, names it in config.json, and is sparse again when it is loaded by a process that imported
-`MoyuConfig`.
+it in the folder `moyu-plan`, says in its model card what was measured of it, names it in config.json, and is sparse again when it is
+loaded by a process that imported `MoyuConfig`.
 Weights stay as they are: for a model that another quantiser has loaded, apply the plan afterwards with `moyu.apply`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any, get_args
@@ -18,12 +19,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moyu import methods, surgery
+from moyu import methods, records, surgery
 from moyu.applied import Applied, Engine
 from moyu.errors import UserError
 from moyu.files import atomic_write_text
 from moyu.kernels import Backend
 from moyu.plan import Plan
+from moyu.records import Quality
 
 FOLDER = "moyu-plan"  # of a saved checkpoint
 
@@ -80,15 +82,22 @@ class MoyuQuantizer(HfQuantizer):
         plan = self._plan(model)
         applied = Applied(model, plan, backend=self.asked.backend, engine=self.asked.engine)
         object.__setattr__(model, "moyu_applied", applied)
+        object.__setattr__(
+            model, "moyu_measured", [] if self.asked.plan is None else measured(self._folder(model), plan)
+        )
         object.__setattr__(model, "save_pretrained", MethodType(_save, model))
         return model
 
     def _plan(self, model: Any) -> Plan:
         if self.asked.method is not None:
             return _plan_without_text(model, self.asked)
+        return Plan.load(self._folder(model))
+
+    def _folder(self, model: Any) -> Path:
+        """Where the plan is: as given, or inside the checkpoint."""
         given = Path(self.asked.plan)
         inside = Path(getattr(model, "name_or_path", "") or "") / given
-        return Plan.load(inside if not given.exists() and inside.exists() else given)
+        return inside if not given.exists() and inside.exists() else given
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """The weights are plain ones, and `_save` brings the plan."""
@@ -128,7 +137,7 @@ def _save(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> A
     """Stands for save_pretrained: the checkpoint as transformers writes it, the plan, and a model card."""
     applied: Applied = vars(self)["moyu_applied"]
     config: Any = self.config.quantization_config
-    plan, folder = applied.plan, Path(save_directory)
+    plan, folder, rows = applied.plan, Path(save_directory), vars(self)["moyu_measured"]
     assert plan is not None
     before = (config.plan, config.method)
     applied.restore()  # weights as the checkpoint has them
@@ -136,8 +145,10 @@ def _save(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> A
         config.plan, config.method = FOLDER, None
         result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
         plan.save(folder / FOLDER)
+        if rows:
+            records.write(folder / FOLDER / records.FILE, rows)
         if not (folder / "README.md").exists():
-            atomic_write_text(folder / "README.md", card(plan))
+            atomic_write_text(folder / "README.md", card(plan, rows))
     finally:
         config.plan, config.method = before
         again = Applied(self, plan, backend=config.backend, engine=config.engine)
@@ -145,8 +156,37 @@ def _save(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> A
     return result
 
 
-def card(plan: Plan) -> str:
-    """A model card: what is skipped, what the plan was made from, and how to load it."""
+def measured(folder: Path, plan: Plan) -> list[Quality]:
+    """The quality of a plan as it was measured, where `moyu calibrate` or `moyu run` put it: beside the plan."""
+    file = folder / records.FILE
+    rows = records.read(file) if file.exists() else []
+    return [r for r in rows if isinstance(r, Quality) and r.plan == plan.hash and r.status is None]
+
+
+def _quality(rows: Sequence[Quality]) -> str:
+    from moyu.reporting import columns  # brings templates and charts, which loading a model does not need
+
+    if not rows:
+        return "Quality was not measured: `moyu eval THIS FOLDER` does it."
+    lines = [
+        "Measured on held-out text, every scored position sparse, simulated by masking:",
+        "",
+        "| prompt, window | tokens | units skipped | bytes read | perplexity dense | sparse | KL, nats a token | same top-1 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        protocol = f"{r.protocol.prompt}, {r.protocol.window}" if r.protocol else columns.NONE
+        cells = (
+            protocol, str(r.tokens), columns.tenths(r.realized_sparsity), columns.fixed(r.byte_fraction),
+            columns.number(r.ppl_dense), columns.number(r.ppl), columns.number(r.kl), columns.tenths(r.top1_agreement),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    text = ", ".join(f"{k} {v}" for k, v in (rows[0].corpus or {}).items())
+    return "\n".join([*lines, "", f"Text: {text}. Commit {rows[0].commit}, {rows[0].date}."])
+
+
+def card(plan: Plan, rows: Sequence[Quality] = ()) -> str:
+    """A model card: what is skipped, what the plan was made from, what was measured, and how to load it."""
     sites = sorted({f"{s.reads} -> {s.skips} of {', '.join(s.linears)}" for s in plan.sites()})
     facts = {
         "method": f"{plan.method.name} ({plan.method.paper})",
@@ -177,5 +217,5 @@ model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
 |---|---|
 {lines}
 
-Measured quality and speed: `moyu eval THIS FOLDER` and `moyu bench THIS FOLDER`.
+{_quality(rows)} Speed on a machine: `moyu bench THIS FOLDER`.
 """
