@@ -2,7 +2,9 @@
 
 a^_j = act(W^_g[j] S(x)) * (W^_u[j] S(x)), S keeps the channels of x with the largest magnitude; neurons whose |a^_j| is above
 the calibrated quantile of their layer are computed from the dense x and the full weights. Whole neurons are skipped: rows of
-gate and up, columns of down. What it costs: the copy's kept channels are read at every step.
+gate and up, columns of down. What it costs: the copy's kept channels are read at every step, and its scales.
+
+The copy is in Q4_0, by columns, and the integer kernels multiply it: S(x) is rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -11,16 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from moyu import kernels, selection
+from moyu.blocks import Blocks, quantise
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
 from moyu.selection import TopK, keep_count
 
-GROUP = 32  # weights that share a scale, along the neurons of one input channel
-LEVELS = 7  # a weight is one of -7 .. 7 times its scale
+KIND = "q4_0"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Prox(Method):
         buffers = {}
         for name in ("gate", "up"):
             if name in acts.weights:
-                buffers[f"{name}.codes"], buffers[f"{name}.scales"] = quantize(acts.weights[name])
+                copy = quantise(acts.weights[name], KIND).in_order("columns")
+                buffers[f"{name}.codes"], buffers[f"{name}.scales"] = copy.quants, copy.scales
             if name in acts.biases:
                 buffers[f"{name}.bias"] = acts.biases[name].clone()
         if self.weighted:
@@ -60,9 +61,8 @@ class Prox(Method):
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         act = kernels.activation(site.act or "identity")
         kept = selection.select(x.abs(), TopK(keep_count(x.shape[1], self.inputs)))
-        sparse = torch.where(kept, x, 0)  # (N, d)
         values = [
-            _foreseen(sparse, name, site.units, params) for name in ("gate", "up") if f"{name}.codes" in params.buffers
+            _foreseen(x, kept, name, site.units, params) for name in ("gate", "up") if f"{name}.codes" in params.buffers
         ]
         value = act(values[0]) * values[1] if len(values) == 2 else act(values[0])  # (N, f)
         norms = params.buffers.get("norms")
@@ -71,33 +71,14 @@ class Prox(Method):
     def score_bytes(self, site: Site, params: SiteParams) -> int:
         total = 0
         for name, buffer in params.buffers.items():
-            by_channel = name.endswith((".codes", ".scales"))
+            by_channel = name.endswith(".codes")  # the scales belong to 32 channels each
             kept = keep_count(len(buffer), self.inputs) if by_channel else len(buffer)
             total += kept * (buffer.nbytes // len(buffer))
         return total
 
 
-def _foreseen(x: Tensor, name: str, neurons: int, params: SiteParams) -> Tensor:
-    codes, scales = params.buffers[f"{name}.codes"], params.buffers[f"{name}.scales"]
+def _foreseen(x: Tensor, kept: Tensor, name: str, neurons: int, params: SiteParams) -> Tensor:
+    """The copy times S(x): x (N, d), kept (N, d) bool -> (N, f)."""
+    copy = Blocks(KIND, params.buffers[f"{name}.codes"], params.buffers[f"{name}.scales"], neurons, "columns")
     bias = params.buffers.get(f"{name}.bias")
-    weight = dequantize(codes, scales)[:, :neurons].t().to(x)  # (f, d)
-    return functional.linear(x, weight, None if bias is None else bias.to(x))
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W (f, d) in 4 bits, input channel by input channel: codes (d, F / 2) uint8, scales (d, F / GROUP) float16.
-
-    F is f rounded up to a multiple of GROUP; a byte holds neurons 2 i (low) and 2 i + 1 (high).
-    """
-    columns = weight.detach().float().t()  # (d, f)
-    columns = functional.pad(columns, (0, -columns.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    scales = (columns.abs().amax(2) / LEVELS).half()  # (d, F / GROUP)
-    steps = scales.float().clamp(min=1e-30)[..., None]
-    codes = (columns / steps).round().clamp(-LEVELS, LEVELS).to(torch.int8).add(8).to(torch.uint8).flatten(1)
-    return codes[:, 0::2] | codes[:, 1::2] << 4, scales
-
-
-def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """What `quantize` kept, (d, F) float32."""
-    pairs = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)  # (d, F)
-    return (pairs.float() - 8).unflatten(1, (-1, GROUP)).mul(scales.float()[..., None]).flatten(1)
+    return kernels.columns(x, copy, kept, bias=None if bias is None else bias.to(x))

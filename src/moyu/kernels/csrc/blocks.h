@@ -19,29 +19,10 @@ namespace {
 using moyu::Blocks;
 using moyu::Kind;
 
-constexpr int kBlock = 32;
-
 inline int64_t blocks_of(int64_t values) { return (values + kBlock - 1) / kBlock; }
 inline int64_t row_bytes(Kind kind, int64_t n) { return blocks_of(n) * (kind == Kind::q8_0 ? 34 : 18); }  // with its scales
 inline int64_t column_bytes(Kind kind, int64_t q) { return kind == Kind::q8_0 ? q : blocks_of(q) * 16; }
 inline int64_t round_up8(int64_t count) { return (count + 7) / 8 * 8; }
-
-// 32 values as 8 bits and a scale, half to even; returns the sum of the integers. What is not finite gives no number.
-// Sizes are compared as integers, and the addition leaves the integer in the low byte: loops that become vector code.
-inline int32_t quantise_block(const float *x, int8_t *q, float *scale) {
-    int32_t most = 0, sum = 0;
-    for (int i = 0; i < kBlock; ++i) {
-        const int32_t size = static_cast<int32_t>(to_bits(x[i]) & 0x7fffffffu);
-        most = size > most ? size : most;
-    }
-    const float widest = from_bits(static_cast<uint32_t>(most)), inverse = most != 0 ? 127.0f / widest : 0.0f;
-    *scale = widest / 127.0f;
-    int32_t whole[kBlock];
-    for (int i = 0; i < kBlock; ++i) whole[i] = static_cast<int32_t>(to_bits(x[i] * inverse + 12582912.0f) - 0x4b400000u);
-    for (int i = 0; i < kBlock; ++i) sum += whole[i];
-    for (int i = 0; i < kBlock; ++i) q[i] = static_cast<int8_t>(whole[i]);
-    return sum;
-}
 
 // Rows of x as the dot products take them, each padded to 8 blocks.
 struct Rounded {

@@ -37,6 +37,28 @@ inline float sum_lanes(__m256 a) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
 
+// 32 values as 8 bits and a scale, half to even; returns the sum of the integers. What is not finite gives no number.
+inline int32_t quantise_block(const float *x, int8_t *q, float *scale) {
+    const __m256 a = _mm256_loadu_ps(x), b = _mm256_loadu_ps(x + 8), c = _mm256_loadu_ps(x + 16), d = _mm256_loadu_ps(x + 24);
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    const __m256 most = _mm256_max_ps(_mm256_max_ps(_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b)),
+                                      _mm256_max_ps(_mm256_andnot_ps(sign, c), _mm256_andnot_ps(sign, d)));
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    const float widest = _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
+    *scale = widest / 127.0f;
+    const __m256 inverse = _mm256_set1_ps(widest != 0.0f ? 127.0f / widest : 0.0f);
+    const auto whole = [&](__m256 values) { return _mm256_cvtps_epi32(_mm256_mul_ps(values, inverse)); };
+    const __m256i low = _mm256_packs_epi32(whole(a), whole(b)), high = _mm256_packs_epi32(whole(c), whole(d));
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(q), bytes);
+    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), ones);
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+    sum = _mm_add_epi32(sum, _mm_unpackhi_epi64(sum, sum));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 1)));
+}
+
 // out[c] = row c · x for C rows of Q8_0 in lockstep; `then` (or null) is prefetched line by line.
 template <int C>
 inline void dot_q8(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *then, const int8_t *x,
@@ -124,86 +146,79 @@ inline void add_scaled(__m256i integers, const uint8_t *scales, __m256 scale, fl
     _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(integers), by, _mm256_loadu_ps(y)));
 }
 
-// y += scale * scales * (sum over columns of v * column), a line of every column at a time. Beyond the count v is 0 and
+// y += scale * scales * (sum over columns of v * column), half a line of every column at a time. Beyond the count v is 0 and
 // `column` repeats one; a line of each of `after` other columns is prefetched in turn.
 inline void sum_q8(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
                    int64_t q, const uint8_t *const *then, int after) {
     const __m256 by = _mm256_set1_ps(scale);
     int64_t o = 0;
-    for (; o + 64 <= q; o += 64) {
-        __m256i sum[2][4];
-        for (auto &half : sum)
-            for (auto &part : half) part = _mm256_setzero_si256();
-        for (int i = 0; i < after; ++i) prefetch<64>(then[i] + o);
+    for (; o + 32 <= q; o += 32) {
+        __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0;
+        if (o % 64 == 0)
+            for (int i = 0; i < after; ++i) prefetch<64>(then[i] + o);
         for (int i = 0; i < count; i += 4) {
             int32_t four;
             std::memcpy(&four, v + i, 4);
             const __m256i factor = _mm256_set1_epi32(four);
-            for (int h = 0; h < 2; ++h) {
-                const __m256i a = load_bytes(column[i] + o + 32 * h), b = load_bytes(column[i + 1] + o + 32 * h);
-                const __m256i c = load_bytes(column[i + 2] + o + 32 * h), d = load_bytes(column[i + 3] + o + 32 * h);
-                const __m256i ab = _mm256_unpacklo_epi8(a, b), cd = _mm256_unpacklo_epi8(c, d);
-                const __m256i ba = _mm256_unpackhi_epi8(a, b), dc = _mm256_unpackhi_epi8(c, d);
-                sum[h][0] = add_signed(sum[h][0], _mm256_unpacklo_epi16(ab, cd), factor);  // outputs 0 .. 3 and 16 .. 19
-                sum[h][1] = add_signed(sum[h][1], _mm256_unpackhi_epi16(ab, cd), factor);  // 4 .. 7 and 20 .. 23
-                sum[h][2] = add_signed(sum[h][2], _mm256_unpacklo_epi16(ba, dc), factor);  // 8 .. 11 and 24 .. 27
-                sum[h][3] = add_signed(sum[h][3], _mm256_unpackhi_epi16(ba, dc), factor);
-            }
+            const __m256i a = load_bytes(column[i] + o), b = load_bytes(column[i + 1] + o);
+            const __m256i c = load_bytes(column[i + 2] + o), d = load_bytes(column[i + 3] + o);
+            const __m256i ab = _mm256_unpacklo_epi8(a, b), cd = _mm256_unpacklo_epi8(c, d);
+            const __m256i ba = _mm256_unpackhi_epi8(a, b), dc = _mm256_unpackhi_epi8(c, d);
+            s0 = add_signed(s0, _mm256_unpacklo_epi16(ab, cd), factor);  // outputs 0 .. 3 and 16 .. 19
+            s1 = add_signed(s1, _mm256_unpackhi_epi16(ab, cd), factor);  // 4 .. 7 and 20 .. 23
+            s2 = add_signed(s2, _mm256_unpacklo_epi16(ba, dc), factor);  // 8 .. 11 and 24 .. 27
+            s3 = add_signed(s3, _mm256_unpackhi_epi16(ba, dc), factor);
         }
-        for (int h = 0; h < 2; ++h) {
-            const int64_t at = o + 32 * h;
-            add_scaled(_mm256_permute2x128_si256(sum[h][0], sum[h][1], 0x20), scales + 2 * at, by, y + at);
-            add_scaled(_mm256_permute2x128_si256(sum[h][2], sum[h][3], 0x20), scales + 2 * at + 16, by, y + at + 8);
-            add_scaled(_mm256_permute2x128_si256(sum[h][0], sum[h][1], 0x31), scales + 2 * at + 32, by, y + at + 16);
-            add_scaled(_mm256_permute2x128_si256(sum[h][2], sum[h][3], 0x31), scales + 2 * at + 48, by, y + at + 24);
-        }
+        add_scaled(_mm256_permute2x128_si256(s0, s1, 0x20), scales + 2 * o, by, y + o);
+        add_scaled(_mm256_permute2x128_si256(s2, s3, 0x20), scales + 2 * o + 16, by, y + o + 8);
+        add_scaled(_mm256_permute2x128_si256(s0, s1, 0x31), scales + 2 * o + 32, by, y + o + 16);
+        add_scaled(_mm256_permute2x128_si256(s2, s3, 0x31), scales + 2 * o + 48, by, y + o + 24);
     }
     for (int i = 0; i < after; ++i) prefetch<128>(then[i] + o);
     sum_rest(column, count, v, scale, scales, y, o, q, at_q8);
+}
+
+// 64 outputs of up to 16 columns of Q4_0 in 16 bits: 0 .. 7 and 32 .. 39, 8 and 40, 16 and 48, 24 and 56.
+struct Sums { __m256i part[4]; };
+inline Sums sum_pairs(const uint8_t *const *column, const int8_t *v, int from, int end, int64_t at) {
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0;
+    for (int i = from; i < end; i += 2) {
+        int16_t two;
+        std::memcpy(&two, v + i, 2);
+        const __m256i factor = _mm256_set1_epi16(two);
+        const __m256i a = load_bytes(column[i] + at), b = load_bytes(column[i + 1] + at);
+        const __m256i ab = _mm256_unpacklo_epi8(a, b), ba = _mm256_unpackhi_epi8(a, b);
+        const auto products = [&](__m256i codes) { return _mm256_maddubs_epi16(_mm256_and_si256(codes, low), factor); };
+        s0 = _mm256_add_epi16(s0, products(ab));
+        s1 = _mm256_add_epi16(s1, products(ba));
+        s2 = _mm256_add_epi16(s2, products(_mm256_srli_epi16(ab, 4)));
+        s3 = _mm256_add_epi16(s3, products(_mm256_srli_epi16(ba, 4)));
+    }
+    return {{s0, s1, s2, s3}};
 }
 
 // The same for Q4_0. Pairs of columns are summed in 16 bits: 8 pairs of 2 * 15 * 127 fit, then 32 bits take over.
 inline void sum_q4(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
                    int64_t q, const uint8_t *const *then, int after) {
     const __m256 by = _mm256_set1_ps(scale);
-    const __m256i low = _mm256_set1_epi8(15);
     int32_t all = 0;
     for (int i = 0; i < count; ++i) all -= 8 * v[i];
     const __m256i less = _mm256_set1_epi32(all);
     int64_t o = 0;
     for (; o + 64 <= q; o += 64) {
-        __m256i sum[2][4];  // of up to 16 columns each; outputs 0 .. 7 and 32 .. 39, 8 and 40, 16 and 48, 24 and 56
-        for (auto &half : sum)
-            for (auto &part : half) part = _mm256_setzero_si256();
         if (o % 128 == 0)
             for (int i = 0; i < after; ++i) prefetch<64>(then[i] + o / 2);
-        const auto sixteen = [&](__m256i *to, int from, int end) {
-            for (int i = from; i < end; i += 2) {
-                int16_t two;
-                std::memcpy(&two, v + i, 2);
-                const __m256i factor = _mm256_set1_epi16(two);
-                const __m256i a = load_bytes(column[i] + o / 2), b = load_bytes(column[i + 1] + o / 2);
-                const __m256i ab = _mm256_unpacklo_epi8(a, b), ba = _mm256_unpackhi_epi8(a, b);
-                const auto add = [&](int part, __m256i codes) {
-                    to[part] = _mm256_add_epi16(to[part], _mm256_maddubs_epi16(_mm256_and_si256(codes, low), factor));
-                };
-                add(0, ab);
-                add(1, ba);
-                add(2, _mm256_srli_epi16(ab, 4));
-                add(3, _mm256_srli_epi16(ba, 4));
-            }
-        };
-        sixteen(sum[0], 0, count < 16 ? count : 16);
-        if (count > 16) sixteen(sum[1], 16, count);
+        const Sums first = sum_pairs(column, v, 0, count < 16 ? count : 16, o / 2);
+        const Sums rest = count > 16 ? sum_pairs(column, v, 16, count, o / 2) : Sums{};
         for (int part = 0; part < 4; ++part) {
-            const auto wide = [&](__m128i first, __m128i second) {
-                return _mm256_add_epi32(_mm256_add_epi32(_mm256_cvtepi16_epi32(first), less), _mm256_cvtepi16_epi32(second));
+            const auto wide = [&](__m128i a, __m128i b) {
+                return _mm256_add_epi32(_mm256_add_epi32(_mm256_cvtepi16_epi32(a), less), _mm256_cvtepi16_epi32(b));
             };
+            const __m256i a = first.part[part], b = rest.part[part];
             const int64_t at = o + 8 * part;
-            add_scaled(wide(_mm256_castsi256_si128(sum[0][part]), _mm256_castsi256_si128(sum[1][part])), scales + 2 * at, by,
-                       y + at);
-            add_scaled(wide(_mm256_extracti128_si256(sum[0][part], 1), _mm256_extracti128_si256(sum[1][part], 1)),
-                       scales + 2 * at + 64, by, y + at + 32);
+            add_scaled(wide(_mm256_castsi256_si128(a), _mm256_castsi256_si128(b)), scales + 2 * at, by, y + at);
+            add_scaled(wide(_mm256_extracti128_si256(a, 1), _mm256_extracti128_si256(b, 1)), scales + 2 * at + 64, by, y + at + 32);
         }
     }
     for (int i = 0; i < after; ++i) prefetch<128>(then[i] + o / 2);

@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int kBlock = 32;
+
 // The integer that output `o` of a column has.
 inline int32_t at_q8(const uint8_t *column, int64_t o) { return static_cast<int8_t>(column[o]); }
 inline int32_t at_q4(const uint8_t *column, int64_t o) { return (column[o / 32 * 16 + o % 16] >> (o % 32 / 16 * 4) & 15) - 8; }
