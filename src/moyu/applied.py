@@ -59,6 +59,7 @@ class Applied(AbstractContextManager):
             raise UserError(str(error), "or use backend 'auto'") from error
         self.model, self.plan, self.engine = model, plan, engine
         self.backend: Backend = backend
+        self.own_products = engine == "skip" and backend in ("auto", "cpu")
         self.controller = controller or (None if plan is None else plan.method.controller())
         self.anatomy = anatomy or surgery.dissect(model)
         if plan is not None and check:

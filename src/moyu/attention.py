@@ -56,9 +56,12 @@ class AttentionLinear(Executor):
         watched = state is not None and (
             state.observer is not None or state.products is not None or bool(self.lookahead)
         )
+        flat = x.reshape(-1, x.shape[-1])
         if state is None or not (works or watched or state.skipping):
-            return self.inner(x)
-        flat, rows = x.reshape(-1, x.shape[-1]), state.rows
+            if state is None or not self.own_prompts(x, [self.piece], state):
+                return self.inner(x)
+            return self.whole(self.piece, flat).reshape(*x.shape[:-1], -1)
+        rows = state.rows
         tap: Tap = "heads" if self.name == "o" else "attn_in"
         if self.name in ("q", "qkv", "o"):
             self.see(tap, flat, rows, state)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,9 @@ from moyu.surgery import Block, Experts, Piece
 if TYPE_CHECKING:
     from moyu.applied import Applied
     from moyu.runtime import Pass
+
+
+AT_ONCE = 64  # rows of a prompt whose values stay in the cache
 
 
 class SiteState:
@@ -99,11 +102,6 @@ class Executor:
         if (self.block.layer, tap) in self.lookahead:
             state.taps[self.block.layer, tap] = x
 
-    def unseen(self, tap: Tap, state: Pass) -> bool:
-        """Whether nobody holds a tap's values: they may be overwritten."""
-        held = state.observer is not None or state.products is not None or (self.block.layer, tap) in self.lookahead
-        return not torch.is_grad_enabled() and not held
-
     def choose(self, site: SiteState, x: Tensor, rows: Rows, state: Pass, oracle: Callable[[], Tensor]) -> Tensor:
         """The mask (N, n) of a site: the method's, or what a chooser makes of it; dense rows keep everything.
 
@@ -133,7 +131,26 @@ class Executor:
         """The whole product, (N, in) -> (N, out)."""
         if state.skipping and surgery.is_laid_out(piece, "row"):
             return kernels.rows(x, piece.operand, None, bias=piece.bias)
+        return self.whole(piece, x)
+
+    def whole(self, piece: Piece, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The whole product of a prompt's rows, (N, in) -> (N, out); `out` is memory that it may use."""
+        if self.applied.own_products and not piece.foreign:
+            return kernels.product(x, piece.weight, piece.bias, out=out)
         return product(piece, x)
+
+    def _watched(self, state: Pass) -> bool:
+        """Whether somebody holds values of this pass, which may then not be overwritten."""
+        return state.observer is not None or state.products is not None or bool(self.lookahead)
+
+    def own_prompts(self, x: Tensor, pieces: Iterable[Piece], state: Pass) -> bool:
+        """Whether prompts of which nothing is skipped take `whole` instead of the modules' own products."""
+        return (
+            self.applied.own_products
+            and not self._watched(state)
+            and kernels.product_helps(x)
+            and not any(piece.foreign or piece.blocks for piece in pieces)
+        )
 
     def columns(self, piece: Piece, name: str, x: Tensor, site: SiteState | None, rows: Rows, state: Pass) -> Tensor:
         """The product with inputs (columns) skipped where a site says so, (N, in) -> (N, out)."""
@@ -158,7 +175,7 @@ class Executor:
             self._ensure([piece], ["column"])
             y = kernels.columns(x, piece.operand, mask, bias=piece.bias)
         else:
-            y = product(piece, torch.where(mask, x, 0))
+            y = self.whole(piece, torch.where(mask, x, 0))
         if site.params.low_rank is not None:
             outer, inner = (t.to(x.dtype) for t in site.params.low_rank)
             y = y + functional.linear(functional.linear(torch.where(mask, 0, x), inner), outer)
@@ -175,7 +192,7 @@ class Executor:
         back = kept if basis is None else kept @ basis.to(x.dtype).t()
         back = back if centre is None else back + centre.to(x.dtype)
         back = torch.where(rows.sparse[:, None], back, x)  # dense rows see no rounding
-        y = product(piece, back)
+        y = self.whole(piece, back)
         if site.params.low_rank is not None:
             outer, inner = (t.to(x.dtype) for t in site.params.low_rank)
             y = y + functional.linear(functional.linear(x - back, inner), outer)
@@ -260,26 +277,27 @@ class FfnCall(Executor):
         for pieces, roles in self.layout:
             self._ensure(pieces, roles)
 
-    def active(self) -> Pass | None:
-        """The running pass where this network has something to decide, remember or show."""
+    def active(self, x: Tensor | None = None) -> Pass | None:
+        """The running pass where this network has something to decide, remember or show, or products of its own for x."""
         state = runtime.current(self.applied)
         if state is None:
             return None
         remembers = state.any_dense and any(s.method.granularity == "sequence" for s in self.states)
         watched = state.observer is not None or any(layer == self.block.layer for layer, _ in self.lookahead)
         works = self.states and state.any_sparse
-        return state if works or remembers or watched or state.skipping or state.products is not None else None
+        own = x is not None and self.block.middle is None and self.own_prompts(x, self.block.pieces.values(), state)
+        return state if works or remembers or watched or state.skipping or state.products is not None or own else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stands for the forward of the network's module, (..., d) -> (..., d)."""
-        state = self.active()
+        state = self.active(x)
         if state is None:
             return self.inner(x, *args, **kwargs)  # pyright: ignore[reportOptionalCall]
         return self.run(x.reshape(-1, x.shape[-1]), state.rows, state).reshape(x.shape)
 
     def enter(self, x: Tensor, inner: Callable) -> Tensor:
         """Stands for gate's or up's forward where the network is inline: the input waits for `leave`."""
-        state = self.active()
+        state = self.active(x)
         if state is None:
             return inner(x)
         state.pending[id(self)] = x
@@ -287,7 +305,7 @@ class FfnCall(Executor):
 
     def leave(self, x: Tensor, inner: Callable) -> Tensor:
         """Stands for down's forward where the network is inline."""
-        state = self.active()
+        state = self.active(x)
         if state is None:
             return inner(x)
         x = state.pending.pop(id(self))
@@ -302,6 +320,8 @@ class FfnCall(Executor):
         up, down, gate = pieces["up"], pieces["down"], pieces.get("gate")
         self.see("mlp_in", x, rows, state)
         neurons = self.site(skips="neurons")
+        if not (state.any_sparse or self._watched(state) or torch.is_grad_enabled()):
+            return self._dense_prompt(x, neurons, rows, state)
         gate_first, up_first = self.site(reads="gate"), self.site(reads="up")
         norms = column_norms(down) if state.chooser is not None else None
 
@@ -338,8 +358,7 @@ class FfnCall(Executor):
                 site = self.site(reads="mlp_in", skips="columns", linear="gate")
                 opened = act(self.columns(gate, "gate", x, site, rows, state))
                 self.see("gate", opened, rows, state)
-                value = opened.mul_(value) if self.unseen("gate", state) else opened * value
-                del opened  # a prompt's activations are large: memory that the next ones can have again
+                value = opened * value
         self.see("mid", value, rows, state)
         if neurons is not None:
             if neurons.site.reads == "mid":
@@ -350,8 +369,23 @@ class FfnCall(Executor):
             return self.columns(down, "down", value, self.site(reads="mid", skips="columns"), rows, state)
         self.observe(decided, value, mask, rows, state)  # pyright: ignore[reportArgumentType]
         kept = value * mask if mask.is_floating_point() else torch.where(mask, value, 0)  # pyright: ignore
-        y = product(down, kept)
+        y = self.whole(down, kept)
         return self.compensate(self.complete(y, x, mask, decided, rows), "down", decided, rows)  # pyright: ignore
+
+    def _dense_prompt(self, x: Tensor, neurons: SiteState | None, rows: Rows, state: Pass) -> Tensor:
+        """The network on a prompt's rows of which nothing is skipped, (N, d) -> (N, d), in memory that all layers share.
+
+        A prompt's values are megabytes, and fresh ones cost as much in page faults as the arithmetic on them.
+        """
+        pieces, act = self.block.pieces, kernels.activation(self.block.act or "identity")
+        first = [name for name in ("gate", "up") if name in pieces]
+        made = [self.whole(pieces[n], x, state.space(n, x, pieces[n].shape[0])) for n in first]  # each (N, f)
+        for parts in zip(*(values.split(AT_ONCE) for values in made), strict=True):
+            parts[-1].copy_(act(parts[0])) if len(parts) == 1 else parts[-1].mul_(act(parts[0]))
+        value = made[-1]
+        if neurons is not None and neurons.site.reads == "mid":
+            neurons.remember(value, rows, state)
+        return self.whole(pieces["down"], value)
 
     def _run_own(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
         """The same order of events where only the network's own module makes the middle.
@@ -409,7 +443,7 @@ class FfnCall(Executor):
             self._ensure([down], ["column"])
             y = kernels.columns(value, down.operand, mask, bias=down.bias)
         else:
-            y = product(down, value)
+            y = self.whole(down, value)
         return self.compensate(y, "down", decided, rows)
 
     def _kept(
@@ -419,7 +453,7 @@ class FfnCall(Executor):
         if mask is None:
             return self.columns(piece, name, x, site, rows, state)
         if not state.skipping:
-            return torch.where(mask, product(piece, x), 0)
+            return torch.where(mask, self.whole(piece, x), 0)
         self._ensure([piece], ["row"])
         return kernels.rows(x, piece.operand, mask, bias=piece.bias)
 
@@ -458,9 +492,15 @@ class DenseLinear:
     def forward(self, x: Tensor) -> Tensor:
         """Stands for the linear's forward, (..., in) -> (..., out)."""
         state = runtime.current(self.applied)
-        if state is None or not state.skipping or x.numel() // x.shape[-1] > runtime.MAX_SKIPPING_ROWS:
+        if state is None or self.applied.engine != "skip":
             return self.inner(x)
-        y = kernels.rows(x.reshape(-1, x.shape[-1]), self.piece.operand, None, bias=self.piece.bias)
+        flat = x.reshape(-1, x.shape[-1])
+        if state.skipping and len(flat) <= runtime.MAX_SKIPPING_ROWS:
+            y = kernels.rows(flat, self.piece.operand, None, bias=self.piece.bias)
+        elif kernels.product_helps(x) and self.piece.blocks is None:
+            y = kernels.product(flat, self.piece.weight, self.piece.bias)
+        else:
+            return self.inner(x)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

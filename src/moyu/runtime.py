@@ -64,6 +64,14 @@ class Pass:
     pending: dict[int | str, Tensor] = field(default_factory=dict)  # inputs: of inline networks, of masked heads
     past: int = 0  # columns of the cache before this call
     products: Products | None = None  # where a layer runs again and again at other levels
+    spaces: dict[str, Tensor] = field(default_factory=dict)  # memory that the layers use one after another
+
+    def space(self, name: str, like: Tensor, width: int) -> Tensor:
+        """Memory for (len(like), width) of like's dtype, the same one as long as it is large enough."""
+        size, space = len(like) * width, self.spaces.get(name)
+        if space is None or space.numel() < size or space.dtype != like.dtype or space.device != like.device:
+            space = self.spaces[name] = like.new_empty(size)
+        return space[:size].view(len(like), width)
 
 
 class Products:

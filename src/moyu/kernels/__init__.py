@@ -35,6 +35,8 @@ from .checks import (
     check_rows,
 )
 from .cpu import ReadCeiling
+from .dense import helps as product_helps
+from .dense import product
 from .reference import ACTIVATIONS
 
 __all__ = [
@@ -49,6 +51,8 @@ __all__ = [
     "count_bytes",
     "describe",
     "neurons",
+    "product",
+    "product_helps",
     "require",
     "rows",
     "serves",

@@ -118,7 +118,7 @@ def rows(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) ->
     return _multiply(extension().rows, x, weight, weight.stride(0), mask, bias)
 
 
-def columns(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+def columns(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
     return _multiply(extension().columns, x, weight, weight.stride(1), mask, bias)
 
 
