@@ -236,8 +236,8 @@ def batches(bench: Bench, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> None:
         )
 
 
-def prefill(bench: Bench, tokens: int = 512, rounds: int = 5) -> None:
-    """Print the time of a prompt of `tokens` tokens, by transformers and with a plan applied."""
+def prefill(bench: Bench, rounds: int, tokens: int = 512) -> None:
+    """Print the time of a prompt of `tokens` tokens, by transformers and with a plan applied; a first round is not counted."""
     ids = torch.randint(3, bench.model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(1))
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds + 1):
@@ -268,7 +268,10 @@ def main() -> None:
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out: it compiles for a minute or two"
     )
-    parser.add_argument("--prefill", action="store_true", help="time prefill as well")
+    parser.add_argument(
+        "--prefill", type=int, nargs="?", const=5, metavar="ROUNDS",
+        help="time prefill as well; a round of 512 tokens takes minutes where torch has no fast 16-bit products",
+    )  # fmt: skip
     parser.add_argument("--batches", action="store_true", help="time several sequences at once as well")
     parser.add_argument("--out", type=Path, help="records to write; those of other shapes in it stay")
     options = parser.parse_args()
@@ -288,7 +291,7 @@ def main() -> None:
             seconds, ceiling = measure(variants)
             engine.close()
         if options.prefill and weights == "bf16":
-            prefill(bench)
+            prefill(bench, options.prefill)
         if options.batches and weights == "bf16":
             batches(bench)
         report(bench, seconds, ceiling, options.out)

@@ -12,7 +12,7 @@ int64_t rows_share(const LinearArgs &a, const Factor<T> *x, const int32_t *kept,
     const int64_t row_bytes = a.n * static_cast<int64_t>(sizeof(T));
     const int64_t bias_bytes = a.bias ? static_cast<int64_t>(sizeof(T)) : 0;
     const int64_t hop = Taken::hop(row_bytes);
-    const int streams = together(row_bytes);
+    const int streams = together(row_bytes, a.mask && a.rows > kFewRows);
     const Share share(count, team);
     const Part weight{a.weight, a.weight_stride};
     T *out = static_cast<T *>(a.out);
@@ -61,7 +61,7 @@ template <class T>
 int64_t columns_share(const LinearArgs &a, const int32_t *kept, int64_t count, const moyu::Team &team, float *sums) {
     const int64_t column_bytes = a.q * static_cast<int64_t>(sizeof(T));
     const int64_t hop = Taken::hop(column_bytes);
-    const int streams = together(column_bytes);
+    const int streams = together(column_bytes, a.mask && a.rows > kFewRows);
     const Share share(count, team);
     const Part weight{a.weight, a.weight_stride};
     for (int64_t i = 0; i < a.rows * round_up(a.q); ++i) sums[i] = 0.0f;

@@ -19,7 +19,7 @@ int64_t neurons_share(const NeuronsArgs &a, const Factor<T> *x, const int32_t *k
     const Part gate{a.gate, a.gate_stride}, up{a.up, a.up_stride}, down{a.down, a.down_stride};
     const bool chained = (a.d < a.d_out ? a.d : a.d_out) * static_cast<int64_t>(sizeof(T)) >= kAheadBytes;
     const int64_t hop = chained ? 1 : Taken::hop(neuron_bytes);
-    const int streams = together(a.d * static_cast<int64_t>(sizeof(T)));
+    const int streams = together(a.d * static_cast<int64_t>(sizeof(T)), a.mask && a.rows > kFewRows);
 
     const Share share(count, team);
     for (int64_t i = 0; i < a.rows * round_up(a.d_out); ++i) sums[i] = 0.0f;

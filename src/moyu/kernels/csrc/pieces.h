@@ -20,10 +20,12 @@ constexpr int64_t kLineBytes = 64;
 constexpr int kTogether = 8;             // pieces read in lockstep, at most
 constexpr int64_t kAheadBytes = 1536;    // the least distance of the prefetch in each of them
 constexpr int64_t kRowBlock = 32;        // rows of x that are taken together; weights are read once a block
-constexpr int kRowsAtOnce = Vec::width >= 16 ? 4 : 2;  // that the registers hold sums of
-// When rows of a batch take all that any of them keeps (measured, docs/LOG.md): few rows wait for memory, so always; more
-// wait for arithmetic, so where they keep most of it anyway. Columns, which have no dot product to spare: sooner.
-constexpr int64_t kFewRows = 4, kSharedPercent = 80, kSharedColumnsPercent = 30;
+constexpr bool kWide = Vec::width >= 16;
+constexpr int kDotRows = kWide ? 4 : 2;  // rows that the registers hold sums of, beside those of their pieces
+// When rows of a batch take all that any of them keeps, which is the dense form with zeros for what a row skips (measured,
+// docs/LOG.md): few rows wait for memory, so always; more wait for arithmetic, so where they keep most of it anyway. Wide
+// registers' columns have no dot product to spare: sooner. Narrow registers have less to share.
+constexpr int64_t kFewRows = kWide ? 4 : 2, kSharedPercent = kWide ? 80 : 60, kSharedColumnsPercent = kWide ? 30 : 60;
 constexpr int64_t kSerialBytes = 65536;  // less work than this is done before a second thread has woken up
 
 // x of a product, as `multiply` takes it.
@@ -70,8 +72,13 @@ inline void add_products(Vec::Pair &sum, const Vec::Pair &w, const Vec::Pair &x)
     sum.a = Vec::fma(w.a, x.a, sum.a);
     sum.b = Vec::fma(w.b, x.b, sum.b);
 }
+inline void add_products(Vec::Reg &sum, const Vec::Pair &w, const Vec::Pair &x) {
+    sum = Vec::fma(w.b, x.b, Vec::fma(w.a, x.a, sum));
+}
 template <class T>
 inline Vec::Pair load_weights(const T *w) { return Vec::load2(w); }
+template <class T>
+inline Vec::Pair load_weights_part(const T *w, int count) { return Vec::load2_part(w, count); }
 template <class T>
 inline void add_products(Vec::Pair &sum, const T *w, const Vec::Pair &x) {
     add_products(sum, Vec::load2(w), x);
@@ -114,9 +121,11 @@ inline int64_t list_kept(const uint8_t *mask, int64_t stride, int64_t rows, int6
     return pieces;
 }
 
-// How many pieces to read in lockstep: 4 of a page or more. Shorter ones leave room in L1 (which a multiple of the page
-// size between the streams does not) for 8, and each step's overhead then serves twice the bytes: 10 % at 2 kB.
-inline int together(int64_t piece_bytes) { return piece_bytes < 4096 ? 8 : 4; }
+// How many pieces to read in lockstep. Wide registers: 4 of a page or more; shorter ones leave room in L1 (which a multiple of
+// the page size between the streams does not) for 8, and each step's overhead then serves twice the bytes: 10 % at 2 kB.
+// Narrow ones (Zen 3, 32 kB of L1): 4, where 8 take up to 28 % longer; but where each of several rows takes its own of them,
+// arithmetic is the bound, and 8 fill the registers better: 10 %.
+inline int together(int64_t piece_bytes, bool own) { return kWide ? (piece_bytes < 4096 ? 8 : 4) : own ? 8 : 4; }
 
 // The pieces of one step of a thread that has the list's part `share`: the part is cut into `streams` runs, a step takes
 // one piece of each, so that even where everything is kept the lockstep has that many long streams. Null `kept` = all.
@@ -299,89 +308,91 @@ inline void axpy(const Weights<T> &w, const float *scale, float *y, int64_t n) {
     }
 }
 
-// The two for R rows at once and C pieces from `first` on: a load of weights serves R rows, one of x C pieces.
+// The two for R rows at once and C pieces from `first` on: a load of weights serves R rows, one of x C pieces. A sum is one
+// register for both halves of a line: C * R of them are enough to hide the latency of an FMA.
 template <int C, int R, bool Ahead, class T>
 inline void dot_shared(const Weights<T> &w, int first, const Factor<T> *x, int64_t n, float (*out)[kTogether]) {
     constexpr int W = Vec::width;
     const int64_t stride = round_up(n);
-    Vec::Pair sum[C][R];
+    typename Vec::Reg sum[C][R];
     for (int c = 0; c < C; ++c)
-        for (int r = 0; r < R; ++r) sum[c][r].a = sum[c][r].b = Vec::zero();
+        for (int r = 0; r < R; ++r) sum[c][r] = Vec::zero();
     const T *now[C], *then[C];
     for (int c = 0; c < C; ++c) now[c] = w.now[first + c];
     for (int c = 0; c < C; ++c) then[c] = w.then[first + c];
     int64_t i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
-        decltype(load_weights(now[0])) part[C];
+        decltype(load_factor(x)) factor[R];
+        for (int r = 0; r < R; ++r) factor[r] = load_factor(x + r * stride + i);
         for (int c = 0; c < C; ++c) {
             if (Ahead) prefetch<2 * W * sizeof(T)>(then[c] + i);
-            part[c] = load_weights(now[c] + i);
-        }
-        for (int r = 0; r < R; ++r) {
-            const auto factor = load_factor(x + r * stride + i);
-            for (int c = 0; c < C; ++c) add_products(sum[c][r], part[c], factor);
+            const auto part = load_weights(now[c] + i);
+            for (int r = 0; r < R; ++r) add_products(sum[c][r], part, factor[r]);
         }
     }
     for (int r = 0; r < R && i < n; ++r)
         for (int c = 0; c < C; ++c)
-            add_products(sum[c][r], now[c] + i, static_cast<int>(n - i), load_factor(x + r * stride + i));
+            add_products(sum[c][r], load_weights_part(now[c] + i, static_cast<int>(n - i)), load_factor(x + r * stride + i));
     for (int c = 0; c < C; ++c)
-        for (int r = 0; r < R; ++r) out[r][first + c] = Vec::sum(Vec::add(sum[c][r].a, sum[c][r].b));
+        for (int r = 0; r < R; ++r) out[r][first + c] = Vec::sum(sum[c][r]);
 }
 
 template <int C, int R, bool Ahead, class T>
 inline void axpy_shared(const Weights<T> &w, int first, const float (*scale)[kTogether], float *y, int64_t n) {
     constexpr int W = Vec::width;
     const int64_t stride = round_up(n);
-    typename Vec::Reg s[R][C];
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) s[r][c] = Vec::set(scale[r][first + c]);
     const T *now[C], *then[C];
     for (int c = 0; c < C; ++c) now[c] = w.now[first + c];
     for (int c = 0; c < C; ++c) then[c] = w.then[first + c];
-    for (int64_t i = 0; i < n; i += 2 * W) {
-        Vec::Pair part[C];
+    auto add = [&](int64_t i, auto load) {
+        Vec::Pair sum[R];
+        for (int r = 0; r < R; ++r) sum[r] = {Vec::load(y + r * stride + i), Vec::load(y + r * stride + i + W)};
         for (int c = 0; c < C; ++c) {
-            if (Ahead && i + 2 * W <= n) prefetch<2 * W * sizeof(T)>(then[c] + i);
-            part[c] = load2_rest(now[c] + i, n - i);
+            const auto part = load(c);
+            for (int r = 0; r < R; ++r) {
+                const auto s = Vec::set(scale[r][first + c]);
+                sum[r].a = Vec::fma(part.a, s, sum[r].a);
+                sum[r].b = Vec::fma(part.b, s, sum[r].b);
+            }
         }
         for (int r = 0; r < R; ++r) {
-            float *to = y + r * stride + i;
-            auto y0 = Vec::load(to), y1 = Vec::load(to + W);
-            for (int c = 0; c < C; ++c) {
-                y0 = Vec::fma(part[c].a, s[r][c], y0);
-                y1 = Vec::fma(part[c].b, s[r][c], y1);
-            }
-            Vec::store(to, y0);
-            Vec::store(to + W, y1);
+            Vec::store(y + r * stride + i, sum[r].a);
+            Vec::store(y + r * stride + i + W, sum[r].b);
         }
-    }
+    };
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W)
+        add(i, [&](int c) {
+            if (Ahead) prefetch<2 * W * sizeof(T)>(then[c] + i);
+            return Vec::load2(now[c] + i);
+        });
+    if (i < n) add(i, [&](int c) { return Vec::load2_part(now[c] + i, static_cast<int>(n - i)); });
 }
 
 // As many pieces as fit into the registers beside R rows, then one by one.
 template <int R, bool Ahead, class T>
 inline void dot_rows(const Weights<T> &w, const Factor<T> *x, int64_t n, float (*out)[kTogether]) {
-    constexpr int C = stored_products<T> ? 4 : 2;
+    constexpr int C = stored_products<T> ? 4 : 8 / kDotRows;
     int c = 0;
     for (; c + C <= w.count; c += C) dot_shared<C, R, Ahead>(w, c, x, n, out);
     for (; c < w.count; ++c) dot_shared<1, R, Ahead>(w, c, x, n, out);
 }
 template <int R, bool Ahead, class T>
 inline void axpy_rows(const Weights<T> &w, const float (*scale)[kTogether], float *y, int64_t n) {
-    constexpr int C = Vec::width >= 16 ? 4 : 2;
     int c = 0;
-    for (; c + C <= w.count; c += C) axpy_shared<C, R, Ahead>(w, c, scale, y, n);
+    for (; c + 4 <= w.count; c += 4) axpy_shared<4, R, Ahead>(w, c, scale, y, n);
     for (; c < w.count; ++c) axpy_shared<1, R, Ahead>(w, c, scale, y, n);
 }
 
-// f(r, rows at once, whether they are the first) for as many rows as there are in groups of 4 or 2; returns how many that is.
-template <class F>
+// f(r, rows at once, whether they are the first) for as many rows as there are in groups of `most` (4 or 2) and of 2;
+// returns how many that is.
+template <int most, class F>
 inline int64_t in_groups(int64_t rows, F f) {
     using std::integral_constant;
     int64_t r = 0;
-    if (kRowsAtOnce == 4 && rows >= 4) f(r, integral_constant<int, 4>{}, std::true_type{}), r = 4;
+    if (most == 4 && rows >= 4) f(r, integral_constant<int, 4>{}, std::true_type{}), r = 4;
     else if (rows >= 2) f(r, integral_constant<int, 2>{}, std::true_type{}), r = 2;
-    for (; kRowsAtOnce == 4 && r + 4 <= rows; r += 4) f(r, integral_constant<int, 4>{}, std::false_type{});
+    for (; most == 4 && r + 4 <= rows; r += 4) f(r, integral_constant<int, 4>{}, std::false_type{});
     for (; r + 2 <= rows; r += 2) f(r, integral_constant<int, 2>{}, std::false_type{});
     return r;
 }
@@ -394,7 +405,7 @@ inline void project(const Takers &takers, W weights, const Factor<T> *x, int64_t
     int64_t r = 0;
     if (takers.shared) {
         const Weights<T> w = weights(0);
-        r = in_groups(rows, [&](int64_t from, auto at_once, auto ahead) {
+        r = in_groups<kDotRows>(rows, [&](int64_t from, auto at_once, auto ahead) {
             dot_rows<at_once(), ahead()>(w, x + from * stride, n, out + from);
         });
     }
@@ -410,7 +421,7 @@ inline void accumulate(const Takers &takers, W weights, const float (*scale)[kTo
     int64_t r = 0;
     if (takers.shared) {
         const Weights<T> w = weights(0);
-        r = in_groups(rows, [&](int64_t from, auto at_once, auto ahead) {
+        r = in_groups<4>(rows, [&](int64_t from, auto at_once, auto ahead) {
             axpy_rows<at_once(), ahead()>(w, scale + from, y + from * stride, n);
         });
     }

@@ -84,8 +84,9 @@ constexpr bool stored_products<BF16> = true;
 
 inline __m512i load_factor(const BF16 *x) { return _mm512_loadu_si512(x); }
 inline __m512i load_weights(const BF16 *w) { return _mm512_loadu_si512(w); }
-inline void add_products(Vec::Pair &sum, __m512i w, __m512i x) {
-    sum.a = _mm512_dpbf16_ps(sum.a, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+inline __m512i load_weights_part(const BF16 *w, int count) { return _mm512_maskz_loadu_epi16(Vec::lanes(count), w); }
+inline void add_products(Vec::Reg &sum, __m512i w, __m512i x) {
+    sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
 }
 inline void add_products(Vec::Pair &sum, const BF16 *w, __m512i x) {
     sum.a = _mm512_dpbf16_ps(sum.a, reinterpret_cast<__m512bh>(_mm512_loadu_si512(w)), reinterpret_cast<__m512bh>(x));
