@@ -15,7 +15,7 @@ from moyu.text import Split
 from quantised import Packed, quantise
 from tiny import build, tokens
 
-NAMES = ["cats", "teal", "griffin", "wina", "deja-vu-heads"]
+NAMES = ["cats", "teal", "griffin", "deja-vu-heads"]
 
 
 def by_torchao(model):
