@@ -24,7 +24,8 @@ from transformers import (
 )
 
 import gguf_files as parts
-from moyu import UserError, load, models, zoo
+from moyu import Applied, UserError, accounting, calibrate, load, methods, models, zoo
+from moyu.calibration import Windows
 from moyu.gguf import load_model, read
 from tiny import IDS, tokens
 
@@ -283,6 +284,25 @@ def test_the_tokenizer_of_a_file_is_the_model_s(small, from_file):
 @given(st.text(max_size=30))
 def test_any_text_has_the_model_s_tokens(small, from_file, text):
     assert from_file.tokenizer(text)["input_ids"] == small[0].tokenizer(text)["input_ids"]
+
+
+def test_weights_in_blocks_are_counted(small, from_file):
+    assert accounting.count_weights(from_file.model) == sum(p.numel() for p in small[0].model.parameters())
+
+
+def test_a_plan_is_for_the_values_of_its_file(place):
+    def from_file(kind: str):
+        return load_model(read(write(place, SAID, tensors_of(TINY, kind))))
+
+    first = from_file("Q8_0")
+    plan = calibrate(first, methods.method("griffin"), Windows(tokens(2, 32), 16), sparsity=0.5, name="tiny")
+    texts = []
+    for model in (first, from_file("Q8_0")):
+        with Applied(model, plan):
+            texts.append(model.generate(input_ids=tokens(1, 8), max_new_tokens=8, do_sample=False))
+    assert torch.equal(*texts)
+    with pytest.raises(UserError, match="this plan was made for"):
+        Applied(from_file("Q4_0"), plan)
 
 
 WORDS = ("a", "b", "ab", "<s>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -38,6 +39,12 @@ def dense_step_bytes(model: nn.Module, anatomy: Anatomy) -> float:
         elif isinstance(module, QuantisedEmbedding):
             total += module.blocks.nbytes / module.num_embeddings
     return total + sum(t.shape[1] * t.element_size() for t in tables.values())
+
+
+def count_weights(model: nn.Module) -> int:
+    """Parameters of a model, those that are kept as blocks included; tied ones once."""
+    kept = {m.quants.data_ptr(): m for m in model.modules() if isinstance(m, QuantisedLinear | QuantisedEmbedding)}
+    return sum(p.numel() for p in model.parameters()) + sum(math.prod(m.blocks.shape) for m in kept.values())
 
 
 def added_bytes(method: Method, parts: Iterable[tuple[Site, SiteParams]]) -> int:

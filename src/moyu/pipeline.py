@@ -899,7 +899,7 @@ def describe(name: str) -> dict[str, Any]:
     return {
         "model": name,
         "type": type(loaded.model).__name__,
-        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "parameters": accounting.count_weights(loaded.model),
         "layers": len(anatomy.layers),
         "feed-forward": f"{'gated' if first.gated else 'plain'}, {first.act or 'by its own module'}, {first.neurons} neurons, "
         f"proved in {len(networks)} blocks",
