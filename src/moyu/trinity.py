@@ -297,18 +297,24 @@ def _means(values: Tensor) -> list[float]:
 
 
 def timed(asked: Asked, out: Path, rows: Sequence[records.Record], stage: Stage = quiet) -> list[records.Record]:
-    """Speed on a random-weight shape of the methods that have cells, each at the largest byte fraction asked for."""
-    file = out / ("speed-quick.jsonl" if asked.quick else "speed.jsonl")
+    """Speed on a random-weight shape of the methods that have cells, each at the largest byte fraction asked for.
+
+    A method and dense alternate in a run of their own, kept in a file of its own: a pass that stops goes on where it was.
+    """
     names = [n for n in asked.names() if n != QUANTISE and methods.method_class(n).family != "reference"]
     names = [n for n in names if any(isinstance(r, records.Cell) and r.method == n and r.kl is not None for r in rows)]
-    if file.exists():
-        there = records.read(file)
-        if set(names) <= {getattr(r, "method", "") for r in there} | {n for r in there for n in r.notes}:
-            return there
     shape, layers = ("tiny", 2) if asked.quick else (SHAPE, SHAPE_LAYERS)
-    found = pipeline.bench_shape(
-        shape, dict.fromkeys(names, 0.0), byte_fraction=max(asked.bytes), layers=layers, rounds=3, seed=asked.seed,
-        stage=stage,
-    )  # fmt: skip
-    records.write(file, found)
+    folder = out / ("speed-quick" if asked.quick else "speed")
+    folder.mkdir(parents=True, exist_ok=True)
+    found: list[records.Record] = []
+    for done, name in enumerate(names):
+        stage(f"time on {shape}", done, len(names))
+        file = folder / f"{name}.jsonl"
+        if not file.exists():
+            fresh = pipeline.bench_shape(
+                shape, {name: 0.0}, byte_fraction=max(asked.bytes), layers=layers, rounds=3, seed=asked.seed
+            )
+            records.write(file, fresh)
+        found += records.read(file)
+    stage(f"time on {shape}", len(names), len(names))
     return found
