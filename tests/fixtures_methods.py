@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moyu.methods.base import Refresh, Site, SiteParams, column_site, neuron_site, row_site
+from moyu.methods.base import Refresh, SiteParams, column_site, head_sites, neuron_site, row_site
 from moyu.methods.cats import Cats
 from moyu.methods.griffin import Griffin
 from moyu.methods.teal import Teal
@@ -101,20 +101,10 @@ class Blocked(Griffin):
 
 @dataclass(frozen=True)
 class Heads(Cats):
-    """Whole heads by a fixed random router: rows of q where it is a linear of its own, columns of o (Deja Vu's heads)."""
-
-    heads: int = 4
+    """Whole heads by a fixed random router (Deja Vu's heads)."""
 
     def sites(self, block):
-        if "o" not in block.pieces:
-            return ()
-        reader = "q" if "q" in block.pieces else "qkv"
-        o = block.pieces["o"].weight
-        size = o.numel() * o.element_size()
-        if reader == "q":
-            q = block.pieces["q"].weight
-            size += q.numel() * q.element_size()
-        return (Site(block.layer, "attn_in", "heads", (reader, "o"), self.heads, size // self.heads),)
+        return head_sites(block)
 
     def prepare(self, site, acts):
         generator = torch.Generator().manual_seed(site.layer)

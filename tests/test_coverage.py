@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from typer.testing import CliRunner
 
 import moyu
@@ -143,8 +147,6 @@ def test_survey_is_isolated_and_resumable(tmp_path):
 
 
 def test_committed_table_is_the_records():
-    from pathlib import Path
-
     from moyu import records
     from moyu.coverage.page import page, share
 
@@ -154,6 +156,30 @@ def test_committed_table_is_the_records():
     taken, networks = share(rows)
     assert taken / networks >= 0.95
     assert {r.architecture for r in rows} == set(shrinking.names())
+
+
+# Where models are made, or told by what a file format calls them; and model types that are everyday words.
+MAKERS = ("models.py", "zoo/training.py", "studies/tiny.py", "gguf/")
+EVERYDAY = {"git", "beam"}
+
+
+def test_no_architecture_is_known_by_name():
+    """Outside what makes models, no type or class of transformers' causal LMs is in the code."""
+    source = Path(moyu.__file__).parent
+    names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()} - EVERYDAY
+    found = []
+    for path in source.rglob("*.py"):
+        place = path.relative_to(source).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Constant(value=str(text)):
+                    words = re.findall(r"[\w.-]+", text)
+                case ast.Name(id=word) | ast.Attribute(attr=word) | ast.alias(name=word):
+                    words = [word]
+                case _:
+                    continue
+            found += [f"{place}: {word}" for word in words if word in names and not place.startswith(MAKERS)]
+    assert not found
 
 
 def test_time_limit_ends_a_type():

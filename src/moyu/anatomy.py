@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moyu import memory
 from moyu.blocks import Blocks, QuantisedLinear
@@ -100,6 +102,11 @@ class Piece:
         return not isinstance(self.module, QuantisedLinear) and is_foreign(getattr(self.module, self.parameter))
 
     @property
+    def spread(self) -> bool:
+        """Whether the weight is spread over processes."""
+        return isinstance(getattr(self.module, self.parameter, None), DTensor)
+
+    @property
     def whole(self) -> bool:
         """Whether this is the module's whole weight, so that its storage may be laid out anew."""
         return self.expert is None and self.rows == slice(None)
@@ -137,22 +144,47 @@ def product(piece: Piece, x: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
+class Attention:
+    """The linears of one attention, and its heads where they were proved.
+
+    Pieces are q, k, v, or all in qkv (or only q, where another layer has the others); behind a latent q_a and q_b, kv_a and
+    kv_b; a gate g of its own; o.
+    """
+
+    pieces: dict[str, Piece]
+    heads: int = 0
+    kv_heads: int = 0
+    head_rows: Tensor | None = None
+
+
+@dataclass(eq=False)
 class Block:
     """What one decoder layer offers: a feed-forward network (or one expert of it) and its attention's linears."""
 
     layer: int
-    pieces: dict[str, Piece]  # of: q, k, v, qkv, o, gate, up, down
+    pieces: dict[str, Piece]  # of an attention (see `Attention`), and gate, up, down
     act: str | None = None  # activation of the feed-forward network, where kernels have it
     expert: int | None = None  # of routed ones; -1, -2, ... are further dense networks of the layer
     host: nn.Module | None = None  # the module whose forward is the whole network; None: inline in the layer
     middle: Middle | None = None  # instead of act
-    heads: int = 0  # of queries; 0: no attention was found
-    kv_heads: int = 0  # of keys and values
+    heads: int = 0  # of queries; 0: they were not proved
+    kv_heads: int = 0  # groups of heads that share keys and values
+    head_rows: Tensor | None = None  # (heads, r) outputs of the query's linear that nobody needs without the head
+
+    def attend(self, attention: Attention) -> None:
+        """Take an attention as this block's."""
+        self.pieces |= attention.pieces
+        self.heads, self.kv_heads, self.head_rows = attention.heads, attention.kv_heads, attention.head_rows
 
     @property
     def gated(self) -> bool:
         """Whether the network is down(act(gate) * up) rather than down(act(up))."""
         return "gate" in self.pieces
+
+    @property
+    def spread(self) -> bool:
+        """Whether weights of it are spread over processes."""
+        return any(p.spread for p in self.pieces.values())
 
     @property
     def has_ffn(self) -> bool:
@@ -204,3 +236,13 @@ class Anatomy:
             yield block
             yield from (b for b in self.further if b.layer == block.layer)
             yield from (b for e in self.experts if e.layer == block.layer for b in e.blocks)
+
+    def attention(self) -> str:
+        """The kinds of attention that were proved, with how many there are and with their heads."""
+        kinds: Counter[str] = Counter()
+        for block in (*self.blocks, *self.further):
+            if "o" in block.pieces:
+                kind = " ".join(n for n in block.pieces if n not in ("gate", "up", "down"))
+                shared = f" in {block.kv_heads} groups" if 1 < block.kv_heads < block.heads else ""
+                kinds[f"{kind}, {block.heads} heads{shared}" if block.heads else kind] += 1
+        return "; ".join(f"{count} × {kind}" for kind, count in kinds.items()) or "left dense"

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moyu import decoding, kernels, runtime, surgery
+from moyu import decoding, kernels, runtime, spread, surgery
 from moyu.attention import AttentionCall, AttentionLinear
 from moyu.errors import UserError
 from moyu.execution import DenseLinear, ExpertsCall, FfnCall, SiteState
 from moyu.kernels import Backend
-from moyu.methods.base import Controller, Rows, Tap
+from moyu.methods.base import ATTENTION, Controller, Rows, Tap
 from moyu.runtime import Chooser, ForwardCall, GenerateCall, Observer, Pass, SequenceMemory, TrainCall
 from moyu.surgery import Anatomy
 
@@ -62,6 +62,7 @@ class Applied(AbstractContextManager):
         self.own_products = engine == "skip" and backend in ("auto", "cpu")
         self.controller = controller or (None if plan is None else plan.method.controller())
         self.anatomy = anatomy or surgery.dissect(model)
+        spread.refuse(self.anatomy, plan, engine)
         if plan is not None and check:
             plan.check(model, self.anatomy)
         kinds = self.anatomy.foreign
@@ -200,19 +201,19 @@ class Applied(AbstractContextManager):
         self._places = [(name, m) for name, m in self.model.named_modules() if id(m) in direct]
         lookahead = self.lookahead
         taken: set[int] = set()
-        for block in self.anatomy.blocks:
+        for block in blocks:
             states = self.states(block)
-            for name in ("q", "k", "v", "qkv", "o"):
+            for name in ATTENTION:
                 if name in block.pieces:
-                    call = AttentionLinear(self, block, name, states, lookahead)
+                    kind = spread.SpreadLinear if block.pieces[name].spread else AttentionLinear
+                    call = kind(self, block, name, states, lookahead)
                     self.linears.append(call)
                     self._wrap_linear(call, block.pieces[name], taken)
             if self.plan is not None and self.plan.kv_policy != "full":
                 self._wrap_attention(block, states)
             if block.has_ffn:
-                self._wrap_ffn(FfnCall(self, block, states, lookahead), taken)
-        for block in self.anatomy.further:
-            self._wrap_ffn(FfnCall(self, block, self.states(block), lookahead), taken)
+                kind = spread.SpreadFfn if block.pieces["down"].spread else FfnCall
+                self._wrap_ffn(kind(self, block, states, lookahead), taken)
         for experts in self.anatomy.experts:
             self._wrap_experts(experts, lookahead)
         if self.engine == "skip" and self.backend in ("auto", "cpu"):
@@ -234,11 +235,11 @@ class Applied(AbstractContextManager):
         if self.engine == "skip" and call.role == "column":
             surgery.lay_out([piece], ["column"])
             self._laid_out.append(piece.module)
-        self._replace(piece.module, "forward", MethodType(AttentionLinear.forward, call))
+        self._replace(piece.module, "forward", call.forward)
 
     def _wrap_attention(self, block: surgery.Block, states: list[SiteState]) -> None:
         """Let a block's attention choose before its linears, where its heads may leave keys or values out."""
-        reader = block.pieces["q"].module if "k" in block.pieces else None
+        reader = block.pieces["q"].module if {"q", "k", "v"} <= set(block.pieces) else None
         module = next((m for m in self.model.modules() if reader is not None and reader in m.children()), None)
         if module is not None:
             call = AttentionCall(self, block, module, states, self.lookahead)
@@ -251,6 +252,12 @@ class Applied(AbstractContextManager):
         if self.engine == "skip":
             call.lay_out()
             self._laid_out += [p.module for p in block.pieces.values()]
+        if isinstance(call, spread.SpreadFfn):
+            for name in (n for n in ("gate", "up", "down") if n in block.pieces):
+                module = block.pieces[name].module
+                taken.add(id(module))
+                self._replace(module, "forward", call.entry(name, module.forward))
+            return
         call.bind()
         if block.middle is not None:
             for module in block.middle.modules:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from moyu import kernels, runtime, surgery
 from moyu.errors import UserError
 from moyu.execution import Executor, SiteState
-from moyu.methods.base import KvPolicy, Rows, Tap, head_norms
+from moyu.methods.base import ATTENTION, READS, KvPolicy, Rows, Tap, head_norms
 from moyu.surgery import Block
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ class AttentionLinear(Executor):
     """One linear of an attention: columns of its input, rows or columns of skipped heads."""
 
     def __init__(self, applied: Applied, block: Block, name: str, states: list[SiteState], lookahead: set) -> None:
-        """`name` is the linear's: q, k, v, qkv or o."""
+        """`name` is the linear's, one of ATTENTION."""
         super().__init__(applied, block, states, lookahead)
-        self.name = name
+        self.name: str = name
+        self.tap: Tap = READS[name]
+        self.shows = name == next(n for n in ATTENTION if n in block.pieces and READS[n] == self.tap)
         self.piece = block.pieces[name]
         self.inner = self.piece.module.forward
         self.attach(states)
@@ -62,9 +64,8 @@ class AttentionLinear(Executor):
                 return self.inner(x)
             return self.whole(self.piece, flat).reshape(*x.shape[:-1], -1)
         rows = state.rows
-        tap: Tap = "heads" if self.name == "o" else "attn_in"
-        if self.name in ("q", "qkv", "o"):
-            self.see(tap, flat, rows, state)
+        if self.shows:
+            self.see(self.tap, flat, rows, state)
         if self.heads is not None and state.any_sparse:
             y = self._with_heads(flat, rows, state)
         else:
@@ -72,35 +73,40 @@ class AttentionLinear(Executor):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _with_heads(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
-        """q without the rows of skipped heads, o without their columns; k and v as the KV policy has it.
+        """The query's linear without rows of skipped heads, o without their columns; k and v as the KV policy has it.
 
-        Where q skips, its mask must be known before it. Under the policy `full` the choice waits for o where heads are only
+        Where rows are skipped, the mask must be known before them. Under the policy `full` the choice waits for o where heads are only
         masked, because an oracle has to see what the heads hold; under another one `AttentionCall` has chosen.
         """
         heads, (outputs, inputs) = self.heads, self.piece.shape
         assert heads is not None
         key, units = heads.site.key, heads.site.units
-        early = heads.method.kv_policy != "full"
+        early, first = heads.method.kv_policy != "full", self.name == heads.site.linears[0]
         if self.name != "o":
-            if early:
+            if early and first and not torch.equal(state.pending.pop(f"{key} input"), x):
+                raise UserError(
+                    f"layer {self.block.layer}: the attention changes its input before q reads it",
+                    "use KV policy 'full', which decides at q",
+                )
+            if first and not early:
+                if not state.skipping:
+                    state.pending[key] = x
+                    return self.dense(self.piece, x, state)
+                state.masks[key] = self.choose(heads, x, rows, state, _no_hindsight)  # (N, heads)
+            if self.name in ("k", "v"):
                 mask = state.masks[key]
-                if self.name == "q" and not torch.equal(state.pending.pop(f"{key} input"), x):
-                    raise UserError(
-                        f"layer {self.block.layer}: the attention changes its input before q reads it",
-                        "use KV policy 'full', which decides at q",
-                    )
-            elif state.skipping:
-                mask = state.masks[key] = self.choose(heads, x, rows, state, _no_hindsight)  # (N, heads)
-            else:
-                state.pending[key] = x
+                if state.skipping:
+                    y = kernels.rows(x, self.piece.operand, _widen(mask, outputs), bias=self.piece.bias)
+                else:
+                    y = self.dense(self.piece, x, state)
+                return _left(self.name, heads.method.kv_policy, y, mask, key, state)
+            own = self.block.head_rows
+            last = [n for n in heads.site.linears if n not in ("k", "v", "o")][-1]
+            if own is None or self.name != last or not state.skipping:
                 return self.dense(self.piece, x, state)
-            if self.name == "qkv":
-                return self.dense(self.piece, x, state)
-            if state.skipping:
-                y = kernels.rows(x, self.piece.operand, _widen(mask, outputs), bias=self.piece.bias)
-            else:
-                y = self.dense(self.piece, x, state)
-            return y if self.name == "q" else _left(self.name, heads.method.kv_policy, y, mask, key, state)
+            kept = torch.ones(len(x), outputs, dtype=torch.bool, device=x.device)
+            kept[:, own.flatten()] = _widen(state.masks[key], own.numel())
+            return kernels.rows(x, self.piece.operand, kept, bias=self.piece.bias)
 
         def hindsight() -> Tensor:  # (N, heads)
             return head_norms(x, self.piece.weight, units)

@@ -96,6 +96,11 @@ def calibrate(
     if not 0 <= sparsity < 1:
         raise UserError(f"sparsity must be in [0, 1), not {sparsity}", "0.5 skips half of the units")
     anatomy = anatomy or surgery.dissect(model)
+    if any(b.spread for b in anatomy.all_blocks()):
+        raise UserError(
+            "weights are spread over processes (DTensor), and methods are fitted to whole ones",
+            "calibrate on one process and apply the plan here",
+        )
     blocks = [[b for b in anatomy.all_blocks() if b.layer == i] for i in range(len(anatomy.layers))]
     if not any(method.sites(b) for layer in blocks for b in layer):
         acts = {b.act for layer in blocks for b in layer if b.act}
@@ -171,7 +176,7 @@ def _fit_layer(
     sites = [(block, site) for block in blocks for site in method.sites(block)]
     dense = walk.observe(index, walk.dense)  # also the taps that later layers look at
     taps_used = sorted({s.reads for _, s in sites}, key=TAPS.index)
-    stages = [("attn_in",), ("heads",), ("mlp_in", "gate", "up"), ("mid",)]
+    stages = [("attn_in",), ("q_latent", "kv_latent"), ("heads",), ("mlp_in", "gate", "up"), ("mid",)]
     for stage in stages:
         fresh = [(b, s) for b, s in sites if s.reads in stage]
         if not fresh or not set(stage) & set(taps_used):

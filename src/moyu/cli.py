@@ -225,7 +225,8 @@ def info(model: Model = "swiglu", as_json: Json = False) -> None:
         return
     for name, value in facts.items():
         if name != "floors":
-            print(f"{name:16s} {value}")
+            lines = value if isinstance(value, list) else [value]
+            print("\n".join(f"{'' if n else name:16s} {line}" for n, line in enumerate(lines)))
     print("least byte fraction a method can reach:")
     for name, value in facts["floors"].items():
         print(f"  {name:14s} {'nothing to skip' if value is None else f'{value:.2f}'}")

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from moyu import kernels, runtime, selection, surgery
 from moyu.anatomy import product
-from moyu.methods.base import NOTHING, Method, Rows, Site, SiteParams, Tap
+from moyu.methods.base import ATTENTION, NOTHING, Method, Rows, Site, SiteParams, Tap
 from moyu.surgery import Block, Experts, Piece
 
 if TYPE_CHECKING:
@@ -237,14 +237,7 @@ class FfnCall(Executor):
 
     def attach(self, states: list[SiteState]) -> None:
         """Keep the sites of the network."""
-        taps = ("gate", "up", "mid", "mlp_in")
-        self.states = [
-            s
-            for s in states
-            if s.site.expert == self.block.expert
-            and s.site.skips != "heads"
-            and (s.site.reads in taps or s.site.skips == "neurons")
-        ]
+        self.states = [s for s in states if s.site.expert == self.block.expert and s.site.linears[-1] not in ATTENTION]
 
     def bind(self) -> None:
         """Keep the host's forward, for calls in which nothing is skipped."""

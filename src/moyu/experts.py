@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moyu import kernels
 from moyu.anatomy import Block, Experts, Piece, product
@@ -54,6 +55,9 @@ def find_experts(layer: int, calls: list[Call]) -> tuple[list[Experts], list[str
             gaps.append(
                 f"layer {layer}: {call.name.rpartition('.')[2]} keeps 3-D parameters and is not called like experts"
             )
+            continue
+        if any(isinstance(p, DTensor) for p in stacks.values()):
+            gaps.append(f"layer {layer}: the weights of its experts are DTensor, spread over processes")
             continue
         experts = next(filter(None, (_prove(e, call) for e in _candidates(layer, first, call, stacks))), None)
         if experts is None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import all_reduce
+from torch.distributed.tensor import DTensor, Shard
 from transformers.pytorch_utils import Conv1D
 
 from moyu import kernels
@@ -45,6 +47,12 @@ class Call:
     module: nn.Module
     inputs: tuple
     output: Any
+    named: tuple[str, ...] = ()  # the last inputs' names, where they were given by name
+
+    def again(self) -> Any:
+        """Call the module once more with what it was given."""
+        count = len(self.inputs) - len(self.named)
+        return self.module(*self.inputs[:count], **dict(zip(self.named, self.inputs[count:], strict=True)))
 
     @property
     def x(self) -> Tensor:
@@ -82,6 +90,27 @@ def _adds_up(call: Call) -> bool:
     return apart.shape == call.y.shape and discrepancy(call.y, apart) <= 2e-2
 
 
+def is_spread(module: nn.Module) -> bool:
+    """Whether a linear's weight is spread over the processes of one mesh, by rows or by columns, and its forward says how."""
+    weight = getattr(module, "weight", None)
+    if type(module) is not nn.Linear or not isinstance(weight, DTensor) or weight.device_mesh.ndim != 1:
+        return False
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(weight.placements[0]) is Shard and "forward" in vars(module) and not hooked
+
+
+def _spread_product(module: nn.Linear, x: Tensor) -> Tensor:
+    """This process' part of x @ W.T + b, or the whole where x is a part."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, DTensor)
+    own = None if bias is None else bias.to_local() if isinstance(bias, DTensor) else bias
+    if weight.placements[0].is_shard(0):
+        return nn.functional.linear(x, weight.to_local(), own)
+    y = nn.functional.linear(x, weight.to_local())
+    all_reduce(y, group=weight.device_mesh.get_group())
+    return y if own is None else y + own
+
+
 def obstacle(calls: list[Call]) -> str | None:
     """Why linears among the calls cannot be taken although they are linears: where weights are, or who stands around them."""
     linears = [c.module for c in calls if isinstance(c.module, (nn.Linear, Conv1D)) and not is_linear_call(c)]
@@ -103,6 +132,9 @@ def is_linear_call(call: Call) -> bool:
         return True
     if type(module) is nn.Linear and is_foreign(module.weight):
         return _is_alone(module) and _adds_up(call)
+    if is_spread(module):
+        expected = _spread_product(module, call.x)  # pyright: ignore[reportArgumentType]
+        return expected.shape == call.y.shape and close(call.y, expected)
     if not isinstance(module, nn.Linear) or not _is_plain(module) or module.weight.dim() != 2:
         return False
     if call.x.shape[-1] != module.weight.shape[1] or call.x.dtype != module.weight.dtype:
@@ -129,6 +161,7 @@ class Adapters:
         """`calls` of one layer."""
         wrappers = [c for c in calls if isinstance(getattr(c.module, "base_layer", None), nn.Module)]
         self.adapted = {id(c.module.base_layer): c.name for c in wrappers}
+        self.around = {id(c.module.base_layer): c.module for c in wrappers}
         self.beside = {id(m) for c in wrappers for m in c.module.modules()} - set(self.adapted)
 
     def on(self, *pieces: Piece) -> bool:
@@ -152,10 +185,18 @@ def find_networks(layer: int, calls: list[Call], adapters: Adapters) -> list[Blo
         block = _by_formula(layer, calls, down, before)
         if block is None or adapters.on(*block.pieces.values()):
             block = _by_module(layer, calls, down, before)
-        if block is not None:
+        if block is not None and (not block.spread or _spread_alike(block)):
             found.append(block)
             used |= {id(p.module) for p in block.pieces.values()}
     return sorted(found, key=lambda b: -math.prod(b.pieces["down"].shape))
+
+
+def _spread_alike(block: Block) -> bool:
+    """Whether each process holds the same neurons of every linear: rows of gate and up, columns of down."""
+    return all(
+        piece.whole and isinstance(piece.weight, DTensor) and piece.weight.placements[0].is_shard(int(name == "down"))
+        for name, piece in block.pieces.items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- by formula
@@ -266,14 +307,16 @@ class ModuleMiddle:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Let the linears stand aside during the proof; `apply` does the same for longer."""
-        modules = self.modules
+        before = [(m, vars(m).get("forward")) for m in self.modules]
         try:
-            for module in modules:
+            for module, _ in before:
                 vars(module)["forward"] = MethodType(Aside.run, Aside(module.forward, module))
             yield
         finally:
-            for module in modules:
-                vars(module).pop("forward", None)
+            for module, own in before:
+                del vars(module)["forward"]
+                if own is not None:
+                    vars(module)["forward"] = own
 
 
 class Aside:

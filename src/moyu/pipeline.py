@@ -147,6 +147,16 @@ def open_model(name: str, weights: str | None, device: str = "cpu") -> Loaded:
     return models.load(name, dtype="bfloat16" if weights == "bf16" else "auto", device=device)
 
 
+def _left_dense(anatomy: Anatomy, plan: Plan | None = None) -> dict[str, list[str]]:
+    """What records say about the parts of a model that are dense under a plan."""
+    asked = () if plan is None else plan.calibration.get("dense_layers", ())
+    gaps = [*anatomy.gaps, *(f"layer {n}: left dense as asked" for n in asked if n not in anatomy.dense_layers)]
+    notes = [f"left dense: {gap}" for gap in gaps]
+    if kinds := anatomy.foreign:
+        notes.append(f"weights are {kinds}: units are masked, and no kernel saves their bytes")
+    return {"notes": notes} if notes else {}
+
+
 @dataclass
 class Context:
     """A loaded model with its text, ready for the stages."""
@@ -195,11 +205,7 @@ class Context:
                 "table": "main" if self.settings.boundary else "token",
             },
         }
-        notes = [f"left dense: {gap}" for gap in self.anatomy.gaps]
-        if kinds := self.anatomy.foreign:
-            notes.append(f"weights are {kinds}: units are masked, and no kernel saves their bytes")
-        if notes:
-            base["notes"] = notes
+        base |= _left_dense(self.anatomy, plan)
         if plan is not None:
             base |= of_plan(plan)
         return base | fields
@@ -547,7 +553,7 @@ def generation_record(
     about = {"method": "dense", "kv_policy": "full"} if plan is None else of_plan(plan)
     return records.stamp(
         kind="generation",
-        **(context.common(protocol=None) | about),
+        **(context.common(plan, protocol=None) | about),
         simulated=False,
         prompt=prompt,
         dense_text=dense.text,
@@ -648,6 +654,7 @@ def bench_shape(
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
         "kv_bytes": accounting.kv_bytes(model),
+        **_left_dense(anatomy),
     }
     return speed_records(comparison, plans, base, context_name=shape, layers=depth, backend=_backend(backend))
 
@@ -903,7 +910,7 @@ def describe(name: str) -> dict[str, Any]:
         "layers": len(anatomy.layers),
         "feed-forward": f"{'gated' if first.gated else 'plain'}, {first.act or 'by its own module'}, {first.neurons} neurons, "
         f"proved in {len(networks)} blocks",
-        "attention": ", ".join(n for n in ("q", "k", "v", "qkv", "o") if n in blocks[0].pieces) or "left dense",
+        "attention": anatomy.attention(),
         "left dense": anatomy.gaps or "nothing",
         "kernels": f"none for {kinds}: units are masked" if (kinds := anatomy.foreign) else _backend("auto"),
         "bytes a token": round(accounting.dense_step_bytes(loaded.model, anatomy)),

@@ -15,6 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moyu import methods
 from moyu.blocks import weight_format
@@ -194,7 +195,7 @@ def _params(key: str, rule: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 def fingerprint(model: nn.Module) -> str:
     """A hash of the configuration that shapes the model: type, widths, depth, activation, vocabulary."""
     ignored = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "_attn_implementation",
-               "quantization_config")  # fmt: skip  # how weights are stored: the digests tell
+               "quantization_config", "distributed_config")  # fmt: skip  # how weights are stored: the digests tell
     config = {k: v for k, v in model.config.to_dict().items() if k not in ignored}  # pyright: ignore
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -218,6 +219,10 @@ def _digest(piece: Piece) -> str:
     rows, columns = piece.shape
     index = torch.linspace(0, rows * columns - 1, min(SAMPLES, rows * columns), dtype=torch.float64).long()
     row, column, blocks = index // columns, index % columns, piece.blocks
-    sample = piece.weight.detach()[row, column] if blocks is None else blocks.at(row, column)
+    if blocks is None:
+        weight = piece.weight.detach()
+        sample = (weight.full_tensor() if isinstance(weight, DTensor) else weight)[row, column]
+    else:
+        sample = blocks.at(row, column)
     sample = sample.to("cpu", torch.bfloat16)
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

@@ -384,6 +384,7 @@ class Coverage(Stamped):
     networks: str | None = Field(
         None, description="kinds of feed-forward networks that were proved, with their numbers"
     )
+    attention: str | None = Field(None, description="kinds of attention that were proved, with their numbers and heads")
     checks: list[str] = Field(default=[], description="kernel shapes that were checked, and generation")
     left: list[str] = Field(default=[], description="parameters of feed-forward networks, by their names, left dense")
     gaps: list[str] = Field(default=[], description="layers left dense and why")

@@ -19,6 +19,7 @@ from moyu.blocks import QuantisedLinear
 from moyu.errors import UserError
 from moyu.experts import find_experts, routing, run_experts
 from moyu.networks import Adapters, Aside, Call, close, discrepancy, find_networks, is_linear, is_linear_call, obstacle
+from moyu.queries import find_attentions
 
 __all__ = [
     "PROBE_TOKENS",
@@ -112,6 +113,7 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
             anatomy.gaps.append(f"layer {index}: left dense as asked")
             continue
         fresh = [c for c in calls[index] if id(c.module) not in taken]
+        here = f"{place.rpartition('.')[0]} layer {index}" if index >= len(main) else f"layer {index}"
         if index < len(main) and not calls[index]:
             anatomy.blocks.append(Block(index, {}))
             anatomy.gaps.append(f"layer {index}: does not run for tokens alone")
@@ -124,15 +126,16 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
         if strange is not None:
             networks, experts = [], []
             gaps = [f"layer {index}: its network runs on rows {strange}, which are not the tokens {_ROWS[0]}"]
-        if index >= len(main) and not networks and not experts:
+        own = {id(p.module) for b in networks for p in b.pieces.values()}
+        linears = [c for c in fresh if is_linear_call(c) and id(c.module) not in own | adapters.beside]
+        attentions, unproved = find_attentions(fresh, linears, _heads(model), _ROWS[0], adapters.around)
+        if index >= len(main) and not networks and not experts and not attentions:
             anatomy.blocks.append(Block(index, {}))
+            anatomy.gaps += [f"{here}: attention or mixer, {unproved}"] if unproved else []
             continue
         last = max(last, index + 1)
         if not networks and not experts and not gaps and len(fresh) == len(calls[index]):
-            why = obstacle(fresh) or _WITHOUT
-            gaps = [
-                f"{place.rpartition('.')[0]} layer {index}: {why}" if index >= len(main) else f"layer {index}: {why}"
-            ]
+            gaps = [f"{here}: {obstacle(fresh) or _WITHOUT}"]
         if not networks and not experts and adapters.adapted:
             on = ", ".join(adapters.adapted.values())
             gaps = [f"layer {index}: adapters on {on}, and none may be dropped: merge them first (merge_and_unload)"]
@@ -142,11 +145,11 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
         for number, further in enumerate(networks[1:], 1):
             further.expert = -number
         anatomy.further += networks[1:]
-        own = {id(p.module) for b in networks for p in b.pieces.values()}
-        linears = [c for c in fresh if is_linear_call(c) and id(c.module) not in own | adapters.beside]
-        block.pieces |= _find_attention(linears)
-        block.heads, block.kv_heads = _count_heads(model, block)
-        taken |= own | {id(p.module) for p in block.pieces.values()} | {id(e.module) for e in experts}
+        for part, attention in zip([block, *networks[1:]], attentions, strict=False):
+            part.attend(attention)
+        anatomy.gaps += [f"{here}: attention or mixer, {unproved}"] if unproved else []
+        own |= {id(p.module) for b in (block, *networks[1:]) for p in b.pieces.values()}
+        taken |= own | {id(e.module) for e in experts}
         anatomy.blocks.append(block)
     anatomy.layers = nn.ModuleList(list(anatomy.layers)[:last])
     anatomy.blocks = anatomy.blocks[:last]
@@ -157,6 +160,12 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
             "it would run dense; choose another model",
         )
     return anatomy
+
+
+def _heads(model: nn.Module) -> int:
+    """Query heads as the configuration says; 0 where it does not."""
+    heads = _setting(text_config(model), "num_attention_heads")
+    return heads if isinstance(heads, int) else 0
 
 
 _ROWS = (torch.Size((PROBE_BATCH, PROBE_TOKENS // PROBE_BATCH)), torch.Size((PROBE_TOKENS,)))
@@ -189,7 +198,7 @@ def _probe(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[list[C
             def record(module, inputs, kwargs, output, index=index, name=name):
                 tensors = (*inputs, *kwargs.values())
                 kept = output.clone() if isinstance(output, Tensor) else output  # a layer may add to it in place
-                calls[index].append(Call(name, module, tensors, kept))
+                calls[index].append(Call(name, module, tensors, kept, tuple(kwargs)))
 
             handles.append((module, record))
     registered = []
@@ -211,44 +220,6 @@ def _probe(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[list[C
             handle.remove()
         model.train(training)
     return calls
-
-
-def _find_attention(linears: list[Call]) -> dict[str, Piece]:
-    """The attention's linears: readers of one input, then one linear that reads something new.
-
-    One reader is a fused qkv; three are q, k, v (in the order of their names where these say so, else as run).
-    Anything else (latent attention, recurrent mixers) is left dense.
-    """
-    if not linears:
-        return {}
-    source = linears[0].x
-    readers = [c for c in linears if c.x.data_ptr() == source.data_ptr() and c.x.shape == source.shape]
-    rest = [c for c in linears if c not in readers]
-    parent = linears[0].name.rpartition(".")[0]
-    if len(readers) not in (1, 3) or len(rest) != 1 or any(c.name.rpartition(".")[0] != parent for c in linears):
-        return {}
-    output = rest[0]
-    if output.y.shape[-1] != source.shape[-1]:
-        return {}
-    if len(readers) == 1:
-        return {"qkv": readers[0].piece(), "o": output.piece()}
-    by_letter = {c.name.rpartition(".")[2].lstrip("w_")[:1]: c for c in readers}
-    named = [by_letter[letter] for letter in "qkv"] if set(by_letter) == set("qkv") else readers
-    return {letter: call.piece() for letter, call in zip("qkv", named, strict=True)} | {"o": output.piece()}
-
-
-def _count_heads(model: nn.Module, block: Block) -> tuple[int, int]:
-    """Query heads, and those of keys and values, as the configuration names them and the weights' shapes confirm; else 0."""
-    heads = _setting(text_config(model), "num_attention_heads")
-    width = block.pieces["o"].shape[1] if "o" in block.pieces else 0
-    if not width or not isinstance(heads, int) or width % heads:
-        return 0, 0
-    if "k" in block.pieces:
-        rows = block.pieces["k"].shape[0]
-    else:
-        rows = (block.pieces["qkv"].shape[0] - width) // 2
-    kv_heads = rows // (width // heads)
-    return (heads, kv_heads) if kv_heads and heads % kv_heads == 0 and rows % kv_heads == 0 else (0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- layout

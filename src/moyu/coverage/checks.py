@@ -58,7 +58,7 @@ def examine(model_type: str) -> dict[str, Any]:
         reasons = error.problem.partition("can prove (")[2].removesuffix(")").split("; ")
         reason = _joined(reasons)
         return found | {"status": "dense", "reason": reason or first_line(error), "left": left}
-    found["networks"] = summary(anatomy)
+    found["networks"], found["attention"] = summary(anatomy), anatomy.attention()
     found["left"] = leftovers(model, anatomy)
     found["gaps"] = anatomy.gaps
     try:
@@ -74,7 +74,9 @@ def examine(model_type: str) -> dict[str, Any]:
 
 
 def _joined(gaps: list[str]) -> str:
-    return "; ".join(dict.fromkeys(re.sub(r"^(.* )?layer \d+: ", "", gap) for gap in gaps))
+    """Reasons for networks, each once, without the layers."""
+    reasons = (re.sub(r"^(.* )?layer \d+: ", "", gap) for gap in gaps)
+    return "; ".join(dict.fromkeys(r for r in reasons if not r.startswith("attention or mixer")))
 
 
 @torch.no_grad()

@@ -14,7 +14,9 @@ process (`make coverage` writes this page; `moyu coverage` does the same anywher
 network is found and proved; with nothing skipped the logits are the dense model's; at 50 % the skipping kernels give what
 masking gives and read fewer bytes, for every kernel shape that the type has a site for (input channels, rows after the
 gate, whole neurons); `generate` gives the dense tokens at sparsity 0 and runs at 50 %; afterwards weights and logits are
-bit-identical. Which parameters belong to a feed-forward network is judged by their names, independently of what surgery found.
+bit-identical. Attention is taken where it is proved ([how](architectures.md)): its linears' input channels are among those
+that are checked, and where heads are named, whole heads can be skipped. Which parameters belong to a feed-forward network
+is judged by their names, independently of what surgery found.
 
 **{taken} of {networks} types that build and have a feed-forward network are taken ({share:.1%})**; {types} types in all,
 {unbuilt} do not build from their default configuration, {without} have no feed-forward network.
@@ -60,8 +62,14 @@ def page(records: Sequence[Coverage]) -> str:
         rows = [r for r in records if r.status == status]
         if rows:
             parts.append(f"## {title}\n\n| type | reason |\n|---|---|\n" + "".join(_row(r) for r in rows))
-    rows = "".join(f"| {r.architecture} | {r.networks} | {', '.join(r.checks)} |\n" for r in records if r.taken)
-    parts.append(f"## Taken\n\n| type | networks in the tiny model | checked |\n|---|---|---|\n{rows}")
+    rows = "".join(
+        f"| {r.architecture} | {r.networks} | {r.attention or '–'} | {', '.join(r.checks)} |\n"
+        for r in records
+        if r.taken
+    )
+    parts.append(
+        f"## Taken\n\n| type | networks in the tiny model | attention in it | checked |\n|---|---|---|---|\n{rows}"
+    )
     return "\n".join(parts)
 
 

@@ -15,14 +15,14 @@ from torch.nn import functional
 
 from moyu import kernels, surgery
 from moyu.errors import UserError
-from moyu.methods.base import Site, SiteParams
+from moyu.methods.base import READS, Site, SiteParams
 from moyu.plan import Plan
 from moyu.selection import Threshold
 from moyu.surgery import Piece
 
 GROUP = 256  # outputs that `kernels.columns_above` lets share a threshold at least
 ALIGNED = 64  # widths of cut networks, filled up with zeros: products of odd widths take up to half as long again
-TOGETHER = (("q", "k", "v"), ("o",), ("qkv",), ("gate", "up"), ("down",))  # linears that read the same input
+TOGETHER = [[n for n in READS if READS[n] == tap] for tap in dict.fromkeys(READS.values())]  # they read the same input
 
 
 class Product(nn.Module):

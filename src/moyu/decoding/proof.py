@@ -108,7 +108,11 @@ def _plain(model: nn.Module, module: nn.Module, block: Block, calls: dict[nn.Mod
     """The layer's parts by data flow and shape, proved by a native step; raises _NotPlain."""
     where = f"layer {block.layer}"
     pieces, config = block.pieces, surgery.text_config(model)
-    if not {"q", "k", "v", "o", "up", "down"} <= set(pieces) or block.expert is not None or block.middle is not None:
+    if (
+        set(pieces) - {"gate"} != {"q", "k", "v", "o", "up", "down"}
+        or block.expert is not None
+        or block.middle is not None
+    ):
         raise _NotPlain(f"{where} is not attention by q, k, v, o and then one feed-forward network")
     if not all(piece.whole and not piece.transposed for piece in pieces.values()):
         raise _NotPlain(f"{where} has linears that share a weight, or that store it transposed")

@@ -22,14 +22,14 @@ from moyu.selection import PerUnitThreshold, Rule, Threshold, TopK
 if TYPE_CHECKING:
     from moyu.surgery import Block
 
-Tap = Literal["attn_in", "heads", "mlp_in", "gate", "up", "mid"]
+Tap = Literal["attn_in", "q_latent", "kv_latent", "heads", "mlp_in", "gate", "up", "mid"]
 Skips = Literal["columns", "rows", "neurons", "heads"]
 Family = Literal["threshold", "router_off_loop", "router_in_loop", "sequence", "static", "reference", "own"]
 Granularity = Literal["token", "sequence", "static"]
 KvPolicy = Literal["full", "hole", "zero", "recompute", "carry"]
 Memory = Mapping[str, Tensor]  # one site's sequence memory; every tensor is (B, ...)
 NOTHING = torch.empty(0)  # stands for an activation that a score does not look at
-TAPS: tuple[Tap, ...] = ("attn_in", "heads", "mlp_in", "gate", "up", "mid")
+TAPS: tuple[Tap, ...] = ("attn_in", "q_latent", "kv_latent", "heads", "mlp_in", "gate", "up", "mid")
 KV_POLICIES: Mapping[KvPolicy, tuple[str, ...]] = {  # what of a skipped head is not computed beside q, see `moyu.kv`
     "full": (),
     "hole": ("k", "v"),
@@ -42,11 +42,17 @@ READS: Mapping[str, Tap] = {  # the input of each linear
     "k": "attn_in",
     "v": "attn_in",
     "qkv": "attn_in",
+    "q_a": "attn_in",
+    "kv_a": "attn_in",
+    "g": "attn_in",
+    "q_b": "q_latent",
+    "kv_b": "kv_latent",
     "o": "heads",
     "gate": "mlp_in",
     "up": "mlp_in",
     "down": "mid",
 }
+ATTENTION = tuple(n for n in READS if n not in ("gate", "up", "down"))  # the linears of an attention
 
 
 class Rows(NamedTuple):
@@ -325,23 +331,21 @@ def row_site(block: Block, reads: Literal["gate", "up"]) -> Site:
 
 
 def head_sites(block: Block, *, groups: bool = False, kv: KvPolicy = "full") -> tuple[Site, ...]:
-    """Skip whole heads: rows of q where it is a linear of its own, columns of o, and what the KV policy leaves out.
+    """Skip whole heads: their rows of the query's linear where those are known, columns of o, and what the KV policy leaves out.
 
-    groups: a unit is the query heads that share keys and values; always so where keys or values are left out. Nothing where
-    there is one unit, or where k and v that a policy needs are no linears of their own.
+    The first linear's input decides. groups: a unit is the query heads that share keys and values; always so where keys or
+    values are left out. Nothing where there is one unit, or where k and v that a policy needs are no linears of their own.
     """
-    left_out = KV_POLICIES[kv]
+    left_out, pieces = KV_POLICIES[kv], block.pieces
     units = block.kv_heads if groups or left_out else block.heads
-    if units < 2 or (left_out and "k" not in block.pieces):
+    if units < 2 or (left_out and not {"q", "k", "v"} <= set(pieces)):
         return ()
-    linears = ("q" if "q" in block.pieces else "qkv", *left_out, "o")
-    pieces, held = block.pieces, 0
-    for name in linears:
-        if name != "qkv":
-            piece = pieces[name]
-            whole = piece.column_bytes * piece.shape[1] if name == "o" else piece.row_bytes * piece.shape[0]
-            held += whole_lines(whole // units)
-    return (Site(block.layer, "attn_in", "heads", linears, units, held),)
+    readers = [n for n in ("q_a", "q_b") if n in pieces] or ["q" if "q" in pieces else "qkv"]
+    held = whole_lines(pieces["o"].column_bytes * pieces["o"].shape[1] // units)
+    held += sum(whole_lines(pieces[n].row_bytes * pieces[n].shape[0] // units) for n in left_out)
+    if block.head_rows is not None:
+        held += whole_lines(block.head_rows.numel() // units * pieces[readers[-1]].row_bytes)
+    return (Site(block.layer, "attn_in", "heads", (*readers, *left_out, "o"), units, held, block.expert),)
 
 
 def check_kv(policy: str) -> None:

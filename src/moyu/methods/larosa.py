@@ -13,8 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, input_sites
+from moyu.methods.base import READS, Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, input_sites
 from moyu.selection import TopK, keep_count
+
+ROTATED = ("attn_in", "mlp_in")
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ class Larosa(Method):
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         if target == 0.0:
             return SiteParams(rule=TopK(site.units))
-        rotated = site.reads in ("attn_in", "mlp_in")
+        rotated = site.reads in ROTATED
         widths = {True: 0, False: 0}  # channels of the block's rotated inputs, and of the others
-        for turned, one in ((True, "q"), (True, "qkv"), (True, "up"), (False, "o"), (False, "down")):
-            widths[turned] += acts.weights[one].shape[1] if one in acts.weights else 0
+        for tap, width in {READS[name]: weight.shape[1] for name, weight in acts.weights.items()}.items():
+            widths[tap in ROTATED] += width
         level = levels(target, self.ratio, widths[True], widths[False])[0 if rotated else 1]
         rule = TopK(keep_count(site.units, level))
         return SiteParams(rule=rule, basis=directions(acts.met(site.reads))) if rotated else SiteParams(rule=rule)
