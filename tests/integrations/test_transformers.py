@@ -79,7 +79,7 @@ def test_the_card_carries_what_was_measured(made, tmp_path):
     load(zoo.path("swiglu"), quantization_config=MoyuConfig(plan=tmp_path / "plan")).save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "| 4064 | 49.0% | 0.61 | 7.50 | 9.13 | 0.242 | 80.0% |" in card and "split test" in card
-    assert "99" not in card.partition("Measured on")[2], "of another plan"
+    assert card.count("| 4064 |") == 1, "of another plan too"
     load(tmp_path / "saved").save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "README.md").read_text() == card
     assert "was not measured" in integration.card(plan)
