@@ -37,7 +37,9 @@ def refuse(anatomy: Anatomy, plan: Plan | None, engine: str) -> None:
             "weights are spread over processes (DTensor), where kernels do not skip yet",
             "apply the plan with engine='mask', which computes the same and reads everything",
         )
-    for site, params in () if plan is None else plan.parts.values():
+    if plan is None:
+        return
+    for site, params in plan.parts.values():
         block, name = blocks.get((site.layer, site.expert)), plan.method.name
         if block is None:
             continue
@@ -141,7 +143,8 @@ class SpreadFfn(FfnCall):
         }
         taps = {"mlp_in": given["mlp_in"], "mid": whole}
         for name in ("up", "gate"):
-            wanted = self.site(reads=name) is not None or not self.unseen(name, state)
+            watched = state.observer is not None or (self.block.layer, name) in self.lookahead
+            wanted = self.site(reads=name) is not None or watched
             if wanted and name in given and self.block.gated:
                 weight = self.block.pieces[name].weight
                 assert isinstance(weight, DTensor)
