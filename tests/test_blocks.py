@@ -77,7 +77,7 @@ def test_odd_widths_are_filled_up_with_zeros(kind):
 def test_modules_compute_with_the_values_and_survive_casts(kind):
     blocks, bias = quantise(torch.randn(48, 64), kind), torch.randn(48)
     linear, embedding = QuantisedLinear(blocks, bias), QuantisedEmbedding(blocks)
-    x, ids = torch.randn(2, 3, 64), torch.tensor([[1, 47], [0, 1]])
+    x, ids = torch.randn(2, 5, 64), torch.tensor([[1, 47], [0, 1]])
     assert torch.equal(linear(x), torch.nn.functional.linear(x, blocks.dequantise(), bias))
     assert torch.equal(embedding(ids), blocks.dequantise()[ids])
     linear.store(blocks.in_order("columns"))
