@@ -127,6 +127,14 @@ class Quantising:
     ppl_unquantised: float
     kl_quantising: float
 
+    @property
+    def note(self) -> str:
+        """For readers of a table, whose columns are of skipping alone."""
+        return (
+            f"quantising its weights costs {self.kl_quantising:.2g} nats a token (perplexity {self.ppl_unquantised:.3g} before); "
+            "the tables say what skipping costs on top"
+        )
+
     @classmethod
     def measure(cls, model: Any, kind: Kind, windows: Windows) -> Quantising:
         """Quantise a model in place, and hold it against what it was before on the first of the windows.
@@ -206,6 +214,8 @@ class Context:
             },
         }
         base |= _left_dense(self.anatomy, plan)
+        if self.quantising is not None:
+            base["notes"] = [*base.get("notes", []), self.quantising.note]
         if plan is not None:
             base |= of_plan(plan)
         return base | fields
