@@ -189,7 +189,8 @@ class _Quantised(nn.Module):
 
     def __init__(self, blocks: Blocks, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("quants", blocks.quants)
+        # tensors of its own over the same memory: `store` gives them other memory, and nobody else's may follow
+        self.register_buffer("quants", blocks.quants.detach())
         self.register_buffer("scale_bits", blocks.scales.view(torch.int16))
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=blocks.quants.device), persistent=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))

@@ -122,7 +122,7 @@ def _block(act: str, gated: bool) -> Block:
         linear = nn.Linear(n, q, bias=False, dtype=torch.bfloat16)
         linear.weight.data.normal_(std=n**-0.5, generator=generator)
         pieces[name] = Piece(linear)
-    return Block(1, pieces, act=act, heads=4, kv_heads=4)
+    return Block(1, pieces, act=act, heads=4, kv_heads=4, head_rows=torch.arange(WIDTH).view(4, -1))
 
 
 def _bytes(block: Block) -> int:
