@@ -15,8 +15,7 @@ KERNELS ?= $(if $(filter test unit,$(MAKECMDGOALS)),required,optional)
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Modules are compiled when they are imported: of 17,000 files few are, and compiling all takes a minute.
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input --no-compile -c constraints.txt $(PIP_ARGS)
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input -c constraints.txt $(PIP_ARGS)
 NEED_GB := 4
 OLDEST := 5.17.0
 TORCHAO := 0.18.0
