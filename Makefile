@@ -74,7 +74,7 @@ oldest: $(CORE) $(BUILT)  ## the same with the oldest supported transformers; wr
 	  --target build/oldest/$(OLDEST) transformers==$(OLDEST)
 	@PYTHONPATH=build/oldest/$(OLDEST) $(BIN)/moyu coverage --again --out build/oldest/coverage
 
-# Apart, because transformers imports torchao wherever it is installed, in seconds and with warnings. Last run 2026-11-25: 18 passed.
+# Apart, because transformers imports torchao wherever it is installed, in seconds and with warnings. Last run 2026-11-26: 16 passed.
 quantised: dev  ## quantised weights of torchao under a plan (not in CI, which has a quantiser of the tests' own)
 	@test -d build/torchao/$(TORCHAO) || PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input --no-deps $(PIP_ARGS) \
 	  --target build/torchao/$(TORCHAO) torchao==$(TORCHAO)
