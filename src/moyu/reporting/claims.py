@@ -16,6 +16,7 @@ from moyu.records import Cell
 
 RESAMPLES = 1000
 ROUNDING, NULL, OWN = "quantise", "popularity", "estimate"
+NAMED = 3  # refutations that a table names
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,16 @@ def _compare(claim: str, cell: Cell, against: str, worse: Sequence[float], bette
 
 
 def lines(cells: Sequence[Cell]) -> list[list[str]]:
-    """A line a claim: its name, on how many cells it is shown, undecided and refuted, and each refutation by name."""
+    """A line a claim: its name, on how many cells it is shown, undecided and refuted, and the largest refutations by name."""
     found: dict[str, list[Verdict]] = {}
     for verdict in verdicts(cells):
         found.setdefault(verdict.claim, []).append(verdict)
     table = []
     for claim, own in found.items():
         counts = [sum(v.holds is kind for v in own) for kind in (True, None, False)]
-        table.append([claim, *map(str, counts), "; ".join(_named(v) for v in own if v.holds is False) or "none"])
+        against = sorted((v for v in own if v.holds is False), key=lambda v: v.difference)
+        named = [_named(v) for v in against[:NAMED]] + [f"{len(against) - NAMED} more"] * (len(against) > NAMED)
+        table.append([claim, *map(str, counts), "; ".join(named) or "none"])
     return table
 
 
