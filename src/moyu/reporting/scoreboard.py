@@ -19,7 +19,7 @@ from moyu.reporting.columns import NONE, fixed, gain, number, percent, times
 ROUNDING = "quantise"
 NOT_RUN = "not run"
 GOOD, FAST = 0.98, 1.10  # perplexity kept and speed-up that count as applicable
-WIDTH, HEIGHT = 760.0, 420.0
+WIDTH, HEIGHT = 860.0, 480.0
 STYLE = Markup(
     "<style>.board text{font:11px sans-serif;fill:#444}.board .grid{stroke:#ddd}.board .leader{stroke:#bbb}"
     ".board .front{fill:none;stroke:#c33;stroke-width:1.5}.board .rounding{fill:#c33}.board .own{fill:#06c}"
@@ -272,8 +272,8 @@ def plot(cells: Sequence[Cell]) -> Markup:
 def _panel(canvas: Canvas, model: str, cells: list[Cell], top: float) -> None:
     levels = [c.kl or 0.0 for c in cells]
     low, high = 10 ** math.floor(math.log10(min(levels))), 10 ** math.ceil(math.log10(max(levels)))
-    left = min(c.byte_fraction_16 or 1.0 for c in cells) - 0.02
-    x, y = Linear(left, 1.0, 60.0, WIDTH - 90), Log(low, max(high, low * 10), top + HEIGHT - 40, top + 30)
+    left = min(c.byte_fraction_16 or 1.0 for c in cells) - 0.1  # room for names
+    x, y = Linear(left, 1.0, 60.0, WIDTH - 90), Log(low, max(high, low * 10), top + HEIGHT - 40, top + 76)
     for v in y.ticks():
         canvas.line(60.0, y(v), WIDTH - 90, y(v))
         canvas.text(54.0, y(v) + 4, f"{v:g}", "end")
