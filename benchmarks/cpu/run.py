@@ -189,7 +189,8 @@ def check(bench: Bench, engine: LlamaCpp, tokens: int = 24) -> None:
     print(
         f"check, {tokens} forced tokens: error beside the logits of the model's own forward {errors}; {ties} near-ties decided otherwise"
     )
-    assert max(worst.values()) < 0.05, "these are not the same model"
+    # On blocks both round their activations to 8 bits, which the model's own forward does not: 6 % of these logits.
+    assert max(worst.values()) < (0.05 if bench.weights == "bf16" else 0.1), "these are not the same model"
 
 
 def measure(variants: dict[str, Step]) -> tuple[dict[str, list[float]], float]:
