@@ -27,6 +27,8 @@ PROBE = 2  # calibration windows that are enough to learn what a plan adds
 ROUNDS = 4
 CLOSE = 1e-3  # of the dense step's bytes
 TRIAL = 4  # windows, of calibration and of validation, that settings are compared on
+SLACK = 5e-3  # of the dense step's bytes, between what was asked for and what calibration text makes a step read
+LEAST = 1e-3  # sparsity; at 0 not even exact zeros are skipped
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,29 @@ def plan_for_bytes(
 def _solved(
     reader: Reader, method: Method, windows: Windows, byte_fraction: float, progress: Progress | None, options: Any
 ) -> Plan:
+    """By what a plan counts, then by what it makes a step read: exact zeros come on top, and units are not of one size.
+
+    A method that trains has its share from its loss or its counts, and would train again for each correction.
+    """
     sparsity = solve(reader, method, windows, byte_fraction, **options)
-    return calibrate(
-        reader.model, method, windows, sparsity=sparsity, anatomy=reader.anatomy, progress=progress, **options
-    )
+    probe = dataclasses.replace(windows, tokens=windows.tokens[:TRIAL])
+    slope, seen = -reader.skippable(method) / reader.dense(), None
+    for left in reversed(range(ROUNDS)):
+        plan = calibrate(
+            reader.model, method, windows, sparsity=sparsity, anatomy=reader.anatomy, progress=progress, **options
+        )
+        if method.trains or method.joint or not left:
+            break
+        found = evaluate(reader.model, plan, probe, matched=False, anatomy=reader.anatomy)
+        read = reader.byte_fraction(found.byte_fraction, plan)
+        over = read - byte_fraction
+        if abs(over) <= SLACK or (over < 0 and sparsity <= LEAST):
+            break
+        if seen is not None and seen[0] != sparsity:
+            slope = min((read - seen[1]) / (sparsity - seen[0]), slope / 4)
+        seen = (sparsity, read)
+        sparsity = min(max(sparsity - over / slope, LEAST), 1.0)
+    return plan
 
 
 def solve(reader: Reader, method: Method, windows: Windows, byte_fraction: float, **options: Any) -> float:

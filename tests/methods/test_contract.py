@@ -30,6 +30,7 @@ VARIANTS = {
     "prox-dense": ("prox", {"inputs": 0, "weighted": True}),
     "deja-vu-ahead": ("deja-vu", {"ahead": True, "weighted": True, "rank": 8}),
     "moefication-activations": ("moefication", {"groups": "activations", "block": 10}),
+    "moefication-graph": ("moefication", {"groups": "graph", "block": 12}),
     "moefication-mlp": ("moefication", {"selector": "mlp", "block": 12}),
     "static-norm-weights": ("static-norm", {"data": False}),
     "random-seed": ("random", {"seed": 5}),

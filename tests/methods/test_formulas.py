@@ -211,7 +211,22 @@ def test_moefication_finds_planted_experts():
     assert (together == (true[:, None] == true)).float().mean() > 0.8
 
 
-@pytest.mark.parametrize("groups", ["weights", "activations"])
+def test_moefication_graph_cuts_where_neurons_do_not_fire_together():
+    true = torch.arange(24) % 3
+    fires = torch.rand(200, 3) < 0.4  # a planted group fires as one, at sizes of its neurons' own
+    mass = (fires[:, true] * torch.rand(200, 24) + 0.01 * torch.rand(200, 24)).t()  # (f, N)
+    found = moefication.spectral(mass, 3)
+    weights = (mass @ mass.t()).double().numpy()
+    root = np.sqrt(weights.sum(1))
+    values, vectors = np.linalg.eigh(weights / np.outer(root, root))
+    assert np.isclose(values[-1], 1.0)  # a normalised graph's largest
+    for column, vector in zip(found.t().numpy(), vectors[:, ::-1].T, strict=False):
+        assert np.isclose(abs(column @ vector), 1.0, atol=1e-4)
+    labels = moefication.balanced_clusters(torch.nn.functional.normalize(found, dim=1), 3)
+    assert torch.equal(labels[:, None] == labels, true[:, None] == true)
+
+
+@pytest.mark.parametrize("groups", ["weights", "graph", "activations"])
 def test_moefication_scores(groups):
     block, method, site, params = fitted("moefication", "mlp_in", block=4, groups=groups)
     experts = params.blocks.numpy()

@@ -1,7 +1,7 @@
 """MoEfication: split a trained feed-forward network into experts of similar neurons and run the ones that match the token.
 
 Neurons are grouped by balanced k-means on the L2-normalised rows of the matrix that the activation acts on (gate, or up where
-there is no gate). score_e = <x, r_e> / ||r_e||, r_e the mean row of expert e, or B tanh(A x), trained; the k experts with
+there is no gate), or by a balanced partition of the graph of their co-activation. score_e = <x, r_e> / ||r_e||, r_e the mean row of expert e, or B tanh(A x), trained; the k experts with
 the largest are computed.
 """
 
@@ -28,8 +28,8 @@ class Moefication(Method):
     """MoEfication, arXiv 2110.01786, on a frozen model.
 
     block: neurons of an expert.
-    groups: "weights" as in the paper, or "activations": k-means on what neurons add to the output, |a_j| ||w_j||, over
-    calibration tokens, which also fits networks whose activation is no ReLU.
+    groups: "weights" or "graph" as in the paper, or "activations": k-means on what neurons add to the output, |a_j| ||w_j||,
+    over calibration tokens. That also weighs the graph's edges, so that networks whose activation is no ReLU have one.
     selector: "similarity" to the expert's mean row, or "mlp", trained on the calibration text to say which share of the token's
     largest expert each one adds.
     """
@@ -46,8 +46,8 @@ class Moefication(Method):
     def __post_init__(self) -> None:
         if self.block < 1:
             raise ValueError(f"block must be at least 1, not {self.block}")
-        if self.groups not in ("weights", "activations"):
-            raise ValueError(f"groups must be 'weights' or 'activations', not {self.groups!r}")
+        if self.groups not in ("weights", "graph", "activations"):
+            raise ValueError(f"groups must be 'weights', 'graph' or 'activations', not {self.groups!r}")
         if self.selector not in ("similarity", "mlp"):
             raise ValueError(f"selector must be 'similarity' or 'mlp', not {self.selector!r}")
 
@@ -66,6 +66,7 @@ class Moefication(Method):
             mid = acts.met("mid")
             mid = mid[torch.linspace(0, len(mid) - 1, min(ROWS, len(mid))).long()]
             points = (mid.abs().float() * acts.weights["down"].float().norm(dim=0)).t()  # (f, N)
+            points = spectral(points, site.units) if self.groups == "graph" else points
         experts = balanced_clusters(functional.normalize(points, dim=1), site.units)  # (f,)
         if self.selector == "mlp":
             buffers = _mlp(site, acts, experts, train=target > 0)
@@ -94,6 +95,17 @@ def _mlp(site: Site, acts: Acts, experts: Tensor, *, train: bool) -> dict[str, T
         labels = mass / mass.amax(1, keepdim=True).clamp(min=1e-30)
         routers.train(nn.Sequential(inner, nn.Tanh(), outer), x, labels, torch.ones_like(labels))
     return {n: m.weight.detach().to(x) for n, m in (("inner", inner), ("outer", outer))}  # pyright: ignore
+
+
+def spectral(mass: Tensor, count: int) -> Tensor:
+    """Coordinates of a graph's nodes in which its parts are clusters (Ng, Jordan, Weiss 2001): (f, N) -> (f, at most count).
+
+    The edge i - j weighs sum over tokens of mass_i mass_j, and the first eigenvectors of the normalised graph are the first left
+    singular vectors of the mass over the square root of the degrees.
+    """
+    degree = mass @ mass.sum(0)  # (f,)
+    u = torch.linalg.svd(mass / degree.clamp(min=1e-30).sqrt()[:, None], full_matrices=False).U
+    return u[:, :count]
 
 
 def balanced_clusters(points: Tensor, count: int) -> Tensor:
