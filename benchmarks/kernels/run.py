@@ -1,71 +1,81 @@
 """Read rate of the neuron kernel on random kept sets, beside the measured read ceiling; one process, variants alternating.
 
-    .venv/bin/python benchmarks/kernels/run.py [OUT.jsonl]
+    .venv/bin/python benchmarks/kernels/run.py [OUT.jsonl] [--weights bf16,q8_0,q4_0] [--widths 2048,1024,4096,8192]
 
-bf16, batch 1, 8 layers of 3 x 2048 x 8192 weights (805 MB, far beyond any cache; other widths keep the size), 16 kept sets a
-fraction, neuron-major layout. Rates count the bytes that must be read: kept neurons x 3 x d x 2. `kernel` is the compiled
-function, which a decode step calls; `operator` adds torch's dispatch and MOYU's checks, once a call. The ceiling is the best
-of several native read loops. Every rate, the ceiling's too, is a median of single runs over the same rounds.
+Batch 1, 8 layers of 3 x 2048 x 8192 weights (805 MB in bf16, 428 in Q8_0, 226 in Q4_0, beyond any cache; other widths keep the
+size), 16 kept sets a fraction, neuron-major layout. Rates count the bytes that must be read: kept neurons x 3 x d x 2 in bf16; in
+blocks also the scales, which a group of 32 of down's columns shares. `kernel` is the compiled function, which a decode step calls;
+`operator` adds torch's dispatch and MOYU's checks, once a call. The ceiling is the best of several native read loops. Every
+rate, the ceiling's too, is a median of single runs over the same rounds.
 """
 
+from __future__ import annotations
+
+import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from moyu import kernels, records
+from moyu import blocks, kernels, records, surgery
 from moyu.kernels import cpu
 
 LAYERS, SETS, ROUNDS = 8, 16, 41
 KEPT = (1.0, 0.7, 0.5, 0.3)
-WIDTHS = (2048, 1024, 4096, 8192)
 SILU = cpu.activation_code("silu")
+DTYPES = {"bf16": "bfloat16"}  # what records call them; blocks by their own name
 
 
 def main() -> None:
     """Measure, print a row a fraction, and write kernel records."""
-    out = [record for d in WIDTHS for record in measure(d, 8192 * 2048 // d)]
-    if len(sys.argv) > 1:
-        records.write(Path(sys.argv[1]), out)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--weights", default="bf16")
+    parser.add_argument("--widths", default="2048,1024,4096,8192")
+    options = parser.parse_args()
+    asked = [(kind, int(d)) for kind in options.weights.split(",") for d in options.widths.split(",")]
+    out = [record for kind, d in asked for record in measure(kind, d, 8192 * 2048 // d)]
+    if options.out:
+        kept = records.read(options.out) if options.out.exists() else []
+        new = {(r.dtype, r.shape[-1]) for r in out}
+        records.write(options.out, [r for r in kept if (r.dtype, r.shape[-1]) not in new] + out)
 
 
-def measure(d: int, f: int) -> list[dict]:
+def weights(kind: str, d: int, f: int) -> tuple:
+    """Random gate (f, d), up (f, d) and down (d, f), laid out neuron by neuron."""
+    if kind == "bf16":
+        storage = cpu.empty_weights(f, 3, d, dtype=torch.bfloat16).normal_(0, 0.02)
+        return storage[:, 0], storage[:, 1], storage[:, 2].t()
+    shapes = [(f, d), (f, d), (d, f)]
+    modules = [
+        blocks.QuantisedLinear(blocks.quantise(torch.randn(s) * 0.02, kind), None, torch.bfloat16) for s in shapes
+    ]
+    surgery.lay_out([surgery.Piece(m) for m in modules], ["row", "row", "column"])
+    return tuple(m.blocks for m in modules)
+
+
+def arguments(kind: str, layer: tuple, x: Tensor, mask: Tensor, y: Tensor) -> tuple:
+    """What the compiled function takes."""
+    (f, d), head = layer[0].shape, (cpu.dtype_code(x.dtype), SILU, torch.get_num_threads(), 1)
+    if kind == "bf16":
+        gate, up, down = layer
+        parts = (gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), down.data_ptr(), down.stride(1))
+    else:
+        parts = tuple(map(cpu.native_blocks, layer))
+    return (*head, d, f, d, x.data_ptr(), d, *parts, mask.data_ptr(), f, 0, 0, 0, 0, 0, y.data_ptr())
+
+
+def measure(kind: str, d: int, f: int) -> list[records.Record]:
     """Kernel records of one width."""
     torch.manual_seed(0)
-    storages = [cpu.empty_weights(f, 3, d, dtype=torch.bfloat16).normal_(0, 0.02) for _ in range(LAYERS)]
-    views = [(s[:, 0], s[:, 1], s[:, 2].t()) for s in storages]
+    layers = [weights(kind, d, f) for _ in range(LAYERS)]
     x, y = torch.randn(1, d, dtype=torch.bfloat16), torch.empty(1, d, dtype=torch.bfloat16)
     masks = {k: [(torch.rand(f).argsort() < int(f * k))[None] for _ in range(SETS)] for k in KEPT}
-    code, threads, native = cpu.dtype_code(x.dtype), torch.get_num_threads(), cpu.extension().neurons
-
-    def arguments(storage: torch.Tensor, mask: torch.Tensor) -> tuple[int, ...]:
-        gate, row = storage.data_ptr(), d * 2
-        weights = (gate, 3 * d, gate + row, 3 * d, gate + 2 * row, 3 * d)
-        return (
-            code,
-            SILU,
-            threads,
-            1,
-            d,
-            f,
-            d,
-            x.data_ptr(),
-            d,
-            *weights,
-            mask.data_ptr(),
-            f,
-            0,
-            0,
-            0,
-            0,
-            0,
-            y.data_ptr(),
-        )
-
-    ready = {k: [[arguments(s, m) for m in masks[k]] for s in storages] for k in KEPT}
-    kernel: dict[float, list[float]] = {k: [] for k in KEPT}
+    native = cpu.extension().neurons if kind == "bf16" else cpu.extension().block_neurons
+    ready = {k: [[arguments(kind, layer, x, m, y) for m in masks[k]] for layer in layers] for k in KEPT}
+    kernel: dict[float, list[float]] = {k: [] for k in KEPT}  # GB/s
     operator: dict[float, list[float]] = {k: [] for k in KEPT}
     reads = kernels.ReadCeiling()
     for turn in range(ROUNDS):
@@ -73,20 +83,17 @@ def measure(d: int, f: int) -> list[dict]:
         for k in KEPT:
             picks = [(turn * LAYERS + layer) % SETS for layer in range(LAYERS)]
             start = time.perf_counter()
-            for layer, pick in enumerate(picks):
-                native(*ready[k][layer][pick])
-            kernel[k].append(time.perf_counter() - start)
+            needed = sum(native(*ready[k][layer][pick]) for layer, pick in enumerate(picks))
+            kernel[k].append(needed / (time.perf_counter() - start) / 1e9)
             start = time.perf_counter()
             for layer, pick in enumerate(picks):
-                kernels.neurons(x, *views[layer], masks[k][pick], act="silu")
-            operator[k].append(time.perf_counter() - start)
+                kernels.neurons(x, *layers[layer], masks[k][pick], act="silu")
+            operator[k].append(needed / (time.perf_counter() - start) / 1e9)
     ceiling, highest = reads.gb_s, reads.best_gb_s
-    print(f"d={d}, f={f}: read ceiling {ceiling:.1f} GB/s median, {highest:.1f} best; {kernels.describe()}")
+    print(f"{kind}, d={d}, f={f}: read ceiling {ceiling:.1f} GB/s median, {highest:.1f} best; {kernels.describe()}")
     out = []
     for k in KEPT:
-        needed = LAYERS * int(f * k) * 3 * d * 2
-        rate, through_torch = (needed / statistics.median(s[k]) / 1e9 for s in (kernel, operator))
-        best = needed / min(kernel[k]) / 1e9
+        rate, through_torch, best = statistics.median(kernel[k]), statistics.median(operator[k]), max(kernel[k])
         print(
             f"  kept {k:.1f}: kernel {rate:.1f} GB/s ({rate / ceiling:.0%} of the median ceiling), best {best:.1f} "
             f"({best / highest:.0%} of the best); operator {through_torch:.1f} ({through_torch / ceiling:.0%})",
@@ -94,7 +101,7 @@ def measure(d: int, f: int) -> list[dict]:
         )
         out.append(
             records.stamp(
-                kind="kernel", op="neurons", dtype="bfloat16", shape=[LAYERS, f, 3, d], kept=k, gb_s=rate,
+                kind="kernel", op="neurons", dtype=DTYPES.get(kind, kind), shape=[LAYERS, f, 3, d], kept=k, gb_s=rate,
                 read_ceiling_gb_s=ceiling, share=rate / ceiling, backend=kernels.describe(), seed=0,
             )
         )  # fmt: skip

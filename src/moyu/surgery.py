@@ -281,8 +281,10 @@ def _lay_out_blocks(pieces: list[Piece], roles: list[Literal["row", "column"]]) 
             views.append(storage[:, start : start + size].view(tensor.dtype))
             views[-1].copy_(tensor)
             start += size
+        if len(views) == 1:
+            views.append(_empty(tuple(blocks.scales.shape), blocks.scales).copy_(blocks.scales))
         before = module.quants.data
-        module.store(dataclasses.replace(blocks, quants=views[0], scales=views[1] if len(views) > 1 else blocks.scales))
+        module.store(dataclasses.replace(blocks, quants=views[0], scales=views[1]))
         memory.let_go(before)
 
 

@@ -73,31 +73,39 @@ struct Lines {
 };
 
 // out[c] = row c · x, for every row of weights; `ahead` for the first row of x.
-inline void dot_blocks(Kind kind, const Lines &w, const Rounded &x, int64_t n, bool ahead, float *out) {
+template <bool Ahead>
+inline void dot_blocks(Kind kind, const Lines &w, const Rounded &x, int64_t n, float *out) {
     const int64_t blocks = blocks_of(n);
     int c = 0;
     const auto some = [&](auto at_once) {
         constexpr int C = decltype(at_once)::value;
         for (; c + C <= w.count; c += C) {
-            const uint8_t *const *then = ahead ? w.then + c : nullptr;
-            if (kind == Kind::q8_0) dot_q8<C>(w.quants + c, w.scales + c, then, x.q8, x.scale, blocks, out + c);
-            else dot_q4<C>(w.quants + c, w.scales + c, then, x.q4, x.scale, x.sums, blocks, out + c);
+            if (kind == Kind::q8_0) dot_q8<C, Ahead>(w.quants + c, w.scales + c, w.then + c, x.q8, x.scale, blocks, out + c);
+            else dot_q4<C, Ahead>(w.quants + c, w.scales + c, w.then + c, x.q4, x.scale, x.sums, blocks, out + c);
         }
     };
     some(std::integral_constant<int, 4>{});
+    some(std::integral_constant<int, 2>{});
     some(std::integral_constant<int, 1>{});
+}
+inline void dot_blocks(Kind kind, const Lines &w, const Rounded &x, int64_t n, bool ahead, float *out) {
+    if (ahead) dot_blocks<true>(kind, w, x, n, out);
+    else dot_blocks<false>(kind, w, x, n, out);
 }
 
 // The kept columns of one group, as the sums take them.
 struct Group {
-    const uint8_t *column[kBlock], *then[kBlock];  // of the next group, or of what is read next
+    const uint8_t *column[kBlock], *then[8];  // what is read after them
     int count = 0, after = 0;
+    void follow(const uint8_t *line) {
+        if (after < 8) then[after++] = line;
+    }
 };
 
 // y += scale * sum over the group's columns of v * column, `scales` a row of fp16; v: kBlock integers, 0 beyond the count.
 inline void add_group(Kind kind, const Group &group, const int8_t *v, float scale, const uint8_t *scales, float *y, int64_t q,
                       bool ahead) {
-    const int after = ahead ? group.after : 0;
+    const int after = ahead ? group.after : -1;
     const uint8_t *column[kBlock];
     for (int i = 0; i < kBlock; ++i) column[i] = group.column[i < group.count ? i : 0];
     if (kind == Kind::q8_0) sum_q8(column, group.count, v, scale, scales, y, q, group.then, after);
@@ -174,7 +182,7 @@ int64_t block_columns_share(const LinearArgs &a, const Blocks &w, const int32_t 
         const int64_t number = (kept ? kept[i] : i) / kBlock;
         Group group;
         for (int64_t k = i; k < end; ++k) group.column[group.count++] = quants_at(w, kept ? kept[k] : k);
-        for (int64_t k = end; k < after; ++k) group.then[group.after++] = quants_at(w, kept ? kept[k] : k);
+        for (int64_t k = end; k < after; ++k) group.follow(quants_at(w, kept ? kept[k] : k));
         for (int64_t r = 0; r < a.rows; ++r) {
             float values[kBlock], scale;
             int8_t v[kBlock];
@@ -193,8 +201,9 @@ int64_t block_columns_share(const LinearArgs &a, const Blocks &w, const int32_t 
     return read;
 }
 
-// sums (rows, padded d_out) = the kept neurons that are this thread's, a group of 32 after the other: all of its gates, all of
-// its ups, then down. Each phase prefetches what the next one reads, 30 to 70 kB ahead, which only the second cache holds.
+// sums (rows, padded d_out) = the kept neurons that are this thread's, as many groups after the other as have 32 of them, and
+// at least one: gate and up of four neurons at a time, then all of down. What is prefetched meanwhile is what the next four
+// neurons or the next columns need.
 template <class T>
 int64_t block_neurons_share(const NeuronsArgs &a, const Blocks &gate, const Blocks &up, const Blocks &down, const Rounded &x,
                             const int32_t *kept, int64_t count, const moyu::Team &team, float *sums) {
@@ -202,51 +211,67 @@ int64_t block_neurons_share(const NeuronsArgs &a, const Blocks &gate, const Bloc
                                  column_bytes(down.kind, a.d_out);
     const int64_t bias_bytes = ((a.gate_bias ? 1 : 0) + (a.up_bias ? 1 : 0)) * static_cast<int64_t>(sizeof(T));
     const Share share = share_groups(kept, count, team);
-    const Blocks &first = a.gate ? gate : up;
     for (int64_t i = 0; i < a.rows * round_up(a.d_out); ++i) sums[i] = 0.0f;
     int64_t read = 0;
-    for (int64_t i = share.begin; i < share.end;) {
-        const int64_t end = group_end(kept, i, share.end), after = group_end(kept, end, share.end);
-        const int size = static_cast<int>(end - i);
-        const int64_t number = (kept ? kept[i] : i) / kBlock;
+    for (int64_t i = share.begin, end; i < share.end; i = end) {
+        int ends[kBlock], groups = 0;  // of the groups, among the neurons taken
+        for (end = i; groups == 0 || (end < share.end && group_end(kept, end, share.end) - i <= kBlock); ++groups) {
+            end = group_end(kept, end, share.end);
+            ends[groups] = static_cast<int>(end - i);
+        }
+        const int size = ends[groups - 1];
         int64_t neuron[kBlock];
         for (int c = 0; c < size; ++c) neuron[c] = kept ? kept[i + c] : i + c;
+        const auto scales = [&](int c) { return scales_at(down, neuron[c] / kBlock); };
         float value[kRowBlock][kBlock], rise[kRowBlock][kBlock];
-        const auto project = [&](const Blocks &w, const Blocks &next, const void *bias, float(*to)[kBlock]) {
-            for (int c = 0; c < size; c += 4) {
-                Lines lines;
-                for (int k = c; k < c + 4 && k < size; ++k, ++lines.count) {
-                    lines.quants[lines.count] = quants_at(w, neuron[k]);
-                    lines.scales[lines.count] = scales_at(w, neuron[k]);
-                    lines.then[lines.count] = quants_at(next, neuron[k]);
-                }
-                for (int64_t r = 0; r < a.rows; ++r) dot_blocks(w.kind, lines, x.row(r), a.d, r == 0, to[r] + c);
+        // After row k row k + 4; after the last four columns of down, those of gate's before those of up's.
+        const auto project = [&](const Blocks &w, int c, int columns, float(*to)[kBlock]) {
+            Lines lines;
+            for (int k = c; k < c + 4 && k < size; ++k, ++lines.count) {
+                const int column = k + 4 - size + columns;
+                lines.quants[lines.count] = quants_at(w, neuron[k]);
+                lines.scales[lines.count] = scales_at(w, neuron[k]);
+                lines.then[lines.count] = column < columns ? quants_at(w, neuron[k + 4])
+                                                           : quants_at(down, neuron[column < size ? column : 0]);
             }
-            for (int64_t r = 0; r < a.rows && bias; ++r)
-                for (int c = 0; c < size; ++c) to[r][c] += bias_at<T>(bias, neuron[c]);
+            for (int64_t r = 0; r < a.rows; ++r) dot_blocks(w.kind, lines, x.row(r), a.d, r == 0, to[r] + c);
         };
-        if (a.gate) project(gate, a.up ? up : down, a.gate_bias, value);
-        const uint8_t *scales = scales_at(down, number);
-        for (int64_t b = 0; b < 2 * a.d_out; b += kLineBytes) prefetch<kLineBytes>(scales + b);
-        if (a.up) project(up, down, a.up_bias, a.gate ? rise : value);
-        Group group;
-        for (int c = 0; c < size; ++c) group.column[group.count++] = quants_at(down, neuron[c]);
-        for (int64_t k = end; k < after; ++k) group.then[group.after++] = quants_at(first, kept ? kept[k] : k);
+        for (int c = 0, g = 0, first = 0; c < size; c += 4) {
+            if (a.gate) project(gate, c, 0, value);
+            if (a.up) project(up, c, a.gate ? 4 : 0, a.gate ? rise : value);
+            for (; g < groups && first < c + 4; first = ends[g++])
+                for (int64_t b = 0; b < 2 * a.d_out; b += kLineBytes) prefetch<kLineBytes>(scales(first) + b);
+        }
         for (int64_t r = 0; r < a.rows; ++r) {
-            float scale;
-            int8_t v[kBlock];
+            const auto add_bias = [&](const void *bias, float *to) {
+                for (int c = 0; c < size && bias; ++c) to[c] += bias_at<T>(bias, neuron[c]);
+            };
+            if (a.gate) add_bias(a.gate_bias, value[r]);
+            if (a.up) add_bias(a.up_bias, a.gate ? rise[r] : value[r]);
             if (a.gate || !a.given) activate(a.act, value[r], size);
             for (int c = 0; c < size && a.gate && a.up; ++c) value[r][c] *= rise[r][c];
             for (int c = 0; c < size; ++c) {
                 if (a.mask && !a.mask[r * a.mask_stride + neuron[c]]) value[r][c] = 0.0f;
                 else if (a.given) value[r][c] *= widen(*at<T>(a.given, r * a.given_stride + neuron[c]));
             }
-            for (int c = size; c < kBlock; ++c) value[r][c] = 0.0f;
-            quantise_block(value[r], v, &scale);
-            add_group(down.kind, group, v, scale, scales, sums + r * round_up(a.d_out), a.d_out, r == 0);
         }
-        read += size * (neuron_bytes + bias_bytes) + 2 * a.d_out;
-        i = end;
+        for (int g = 0, c = 0; g < groups; c = ends[g++]) {
+            Group group;
+            for (int k = c; k < ends[g]; ++k) group.column[group.count++] = quants_at(down, neuron[k]);
+            for (int k = ends[g]; k < size; ++k) group.follow(quants_at(down, neuron[k]));
+            for (int64_t k = end; k < share.end && k < end + 4 && g + 1 == groups; ++k) {
+                if (a.gate) group.follow(quants_at(gate, kept ? kept[k] : k));
+                if (a.up) group.follow(quants_at(up, kept ? kept[k] : k));
+            }
+            for (int64_t r = 0; r < a.rows; ++r) {
+                float own[kBlock], scale;
+                int8_t v[kBlock];
+                for (int k = 0; k < kBlock; ++k) own[k] = k < group.count ? value[r][c + k] : 0.0f;
+                quantise_block(own, v, &scale);
+                add_group(down.kind, group, v, scale, scales(c), sums + r * round_up(a.d_out), a.d_out, r == 0);
+            }
+        }
+        read += size * (neuron_bytes + bias_bytes) + groups * 2 * a.d_out;
     }
     return read;
 }

@@ -59,8 +59,9 @@ inline int32_t quantise_block(const float *x, int8_t *q, float *scale) {
     return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 1)));
 }
 
-// out[c] = row c · x for C rows of Q8_0 in lockstep; `then` (or null) is prefetched line by line.
-template <int C>
+// out[c] = row c · x for C rows of Q8_0 in lockstep; with Ahead `then` is prefetched line by line. The loops over 8 blocks are
+// unrolled because what depends on a block's number is then a constant.
+template <int C, bool Ahead>
 inline void dot_q8(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *then, const int8_t *x,
                    const float *x_scale, int64_t blocks, float *out) {
     __m256 sum[C];
@@ -72,27 +73,28 @@ inline void dot_q8(const uint8_t *const *w, const uint8_t *const *scales, const 
         for (int c = 0; c < C; ++c) {
             const __m256 s = count == 8 ? load_halves(scales[c] + 2 * b) : load_halves(scales[c] + 2 * b, count);
             _mm256_store_ps(scale[c], _mm256_mul_ps(s, xs));
-            if (then) prefetch<256>(then[c] + 32 * b);
         }
         const auto block = [&](int k) {
             const __m256i xq = load_bytes(x + 32 * (b + k));
             for (int c = 0; c < C; ++c) {
+                if (Ahead && k % 2 == 0) prefetch<64>(then[c] + 32 * (b + k));
                 const __m256i products = add_signed(_mm256_setzero_si256(), load_bytes(w[c] + 32 * (b + k)), xq);
                 sum[c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_broadcast_ss(scale[c] + k), sum[c]);
             }
         };
         if (count == 8) {
+#pragma GCC unroll 8
             for (int k = 0; k < 8; ++k) block(k);
         } else {
             for (int k = 0; k < count; ++k) block(k);
         }
     }
-    for (int c = 0; c < C && then; ++c) prefetch<128>(then[c] + 32 * blocks);
+    for (int c = 0; c < C && Ahead; ++c) prefetch<128>(then[c] + 32 * blocks);
     for (int c = 0; c < C; ++c) out[c] = sum_lanes(sum[c]);
 }
 
 // The same for Q4_0, two blocks at a time; codes stand for code - 8, which `x_sums` makes up for.
-template <int C>
+template <int C, bool Ahead>
 inline void dot_q4(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *then, const int8_t *x,
                    const float *x_scale, const float *x_sums, int64_t blocks, float *out) {
     const __m256i low = _mm256_set1_epi8(15);
@@ -106,12 +108,12 @@ inline void dot_q4(const uint8_t *const *w, const uint8_t *const *scales, const 
             const __m256 s = count == 8 ? load_halves(scales[c] + 2 * b) : load_halves(scales[c] + 2 * b, count);
             scale[c] = _mm256_mul_ps(s, xs);
             sum[c] = _mm256_fmadd_ps(s, less, sum[c]);
-            if (then) prefetch<128>(then[c] + 16 * b);
         }
         const auto pair = [&](int k, auto load) {
             const __m256i first = load_bytes(x + 32 * (b + k)), second = load_bytes(x + 32 * (b + k) + 32);
             const __m256i lanes = _mm256_setr_epi32(k, k, k, k, k + 1, k + 1, k + 1, k + 1);
             for (int c = 0; c < C; ++c) {
+                if (Ahead && k % 4 == 0) prefetch<64>(then[c] + 16 * (b + k));
                 const __m256i both = load(w[c] + 16 * (b + k));
                 const __m256i front = _mm256_and_si256(both, low), back = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
                 __m256i products = _mm256_setzero_si256();
@@ -126,6 +128,7 @@ inline void dot_q4(const uint8_t *const *w, const uint8_t *const *scales, const 
         };
         const auto whole = [](const uint8_t *p) { return load_bytes(p); };
         if (count == 8) {
+#pragma GCC unroll 4
             for (int k = 0; k < 8; k += 2) pair(k, whole);
         } else {
             int k = 0;
@@ -136,9 +139,36 @@ inline void dot_q4(const uint8_t *const *w, const uint8_t *const *scales, const 
                 });
         }
     }
-    for (int c = 0; c < C && then; ++c) prefetch<128>(then[c] + 16 * blocks);
+    for (int c = 0; c < C && Ahead; ++c) prefetch<128>(then[c] + 16 * blocks);
     for (int c = 0; c < C; ++c) out[c] = sum_lanes(sum[c]);
 }
+
+// Of a group's columns few are read side by side, each over a whole tile of outputs before the next ones begin: 32 streams of
+// half lines cost a fifth to a quarter of the rate at which memory gives them. A tile's integers lie in L1 meanwhile.
+constexpr int64_t kTile = 2048;
+inline int side_by_side(int left) { return left <= 12 ? left : 8; }
+
+// What is prefetched while some columns are read: the columns after them in this tile, or the first ones' next tile, or,
+// after the last, `then`.
+struct Ahead {
+    const uint8_t *line[8];
+    int count = 0;
+    Ahead(const uint8_t *const *column, int end, int columns, int64_t tile, int64_t next_tile, bool last,
+          const uint8_t *const *then, int after) {
+        if (after < 0) return;
+        if (end < columns) {
+            for (int i = end; i < columns && count < 8; ++i) line[count++] = column[i] + tile;
+        } else if (!last) {
+            for (int i = 0; i < columns && count < 8; ++i) line[count++] = column[i] + next_tile;
+        } else {
+            for (; count < after; ++count) line[count] = then[count];
+        }
+    }
+    template <int64_t bytes>
+    void at(int64_t offset) const {
+        for (int i = 0; i < count; ++i) prefetch<bytes>(line[i] + offset);
+    }
+};
 
 // y[0 .. 8) += integers * scales.
 inline void add_scaled(__m256i integers, const uint8_t *scales, __m256 scale, float *y) {
@@ -146,83 +176,112 @@ inline void add_scaled(__m256i integers, const uint8_t *scales, __m256 scale, fl
     _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(integers), by, _mm256_loadu_ps(y)));
 }
 
-// y += scale * scales * (sum over columns of v * column), half a line of every column at a time. Beyond the count v is 0 and
-// `column` repeats one; a line of each of `after` other columns is prefetched in turn.
-inline void sum_q8(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
-                   int64_t q, const uint8_t *const *then, int after) {
-    const __m256 by = _mm256_set1_ps(scale);
-    int64_t o = 0;
-    for (; o + 32 <= q; o += 32) {
+// sums[0 .. n) = (First) or += sum over some columns of v * column, 32 outputs at a time: 0 .. 3 and 16 .. 19, 4 .. 7 and
+// 20 .. 23, 8 .. 11 and 24 .. 27, the others. Beyond the count v is 0 and `column` repeats one.
+template <bool First>
+inline void add_q8(const uint8_t *const *column, int count, const int8_t *v, int64_t from, int64_t n, __m256i *sums,
+                   const Ahead &ahead) {
+    for (int64_t o = 0; o < n; o += 32, sums += 4) {
         __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0;
-        if (o % 64 == 0)
-            for (int i = 0; i < after; ++i) prefetch<64>(then[i] + o);
+        if (!First) s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
+        if (o % 64 == 0) ahead.at<64>(o);
         for (int i = 0; i < count; i += 4) {
             int32_t four;
             std::memcpy(&four, v + i, 4);
             const __m256i factor = _mm256_set1_epi32(four);
-            const __m256i a = load_bytes(column[i] + o), b = load_bytes(column[i + 1] + o);
-            const __m256i c = load_bytes(column[i + 2] + o), d = load_bytes(column[i + 3] + o);
+            const __m256i a = load_bytes(column[i] + from + o), b = load_bytes(column[i + 1] + from + o);
+            const __m256i c = load_bytes(column[i + 2] + from + o), d = load_bytes(column[i + 3] + from + o);
             const __m256i ab = _mm256_unpacklo_epi8(a, b), cd = _mm256_unpacklo_epi8(c, d);
             const __m256i ba = _mm256_unpackhi_epi8(a, b), dc = _mm256_unpackhi_epi8(c, d);
-            s0 = add_signed(s0, _mm256_unpacklo_epi16(ab, cd), factor);  // outputs 0 .. 3 and 16 .. 19
-            s1 = add_signed(s1, _mm256_unpackhi_epi16(ab, cd), factor);  // 4 .. 7 and 20 .. 23
-            s2 = add_signed(s2, _mm256_unpacklo_epi16(ba, dc), factor);  // 8 .. 11 and 24 .. 27
+            s0 = add_signed(s0, _mm256_unpacklo_epi16(ab, cd), factor);
+            s1 = add_signed(s1, _mm256_unpackhi_epi16(ab, cd), factor);
+            s2 = add_signed(s2, _mm256_unpacklo_epi16(ba, dc), factor);
             s3 = add_signed(s3, _mm256_unpackhi_epi16(ba, dc), factor);
         }
-        add_scaled(_mm256_permute2x128_si256(s0, s1, 0x20), scales + 2 * o, by, y + o);
-        add_scaled(_mm256_permute2x128_si256(s2, s3, 0x20), scales + 2 * o + 16, by, y + o + 8);
-        add_scaled(_mm256_permute2x128_si256(s0, s1, 0x31), scales + 2 * o + 32, by, y + o + 16);
-        add_scaled(_mm256_permute2x128_si256(s2, s3, 0x31), scales + 2 * o + 48, by, y + o + 24);
+        sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
     }
-    for (int i = 0; i < after; ++i) prefetch<128>(then[i] + o);
-    sum_rest(column, count, v, scale, scales, y, o, q, at_q8);
+    ahead.at<128>(n);
 }
 
-// 64 outputs of up to 16 columns of Q4_0 in 16 bits: 0 .. 7 and 32 .. 39, 8 and 40, 16 and 48, 24 and 56.
-struct Sums { __m256i part[4]; };
-inline Sums sum_pairs(const uint8_t *const *column, const int8_t *v, int from, int end, int64_t at) {
-    const __m256i low = _mm256_set1_epi8(15);
-    __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0;
-    for (int i = from; i < end; i += 2) {
-        int16_t two;
-        std::memcpy(&two, v + i, 2);
-        const __m256i factor = _mm256_set1_epi16(two);
-        const __m256i a = load_bytes(column[i] + at), b = load_bytes(column[i + 1] + at);
-        const __m256i ab = _mm256_unpacklo_epi8(a, b), ba = _mm256_unpackhi_epi8(a, b);
-        const auto products = [&](__m256i codes) { return _mm256_maddubs_epi16(_mm256_and_si256(codes, low), factor); };
-        s0 = _mm256_add_epi16(s0, products(ab));
-        s1 = _mm256_add_epi16(s1, products(ba));
-        s2 = _mm256_add_epi16(s2, products(_mm256_srli_epi16(ab, 4)));
-        s3 = _mm256_add_epi16(s3, products(_mm256_srli_epi16(ba, 4)));
-    }
-    return {{s0, s1, s2, s3}};
-}
-
-// The same for Q4_0. Pairs of columns are summed in 16 bits: 8 pairs of 2 * 15 * 127 fit, then 32 bits take over.
-inline void sum_q4(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
+// y += scale * scales * (sum over columns of v * column). `then` are up to 8 lines that are read next; `after` of them, or
+// below 0 where nothing is to be prefetched.
+inline void sum_q8(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
                    int64_t q, const uint8_t *const *then, int after) {
+    __m256i sums[kTile / 8];
     const __m256 by = _mm256_set1_ps(scale);
-    int32_t all = 0;
-    for (int i = 0; i < count; ++i) all -= 8 * v[i];
-    const __m256i less = _mm256_set1_epi32(all);
-    int64_t o = 0;
-    for (; o + 64 <= q; o += 64) {
-        if (o % 128 == 0)
-            for (int i = 0; i < after; ++i) prefetch<64>(then[i] + o / 2);
-        const Sums first = sum_pairs(column, v, 0, count < 16 ? count : 16, o / 2);
-        const Sums rest = count > 16 ? sum_pairs(column, v, 16, count, o / 2) : Sums{};
-        for (int part = 0; part < 4; ++part) {
-            const auto wide = [&](__m128i a, __m128i b) {
-                return _mm256_add_epi32(_mm256_add_epi32(_mm256_cvtepi16_epi32(a), less), _mm256_cvtepi16_epi32(b));
-            };
-            const __m256i a = first.part[part], b = rest.part[part];
-            const int64_t at = o + 8 * part;
-            add_scaled(wide(_mm256_castsi256_si128(a), _mm256_castsi256_si128(b)), scales + 2 * at, by, y + at);
-            add_scaled(wide(_mm256_extracti128_si256(a, 1), _mm256_extracti128_si256(b, 1)), scales + 2 * at + 64, by, y + at + 32);
+    const int64_t whole = q / 32 * 32;
+    for (int64_t from = 0; from < whole; from += kTile) {
+        const int64_t n = whole - from < kTile ? whole - from : kTile;
+        for (int c = 0, some; c < count; c += some) {
+            some = side_by_side(count - c);
+            const Ahead ahead(column, c + some, count, from, from + n, from + n == whole, then, after);
+            if (c == 0) add_q8<true>(column, some, v, from, n, sums, ahead);
+            else add_q8<false>(column + c, some, v + c, from, n, sums, ahead);
+        }
+        for (int64_t o = 0; o < n; o += 32) {
+            const __m256i *s = sums + o / 8;
+            const uint8_t *own = scales + 2 * (from + o);
+            float *to = y + from + o;
+            add_scaled(_mm256_permute2x128_si256(s[0], s[1], 0x20), own, by, to);
+            add_scaled(_mm256_permute2x128_si256(s[2], s[3], 0x20), own + 16, by, to + 8);
+            add_scaled(_mm256_permute2x128_si256(s[0], s[1], 0x31), own + 32, by, to + 16);
+            add_scaled(_mm256_permute2x128_si256(s[2], s[3], 0x31), own + 48, by, to + 24);
         }
     }
-    for (int i = 0; i < after; ++i) prefetch<128>(then[i] + o / 2);
-    sum_rest(column, count, v, scale, scales, y, o, q, at_q4);
+    sum_rest(column, count, v, scale, scales, y, whole, q, at_q8);
+}
+
+// The same of 4-bit columns, in 16 bits, 64 outputs at a time: 0 .. 7 and 32 .. 39, 8 and 40, 16 and 48, 24 and 56. Codes
+// stand for code - 8: the sums begin at `less`, -8 * the sum of v. On the way they may wrap; in the end 32 * 127 * 8 fits.
+template <bool First>
+inline void add_q4(const uint8_t *const *column, int count, const int8_t *v, int64_t from, int64_t n, int less,
+                   __m256i *sums, const Ahead &ahead) {
+    const __m256i low = _mm256_set1_epi8(15), begin = _mm256_set1_epi16(static_cast<int16_t>(less));
+    for (int64_t o = 0; o < n; o += 64, sums += 4) {
+        __m256i s0 = begin, s1 = begin, s2 = begin, s3 = begin;
+        if (!First) s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
+        if (o % 128 == 0) ahead.at<64>(o / 2);
+        for (int i = 0; i < count; i += 2) {
+            int16_t two;
+            std::memcpy(&two, v + i, 2);
+            const __m256i factor = _mm256_set1_epi16(two);
+            const __m256i a = load_bytes(column[i] + (from + o) / 2), b = load_bytes(column[i + 1] + (from + o) / 2);
+            const __m256i ab = _mm256_unpacklo_epi8(a, b), ba = _mm256_unpackhi_epi8(a, b);
+            const auto products = [&](__m256i codes) { return _mm256_maddubs_epi16(_mm256_and_si256(codes, low), factor); };
+            s0 = _mm256_add_epi16(s0, products(ab));
+            s1 = _mm256_add_epi16(s1, products(ba));
+            s2 = _mm256_add_epi16(s2, products(_mm256_srli_epi16(ab, 4)));
+            s3 = _mm256_add_epi16(s3, products(_mm256_srli_epi16(ba, 4)));
+        }
+        sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
+    }
+    ahead.at<128>(n / 2);
+}
+
+inline void sum_q4(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
+                   int64_t q, const uint8_t *const *then, int after) {
+    __m256i sums[kTile / 16];
+    const __m256 by = _mm256_set1_ps(scale);
+    int less = 0;
+    for (int i = 0; i < count; ++i) less -= 8 * v[i];
+    const int64_t whole = q / 64 * 64;
+    for (int64_t from = 0; from < whole; from += kTile) {
+        const int64_t n = whole - from < kTile ? whole - from : kTile;
+        for (int c = 0, some; c < count; c += some) {
+            some = side_by_side(count - c);
+            const Ahead ahead(column, c + some, count, from / 2, (from + n) / 2, from + n == whole, then, after);
+            if (c == 0) add_q4<true>(column, some, v, from, n, less, sums, ahead);
+            else add_q4<false>(column + c, some, v + c, from, n, less, sums, ahead);
+        }
+        for (int64_t o = 0; o < n; o += 64)
+            for (int part = 0; part < 4; ++part) {
+                const __m256i s = sums[o / 16 + part];
+                const int64_t at = from + o + 8 * part;
+                add_scaled(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(s)), scales + 2 * at, by, y + at);
+                add_scaled(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(s, 1)), scales + 2 * at + 64, by, y + at + 32);
+            }
+    }
+    sum_rest(column, count, v, scale, scales, y, whole, q, at_q4);
 }
 
 }  // namespace

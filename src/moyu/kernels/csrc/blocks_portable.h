@@ -22,7 +22,7 @@ inline int32_t quantise_block(const float *x, int8_t *q, float *scale) {
     return sum;
 }
 
-template <int C>
+template <int C, bool>
 inline void dot_q8(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *, const int8_t *x,
                    const float *x_scale, int64_t blocks, float *out) {
     for (int c = 0; c < C; ++c) {
@@ -35,7 +35,7 @@ inline void dot_q8(const uint8_t *const *w, const uint8_t *const *scales, const 
     }
 }
 
-template <int C>
+template <int C, bool>
 inline void dot_q4(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *, const int8_t *x,
                    const float *x_scale, const float *, int64_t blocks, float *out) {
     for (int c = 0; c < C; ++c) {

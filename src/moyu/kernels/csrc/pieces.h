@@ -75,18 +75,15 @@ inline void add_products(Vec::Pair &sum, const Vec::Pair &w, const Vec::Pair &x)
 inline void add_products(Vec::Reg &sum, const Vec::Pair &w, const Vec::Pair &x) {
     sum = Vec::fma(w.b, x.b, Vec::fma(w.a, x.a, sum));
 }
+inline Vec::Reg whole(const Vec::Pair &sum) { return Vec::add(sum.a, sum.b); }
+struct One { Vec::Reg all; };
+template <class W, class X>
+inline void add_products(One &sum, const W &w, const X &x) { add_products(sum.all, w, x); }
+inline Vec::Reg whole(const One &sum) { return sum.all; }
 template <class T>
 inline Vec::Pair load_weights(const T *w) { return Vec::load2(w); }
 template <class T>
 inline Vec::Pair load_weights_part(const T *w, int count) { return Vec::load2_part(w, count); }
-template <class T>
-inline void add_products(Vec::Pair &sum, const T *w, const Vec::Pair &x) {
-    add_products(sum, Vec::load2(w), x);
-}
-template <class T>
-inline void add_products(Vec::Pair &sum, const T *w, int count, const Vec::Pair &x) {
-    add_products(sum, Vec::load2_part(w, count), x);
-}
 
 // Rows of x as factors, padded with zeros, so that the loops below need no tail on its side.
 template <class T>
@@ -123,9 +120,12 @@ inline int64_t list_kept(const uint8_t *mask, int64_t stride, int64_t rows, int6
 
 // How many pieces to read in lockstep. Wide registers: 4 of a page or more; shorter ones leave room in L1 (which a multiple of
 // the page size between the streams does not) for 8, and each step's overhead then serves twice the bytes: 10 % at 2 kB.
-// Narrow ones (Zen 3, 32 kB of L1): 4, where 8 take up to 28 % longer; but where each of several rows takes its own of them,
-// arithmetic is the bound, and 8 fill the registers better: 10 %.
-inline int together(int64_t piece_bytes, bool own) { return kWide ? (piece_bytes < 4096 ? 8 : 4) : own ? 8 : 4; }
+// Narrow ones (Zen 3, 32 kB of L1): 4, and of shorter pieces 6, 3 to 10 % faster where they are scattered; 8 are slower in
+// both. But where each of several rows takes its own of them, arithmetic is the bound, and 8 fill the registers better: 10 %.
+inline int together(int64_t piece_bytes, bool own) {
+    if (kWide) return piece_bytes < 4096 ? 8 : 4;
+    return own ? 8 : piece_bytes < 4096 ? 6 : 4;
+}
 
 // The pieces of one step of a thread that has the list's part `share`: the part is cut into `streams` runs, a step takes
 // one piece of each, so that even where everything is kept the lockstep has that many long streams. Null `kept` = all.
@@ -212,13 +212,13 @@ template <int64_t bytes>
 inline void prefetch(const void *) {}
 #endif
 
-// out[c] = w[c] · x for C pieces in lockstep.
+// out[c] = w[c] · x for C pieces in lockstep, a pair of sums for each; one where that would take all registers or
+// where a product is one instruction.
 template <int C, bool Ahead, class T>
 inline void dot_together(const Weights<T> &w, const Factor<T> *x, int64_t n, float *out) {
     constexpr int W = Vec::width, U = C <= 2 ? 2 : 1;  // at least 4 independent sums hide the latency of an FMA
-    Vec::Pair sum[C][U];
-    for (int c = 0; c < C; ++c)
-        for (int u = 0; u < U; ++u) sum[c][u].a = sum[c][u].b = Vec::zero();
+    using Sum = std::conditional_t<stored_products<T> || (!kWide && C > 4), One, Vec::Pair>;
+    Sum sum[C][U] = {};
     const T *now[C], *then[C];
     for (int c = 0; c < C; ++c) now[c] = w.now[c];
     for (int c = 0; c < C; ++c) then[c] = w.then[c];
@@ -229,19 +229,19 @@ inline void dot_together(const Weights<T> &w, const Factor<T> *x, int64_t n, flo
             const auto factor = load_factor(x + k);
             for (int c = 0; c < C; ++c) {
                 if (Ahead) prefetch<2 * W * sizeof(T)>(then[c] + k);
-                add_products(sum[c][u], now[c] + k, factor);
+                add_products(sum[c][u], load_weights(now[c] + k), factor);
             }
         }
     for (; i < n; i += 2 * W) {
         const auto factor = load_factor(x + i);
         for (int c = 0; c < C; ++c) {
-            if (n - i >= 2 * W) add_products(sum[c][0], now[c] + i, factor);
-            else add_products(sum[c][0], now[c] + i, static_cast<int>(n - i), factor);
+            if (n - i >= 2 * W) add_products(sum[c][0], load_weights(now[c] + i), factor);
+            else add_products(sum[c][0], load_weights_part(now[c] + i, static_cast<int>(n - i)), factor);
         }
     }
     for (int c = 0; c < C; ++c) {
-        auto total = Vec::add(sum[c][0].a, sum[c][0].b);
-        for (int u = 1; u < U; ++u) total = Vec::add(total, Vec::add(sum[c][u].a, sum[c][u].b));
+        auto total = whole(sum[c][0]);
+        for (int u = 1; u < U; ++u) total = Vec::add(total, whole(sum[c][u]));
         out[c] = Vec::sum(total);
     }
 }

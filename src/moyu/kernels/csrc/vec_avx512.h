@@ -88,13 +88,6 @@ inline __m512i load_weights_part(const BF16 *w, int count) { return _mm512_maskz
 inline void add_products(Vec::Reg &sum, __m512i w, __m512i x) {
     sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
 }
-inline void add_products(Vec::Pair &sum, const BF16 *w, __m512i x) {
-    sum.a = _mm512_dpbf16_ps(sum.a, reinterpret_cast<__m512bh>(_mm512_loadu_si512(w)), reinterpret_cast<__m512bh>(x));
-}
-inline void add_products(Vec::Pair &sum, const BF16 *w, int count, __m512i x) {
-    const __m512i part = _mm512_maskz_loadu_epi16(Vec::lanes(count), w);
-    sum.a = _mm512_dpbf16_ps(sum.a, reinterpret_cast<__m512bh>(part), reinterpret_cast<__m512bh>(x));
-}
 #endif
 
 }  // namespace
