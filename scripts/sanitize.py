@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined", "thread": "-fsanitize=thread"}
 LIBRARIES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
-TESTS = ["tests/kernels/test_values.py", "tests/test_decoding.py"]
+TESTS = ["tests/kernels/test_values.py", "tests/kernels/test_quantised.py", "tests/test_decoding.py"]
 
 
 def build(kind: str) -> Path:

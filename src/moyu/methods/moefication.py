@@ -1,8 +1,8 @@
 """MoEfication: split a trained feed-forward network into experts of similar neurons and run the ones that match the token.
 
 Neurons are grouped by balanced k-means on the L2-normalised rows of the matrix that the activation acts on (gate, or up where
-there is no gate), or by a balanced partition of the graph of their co-activation. score_e = <x, r_e> / ||r_e||, r_e the mean row of expert e, or B tanh(A x), trained; the k experts with
-the largest are computed.
+there is no gate), or by a balanced partition of the graph of their co-activation. score_e = <x, r_e> / ||r_e||, r_e the mean row
+of expert e, or B tanh(A x), trained; the k experts with the largest are computed.
 """
 
 from __future__ import annotations
