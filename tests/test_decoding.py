@@ -160,6 +160,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.f
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
 def test_each_instruction_set_decodes(isa):
     if isa not in cpu.extension().isas():

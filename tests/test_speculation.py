@@ -112,6 +112,7 @@ def pairs(model, plan, rule, count):
     return found
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_samples_are_distributed_as_dense():
     """Pairs of sampled tokens against their exact probabilities; the uncorrected draft is told apart by the same test."""
@@ -174,6 +175,7 @@ def test_greedy_is_dense_greedy_on_200_prompts_of_a_trained_model():
     assert differing <= 2
 
 
+@pytest.mark.slow
 def test_the_command_writes_dense_text_and_says_what_it_took(tmp_path):
     run = CliRunner().invoke
     made = run(cli.app, ["calibrate", "swiglu", "-m", "griffin", "--out", str(tmp_path)])

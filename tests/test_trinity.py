@@ -53,6 +53,7 @@ def test_cells_meet_their_bytes_and_floors_are_named(quick):
     assert kl == sorted(kl) and kl[0] < 1e-3
 
 
+@pytest.mark.slow
 def test_finished_cells_are_kept_and_missing_ones_are_filled_in(quick, monkeypatch):
     asked, out, rows = quick
     measured = []

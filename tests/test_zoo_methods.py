@@ -10,14 +10,21 @@ from moyu import kernels, methods, models, pipeline, zoo
 from moyu.applied import Applied
 from moyu.calibration import Windows
 from moyu.choosers import Counter, Recorder
+from moyu.trinity import SLOW
 from moyu.zoo.training import VOCABULARY
 from test_equality import QUICK, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 from tiny import tokens
 
+ALWAYS = {("swiglu", 1), ("relu", 3)}  # the others are slow together: seconds each
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", methods.names())
-@pytest.mark.parametrize("model_name", zoo.names())
+
+@pytest.mark.parametrize(
+    "name", [*sorted({*methods.names()} - SLOW), *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
+)
+@pytest.mark.parametrize(
+    ("model_name", "batch"),
+    [pytest.param(m, b, marks=() if (m, b) in ALWAYS else pytest.mark.slow) for m in zoo.names() for b in (1, 3)],
+)
 def test_masked_pass_equals_skipped_steps(model_name, name, batch):
     model = models.load(model_name, dtype=torch.float64).model
     method = methods.method(name, **QUICK.get(name, {}))
@@ -36,6 +43,7 @@ def test_masked_pass_equals_skipped_steps(model_name, name, batch):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_relu_zero_skip_is_lossless_and_saves_its_bytes():
     """12,000 tokens decoded with exact zeros skipped, beside dense; and the bytes of those zeros really unread."""
     context = pipeline.Context.open("relu", pipeline.Settings(methods=("relu-zero",), test=24, window=512, boundary=8))
@@ -73,7 +81,7 @@ def _kept(counter, layer):
     return table[table >= 0].tolist()
 
 
-@pytest.mark.parametrize("name", zoo.names())
+@pytest.mark.parametrize("name", ["swiglu", *(pytest.param(n, marks=pytest.mark.slow) for n in ("relu", "gelu"))])
 def test_methods_lie_between_their_matched_random_and_oracle(name):
     context = pipeline.Context.open(name, pipeline.Settings(test=12, calibration=8))
     for each in context.applicable(("cats", "griffin", "popularity"))[0]:

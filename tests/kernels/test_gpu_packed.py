@@ -47,6 +47,7 @@ def test_without_a_gpu_the_reason_is_said():
         gpu_packed.rows(torch.ones(1, 32), weight)
 
 
+@pytest.mark.slow
 def test_the_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}

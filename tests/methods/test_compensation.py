@@ -59,6 +59,7 @@ def test_closed_form_bias_is_the_mean_error_of_the_outputs(name, reads):
     assert best < ((errors - 1.1 * got) ** 2).sum()
 
 
+@pytest.mark.slow
 def test_bias_lowers_the_error_of_every_method():
     """In a plain GELU network, whose neurons have a mean to give back; and never by touching a dense row."""
     model = build("opt-gelu")
@@ -171,6 +172,7 @@ def test_learned_bias_beats_the_closed_form_on_the_text_it_learns_from(name):
     assert learned.calibration["learned_bias"] == {"steps": 60, "rate": 3e-3, "batch": 8}
 
 
+@pytest.mark.slow
 def test_learned_bias_helps_on_held_out_text():
     """On the embedded model, whose text has something to learn; a random model's has not."""
     from moyu import pipeline
