@@ -149,19 +149,20 @@ int64_t block_rows_share(const LinearArgs &a, const Blocks &w, const Rounded &x,
     const int64_t bytes = row_bytes(w.kind, a.n) + (a.bias ? static_cast<int64_t>(sizeof(T)) : 0);
     const Share share(count, team);
     T *out = static_cast<T *>(a.out);
-    for (int64_t i = share.begin; i < share.end; i += 4) {
+    const int64_t hop = Taken::hop(bytes);
+    for (int64_t step = 0; step < Taken::steps(share, 4); ++step) {
+        const Taken taken(kept, share, 4, step, hop);
         Lines lines;
-        for (int64_t k = i; k < i + 4 && k < share.end; ++k, ++lines.count) {
-            const int64_t j = kept ? kept[k] : k, then = k + 4 < share.end ? (kept ? kept[k + 4] : k + 4) : j;
-            lines.quants[lines.count] = quants_at(w, j);
-            lines.scales[lines.count] = scales_at(w, j);
-            lines.then[lines.count] = quants_at(w, then);
+        for (; lines.count < taken.count; ++lines.count) {
+            lines.quants[lines.count] = quants_at(w, taken.piece[lines.count]);
+            lines.scales[lines.count] = scales_at(w, taken.piece[lines.count]);
+            lines.then[lines.count] = quants_at(w, taken.next[lines.count]);
         }
         for (int64_t r = 0; r < a.rows; ++r) {
             float value[kTogether];
             dot_blocks(w.kind, lines, x.row(r), a.n, r == 0, value);
             for (int c = 0; c < lines.count; ++c) {
-                const int64_t j = kept ? kept[i + c] : i + c;
+                const int64_t j = taken.piece[c];
                 if (a.mask == nullptr || a.rows == 1 || a.mask[r * a.mask_stride + j])
                     narrow(value[c] + bias_at<T>(a.bias, j), out[r * a.q + j]);
             }
