@@ -50,7 +50,7 @@ def main() -> None:
         panel.set_yticks(range(len(shape)), [r.backend.split(":")[0].replace("moyu", "MOYU") for r in shape])
         panel.invert_yaxis()
         panel.axvline(1, color="#b8860b", linestyle=":", linewidth=1)
-        panel.set_xlim(0, 2.6)
+        panel.set_xlim(0, 3)
         panel.set_xlabel("tokens a second over llama.cpp's")
         depth, kind = models.SHAPES[shape[0].context]().num_hidden_layers, TYPES[rival.dtype]
         panel.set_title(
