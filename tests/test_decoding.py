@@ -102,7 +102,9 @@ def assert_general(counted):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["dense", *methods.names()])
+@pytest.mark.parametrize(
+    "name", ["dense", *(pytest.param(n, marks=pytest.mark.slow) if n == "lte" else n for n in methods.names())]
+)
 @pytest.mark.parametrize("structure", PLAIN)
 def test_native_steps_are_the_general_ones(structure, name, batch):
     model = make(structure)

@@ -15,12 +15,10 @@ from moyu.zoo.training import VOCABULARY
 from test_equality import QUICK, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 from tiny import tokens
 
-ALWAYS = {("swiglu", 1), ("relu", 3)}  # the others are slow together: seconds each
+ALWAYS = {("swiglu", 1)}  # the others are slow together: seconds each
 
 
-@pytest.mark.parametrize(
-    "name", [*sorted({*methods.names()} - SLOW), *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in methods.names()])
 @pytest.mark.parametrize(
     ("model_name", "batch"),
     [pytest.param(m, b, marks=() if (m, b) in ALWAYS else pytest.mark.slow) for m in zoo.names() for b in (1, 3)],
@@ -81,7 +79,8 @@ def _kept(counter, layer):
     return table[table >= 0].tolist()
 
 
-@pytest.mark.parametrize("name", ["swiglu", *(pytest.param(n, marks=pytest.mark.slow) for n in ("relu", "gelu"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.names())
 def test_methods_lie_between_their_matched_random_and_oracle(name):
     context = pipeline.Context.open(name, pipeline.Settings(test=12, calibration=8))
     for each in context.applicable(("cats", "griffin", "popularity"))[0]:

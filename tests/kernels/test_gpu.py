@@ -12,6 +12,7 @@ from moyu import kernels
 CHECKS = Path(__file__).with_name("gpu_checks.py")
 
 
+@pytest.mark.slow
 def test_the_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     done = subprocess.run(

@@ -157,7 +157,9 @@ def test_centring_without_columns_is_refused():
 # ------------------------------------------------------------------------------------------------------ learned biases
 
 
-@pytest.mark.parametrize("name", ["teal", "wina", "griffin", "larosa"])
+@pytest.mark.parametrize(
+    "name", ["teal", *(pytest.param(n, marks=pytest.mark.slow) for n in ("wina", "griffin", "larosa"))]
+)
 def test_learned_bias_beats_the_closed_form_on_the_text_it_learns_from(name):
     model = build("llama", torch.float32)
     windows = Windows(tokens(8, 40), 20)
