@@ -115,6 +115,28 @@ def test_rows_and_columns_are_sums_of_integers(backend, kind, n, width, q, dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outputs", [2048, 2145, 4200])
+@pytest.mark.parametrize("kept", [5, 12, 13, 20, 32])
+def test_columns_of_more_outputs_than_a_tile(backend, kind, outputs, kept):
+    """Kept columns of a group are taken 8 to 12 at a time, over 2048 outputs at a time."""
+    generator = torch.Generator().manual_seed(kept)
+    x, weight = draw(generator, 2, 96), quantise(draw(generator, outputs, 96), kind)
+    mask = (torch.arange(96) % BLOCK < kept).expand(2, -1).contiguous()
+    y = kernels.columns(x, weight.in_order("columns"), mask)
+    assert_close(y, product(torch.where(mask, x, 0), weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_the_largest_sum_of_a_group_fits(backend, kind, sign):
+    """32 columns of the largest code times 127, in 4 bits -32512: all that 16 bits hold."""
+    weight = quantise(torch.full((128, BLOCK), -1.0), kind)
+    x = torch.full((1, BLOCK), sign)
+    y = kernels.columns(x, weight.in_order("columns"), torch.ones(1, BLOCK, dtype=torch.bool))
+    assert_close(y, product(x, weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @each_backend
 @given(
     n=st.integers(1, 9), d=widths, f=st.sampled_from([9, 32, 64, 96, 320, 344]), form=st.sampled_from(FORMS),

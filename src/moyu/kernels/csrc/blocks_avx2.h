@@ -150,11 +150,11 @@ inline int side_by_side(int left) { return left <= 12 ? left : 8; }
 
 // What is prefetched while some columns are read: the columns after them in this tile, or the first ones' next tile, or,
 // after the last, `then`.
-struct Ahead {
+struct Following {
     const uint8_t *line[8];
     int count = 0;
-    Ahead(const uint8_t *const *column, int end, int columns, int64_t tile, int64_t next_tile, bool last,
-          const uint8_t *const *then, int after) {
+    Following(const uint8_t *const *column, int end, int columns, int64_t tile, int64_t next_tile, bool last,
+              const uint8_t *const *then, int after) {
         if (after < 0) return;
         if (end < columns) {
             for (int i = end; i < columns && count < 8; ++i) line[count++] = column[i] + tile;
@@ -180,7 +180,7 @@ inline void add_scaled(__m256i integers, const uint8_t *scales, __m256 scale, fl
 // 20 .. 23, 8 .. 11 and 24 .. 27, the others. Beyond the count v is 0 and `column` repeats one.
 template <bool First>
 inline void add_q8(const uint8_t *const *column, int count, const int8_t *v, int64_t from, int64_t n, __m256i *sums,
-                   const Ahead &ahead) {
+                   const Following &ahead) {
     for (int64_t o = 0; o < n; o += 32, sums += 4) {
         __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0;
         if (!First) s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
@@ -214,7 +214,7 @@ inline void sum_q8(const uint8_t *const *column, int count, const int8_t *v, flo
         const int64_t n = whole - from < kTile ? whole - from : kTile;
         for (int c = 0, some; c < count; c += some) {
             some = side_by_side(count - c);
-            const Ahead ahead(column, c + some, count, from, from + n, from + n == whole, then, after);
+            const Following ahead(column, c + some, count, from, from + n, from + n == whole, then, after);
             if (c == 0) add_q8<true>(column, some, v, from, n, sums, ahead);
             else add_q8<false>(column + c, some, v + c, from, n, sums, ahead);
         }
@@ -235,7 +235,7 @@ inline void sum_q8(const uint8_t *const *column, int count, const int8_t *v, flo
 // stand for code - 8: the sums begin at `less`, -8 * the sum of v. On the way they may wrap; in the end 32 * 127 * 8 fits.
 template <bool First>
 inline void add_q4(const uint8_t *const *column, int count, const int8_t *v, int64_t from, int64_t n, int less,
-                   __m256i *sums, const Ahead &ahead) {
+                   __m256i *sums, const Following &ahead) {
     const __m256i low = _mm256_set1_epi8(15), begin = _mm256_set1_epi16(static_cast<int16_t>(less));
     for (int64_t o = 0; o < n; o += 64, sums += 4) {
         __m256i s0 = begin, s1 = begin, s2 = begin, s3 = begin;
@@ -269,7 +269,7 @@ inline void sum_q4(const uint8_t *const *column, int count, const int8_t *v, flo
         const int64_t n = whole - from < kTile ? whole - from : kTile;
         for (int c = 0, some; c < count; c += some) {
             some = side_by_side(count - c);
-            const Ahead ahead(column, c + some, count, from / 2, (from + n) / 2, from + n == whole, then, after);
+            const Following ahead(column, c + some, count, from / 2, (from + n) / 2, from + n == whole, then, after);
             if (c == 0) add_q4<true>(column, some, v, from, n, less, sums, ahead);
             else add_q4<false>(column + c, some, v + c, from, n, less, sums, ahead);
         }
