@@ -170,10 +170,28 @@ struct Following {
     }
 };
 
-// y[0 .. 8) += integers * scales.
-inline void add_scaled(__m256i integers, const uint8_t *scales, __m256 scale, float *y) {
-    const __m256 by = _mm256_mul_ps(load_halves(scales), scale);
-    _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(integers), by, _mm256_loadu_ps(y)));
+// y[0 .. 16) += the integers * scales.
+inline void add_scaled(__m256i low, __m256i high, const uint8_t *scales, float scale, float *y) {
+#if defined(__AVX512F__)
+    const __m512 by = _mm512_mul_ps(_mm512_cvtph_ps(load_bytes(scales)), _mm512_set1_ps(scale));
+    const __m512i integers = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(integers), by, _mm512_loadu_ps(y)));
+#else
+    const __m256 first = _mm256_mul_ps(load_halves(scales), _mm256_set1_ps(scale));
+    const __m256 second = _mm256_mul_ps(load_halves(scales + 16), _mm256_set1_ps(scale));
+    _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(low), first, _mm256_loadu_ps(y)));
+    _mm256_storeu_ps(y + 8, _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), second, _mm256_loadu_ps(y + 8)));
+#endif
+}
+// The same of 16-bit integers.
+inline void add_scaled(__m256i integers, const uint8_t *scales, float scale, float *y) {
+#if defined(__AVX512F__)
+    const __m512 by = _mm512_mul_ps(_mm512_cvtph_ps(load_bytes(scales)), _mm512_set1_ps(scale));
+    _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(integers)), by, _mm512_loadu_ps(y)));
+#else
+    add_scaled(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(integers)),
+               _mm256_cvtepi16_epi32(_mm256_extracti128_si256(integers, 1)), scales, scale, y);
+#endif
 }
 
 // sums[0 .. n) = (First) or += sum over some columns of v * column, 32 outputs at a time: 0 .. 3 and 16 .. 19, 4 .. 7 and
@@ -208,7 +226,6 @@ inline void add_q8(const uint8_t *const *column, int count, const int8_t *v, int
 inline void sum_q8(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
                    int64_t q, const uint8_t *const *then, int after) {
     __m256i sums[kTile / 8];
-    const __m256 by = _mm256_set1_ps(scale);
     const int64_t whole = q / 32 * 32;
     for (int64_t from = 0; from < whole; from += kTile) {
         const int64_t n = whole - from < kTile ? whole - from : kTile;
@@ -222,10 +239,9 @@ inline void sum_q8(const uint8_t *const *column, int count, const int8_t *v, flo
             const __m256i *s = sums + o / 8;
             const uint8_t *own = scales + 2 * (from + o);
             float *to = y + from + o;
-            add_scaled(_mm256_permute2x128_si256(s[0], s[1], 0x20), own, by, to);
-            add_scaled(_mm256_permute2x128_si256(s[2], s[3], 0x20), own + 16, by, to + 8);
-            add_scaled(_mm256_permute2x128_si256(s[0], s[1], 0x31), own + 32, by, to + 16);
-            add_scaled(_mm256_permute2x128_si256(s[2], s[3], 0x31), own + 48, by, to + 24);
+            add_scaled(_mm256_permute2x128_si256(s[0], s[1], 0x20), _mm256_permute2x128_si256(s[2], s[3], 0x20), own, scale, to);
+            add_scaled(_mm256_permute2x128_si256(s[0], s[1], 0x31), _mm256_permute2x128_si256(s[2], s[3], 0x31), own + 32, scale,
+                       to + 16);
         }
     }
     sum_rest(column, count, v, scale, scales, y, whole, q, at_q8);
@@ -261,7 +277,6 @@ inline void add_q4(const uint8_t *const *column, int count, const int8_t *v, int
 inline void sum_q4(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
                    int64_t q, const uint8_t *const *then, int after) {
     __m256i sums[kTile / 16];
-    const __m256 by = _mm256_set1_ps(scale);
     int less = 0;
     for (int i = 0; i < count; ++i) less -= 8 * v[i];
     const int64_t whole = q / 64 * 64;
@@ -273,13 +288,15 @@ inline void sum_q4(const uint8_t *const *column, int count, const int8_t *v, flo
             if (c == 0) add_q4<true>(column, some, v, from, n, less, sums, ahead);
             else add_q4<false>(column + c, some, v + c, from, n, less, sums, ahead);
         }
-        for (int64_t o = 0; o < n; o += 64)
-            for (int part = 0; part < 4; ++part) {
-                const __m256i s = sums[o / 16 + part];
-                const int64_t at = from + o + 8 * part;
-                add_scaled(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(s)), scales + 2 * at, by, y + at);
-                add_scaled(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(s, 1)), scales + 2 * at + 64, by, y + at + 32);
-            }
+        for (int64_t o = 0; o < n; o += 64) {
+            const __m256i *s = sums + o / 16;
+            const uint8_t *own = scales + 2 * (from + o);
+            float *to = y + from + o;
+            add_scaled(_mm256_permute2x128_si256(s[0], s[1], 0x20), own, scale, to);
+            add_scaled(_mm256_permute2x128_si256(s[2], s[3], 0x20), own + 32, scale, to + 16);
+            add_scaled(_mm256_permute2x128_si256(s[0], s[1], 0x31), own + 64, scale, to + 32);
+            add_scaled(_mm256_permute2x128_si256(s[2], s[3], 0x31), own + 96, scale, to + 48);
+        }
     }
     sum_rest(column, count, v, scale, scales, y, whole, q, at_q4);
 }
