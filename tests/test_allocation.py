@@ -85,6 +85,7 @@ def test_greedy_looks_at_no_more_than_its_tokens(monkeypatch, shape):
     assert seen and max(seen) <= 32
 
 
+@pytest.mark.slow
 def test_greedy_beats_uniform_on_a_trained_model_at_the_same_weights():
     context = pipeline.Context.open("swiglu", pipeline.Settings(calibration=4, test=12, window=64, boundary=16))
     model, split = context.loaded.model, context.split
@@ -116,6 +117,7 @@ def test_methods_without_budgets_are_refused(name):
         )
 
 
+@pytest.mark.slow
 def test_the_command_divides_budgets(tmp_path):
     arguments = [
         "calibrate",

@@ -47,7 +47,10 @@ STRUCTURES = {
 }
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(
+    "structure",
+    [pytest.param(s, marks=pytest.mark.slow if s.startswith(("experts in", "experts,")) else ()) for s in STRUCTURES],
+)
 def test_structure_is_taken(structure):
     name, networks = STRUCTURES[structure]
     found = checks.examine(name)

@@ -101,11 +101,13 @@ def assert_general(counted):
 # ------------------------------------------------------------------------------------------------------- the same numbers
 
 
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     "name", ["dense", *(pytest.param(n, marks=pytest.mark.slow) if n == "lte" else n for n in methods.names())]
 )
-@pytest.mark.parametrize("structure", PLAIN)
+@pytest.mark.parametrize(
+    ("structure", "batch"),
+    [pytest.param(s, b, marks=() if s == "llama" or b == 1 else pytest.mark.slow) for s in PLAIN for b in (1, 3)],
+)
 def test_native_steps_are_the_general_ones(structure, name, batch):
     model = make(structure)
     plan = None

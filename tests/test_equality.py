@@ -82,8 +82,10 @@ def assert_same_masks(a: Recorder, b: Recorder):
         assert all(torch.equal(mask, b.masks[key][index]) for index, mask in masks.items()), key
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(
+    ("structure", "batch"),
+    [pytest.param(s, b, marks=() if s == "llama" or b > 1 else pytest.mark.slow) for s in STRUCTURES for b in (1, 3)],
+)
 @pytest.mark.parametrize("name", ALL)
 def test_fp64_reference_masks_identical_logits_equal(name, structure, batch):
     model = build(structure)
@@ -170,7 +172,9 @@ def test_fp32_decisions_differ_only_at_the_threshold(name):
                 assert (distance <= 1e-5 * abs(rules[key])).all()
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(
+    "structure", [s if s == "llama" else pytest.param(s, marks=pytest.mark.slow) for s in STRUCTURES]
+)
 @pytest.mark.parametrize("name", methods.names())
 def test_sparsity_zero_is_dense(name, structure):
     model = build(structure)

@@ -93,7 +93,7 @@ def test_what_cannot_be_run_is_refused(wrong, says, tmp_path):
         trinity.run(trinity.Asked(**wrong), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["prox", "r-sparse", "estimate"])
+@pytest.mark.parametrize("name", ["estimate", *(pytest.param(n, marks=pytest.mark.slow) for n in ("prox", "r-sparse"))])
 def test_what_a_plan_adds_is_counted_in(name):
     context = pipeline.Context.open("swiglu", pipeline.Settings(window=96, boundary=48, test=4, calibration=4))
     reader = Reader(context.loaded.model, context.anatomy, Storage())

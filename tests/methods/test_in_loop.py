@@ -98,6 +98,7 @@ def test_only_methods_in_the_loop_tune(tmp_path):
     assert isinstance(done.exception, moyu.UserError) and "lte" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_a_fit_that_was_made_is_not_made_again(tmp_path):
     arguments = [
         "fit",

@@ -139,6 +139,7 @@ def test_paraphrases_keep_meaning_and_lose_words():
     assert domains.spelled(int(a)).split()[0] == b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "limit"), [("relu", 0.3e6), ("swiglu", 0.3e6)])
 def test_tiny_decoders_are_tiny_and_learn(name, limit):
     model = tiny.build(name, 0)
