@@ -170,29 +170,36 @@ struct Following {
     }
 };
 
-// y[0 .. 16) += the integers * scales.
-inline void add_scaled(__m256i low, __m256i high, const uint8_t *scales, float scale, float *y) {
+// The lower and the upper lanes of two.
+inline __m256i lower(__m256i a, __m256i b) { return _mm256_permute2x128_si256(a, b, 0x20); }
+inline __m256i upper(__m256i a, __m256i b) { return _mm256_permute2x128_si256(a, b, 0x31); }
+
+// y[0 .. 16) += integers * scales, for integers of 32 bits in two halves, and of 16 bits.
 #if defined(__AVX512F__)
+inline void add_scaled(__m512i integers, const uint8_t *scales, float scale, float *y) {
     const __m512 by = _mm512_mul_ps(_mm512_cvtph_ps(load_bytes(scales)), _mm512_set1_ps(scale));
-    const __m512i integers = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(integers), by, _mm512_loadu_ps(y)));
-#else
-    const __m256 first = _mm256_mul_ps(load_halves(scales), _mm256_set1_ps(scale));
-    const __m256 second = _mm256_mul_ps(load_halves(scales + 16), _mm256_set1_ps(scale));
-    _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(low), first, _mm256_loadu_ps(y)));
-    _mm256_storeu_ps(y + 8, _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), second, _mm256_loadu_ps(y + 8)));
-#endif
 }
-// The same of 16-bit integers.
+inline void add_scaled(__m256i front, __m256i back, const uint8_t *scales, float scale, float *y) {
+    add_scaled(_mm512_inserti64x4(_mm512_castsi256_si512(front), back, 1), scales, scale, y);
+}
 inline void add_scaled(__m256i integers, const uint8_t *scales, float scale, float *y) {
-#if defined(__AVX512F__)
-    const __m512 by = _mm512_mul_ps(_mm512_cvtph_ps(load_bytes(scales)), _mm512_set1_ps(scale));
-    _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(integers)), by, _mm512_loadu_ps(y)));
+    add_scaled(_mm512_cvtepi16_epi32(integers), scales, scale, y);
+}
 #else
+inline void add_scaled(__m256i front, __m256i back, const uint8_t *scales, float scale, float *y) {
+    const auto half = [&](__m256i integers, int64_t o) {
+        const __m256 by = _mm256_mul_ps(load_halves(scales + 2 * o), _mm256_set1_ps(scale));
+        _mm256_storeu_ps(y + o, _mm256_fmadd_ps(_mm256_cvtepi32_ps(integers), by, _mm256_loadu_ps(y + o)));
+    };
+    half(front, 0);
+    half(back, 8);
+}
+inline void add_scaled(__m256i integers, const uint8_t *scales, float scale, float *y) {
     add_scaled(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(integers)),
                _mm256_cvtepi16_epi32(_mm256_extracti128_si256(integers, 1)), scales, scale, y);
-#endif
 }
+#endif
 
 // sums[0 .. n) = (First) or += sum over some columns of v * column, 32 outputs at a time: 0 .. 3 and 16 .. 19, 4 .. 7 and
 // 20 .. 23, 8 .. 11 and 24 .. 27, the others. Beyond the count v is 0 and `column` repeats one.
@@ -239,9 +246,8 @@ inline void sum_q8(const uint8_t *const *column, int count, const int8_t *v, flo
             const __m256i *s = sums + o / 8;
             const uint8_t *own = scales + 2 * (from + o);
             float *to = y + from + o;
-            add_scaled(_mm256_permute2x128_si256(s[0], s[1], 0x20), _mm256_permute2x128_si256(s[2], s[3], 0x20), own, scale, to);
-            add_scaled(_mm256_permute2x128_si256(s[0], s[1], 0x31), _mm256_permute2x128_si256(s[2], s[3], 0x31), own + 32, scale,
-                       to + 16);
+            add_scaled(lower(s[0], s[1]), lower(s[2], s[3]), own, scale, to);
+            add_scaled(upper(s[0], s[1]), upper(s[2], s[3]), own + 32, scale, to + 16);
         }
     }
     sum_rest(column, count, v, scale, scales, y, whole, q, at_q8);
@@ -292,10 +298,10 @@ inline void sum_q4(const uint8_t *const *column, int count, const int8_t *v, flo
             const __m256i *s = sums + o / 16;
             const uint8_t *own = scales + 2 * (from + o);
             float *to = y + from + o;
-            add_scaled(_mm256_permute2x128_si256(s[0], s[1], 0x20), own, scale, to);
-            add_scaled(_mm256_permute2x128_si256(s[2], s[3], 0x20), own + 32, scale, to + 16);
-            add_scaled(_mm256_permute2x128_si256(s[0], s[1], 0x31), own + 64, scale, to + 32);
-            add_scaled(_mm256_permute2x128_si256(s[2], s[3], 0x31), own + 96, scale, to + 48);
+            add_scaled(lower(s[0], s[1]), own, scale, to);
+            add_scaled(lower(s[2], s[3]), own + 32, scale, to + 16);
+            add_scaled(upper(s[0], s[1]), own + 64, scale, to + 32);
+            add_scaled(upper(s[2], s[3]), own + 96, scale, to + 48);
         }
     }
     sum_rest(column, count, v, scale, scales, y, whole, q, at_q4);

@@ -201,8 +201,8 @@ struct Weights {
     }
 };
 
-// Into the second level of cache, not the first: what waits for the first are some 24 misses a core on a Zen 4, and neurons
-// of 12 kB then came at 76 % of the ceiling instead of 92 % (docs/LOG.md); on Xeons it is the same either way.
+// Into the second level of cache: into the first, neurons of 12 kB came at 76 % of a Zen 4's ceiling instead of 92 %
+// (docs/LOG.md); on a Xeon it is the same either way.
 // Forced inline: GCC finds that a function of prefetches alone has no effect, and drops its calls.
 #if defined(__GNUC__) || defined(__clang__)
 template <int64_t bytes>
