@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,10 @@ from moyu import accounting
 from moyu.calibration import Progress, Windows, calibrate, solve_bytes
 from moyu.errors import OutOfReach
 from moyu.evaluation import evaluate
-from moyu.methods.base import Method, SiteParams
+from moyu.methods.base import Method, Site, SiteParams
 from moyu.plan import Plan
 from moyu.quantisation import Storage
-from moyu.surgery import Anatomy
+from moyu.surgery import Anatomy, Block
 from moyu.text import Split
 
 PROBE = 2  # calibration windows that are enough to learn what a plan adds
@@ -50,12 +51,39 @@ class Reader:
         sites = [s for b in self.anatomy.all_blocks() for s in method.sites(b)]
         return accounting.skippable_bytes(self.model, self.anatomy, sites) * self._share()
 
-    def added(self, plan: Plan) -> float:
-        """Bytes that the plan itself makes a step read; under a storage, its numbers are kept in 16 bits."""
-        if self.storage is None:
-            return float(accounting.added_bytes(plan.method, plan.parts.values()))
-        parts = [(site, _sixteen(params)) for site, params in plan.parts.values()]
-        return float(accounting.added_bytes(plan.method, parts))
+    def added(self, plan: Plan, copies: Mapping[int, int] | None = None) -> float:
+        """Bytes that the plan itself makes a step read; under a storage matrices count as it keeps them, the rest in 16 bits.
+
+        copies: of a plan for some layers, how many layers each of them stands for.
+        """
+        total = 0.0
+        for site, params in plan.parts.values():
+            count = 1 if copies is None else copies[site.layer]
+            if self.storage is None:
+                total += count * accounting.added_bytes(plan.method, [(site, params)])
+                continue
+            total += count * accounting.added_bytes(plan.method, [(site, _sixteen(params))])
+            for matrix in _matrices(plan.method, params):
+                total += count * (self.storage.head.kept_bytes(*sorted(matrix.shape)) - 2 * matrix.numel())
+        return total
+
+    def kept(self, plan: Plan) -> Plan:
+        """The plan with its matrices as the storage keeps them, groups along their longer side."""
+        if self.storage is None or self.storage.bits == 16:
+            return plan
+
+        def short(matrix: Tensor) -> Tensor:
+            wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
+            found = self.storage.head.kept(wide)  # pyright: ignore[reportOptionalMemberAccess]
+            return (found if wide is matrix else found.t()).contiguous()
+
+        parts = {}
+        for key, (site, params) in plan.parts.items():
+            buffers = {n: short(b) if n in plan.method.matrices else b for n, b in params.buffers.items()}
+            basis = None if params.basis is None else short(params.basis)
+            low_rank = None if params.low_rank is None else (short(params.low_rank[0]), short(params.low_rank[1]))
+            parts[key] = (site, dataclasses.replace(params, buffers=buffers, basis=basis, low_rank=low_rank))
+        return dataclasses.replace(plan, parts=parts)
 
     def skipped(self, byte_fraction: float, plan: Plan) -> float:
         """Bytes of skipped units, from the byte fraction that an evaluation found on the weights as they are."""
@@ -88,6 +116,12 @@ def _sixteen(params: SiteParams) -> SiteParams:
     return dataclasses.replace(params, **fields, buffers={k: short(v) for k, v in params.buffers.items()})
 
 
+def _matrices(method: Method, params: SiteParams) -> list[Tensor]:
+    """What a plan adds in weights of its own."""
+    own = [b for n, b in params.buffers.items() if n in method.matrices]
+    return [*own, *([] if params.basis is None else [params.basis]), *(params.low_rank or ())]
+
+
 def plan_for_bytes(
     reader: Reader,
     method: Method,
@@ -103,7 +137,8 @@ def plan_for_bytes(
     reference: log-probabilities of `split.validation` to compare settings by, where not those of this model.
     options: those of `calibrate`, beside the sparsity.
     """
-    settings = method.settings_for(16 if reader.storage is None else reader.storage.bits)
+    bits = 16 if reader.storage is None else reader.storage.bits
+    settings = method.settings_for(bits) if method == type(method)() else (method,)
     if len(settings) == 1:
         return _solved(reader, settings[0], split.calibration, byte_fraction, progress, options)
     best, least, refused = method, math.inf, None
@@ -129,41 +164,51 @@ def _solved(
 ) -> Plan:
     """By what a plan counts, then by what it makes a step read: exact zeros come on top, and units are not of one size.
 
-    A method that trains has its share from its loss or its counts, and would train again for each correction.
+    The plan that reads nearest to what was asked for. A method that trains has its share from its loss or its counts, and
+    would train again for each correction.
     """
     sparsity = solve(reader, method, windows, byte_fraction, **options)
     probe = dataclasses.replace(windows, tokens=windows.tokens[:TRIAL])
     slope, seen = -reader.skippable(method) / reader.dense(), None
-    for left in reversed(range(ROUNDS)):
+    best, nearest = None, math.inf
+    for _ in range(ROUNDS):
         plan = calibrate(
             reader.model, method, windows, sparsity=sparsity, anatomy=reader.anatomy, progress=progress, **options
         )
-        if method.trains or method.joint or not left:
-            break
+        plan = reader.kept(plan)
+        if method.trains or method.joint:
+            return plan
         found = evaluate(reader.model, plan, probe, matched=False, anatomy=reader.anatomy)
         read = reader.byte_fraction(found.byte_fraction, plan)
         over = read - byte_fraction
+        if best is None or abs(over) < nearest:
+            best, nearest = plan, abs(over)
         if abs(over) <= SLACK or (over < 0 and sparsity <= LEAST):
             break
         if seen is not None and seen[0] != sparsity:
             slope = min((read - seen[1]) / (sparsity - seen[0]), slope / 4)
         seen = (sparsity, read)
-        sparsity = min(max(sparsity - over / slope, LEAST), 1.0)
-    return plan
+        sparsity = min(max(sparsity - over / slope, LEAST), 1.0 - LEAST)
+    assert best is not None
+    return best
 
 
 def solve(reader: Reader, method: Method, windows: Windows, byte_fraction: float, **options: Any) -> float:
     """The sparsity at which a step reads `byte_fraction` of `reader.dense()`, what the plan adds counted in.
 
+    What a layer's part adds depends on sizes and sparsity alone, so one layer of each kind is fitted.
     windows: calibration text, of which the first few say what a plan adds. OutOfReach below the method's floor.
     """
     probe = dataclasses.replace(windows, tokens=windows.tokens[:PROBE])
     total, skippable = reader.dense(), reader.skippable(method)
+    copies = kinds(reader.anatomy, method)
     sparsity, added, slope = solve_bytes(skippable, total, 0.0, byte_fraction), 0.0, 0.0
     seen: tuple[float, float] | None = None
     for _ in range(ROUNDS):
-        plan = calibrate(reader.model, method, probe, sparsity=sparsity, anatomy=reader.anatomy, **options)
-        found = reader.added(plan)
+        plan = calibrate(
+            reader.model, method, probe, sparsity=sparsity, anatomy=reader.anatomy, layers=copies, **options
+        )
+        found = reader.added(plan, copies)
         if abs(found - added - slope * sparsity) < CLOSE * total:
             break
         if seen is not None and seen[0] != sparsity:
@@ -171,3 +216,24 @@ def solve(reader: Reader, method: Method, windows: Windows, byte_fraction: float
         seen, added = (sparsity, found), found - slope * sparsity
         sparsity = solve_bytes(skippable - slope, total, added, byte_fraction)
     return sparsity
+
+
+def kinds(anatomy: Anatomy, method: Method) -> dict[int, int]:
+    """The first layer of each kind, and how many there are of it: alike are layers whose sites and weights have one size."""
+    first: dict[Any, int] = {}
+    counts: dict[int, int] = {}
+    for layer in range(len(anatomy.layers)):
+        blocks = [b for b in anatomy.all_blocks() if b.layer == layer]
+        kind = tuple(
+            (dataclasses.replace(s, layer=s.layer - layer, reads_layer=s.source_layer - layer), _sizes(b, s))
+            for b in blocks
+            for s in method.sites(b)
+        )
+        if kind:
+            same = first.setdefault(kind, layer)
+            counts[same] = counts.get(same, 0) + 1
+    return counts
+
+
+def _sizes(block: Block, site: Site) -> tuple[Any, ...]:
+    return tuple(tuple(block.pieces[n].shape) for n in site.linears)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,7 @@ def calibrate(
     levels: Mapping[str, float] | None = None,
     seed: int = 0,
     anatomy: Anatomy | None = None,
+    layers: Collection[int] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Fit `method` to `model` for a target sparsity in [0, 1): fraction of units skipped at every site.
@@ -91,6 +92,7 @@ def calibrate(
     bias: add the closed-form correction W E[v - S(v)] at every site (off by default).
     centre: let masks of columns act on v - c, with the c of `compensation.centred` (off by default).
     levels: sparsity of each site by its key, instead of the same everywhere (`moyu.allocation`).
+    layers: the ones to fit, all unless given; the others stay dense, and a `joint` method is not trained through the loss.
     Raises UserError where the model offers no site to this method, or none to what was asked.
     """
     if not 0 <= sparsity < 1:
@@ -121,10 +123,11 @@ def calibrate(
         applied.lookahead |= {(s.source_layer, s.reads) for s in ahead}
         walk = Walk(applied, windows)
         for index, layer_blocks in enumerate(blocks):
-            _fit_layer(walk, index, layer_blocks, method, parts, sparsity, bias, centre, levels or {})
+            here = layer_blocks if layers is None or index in layers else []
+            _fit_layer(walk, index, here, method, parts, sparsity, bias, centre, levels or {})
             if progress:
                 progress(index + 1, len(blocks))
-    if method.joint and sparsity > 0:
+    if method.joint and sparsity > 0 and layers is None:
         steps = method.knobs()["steps"]
         draft = in_loop.train(model, draft, windows, sparsity, steps=steps, anatomy=anatomy, progress=progress)
     return dataclasses.replace(

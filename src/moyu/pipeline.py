@@ -36,7 +36,7 @@ from moyu import (
 from moyu.applied import Applied
 from moyu.benchmark import Comparison, compare
 from moyu.blocks import KINDS, Kind, weight_format
-from moyu.budget import Reader, solve
+from moyu.budget import Reader, plan_for_bytes, solve
 from moyu.calibration import Windows, calibrate
 from moyu.environment import device_name
 from moyu.errors import OutOfReach, UserError
@@ -253,39 +253,33 @@ class Context:
         able = [n for n in names if any(self.method(n).sites(b) for b in self.anatomy.all_blocks())]
         return able, [n for n in names if n not in able]
 
-    def target_for(self, method: Method) -> float:
-        """The sparsity that meets the settings' target; UserError below the method's floor."""
-        if self.settings.bytes is None:
-            return self.settings.target()
-        reader = Reader(self.loaded.model, self.anatomy, None)
-        return solve(reader, method, self.split.calibration, self.settings.bytes)
-
     def plan(
         self, name: str, sparsity: float | None = None, progress: Callable[[int, int], None] | None = None
     ) -> Plan:
-        """Calibrate one method."""
-        method = self.method(name)
-        fitted: dict[str, Any] = {
-            "sparsity": self.target_for(method) if sparsity is None else sparsity,
+        """Calibrate one method, at `sparsity` or for what the settings ask; OutOfReach below the method's floor."""
+        method, byte_fraction = self.method(name), self.settings.bytes
+        model, windows, allocated = self.loaded.model, self.split.calibration, self.settings.allocation
+        options: dict[str, Any] = {
             "name": self.loaded.name,
             "revision": self.loaded.revision,
             "bias": self.settings.bias,
             "centre": self.settings.centre,
             "seed": self.settings.seed,
-            "anatomy": self.anatomy,
-            "progress": progress,
         }
-        if self.settings.allocation != "uniform":
-            plan = allocation.calibrate_allocated(
-                self.loaded.model,
-                method,
-                self.split.calibration,
-                self.split.validation,
-                allocation=self.settings.allocation,
-                **fitted,
-            )
+        reader = Reader(model, self.anatomy)
+        if sparsity is None and byte_fraction is not None and allocated == "uniform":
+            plan = plan_for_bytes(reader, method, self.split, byte_fraction, progress=progress, **options)
         else:
-            plan = calibrate(self.loaded.model, method, self.split.calibration, **fitted)
+            if sparsity is None and byte_fraction is not None:
+                sparsity = solve(reader, method, windows, byte_fraction)
+            options |= {"sparsity": self.settings.target() if sparsity is None else sparsity}
+            options |= {"anatomy": self.anatomy, "progress": progress}
+            if allocated == "uniform":
+                plan = calibrate(model, method, windows, **options)
+            else:
+                plan = allocation.calibrate_allocated(
+                    model, method, windows, self.split.validation, allocation=allocated, **options
+                )
         if not self.settings.learn_bias:
             return plan
         windows, steps = self.split.calibration, self.settings.learn_bias
@@ -722,7 +716,8 @@ def _fitted(context: Context, method: str, out: Path, stage: Stage) -> Plan:
     model, anatomy, settings = context.loaded.model, context.anatomy, context.settings
     own, windows = context.method(method), context.split.calibration
     made_from = {
-        "method": [method, own.knobs(), context.target_for(own), settings.bias, settings.centre, settings.learn_bias],
+        "method": [method, own.knobs(), settings.sparsity, settings.bytes, settings.allocation],
+        "compensation": [settings.bias, settings.centre, settings.learn_bias],
         "model": [fingerprint(model), digests(anatomy, (s for b in anatomy.all_blocks() for s in own.sites(b)))],
         "text": [hashlib.sha256(windows.tokens.numpy().tobytes()).hexdigest(), windows.prompt, settings.seed],
     }
@@ -752,7 +747,7 @@ def tune(name: str, settings: Settings, out: Path, stage: Stage = quiet) -> dict
         model,
         before,
         windows,
-        context.target_for(before.method),
+        before.target_sparsity or 0.0,
         steps=before.method.knobs()["steps"],
         tune=True,
         anatomy=context.anatomy,

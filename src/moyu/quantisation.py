@@ -6,6 +6,7 @@ first k bits of a code are the code of the same weight in k bits, with a step 2^
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from moyu.surgery import Anatomy
 
 GROUP = 32  # weights that share a scale
 SCALE_BITS = 16
-HEAD_BITS = 8  # of the head, the least: below, it spoils what the blocks keep
+HEAD_BITS = 8  # of the head and of a plan's own matrices, the least: below, they spoil what the blocks keep
 SHRINK = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58, 0.52, 0.46, 0.4)  # of the range, tried for the least error
 
 
@@ -42,9 +43,18 @@ class Storage:
         return stored_bits(self.bits)
 
     @property
-    def head_bits(self) -> float:
-        """The same for the head."""
-        return stored_bits(max(self.bits, HEAD_BITS))
+    def head(self) -> Storage:
+        """How the head is kept, and what a plan has in matrices."""
+        return Storage(max(self.bits, HEAD_BITS))
+
+    def kept(self, weight: Tensor) -> Tensor:
+        """A weight (q, n) as `bits` keep it, in its own type; groups along the rows."""
+        return weight if self.bits == 16 else rounded(weight, self.bits)
+
+    def kept_bytes(self, rows: int, columns: int) -> float:
+        """Bytes of a weight (rows, columns) that is kept so: its codes, and a scale for every group, the last one of a row too."""
+        scales = 0 if self.bits == 16 else rows * math.ceil(columns / GROUP)
+        return rows * columns * self.bits / 8 + scales * SCALE_BITS / 8
 
     def step_bytes(self, model: nn.Module, anatomy: Anatomy) -> float:
         """Bytes that one dense decode step reads."""
@@ -53,7 +63,7 @@ class Storage:
         head = getattr(model.get_output_embeddings(), "weight", None)  # pyright: ignore[reportCallIssue]
         top = 0 if head is None else head.nbytes
         rest = accounting.dense_step_bytes(model, anatomy) - blocks - top
-        return (blocks * self.weight_bits + top * self.head_bits + rest * 16) / (8 * size)
+        return (blocks * self.weight_bits + top * self.head.weight_bits + rest * 16) / (8 * size)
 
 
 def stored_bits(bits: int) -> float:
@@ -121,7 +131,7 @@ def stored(model: nn.Module, anatomy: Anatomy, storage: Storage) -> Iterator[Non
                 view.copy_(rounded(view, storage.bits))
         if head is not None:
             kept.append((head, head.clone()))
-            head.copy_(rounded(head, max(storage.bits, HEAD_BITS)))
+            head.copy_(storage.head.kept(head))
         yield
     finally:
         for view, before in kept:

@@ -157,6 +157,7 @@ class Method(ABC):
     trains: ClassVar[bool] = False
     joint: ClassVar[bool] = False  # what `fit` leaves is then trained through the model's own loss, all sites together
     solves_target: ClassVar[bool] = True  # False: the model decides how much is skipped
+    matrices: ClassVar[tuple[str, ...]] = ()  # buffers that are weights of its own: kept in few bits where the model's are
     by_magnitude: ClassVar[bool] = False  # the score is |x| * factors(): kernels may decide while they compute
 
     @abstractmethod
@@ -229,7 +230,14 @@ class Method(ABC):
 class Trained(Method):
     """A method whose score is a router's, trained off the loop: the model is frozen, calibration text trains."""
 
+    rank: int = 64
+
     trains: ClassVar[bool] = True
+    matrices: ClassVar[tuple[str, ...]] = ("inner.weight", "outer.weight")
+
+    def settings_for(self, bits: int) -> tuple[Method, ...]:
+        """Routers of half, a quarter and an eighth of the rank too: what a router reads, the network cannot."""
+        return tuple(dataclasses.replace(self, rank=max(1, self.rank // part)) for part in (1, 2, 4, 8))
 
     @abstractmethod
     def router(self, site: Site, width: int) -> nn.Module:

@@ -40,6 +40,7 @@ class Lte(Method):
     granularity: ClassVar[Granularity] = "token"
     trains: ClassVar[bool] = True
     joint: ClassVar[bool] = True
+    matrices: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.steps < 0 or self.separation < 0:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -42,6 +43,7 @@ class Moefication(Method):
     paper: ClassVar[str] = "MoEfication, arXiv 2110.01786"
     family: ClassVar[Family] = "router_off_loop"
     granularity: ClassVar[Granularity] = "token"
+    matrices: ClassVar[tuple[str, ...]] = ("rows", "inner", "outer")
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -111,33 +113,18 @@ def spectral(mass: Tensor, count: int) -> Tensor:
 def balanced_clusters(points: Tensor, count: int) -> Tensor:
     """k-means with clusters of equal size (one more or less where f is no multiple): points (f, n) -> (f,) int64.
 
-    Starts from evenly spaced points.
+    Starts from evenly spaced points; each round is the assignment of points to places that has the largest similarity in all.
     """
     f = len(points)
-    sizes = torch.full((count,), f // count, device=points.device)
-    sizes[: f % count] += 1
-    centres = points[torch.linspace(0, f - 1, count).long()]
+    places = torch.arange(f) % count  # centre of each place
+    centres, labels = points[torch.linspace(0, f - 1, count).long()], None
     for _ in range(ROUNDS):
-        labels = _assign(points @ centres.t(), sizes)
-        sums = torch.zeros_like(centres).index_add_(0, labels, points)
-        centres = functional.normalize(sums, dim=1)
+        similarity = (points @ centres.t()).float().cpu()
+        _, chosen = linear_sum_assignment(similarity[:, places].numpy(), maximize=True)
+        found = places[torch.from_numpy(chosen)].to(points.device)
+        if labels is not None and torch.equal(labels, found):
+            break
+        labels = found
+        centres = functional.normalize(torch.zeros_like(centres).index_add_(0, labels, points), dim=1)
+    assert labels is not None
     return labels
-
-
-def _assign(similarity: Tensor, sizes: Tensor) -> Tensor:
-    """Points to centres of limited size, the most similar pairs first: (f, E), (E,) -> (f,).
-
-    By deferred acceptance: every point asks its next best centre, and a centre refuses all but its most similar ones.
-    """
-    wishes = similarity.argsort(dim=1, descending=True, stable=True)  # (f, E)
-    asked = torch.zeros_like(wishes[:, :1])
-    while True:
-        labels = wishes.gather(1, asked)  # (f, 1)
-        order = similarity.gather(1, labels)[:, 0].argsort(descending=True, stable=True)
-        order = order[labels[order, 0].argsort(stable=True)]  # by centre, then by similarity
-        centre = labels[order, 0]
-        first = torch.searchsorted(centre, torch.arange(len(sizes), device=centre.device))  # (E,)
-        refused = order[torch.arange(len(order), device=order.device) - first[centre] >= sizes[centre]]
-        if not len(refused):
-            return labels[:, 0]
-        asked[refused] += 1

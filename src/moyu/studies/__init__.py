@@ -44,6 +44,6 @@ def study(name: str) -> Study:
     try:
         return getattr(importlib.import_module(module), attribute)()
     except ModuleNotFoundError as error:
-        if error.name in ("scipy", "statsmodels", "pandas"):
+        if error.name in ("statsmodels", "pandas"):
             raise UserError(f"studies need {error.name}", "pip install 'moyu-llm[studies]'") from error
         raise
