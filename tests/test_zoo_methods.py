@@ -127,3 +127,12 @@ def test_cett_reaches_its_target_on_held_out_text():
         down = context.anatomy.blocks[site.layer].pieces["down"].weight.detach()
         reached.append(float(cett.curve(taps[site.layer], down, torch.tensor([params.rule.value])).mean()))
     assert abs(sum(reached) / len(reached) - 0.2) < 0.03
+
+
+def test_the_matched_oracle_of_columns_takes_the_methods_own_order_where_that_errs_less(monkeypatch):
+    context = pipeline.Context.open("swiglu", pipeline.Settings(test=6, calibration=4))
+    plan = context.plan("r-sparse", sparsity=0.7)  # its low-rank path is made for what it skips itself
+    quality = context.quality(plan)
+    monkeypatch.setattr("moyu.choosers.Hindsight", type(None))
+    plain = context.quality(plan)
+    assert quality.oracle.kl.mean() < min(quality.method.kl.mean(), plain.oracle.kl.mean())

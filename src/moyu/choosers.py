@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moyu import selection
+from moyu.execution import Hindsight
 from moyu.methods.base import Granularity, Rows, Site
 from moyu.methods.random import uniform
 
@@ -101,7 +102,10 @@ class Matched:
     """Same sites, same counts per site and row as a Counter saw, units chosen at random or in hindsight."""
 
     def __init__(self, counter: Counter, kind: str, granularity: Granularity, seed: int = 0) -> None:
-        """kind: "random", drawn as often as the method decides, or "oracle", the largest contributions of each token."""
+        """kind: "random", drawn as often as the method decides, or "oracle", the largest contributions of each token.
+
+        Contributions of columns overlap: of those, a token takes the method's own order where that errs less.
+        """
         self.counter, self.kind, self.granularity, self.seed = counter, kind, granularity, seed
 
     def __call__(self, site: Site, mask: Tensor, rows: Rows, oracle: Callable[[], Tensor]) -> Tensor:
@@ -119,4 +123,8 @@ class Matched:
             scores = uniform(self.seed, site, each, mask.shape[1])
         out = mask.clone()
         out[sparse] = selection.top_k(scores, counts)
+        if self.kind == "oracle" and isinstance(oracle, Hindsight):
+            own = mask.clone()
+            own[sparse] = selection.top_k(oracle.own()[sparse], counts)
+            out = torch.where((oracle.error(own) < oracle.error(out))[:, None], own, out)
         return out

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +165,7 @@ class Executor:
         params = site.params
         if params.basis is not None or params.centre is not None:
             return self._transformed(piece, name, x, site, rows, state)
-        mask = self.choose(site, x, rows, state, lambda: x.abs() * self.norms(site))
+        mask = self.choose(site, x, rows, state, Hindsight(self, site, x, rows))
         self.observe(site, x, mask, rows, state)
         return self._masked_columns(piece, name, x, mask, site, rows, state)
 
@@ -186,7 +187,7 @@ class Executor:
         basis, centre = site.params.basis, site.params.centre
         shifted = x if centre is None else x - centre.to(x.dtype)
         turned = shifted if basis is None else shifted @ basis.to(x.dtype)
-        mask = self.choose(site, turned, rows, state, lambda: turned.abs() * self.norms(site))
+        mask = self.choose(site, turned, rows, state, Hindsight(self, site, turned, rows))
         self.observe(site, turned, mask, rows, state)
         kept = torch.where(mask, turned, 0)
         back = kept if basis is None else kept @ basis.to(x.dtype).t()
@@ -224,6 +225,38 @@ class Executor:
         """Lay out again what `.to`, `deepcopy` or an assignment has packed."""
         if not all(surgery.is_laid_out(p, r) for p, r in zip(pieces, roles, strict=True)):
             self.applied.lay_out_again(pieces, roles)
+
+
+@dataclass(frozen=True)
+class Hindsight:
+    """What the matched oracle knows of columns x (N, n), in the basis of their mask: contributions, and the error of a choice."""
+
+    executor: Executor
+    site: SiteState
+    x: Tensor
+    rows: Rows
+
+    def __call__(self) -> Tensor:
+        """|x_i| ||w_i||, (N, n)."""
+        return self.x.abs() * self.executor.norms(self.site)
+
+    def own(self) -> Tensor:
+        """The method's scores, (N, n)."""
+        return self.site.method.score(self.x, self.rows, self.site.site, self.site.params, {})
+
+    def error(self, mask: Tensor) -> Tensor:
+        """Squared error (N,) of the outputs of all linears of the site under a mask (N, n), the plan's bias aside."""
+        params, total = self.site.params, self.x.new_zeros(len(self.x))
+        rest = torch.where(mask, 0, self.x)
+        rest = rest if params.basis is None else rest @ params.basis.to(rest).t()
+        given = self.site.method.rest_of(self.x, mask, self.site.site, params)
+        for name in self.site.site.linears:
+            lost = functional.linear(rest, self.executor.block.pieces[name].weight.detach())
+            if params.low_rank is not None:
+                outer, inner = (t.to(rest) for t in params.low_rank)
+                lost = lost - functional.linear(functional.linear(rest, inner), outer)
+            total = total + (lost if given is None else lost - given.to(lost)).square().sum(1)
+        return total
 
 
 class FfnCall(Executor):

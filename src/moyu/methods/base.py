@@ -157,7 +157,9 @@ class Method(ABC):
     trains: ClassVar[bool] = False
     joint: ClassVar[bool] = False  # what `fit` leaves is then trained through the model's own loss, all sites together
     solves_target: ClassVar[bool] = True  # False: the model decides how much is skipped
-    matrices: ClassVar[tuple[str, ...]] = ()  # buffers that are weights of its own: kept in few bits where the model's are
+    matrices: ClassVar[
+        tuple[str, ...]
+    ] = ()  # buffers that are weights of its own: kept in few bits where the model's are
     by_magnitude: ClassVar[bool] = False  # the score is |x| * factors(): kernels may decide while they compute
 
     @abstractmethod
