@@ -141,8 +141,9 @@ def plan_for_bytes(
     settings = method.settings_for(bits) if method == type(method)() else (method,)
     if len(settings) == 1:
         return _solved(reader, settings[0], split.calibration, byte_fraction, progress, options)
-    best, least, refused = method, math.inf, None
-    trial = dataclasses.replace(split.calibration, tokens=split.calibration.tokens[:TRIAL])
+    best, least, refused = None, math.inf, None
+    few = dataclasses.replace(split.calibration, tokens=split.calibration.tokens[:TRIAL])
+    trial = split.calibration if method.trains else few  # the larger a router, the more text it takes
     check = dataclasses.replace(split.validation, tokens=split.validation.tokens[:TRIAL])
     known = None if reference is None else reference[:TRIAL]
     for candidate in settings:
@@ -152,11 +153,13 @@ def plan_for_bytes(
             refused = error if refused is None or error.floor < refused.floor else refused
             continue
         found = evaluate(reader.model, plan, check, matched=False, anatomy=reader.anatomy, reference=known)
-        if float(found.method.kl.mean()) < least:
-            best, least = candidate, float(found.method.kl.mean())
-    if least == math.inf and refused is not None:
+        kl = float(found.method.kl.mean())
+        if best is None or kl < least:
+            best, least = plan, kl
+    if best is None:
+        assert refused is not None
         raise refused
-    return _solved(reader, best, split.calibration, byte_fraction, progress, options)
+    return best if method.trains else _solved(reader, best.method, split.calibration, byte_fraction, progress, options)
 
 
 def _solved(

@@ -7,6 +7,7 @@ routers frozen, gates hard; where weights are tuned as well, they adapt to what 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ BATCH = 4  # windows a step
 RATE = 5e-3  # Adam's, of routers
 WEIGHT_RATE = 2e-4  # of tuned weights
 ASCENT = 2.0  # of the multiplier a step, for each unit of sparsity that is missing
+ROUNDS, CLOSE = 6, 2e-3  # of the search for the threshold, and how near the share skipped must come
 
 
 def train(
@@ -56,12 +58,13 @@ def train(
         with Applied(model, plan, engine="mask", anatomy=anatomy, check=False) as applied, torch.enable_grad():
             states = [s for call in applied.ffns for s in call.states]
             weights = _tuned(applied) if tune else []
-            _soft(applied, states, weights, windows, sparsity, steps, progress)
-            threshold = _threshold(applied, states, windows, sparsity)
+            taught, held = _parts(windows)
+            _soft(applied, states, weights, taught, sparsity, steps, progress)
+            threshold = _threshold(applied, states, held, sparsity)
             for state in states:
                 state.params = dataclasses.replace(state.params, rule=Threshold(threshold))
             if tune:
-                _hard(applied, weights, windows, steps)
+                _hard(applied, weights, taught, steps)
     finally:
         for parameter, before in zip(parameters, asked, strict=True):
             parameter.requires_grad_(before)
@@ -69,8 +72,16 @@ def train(
     return dataclasses.replace(plan, parts={**plan.parts, **trained})
 
 
+def _parts(windows: Windows) -> tuple[Windows, Windows]:
+    """What routers learn from, and a quarter of the windows for the threshold: gates of text that was learned lie apart."""
+    count = len(windows.tokens)
+    learned = count - max(1, count // 4) if count > 1 else count
+    held = windows.tokens[learned:] if count > 1 else windows.tokens
+    return dataclasses.replace(windows, tokens=windows.tokens[:learned]), dataclasses.replace(windows, tokens=held)
+
+
 class _Gates:
-    """A chooser that keeps the gates of sparse rows, and leaves them as they are."""
+    """A chooser that keeps the gates or masks of sparse rows, and leaves them as they are."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
@@ -130,14 +141,32 @@ def _hard(applied: Applied, weights: list[nn.Parameter], windows: Windows, steps
 
 @torch.no_grad()
 def _threshold(applied: Applied, states: list[SiteState], windows: Windows, sparsity: float) -> float:
-    """The gate value below which the target share of units lies, over all layers and windows."""
+    """One gate value for all layers and windows, under which the target share of units is skipped.
+
+    A quantile of the soft gates, then of more or fewer of them: under hard masks later layers see other inputs.
+    """
+    soft = _seen(applied, states, windows, Soft())
+    share, best, nearest = sparsity, 0.0, math.inf
+    for _ in range(ROUNDS):
+        threshold = selection.quantile(soft, share)
+        missing = sparsity - (1 - float(_seen(applied, states, windows, Threshold(threshold)).float().mean()))
+        if abs(missing) < nearest:
+            best, nearest = threshold, abs(missing)
+        if nearest < CLOSE:
+            break
+        share = min(max(share + missing, 0.0), 1.0)
+    return best
+
+
+def _seen(applied: Applied, states: list[SiteState], windows: Windows, rule: Soft | Threshold) -> Tensor:
+    """Gates, or masks, of all layers on the windows' sparse positions."""
     for state in states:
-        state.params = dataclasses.replace(state.params, rule=Soft())
+        state.params = dataclasses.replace(state.params, rule=rule)
     gates = _Gates()
     for tokens in windows.tokens.split(BATCH):
         with applied.prompt(windows.prompt), applied.watched(chooser=gates):
             applied.model(input_ids=tokens.to(_device(applied)), use_cache=False)
-    return selection.quantile(torch.cat(gates.seen), sparsity)
+    return torch.cat(gates.seen)
 
 
 def _task(applied: Applied, tokens: Tensor, prompt: int, gates: _Gates | None, *, tuned: bool) -> Tensor:

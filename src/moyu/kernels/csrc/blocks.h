@@ -8,7 +8,9 @@
 #include "activations.h"
 #include "pieces.h"
 
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include "blocks_avx512.h"
+#elif defined(__AVX2__)
 #include "blocks_avx2.h"
 #else
 #include "blocks_portable.h"
@@ -26,8 +28,8 @@ inline int64_t round_up8(int64_t count) { return (count + 7) / 8 * 8; }
 
 // Rows of x as the dot products take them, each padded to 8 blocks.
 struct Rounded {
-    int8_t *q8, *q4;      // in their order; and for Q4_0, two blocks at a time: elements 0 .. 15 of both, then 16 .. 31 of both
-    float *scale, *sums;  // sums: -8 * scale * sum of a block's integers, because 4-bit codes stand for code - 8
+    int8_t *q8, *q4;      // in their order; and for Q4_0, kBeside blocks at a time: elements 0 .. 15 of each, then 16 .. 31
+    float *scale, *sums;  // sums: scale * sum of a block's integers, because unsigned codes stand for code - offset
     int64_t blocks;       // of a row, padded
 
     static int64_t room(int64_t rows, int64_t n) { return rows * round_up8(blocks_of(n)) * (2 * kBlock + 8) + 4 * kLineBytes; }
@@ -48,15 +50,15 @@ struct Rounded {
     void fill(const T *x, int64_t n) {  // one row
         for (int64_t b = 0; b < blocks; ++b) {
             float values[kBlock];
-            int8_t *q = q8 + b * kBlock, *pair = q4 + b / 2 * 2 * kBlock + b % 2 * 16;
+            int8_t *q = q8 + b * kBlock, *halves = q4 + b / kBeside * kBeside * kBlock + b % kBeside * 16;
             const int64_t left = n - b * kBlock;
             if (left >= kBlock) {
                 for (int i = 0; i < kBlock; ++i) values[i] = widen(x[b * kBlock + i]);
             } else {
                 for (int i = 0; i < kBlock; ++i) values[i] = i < left ? widen(x[b * kBlock + i]) : 0.0f;
             }
-            sums[b] = -8.0f * static_cast<float>(quantise_block(values, q, scale + b)) * scale[b];
-            for (int i = 0; i < 16; ++i) pair[i] = q[i], pair[32 + i] = q[16 + i];
+            sums[b] = static_cast<float>(quantise_block(values, q, scale + b)) * scale[b];
+            for (int i = 0; i < 16; ++i) halves[i] = q[i], halves[16 * kBeside + i] = q[16 + i];
         }
     }
 };
@@ -80,8 +82,9 @@ inline void dot_blocks(Kind kind, const Lines &w, const Rounded &x, int64_t n, f
     const auto some = [&](auto at_once) {
         constexpr int C = decltype(at_once)::value;
         for (; c + C <= w.count; c += C) {
-            if (kind == Kind::q8_0) dot_q8<C, Ahead>(w.quants + c, w.scales + c, w.then + c, x.q8, x.scale, blocks, out + c);
-            else dot_q4<C, Ahead>(w.quants + c, w.scales + c, w.then + c, x.q4, x.scale, x.sums, blocks, out + c);
+            const auto dot = kind == Kind::q8_0 ? dot_q8<C, Ahead> : dot_q4<C, Ahead>;
+            const int8_t *own = kind == Kind::q8_0 ? x.q8 : x.q4;
+            dot(w.quants + c, w.scales + c, w.then + c, own, x.scale, x.sums, blocks, out + c);
         }
     };
     some(std::integral_constant<int, 4>{});
@@ -108,8 +111,8 @@ inline void add_group(Kind kind, const Group &group, const int8_t *v, float scal
     const int after = ahead ? group.after : -1;
     const uint8_t *column[kBlock];
     for (int i = 0; i < kBlock; ++i) column[i] = group.column[i < group.count ? i : 0];
-    if (kind == Kind::q8_0) sum_q8(column, group.count, v, scale, scales, y, q, group.then, after);
-    else sum_q4(column, group.count, v, scale, scales, y, q, group.then, after);
+    if (kind == Kind::q8_0) sum_columns<SumsQ8>(column, group.count, v, scale, scales, y, q, group.then, after);
+    else sum_columns<SumsQ4>(column, group.count, v, scale, scales, y, q, group.then, after);
 }
 
 // A thread's part of a list of kept columns or neurons, cut where one group of 32 ends and the next begins.

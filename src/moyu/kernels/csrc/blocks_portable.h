@@ -1,9 +1,11 @@
-// Integer products of blocks in plain loops; blocks_avx2.h says what each function computes.
+// Integer products of blocks in plain loops; blocks_avx2.h and blocks_vector.h say what each computes.
 #pragma once
 
 #include "blocks_rest.h"
 
 namespace {
+
+constexpr int kBeside = 2;
 
 // 32 values as 8 bits and a scale, half to even; returns the sum of the integers. What is not finite gives no number.
 // Sizes are compared as integers, and the addition leaves the integer in the low byte: loops that become vector code.
@@ -24,7 +26,7 @@ inline int32_t quantise_block(const float *x, int8_t *q, float *scale) {
 
 template <int C, bool>
 inline void dot_q8(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *, const int8_t *x,
-                   const float *x_scale, int64_t blocks, float *out) {
+                   const float *x_scale, const float *, int64_t blocks, float *out) {
     for (int c = 0; c < C; ++c) {
         out[c] = 0.0f;
         for (int64_t b = 0; b < blocks; ++b) {
@@ -50,14 +52,13 @@ inline void dot_q4(const uint8_t *const *w, const uint8_t *const *scales, const 
     }
 }
 
-inline void sum_q8(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
-                   int64_t q, const uint8_t *const *, int) {
-    sum_rest(column, count, v, scale, scales, y, 0, q, at_q8);
-}
+struct SumsQ8 { static constexpr auto at = at_q8; };
+struct SumsQ4 { static constexpr auto at = at_q4; };
 
-inline void sum_q4(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
-                   int64_t q, const uint8_t *const *, int) {
-    sum_rest(column, count, v, scale, scales, y, 0, q, at_q4);
+template <class Sums>
+inline void sum_columns(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
+                        int64_t q, const uint8_t *const *, int) {
+    sum_rest(column, count, v, scale, scales, y, 0, q, Sums::at);
 }
 
 }  // namespace

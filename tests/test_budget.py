@@ -1,0 +1,109 @@
+"""From bytes to a plan: alike layers stand for each other, a plan's matrices are kept and counted as the weights are."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from moyu import budget, methods, pipeline
+from moyu.accounting import added_bytes
+from moyu.budget import SLACK, Reader, kinds, plan_for_bytes, solve
+from moyu.calibration import Windows, calibrate
+from moyu.quantisation import GROUP, Storage, stored_bits
+from moyu.surgery import dissect
+from moyu.text import Split
+from tiny import build, tokens
+
+SHORT = pipeline.Settings(window=96, boundary=48, test=4, calibration=4)
+
+
+def windows(rows: int = 4, seed: int = 1) -> Windows:
+    return Windows(tokens(rows, 40, seed=seed), 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "alike"),
+    [("teal", "llama", {0: 3}), ("polar", "opt-relu", {1: 2}), ("deja-vu", "gpt2", {0: 3})],
+)
+def test_alike_layers_are_one_kind(name, model, alike):
+    assert kinds(dissect(build(model, torch.float32)), methods.method(name)) == alike
+
+
+def test_a_layer_of_another_size_is_a_kind_of_its_own():
+    model = build("llama", torch.float32)
+    wide = copy.deepcopy(model.config)
+    wide.intermediate_size = 128
+    model.model.layers[1].mlp = LlamaMLP(wide)
+    assert kinds(dissect(model), methods.method("teal")) == {0: 2, 1: 1}
+
+
+@pytest.mark.parametrize("name", ["r-sparse", "larosa", "deja-vu"])
+def test_one_layer_of_a_kind_says_what_all_of_them_do(name, monkeypatch):
+    model = build("llama", torch.float32)
+    reader = Reader(model, dissect(model), Storage(4))
+    method = methods.method(name, **({"rank": 8} if name == "deja-vu" else {}))
+    by_kind = solve(reader, method, windows(), 0.9)
+    monkeypatch.setattr(budget, "kinds", lambda anatomy, method: {layer: 1 for layer in range(len(anatomy.layers))})
+    assert solve(reader, method, windows(), 0.9) == pytest.approx(by_kind, abs=1e-9)
+    assert 0 < by_kind < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"), [("deja-vu", {"rank": 8}), ("moefication", {}), ("r-sparse", {}), ("larosa", {})]
+)
+def test_matrices_of_a_plan_are_kept_and_counted_in_the_bits_of_the_weights(name, knobs):
+    model = build("llama", torch.float32)
+    anatomy, method = dissect(model), methods.method(name, **knobs)
+    plan = calibrate(model, method, windows(), sparsity=0.5, anatomy=anatomy)
+    sixteen, four = Reader(model, anatomy, Storage()), Reader(model, anatomy, Storage(4))
+    assert sixteen.kept(plan) is plan
+    short = four.kept(plan)
+    saved, count = 0.0, 0
+    for key, (_, params) in plan.parts.items():
+        kept = short.parts[key][1]
+        pairs = [(params.buffers[n], kept.buffers[n]) for n in method.matrices if n in params.buffers]
+        pairs += [] if params.basis is None else [(params.basis, kept.basis)]
+        pairs += list(zip(params.low_rank or (), kept.low_rank or (), strict=True))
+        count += len(pairs)
+        for matrix, found in pairs:
+            assert found.shape == matrix.shape and not torch.equal(found, matrix)
+            assert float((found - matrix).norm()) < 0.01 * float(matrix.norm())  # 8 bits
+            rest = -max(matrix.shape) % GROUP  # the last group of a row has its scale too
+            padded = min(matrix.shape) * (max(matrix.shape) + rest)
+            saved += (16 - stored_bits(8)) / 8 * matrix.numel() - (padded - matrix.numel()) * 0.5 / 8
+            assert rest == 0 or padded > matrix.numel()
+        for field in ("rule", "centre", "bias"):
+            assert getattr(kept, field) is getattr(params, field)
+    assert count
+    assert sixteen.added(plan) - four.added(short) == pytest.approx(saved, rel=0.02)
+    assert sixteen.added(plan) <= added_bytes(method, plan.parts.values())  # the model's own are of 32 bits
+
+
+def test_what_is_planned_reads_what_was_asked_for():
+    settings = dataclasses.replace(SHORT, bytes=0.6)
+    context = pipeline.Context.open("relu", settings)
+    plan = context.plan("teal")
+    probe = dataclasses.replace(context.split, test=context.split.calibration)
+    read = dataclasses.replace(context, split=probe).quality(plan, matched=False).byte_fraction
+    assert read == pytest.approx(0.6, abs=SLACK)
+
+
+def test_the_rank_of_a_router_is_chosen_where_none_is_named(monkeypatch):
+    """By held-out text, at equal bytes: what a smaller router saves buys neurons."""
+    default = methods.method("deja-vu")
+    ranks = [m.rank for m in default.settings_for(16)]
+    assert ranks == [default.rank // by for by in (1, 2, 4, 8)]
+    tried = []
+    fit = budget._solved
+    monkeypatch.setattr(budget, "_solved", lambda r, method, *a: tried.append(method.rank) or fit(r, method, *a))
+    model = build("opt-relu", torch.float32)
+    reader, split = Reader(model, dissect(model), Storage()), Split(windows(), windows(seed=2), windows(seed=3))
+    chosen = plan_for_bytes(reader, default, split, 0.95)
+    assert tried == ranks  # the plan that was judged is the one that is returned
+    assert chosen.method.rank in ranks
+    tried.clear()
+    assert plan_for_bytes(reader, methods.method("deja-vu", rank=4), split, 0.95).method.rank == 4 and tried == [4]
