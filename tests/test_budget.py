@@ -13,6 +13,7 @@ from moyu import budget, methods, pipeline
 from moyu.accounting import added_bytes
 from moyu.budget import SLACK, Reader, kinds, plan_for_bytes, solve
 from moyu.calibration import Windows, calibrate
+from moyu.errors import OutOfReach
 from moyu.quantisation import GROUP, Storage, stored_bits
 from moyu.surgery import dissect
 from moyu.text import Split
@@ -81,6 +82,12 @@ def test_matrices_of_a_plan_are_kept_and_counted_in_the_bits_of_the_weights(name
     assert count
     assert sixteen.added(plan) - four.added(short) == pytest.approx(saved, rel=0.02)
     assert sixteen.added(plan) <= added_bytes(method, plan.parts.values())  # the model's own are of 32 bits
+
+
+def test_bytes_are_out_of_reach_where_there_is_nothing_to_skip():
+    model = build("llama", torch.float32)
+    with pytest.raises(OutOfReach, match=r"floor 1\.00"):
+        solve(Reader(model, dissect(model)), methods.method("relu-zero"), windows(), 0.9)
 
 
 def test_what_is_planned_reads_what_was_asked_for():

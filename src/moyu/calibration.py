@@ -371,8 +371,7 @@ def solve_bytes(skippable: float, total: float, added: float, byte_fraction: flo
 
     skippable: bytes of all units of all sites; added: what the plan itself makes a step read.
     """
-    floor = (total + added - skippable) / total
-    sparsity = (total + added - byte_fraction * total) / skippable
-    if sparsity >= 1:
-        raise OutOfReach(byte_fraction, floor)
-    return max(0.0, sparsity)
+    over = total + added - byte_fraction * total
+    if over >= skippable:
+        raise OutOfReach(byte_fraction, (total + added - skippable) / total)
+    return max(0.0, over / skippable)
