@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,27 @@ def test_what_is_planned_reads_what_was_asked_for():
     probe = dataclasses.replace(context.split, test=context.split.calibration)
     read = dataclasses.replace(context, split=probe).quality(plan, matched=False).byte_fraction
     assert read == pytest.approx(0.6, abs=SLACK)
+
+
+@pytest.mark.parametrize(
+    ("read", "best"),
+    [
+        (
+            lambda s: 0.673 if s > 0.8 else 0.626,
+            0.626,
+        ),  # both within the bytes: the one that skips less, not the nearer
+        (lambda s: 0.696 if s < 0.9 else 0.66, 0.66),  # what reads more is none where one within the bytes was found
+        (lambda s: 0.8 - 0.01 * s, 0.79),  # all read more: the nearest
+    ],
+)
+def test_plans_within_the_bytes_skip_as_little_as_they_can(monkeypatch, read, best):
+    monkeypatch.setattr(budget, "solve", lambda *a, **k: 0.85)
+    monkeypatch.setattr(budget, "calibrate", lambda *a, sparsity, **k: sparsity)
+    monkeypatch.setattr(budget, "evaluate", lambda model, plan, *a, **k: SimpleNamespace(byte_fraction=read(plan)))
+    same = {"kept": lambda p: p, "byte_fraction": lambda fraction, plan: fraction}
+    reader = SimpleNamespace(model=None, anatomy=None, skippable=lambda m: 1.0, dense=lambda: 1.0, **same)
+    plan = budget._solved(reader, methods.method("teal"), windows(), 0.69, None, {})
+    assert read(plan) == pytest.approx(best, abs=1e-4)
 
 
 def test_the_rank_of_a_router_is_chosen_where_none_is_named(monkeypatch):

@@ -167,13 +167,14 @@ def _solved(
 ) -> Plan:
     """By what a plan counts, then by what it makes a step read: exact zeros come on top, and units are not of one size.
 
-    The plan that reads nearest to what was asked for. A method that trains has its share from its loss or its counts, and
-    would train again for each correction.
+    Of the plans that read no more than was asked for, the one that skips least: where zeros are skipped on top, reading need
+    not fall with what a plan skips. Where all read more, the nearest. A method that trains has its share from its loss or
+    its counts, and would train again for each correction.
     """
     sparsity = solve(reader, method, windows, byte_fraction, **options)
     probe = dataclasses.replace(windows, tokens=windows.tokens[:TRIAL])
     slope, seen = -reader.skippable(method) / reader.dense(), None
-    best, nearest = None, math.inf
+    best, least = None, (True, math.inf)
     for _ in range(ROUNDS):
         plan = calibrate(
             reader.model, method, windows, sparsity=sparsity, anatomy=reader.anatomy, progress=progress, **options
@@ -184,8 +185,9 @@ def _solved(
         found = evaluate(reader.model, plan, probe, matched=False, anatomy=reader.anatomy)
         read = reader.byte_fraction(found.byte_fraction, plan)
         over = read - byte_fraction
-        if best is None or abs(over) < nearest:
-            best, nearest = plan, abs(over)
+        rank = (over > SLACK, over if over > SLACK else sparsity)
+        if rank < least:
+            best, least = plan, rank
         if abs(over) <= SLACK or (over < 0 and sparsity <= LEAST):
             break
         if seen is not None and seen[0] != sparsity:

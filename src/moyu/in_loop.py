@@ -74,10 +74,10 @@ def train(
 
 def _parts(windows: Windows) -> tuple[Windows, Windows]:
     """What routers learn from, and a quarter of the windows for the threshold: gates of text that was learned lie apart."""
-    count = len(windows.tokens)
-    learned = count - max(1, count // 4) if count > 1 else count
-    held = windows.tokens[learned:] if count > 1 else windows.tokens
-    return dataclasses.replace(windows, tokens=windows.tokens[:learned]), dataclasses.replace(windows, tokens=held)
+    held = max(1, len(windows.tokens) // 4)
+    learned = max(1, len(windows.tokens) - held)
+    first, last = windows.tokens[:learned], windows.tokens[-held:]
+    return dataclasses.replace(windows, tokens=first), dataclasses.replace(windows, tokens=last)
 
 
 class _Gates:
