@@ -35,6 +35,7 @@ class SiteState:
         self.site, self.params, self.method = site, params, method
         self.static_mask: Tensor | None = None
         self.factors: Tensor | None = None  # of a score |x| * c, for native steps
+        self.biases: dict[str, Tensor | None] = {}  # by linear, for native steps
 
     def decide(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
         """The method's own mask of these rows, (N, n) bool before dense rows are freed."""
@@ -60,6 +61,21 @@ class SiteState:
     def _expand(self, scores: Tensor) -> Tensor:
         mask = selection.select(scores, self.params.rule)
         return mask if self.params.blocks is None else mask[:, self.params.blocks.to(mask.device)]
+
+    def bias_of(self, name: str, block: Block) -> Tensor | None:
+        """The plan's bias of one linear, (q,); a site of the columns of several linears holds theirs one after another."""
+        bias, site = self.params.bias, self.site
+        if bias is None or site.skips != "columns":
+            return bias
+        start = sum(block.pieces[n].shape[0] for n in site.linears[: site.linears.index(name)])
+        return bias[start : start + block.pieces[name].shape[0]]
+
+    def whole_bias(self, name: str, block: Block) -> Tensor | None:
+        """The bias of a linear and the plan's together, (q,) in the linear's type: what sparse rows have."""
+        piece, own = block.pieces[name], self.bias_of(name, block)
+        if own is None:
+            return piece.bias
+        return own.to(piece.dtype) if piece.bias is None else own.to(piece.dtype) + piece.bias
 
     def remember(self, x: Tensor, rows: Rows, state: Pass) -> None:
         """Let the dense valid rows of the tap `x` (N, n) into the sequence memory."""
@@ -174,13 +190,13 @@ class Executor:
     ) -> Tensor:
         if state.skipping:
             self._ensure([piece], ["column"])
-            y = kernels.columns(x, piece.operand, mask, bias=piece.bias)
+            y = kernels.columns(x, piece.operand, mask, bias=site.whole_bias(name, self.block))
         else:
-            y = self.whole(piece, torch.where(mask, x, 0))
+            y = self.compensate(self.whole(piece, torch.where(mask, x, 0)), name, site, rows)
         if site.params.low_rank is not None:
             outer, inner = (t.to(x.dtype) for t in site.params.low_rank)
             y = y + functional.linear(functional.linear(torch.where(mask, 0, x), inner), outer)
-        return self.compensate(self.complete(y, x, mask, site, rows), name, site, rows)
+        return self.complete(y, x, mask, site, rows)
 
     def _transformed(self, piece: Piece, name: str, x: Tensor, site: SiteState, rows: Rows, state: Pass) -> Tensor:
         """Masks in a rotated or centred basis: S(v) = Q (mask * Q.T (v - c)) + c. Products stay dense."""
@@ -205,15 +221,9 @@ class Executor:
         return y if rest is None else y + torch.where(rows.sparse[:, None], rest.to(y.dtype), 0)
 
     def compensate(self, y: Tensor, name: str, site: SiteState, rows: Rows) -> Tensor:
-        """Add the plan's bias to sparse rows; a site of several linears holds theirs one after another."""
-        bias = site.params.bias
-        if bias is None:
-            return y
-        if site.site.skips == "columns":
-            before = site.site.linears[: site.site.linears.index(name)]
-            start = sum(self.block.pieces[n].shape[0] for n in before)
-            bias = bias[start : start + y.shape[1]]
-        return y + torch.where(rows.sparse[:, None], bias.to(y.dtype), 0)
+        """Add the plan's bias to sparse rows."""
+        bias = site.bias_of(name, self.block)
+        return y if bias is None else y + torch.where(rows.sparse[:, None], bias.to(y.dtype), 0)
 
     def norms(self, site: SiteState) -> Tensor:
         """||W[:, i]||_2 over all linears of a site of columns, in the basis of its mask: (in,) float."""
@@ -501,10 +511,10 @@ class FfnCall(Executor):
             act=self.block.act or "identity",
             gate_bias=None if gate is None else gate.bias,
             up_bias=None if up is None else up.bias,
-            down_bias=down.bias,
+            down_bias=site.whole_bias("down", self.block),
             given=given,
         )
-        return self.compensate(self.complete(y, x, mask, site, rows), "down", site, rows)
+        return self.complete(y, x, mask, site, rows)
 
 
 class DenseLinear:

@@ -33,6 +33,8 @@ VARIANTS = {
     "moefication-graph": ("moefication", {"groups": "graph", "block": 12}),
     "moefication-mlp": ("moefication", {"selector": "mlp", "block": 12}),
     "static-norm-weights": ("static-norm", {"data": False}),
+    "estimate-8-bit": ("estimate", {"rest": 8, "weighted": False}),
+    "estimate-3-bit": ("estimate", {"rest": 3}),
     "random-seed": ("random", {"seed": 5}),
     "random-popular-seed": ("random-popular", {"seed": 5}),
 }
@@ -134,13 +136,23 @@ def test_kernels_read_what_the_formula_says(name):
     norms = sum(p.numel() * 4 for n, p in model.named_parameters() if "norm" in n)
     with torch.no_grad(), Applied(model, plan) as applied, applied.prompt(PROMPT):
         cache = model(tokens(1, PROMPT), use_cache=True).past_key_values
-        counter = Counter(1, LENGTH)
-        with applied.watched(chooser=counter), kernels.count_bytes() as counted:
+        counter, masks = Counter(1, LENGTH), {}
+
+        def chooser(site, mask, rows, oracle):
+            masks[site.key] = mask[0]
+            return counter(site, mask, rows, oracle)
+
+        with applied.watched(chooser=chooser), kernels.count_bytes() as counted:
             model(tokens(1, 1), past_key_values=cache)
     assert counter.skipped_bytes > 0
-    proxy = 0
+    proxy = sum(p.bias.numel() * 4 for _, p in plan.parts.values() if p.bias is not None)
+    for site, params in plan.parts.values():
+        rest, skipped = method.rest_blocks(site, params), ~masks[site.key]
+        if rest is not None:  # of a group of 32 columns its scales are read with any of them
+            groups = {i // 32 for i in skipped.nonzero()[:, 0].tolist()}
+            proxy += int(skipped.sum()) * rest.column_bytes + len(groups) * 2 * rest.outputs
     if method.name == "prox":  # the kernels multiply its copy too; norms of columns are not theirs
-        proxy = accounting.added_bytes(method, plan.parts.values())
+        proxy += accounting.added_bytes(method, plan.parts.values())
         proxy -= sum(p.buffers["norms"].nbytes for _, p in plan.parts.values() if "norms" in p.buffers)
     # Nor is the embedding's row the kernels'.
     assert counted.total == total - counter.skipped_bytes - norms - 64 * 4 + proxy

@@ -131,8 +131,10 @@ def _skip_columns(model: nn.Module, plan: Plan, linears: Mapping[str, Piece], si
     plain = all(isinstance(p.rule, Threshold) and p.basis is p.centre is p.low_rank is p.bias is None for p in params)
     if not plan.method.by_magnitude or not plain or not all(p.whole for p in linears.values()):
         raise UserError(f"method {plan.method.name!r} is no plain threshold on |x| here", "`teal` is one")
-    if any(plan.method.factors(site, p) is not None for site, p in sites.values()):
+    if any(plan.method.factors(*part) is not None for part in sites.values()):
         raise UserError(f"method {plan.method.name!r} weighs |x| with factors", "`teal` does not")
+    if any(plan.method.rest_blocks(*part) is not None for part in sites.values()):
+        raise UserError(f"method {plan.method.name!r} reads skipped columns in few bits", "`teal` does not")
     pieces = [linears[name] for name in sites]
     together = all(len(p.weight) % GROUP == 0 for p in pieces)
     for members in [range(len(pieces))] if together else [[k] for k in range(len(pieces))]:

@@ -89,6 +89,8 @@ class PlainLayer:
             if name in pieces:
                 site = self.state(skips="columns", linear=name) or (first if name == "down" else None)
                 setattr(layer, name, self._linear(name, site))
+        if self.sequence_site is not None:
+            layer.down.bias = self._bias("down", self.sequence_site)
         layer.act = cpu.activation_code(self.block.act or "identity")
         layer.head_dim, layer.scale = self.head_dim, self.scale
         layer.heads = pieces["q"].shape[0] // self.head_dim
@@ -104,10 +106,19 @@ class PlainLayer:
         piece = self.block.pieces[name]
         linear = native_linear(piece.operand, piece.bias)
         if decides is not None:
+            linear.bias = self._bias(name, decides)
+            rest = decides.method.rest_blocks(decides.site, decides.params)
+            if rest is not None:
+                linear.rest = cpu.native_blocks(rest)
             linear.threshold = threshold(decides, piece.dtype)
             factors = self.factors(decides, piece.dtype)
             linear.factor = 0 if factors is None else factors.data_ptr()
         return linear
+
+    def _bias(self, name: str, state: SiteState) -> int:
+        """The address of a linear's bias with the plan's; kept alive by the site's state."""
+        bias = state.biases[name] = state.whole_bias(name, self.block)
+        return 0 if bias is None else bias.data_ptr()
 
     def factors(self, state: SiteState, dtype: torch.dtype) -> Tensor | None:
         """c of a score |x| * c, rounded as the score rounds it; kept alive by the site's state."""

@@ -263,8 +263,8 @@ def _unexpressed(layer: PlainLayer) -> str | None:
     """Why the native step cannot decide one of the layer's sites; None = it can."""
     for state in layer.states:
         site, params, method = state.site, state.params, state.method
-        extras = (params.blocks, params.basis, params.centre, params.low_rank, params.bias)
-        if site.skips == "neurons" and method.granularity in ("sequence", "static") and params.bias is None:
+        extras = (params.blocks, params.basis, params.centre, params.low_rank)
+        if site.skips == "neurons" and method.granularity in ("sequence", "static"):
             continue
         if (
             site.skips not in ("columns", "rows")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moyu import routers, selection
+from moyu import kernels, routers, selection
+from moyu.blocks import Blocks
 from moyu.selection import PerUnitThreshold, Rule, Threshold, TopK
 
 if TYPE_CHECKING:
@@ -178,9 +179,14 @@ class Method(ABC):
         """The ways to spend a byte budget on weights kept in `bits`; where there are several, held-out text decides."""
         return (self,)
 
+    def rest_blocks(self, site: Site, params: SiteParams) -> Blocks | None:
+        """Of a site of columns: what stands for the columns (q, n) of skipped inputs, by columns; None: nothing."""
+        return None
+
     def rest_of(self, x: Tensor, mask: Tensor, site: Site, params: SiteParams) -> Tensor | None:
         """What skipped units give all the same, of one linear: (N, n) and the mask (N, units) -> (N, q); None: nothing."""
-        return None
+        rest = self.rest_blocks(site, params)
+        return None if rest is None else kernels.columns(x, rest, ~mask)
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
         """Buffers that `score` needs, from weights and calibration activations."""

@@ -5,8 +5,9 @@ Neurons are ranked by |act(g^_j) u^_j| ||w_j||, w_j column j of down, with g^ an
   copy    a copy of gate and up in few bits.
 A neuron that is not computed exactly may still give act(g^_j) u^_j w^_j, with w^_j in few bits. In a third way
   channels  the inputs of every projection are ranked by |x_i| ||W_i - w^_i||, which needs no estimate, and x_i w^_i stands for W_i.
-What is missing on average is added: b = E[y - y^]. For weights that are kept in few bits, few bits are the first of theirs
-(bit planes): what is computed exactly is not read twice.
+What is missing on average is added: b = E[y - y^]. Of channels, w^ in 4 and 8 bits are the blocks that kernels read (Q4_0,
+Q8_0). For weights that are kept in few bits, few bits are the first of theirs (bit planes): what is computed exactly is not
+read twice.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moyu import kernels, selection
+from moyu.blocks import Blocks, Kind, quantise
 from moyu.methods.base import (
     Acts,
     Family,
@@ -36,6 +38,7 @@ from moyu.methods.base import (
 from moyu.quantisation import GROUP, dequantize, quantize
 
 WAYS = ("svd", "copy", "channels")
+KINDS: Mapping[int, Kind] = {4: "q4_0", 8: "q8_0"}  # by bits
 DAMPING = 1e-3  # of the mean second moment, for inputs that calibration hardly saw
 
 
@@ -46,7 +49,7 @@ class Estimate(Method):
     way: "svd", "copy" or "channels".
     bits: bits of the factors or of the copy, 1 .. 8.
     rank: rank over d, for "svd", in (0, 1].
-    rest: bits of the weights of what is not computed exactly, 0 .. 8; 0: it gives nothing.
+    rest: bits of the weights of what is not computed exactly, 0 .. 8; 0: it gives nothing. Kernels have 0, 4 and 8, of channels.
     stored: bits the model's weights are kept in, 16 or 2 .. 8; below 16, few bits are their first ones.
     weighted: rank by what is lost, |x_i| ||W_i - w^_i||; else by |x_i| alone.
     bias: add what is missing on average.
@@ -55,7 +58,7 @@ class Estimate(Method):
     way: str = "channels"
     bits: int = 4
     rank: float = 0.25
-    rest: int = 3
+    rest: int = 4
     stored: int = 16
     weighted: bool = True
     bias: bool = True
@@ -82,10 +85,19 @@ class Estimate(Method):
         """Whether few bits are the first ones of the weights, and not read again with the others."""
         return self.stored < 16
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the rest is a copy in blocks that kernels read."""
+        return self.way == "channels" and not self.nested and self.rest in KINDS
+
+    @property
+    def by_magnitude(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether kernels may decide while they compute."""
+        return self.way == "channels" and (self.in_blocks or not self.rest)
+
     def settings_for(self, bits: int) -> tuple[Method, ...]:
         if bits == 16:
-            ways = [Estimate("channels", rest=b) for b in (3, 4, 5, 6, 8)]
-            return (*ways, *(Estimate("copy", b, rest=b) for b in (3, 4)), Estimate("svd", 4, rest=0))
+            return tuple(Estimate("channels", rest=b) for b in KINDS)
         own = {"stored": bits, "bias": False}  # at few bits a weight a bias costs more than it gives, on narrow models
         ways = [Estimate("channels", rest=b, weighted=w, **own) for b in range(min(bits, 3)) for w in (True, False)]
         return (*ways, Estimate("copy", 2, rest=0, stored=bits))
@@ -96,7 +108,7 @@ class Estimate(Method):
         return (neuron_site(block, "mlp_in"),) if block.has_ffn else ()
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
-        buffers, parts = {}, {}
+        buffers, parts, given = {}, {}, 0.0
         if self.way == "channels":
             last = acts.weights[site.linears[0]].float()
         else:
@@ -109,7 +121,11 @@ class Estimate(Method):
                 parts["outer"], parts["inner"] = factors(stack, acts.met("mlp_in"), rank)
             else:
                 parts["rows"] = stack
-        if self.rest:
+        if self.in_blocks:
+            copy = quantise(last, KINDS[self.rest]).in_order("columns")
+            buffers |= {"rest.quants": copy.quants, "rest.scales": copy.scales}
+            given = copy.dequantise()
+        elif self.rest:
             parts["rest"] = last.t()  # (units, q)
         for name, weight in parts.items():
             bits = self.rest if name == "rest" else self.bits
@@ -117,8 +133,9 @@ class Estimate(Method):
             codes, scales = first_bits(weight, self.stored, bits) if first else quantize(weight, bits)
             buffers[f"{name}.codes"], buffers[f"{name}.scales"] = codes, scales.half()
         if self.weighted:
-            lost = last - self._weight("rest", last, buffers).t() if self.rest else last
-            buffers["norms"] = lost.norm(dim=0)
+            if "rest" in parts:
+                given = self._weight("rest", last, buffers).t()
+            buffers["norms"] = (last - given).norm(dim=0)
         return buffers
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
@@ -135,6 +152,9 @@ class Estimate(Method):
         rest = self.rest_of(x, mask, site, params)
         missing = missing if rest is None else missing - rest
         return dataclasses.replace(params, bias=missing.mean(0))
+
+    def factors(self, site: Site, params: SiteParams) -> Tensor | None:
+        return params.buffers.get("norms")
 
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         value = x if self.way == "channels" else self.values(x, site, params)
@@ -156,9 +176,15 @@ class Estimate(Method):
         sides = [s if b is None else s + b.to(s) for s, b in zip(sides, biases, strict=True)]
         return act(sides[0]) * sides[1] if len(sides) == 2 else act(sides[0])
 
-    def rest_of(self, x: Tensor, mask: Tensor, site: Site, params: SiteParams) -> Tensor | None:
-        if not self.rest:
+    def rest_blocks(self, site: Site, params: SiteParams) -> Blocks | None:
+        if not self.in_blocks:
             return None
+        quants, scales = params.buffers["rest.quants"], params.buffers["rest.scales"]
+        return Blocks(KINDS[self.rest], quants, scales, scales.shape[1], "columns")
+
+    def rest_of(self, x: Tensor, mask: Tensor, site: Site, params: SiteParams) -> Tensor | None:
+        if self.in_blocks or not self.rest:
+            return super().rest_of(x, mask, site, params)
         value = x if self.way == "channels" else self.values(x, site, params)
         return torch.where(mask, 0, value) @ self._weight("rest", x, params.buffers)  # (N, q)
 
@@ -168,7 +194,10 @@ class Estimate(Method):
         return dequantize(codes, scales.float(), bits, _group(codes, scales)).to(like)
 
     def score_bytes(self, site: Site, params: SiteParams) -> int:
-        """Codes count in their bits and with their scales; where only what is skipped is read, at the target."""
+        """Codes count in their bits and with their scales; where only what is skipped is read, at the target.
+
+        A block's scale is of 32 channels, and is read with any of them.
+        """
         skipped = float(params.buffers["skipped"])
         total = 0.0
         for name, buffer in params.buffers.items():
@@ -178,6 +207,8 @@ class Estimate(Method):
                 bits = self.rest if part == "rest" else self.bits
                 scales = params.buffers[f"{part}.scales"].nbytes
                 total += (buffer.numel() * bits / 8 + scales) * (skipped if alone else 1.0)
+            elif kind == "quants":
+                total += buffer.nbytes * skipped + params.buffers["rest.scales"].nbytes
             elif kind == "bias" or name == "norms":
                 total += buffer.nbytes
         return round(total)

@@ -174,12 +174,11 @@ int64_t block_rows_share(const LinearArgs &a, const Blocks &w, const Rounded &x,
     return (share.end - share.begin) * bytes;
 }
 
-// sums (rows, padded q) = the kept columns of W that are this thread's, times their x. Returns the bytes read.
+// sums (rows, padded q) += the kept columns of W that are this thread's, times their x. Returns the bytes read.
 template <class T>
 int64_t block_columns_share(const LinearArgs &a, const Blocks &w, const int32_t *kept, int64_t count,
                             const moyu::Team &team, float *sums) {
     const Share share = share_groups(kept, count, team);
-    for (int64_t i = 0; i < a.rows * round_up(a.q); ++i) sums[i] = 0.0f;
     int64_t read = 0;
     for (int64_t i = share.begin; i < share.end;) {
         const int64_t end = group_end(kept, i, share.end), after = group_end(kept, end, share.end);
@@ -215,7 +214,7 @@ int64_t block_neurons_share(const NeuronsArgs &a, const Blocks &gate, const Bloc
                                  column_bytes(down.kind, a.d_out);
     const int64_t bias_bytes = ((a.gate_bias ? 1 : 0) + (a.up_bias ? 1 : 0)) * static_cast<int64_t>(sizeof(T));
     const Share share = share_groups(kept, count, team);
-    for (int64_t i = 0; i < a.rows * round_up(a.d_out); ++i) sums[i] = 0.0f;
+    clear(sums, a.rows, a.d_out);
     int64_t read = 0;
     for (int64_t i = share.begin, end; i < share.end; i = end) {
         int ends[kBlock], groups = 0;  // of the groups, among the neurons taken
@@ -305,7 +304,9 @@ int64_t block_columns_part(const LinearArgs &a, const Blocks &w) {
     int64_t *bytes = arena.take<int64_t>(a.threads);
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.n, any, kept);
     auto work = [&](const moyu::Team &team) {
-        bytes[team.thread] = block_columns_share<T>(a, w, kept, count, team, sums + team.thread * sums_size);
+        float *own = sums + team.thread * sums_size;
+        clear(own, a.rows, a.q);
+        bytes[team.thread] = block_columns_share<T>(a, w, kept, count, team, own);
         team.wait();
         bytes[team.thread] +=
             write_sums<T, false>(sums, team.threads, a.rows, a.q, a.bias, static_cast<T *>(a.out), team);

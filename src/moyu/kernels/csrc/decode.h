@@ -192,16 +192,25 @@ class Decoding {
                                             : rows_share<T>(args, my.x, nullptr, w.q, team);
             return;
         }
+        float *own = area + team.thread * sums_size_of(w);
+        clear(own, a.rows, w.q);
         const int64_t count = decide(w, x, w.n, my);
         args.mask = my.mask;
         args.mask_stride = w.n;
         if (in_blocks) {
-            float *sums = area + team.thread * sums_size_of(w);
-            bytes[team.thread] += block_columns_share<T>(args, blocks(w), my.kept, count, team, sums);
-            return;
+            bytes[team.thread] += block_columns_share<T>(args, blocks(w), my.kept, count, team, own);
+        } else {
+            LinearArgs plain = args;
+            take_together<T>(plain, count, my.zeroed);
+            bytes[team.thread] += columns_share<T>(plain, my.kept, count, team, own);
         }
-        take_together<T>(args, count, my.zeroed);
-        bytes[team.thread] += columns_share<T>(args, my.kept, count, team, area + team.thread * sums_size_of(w));
+        if (w.rest.kind == Kind::plain) return;
+        for (int64_t i = 0; i < a.rows * w.n; ++i) my.mask[i] = !my.mask[i];
+        const int64_t others = list_kept(my.mask, w.n, a.rows, w.n, my.any, my.kept);
+        float *more = in_blocks ? own : my.values;
+        if (!in_blocks) clear(more, a.rows, w.q);
+        bytes[team.thread] += block_columns_share<T>(args, w.rest, my.kept, others, team, more);
+        if (!in_blocks) add_sums<T>(more, a.rows, w.q, own);
     }
     int64_t sums_size_of(const DecodeLinear &w) const { return a.rows * round_up(w.q); }
     void finish(const DecodeLinear &w, const Team &team, T *out, float *area) {

@@ -56,7 +56,7 @@ void take_together(LinearArgs &a, int64_t count, T *zeroed) {
     a.x = zeroed, a.x_stride = a.n, a.mask = nullptr;
 }
 
-// sums (rows, padded q) = the kept columns of W that are this thread's, times their x. Returns the bytes read.
+// sums (rows, padded q) += the kept columns of W that are this thread's, times their x. Returns the bytes read.
 template <class T>
 int64_t columns_share(const LinearArgs &a, const int32_t *kept, int64_t count, const moyu::Team &team, float *sums) {
     const int64_t column_bytes = a.q * static_cast<int64_t>(sizeof(T));
@@ -64,7 +64,6 @@ int64_t columns_share(const LinearArgs &a, const int32_t *kept, int64_t count, c
     const int streams = together(column_bytes, a.mask && a.rows > kFewRows);
     const Share share(count, team);
     const Part weight{a.weight, a.weight_stride};
-    for (int64_t i = 0; i < a.rows * round_up(a.q); ++i) sums[i] = 0.0f;
     float value[kRowBlock][kTogether];
     int64_t read = 0;
     for (int64_t step = 0; step < Taken::steps(share, streams); ++step) {
@@ -113,7 +112,9 @@ int64_t columns_block(const LinearArgs &args) {
     const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, a.n, any, kept);
     take_together<T>(a, count, arena.take<T>(a.rows * a.n));
     auto work = [&](const moyu::Team &team) {
-        bytes[team.thread] = columns_share<T>(a, kept, count, team, sums + team.thread * sums_size);
+        float *own = sums + team.thread * sums_size;
+        clear(own, a.rows, a.q);
+        bytes[team.thread] = columns_share<T>(a, kept, count, team, own);
         team.wait();
         bytes[team.thread] +=
             write_sums<T>(sums, team.threads, a.rows, a.q, a.bias, static_cast<T *>(a.out), team);

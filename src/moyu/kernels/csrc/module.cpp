@@ -162,6 +162,7 @@ void bind_decode(nb::module_ &m) {
     linear.def_prop_rw("kind", [](const DecodeLinear &self) { return static_cast<int>(self.kind); },
                        [](DecodeLinear &self, int value) { self.kind = static_cast<Kind>(value); });
     linear.def_rw("stride", &DecodeLinear::stride).def_rw("n", &DecodeLinear::n).def_rw("q", &DecodeLinear::q);
+    linear.def_rw("rest", &DecodeLinear::rest);
     linear.def_rw("by_columns", &DecodeLinear::by_columns).def_rw("threshold", &DecodeLinear::threshold);
 
     nb::class_<DecodeLayer> layer(m, "Layer");

@@ -22,7 +22,7 @@ int64_t neurons_share(const NeuronsArgs &a, const Factor<T> *x, const int32_t *k
     const int streams = together(a.d * static_cast<int64_t>(sizeof(T)), a.mask && a.rows > kFewRows);
 
     const Share share(count, team);
-    for (int64_t i = 0; i < a.rows * round_up(a.d_out); ++i) sums[i] = 0.0f;
+    clear(sums, a.rows, a.d_out);
     float g[kRowBlock][kTogether] = {}, u[kRowBlock][kTogether] = {};
     int64_t read = 0;
     // Part by part and not row by row: the pieces of one part and a row of x fit in L1, whole neurons do not.

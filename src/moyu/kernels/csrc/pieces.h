@@ -433,6 +433,18 @@ inline void accumulate(const Takers &takers, W weights, const float (*scale)[kTo
     }
 }
 
+inline void clear(float *sums, int64_t rows, int64_t n) {
+    for (int64_t i = 0; i < rows * round_up(n); ++i) sums[i] = 0.0f;
+}
+
+// sums += more, both (rows, padded n): `more` in its order, `sums` as Vec::load2 took the weights (see write_sums).
+template <class T>
+void add_sums(const float *more, int64_t rows, int64_t n, float *sums) {
+    constexpr int W = Vec::width;
+    for (int64_t i = 0; i < rows * round_up(n); i += 2 * W)
+        for (int k = 0; k < 2 * W; ++k) sums[i + (Vec::split<T> ? k % 2 * W + k / 2 : k)] += more[i + k];
+}
+
 // out (rows, n) = sum over threads of sums (threads, rows, padded n) + bias, always in the order of the threads, for the
 // elements that are this thread's; returns their bytes of bias. The sums lie as Vec::load2 took the weights: where it
 // splits, the even elements, then the odd ones; in their order where `split` is false.
