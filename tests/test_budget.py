@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from moyu import budget, methods, pipeline
+from moyu import budget, methods, models, pipeline
 from moyu.accounting import added_bytes
 from moyu.budget import SLACK, Reader, kinds, plan_for_bytes, solve
 from moyu.calibration import Windows, calibrate
@@ -136,3 +136,16 @@ def test_the_rank_of_a_router_is_chosen_where_none_is_named(monkeypatch):
     assert chosen.method.rank in ranks
     tried.clear()
     assert plan_for_bytes(reader, methods.method("deja-vu", rank=4), split, 0.95).method.rank == 4 and tried == [4]
+
+
+@pytest.mark.parametrize(("weights", "bits", "rests"), [(None, 16, {0, 4, 8}), ("q8_0", 8, {0, 4}), ("q4_0", 4, {0})])
+def test_settings_of_weights_in_blocks_are_of_fewer_bits_and_have_kernels(weights, bits, rests):
+    model = build("llama", torch.float32)
+    if weights:
+        models.quantise_model(model, weights)
+    reader = Reader(model, dissect(model))
+    assert (reader.bits, reader.planes) == (bits, False)
+    settings = methods.method("estimate").settings_for(reader.bits, reader.planes)
+    assert {m.knobs()["rest"] for m in settings} == rests
+    assert all(m.by_magnitude for m in settings)
+    assert Reader(model, reader.anatomy, Storage(4)).planes

@@ -14,7 +14,7 @@ b + 16 and Q is q rounded up to 32; scales are (n / 32, q), one row of them for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,8 +27,8 @@ Order = Literal["rows", "columns"]
 
 BLOCK = 32  # weights that share a scale
 SCALE_BYTES = 2
-QUANT_BYTES: dict[str, int] = {"q8_0": BLOCK, "q4_0": BLOCK // 2}  # of a block, its scale apart
 KINDS: tuple[Kind, ...] = ("q8_0", "q4_0")
+KIND_BITS: Mapping[str, int] = {"q8_0": 8, "q4_0": 4}  # of a quant
 FEW_ROWS = 8  # up to these, integer products beat dequantising the whole weight first
 CHUNK = 1 << 20  # weights that are (de)quantised at once: temporaries take some 20 bytes a weight
 
@@ -120,7 +120,7 @@ class Blocks:
 
 def block_bytes(kind: Kind, values: int) -> int:
     """Bytes of so many weights, scales included; `values` is a multiple of 32."""
-    return values // BLOCK * (QUANT_BYTES[kind] + SCALE_BYTES)
+    return values // BLOCK * (BLOCK * KIND_BITS[kind] // 8 + SCALE_BYTES)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moyu import accounting
+from moyu.blocks import KIND_BITS
 from moyu.calibration import Progress, Windows, calibrate, solve_bytes
 from moyu.errors import OutOfReach
 from moyu.evaluation import evaluate
@@ -39,6 +40,19 @@ class Reader:
     model: nn.Module
     anatomy: Anatomy
     storage: Storage | None = None  # None: as they are in the model
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight, its scale aside; of blocks of several kinds the most."""
+        if self.storage is not None:
+            return self.storage.bits
+        kinds = {p.blocks.kind for b in self.anatomy.all_blocks() for p in b.pieces.values() if p.blocks is not None}
+        return max((KIND_BITS[kind] for kind in kinds), default=16)
+
+    @property
+    def planes(self) -> bool:
+        """Whether the storage, which no kernel reads, gives the first bits of a weight without the others."""
+        return self.storage is not None and self.storage.bits < 16
 
     def dense(self) -> float:
         """Bytes of a dense step."""
@@ -137,8 +151,7 @@ def plan_for_bytes(
     reference: log-probabilities of `split.validation` to compare settings by, where not those of this model.
     options: those of `calibrate`, beside the sparsity.
     """
-    bits = 16 if reader.storage is None else reader.storage.bits
-    settings = method.settings_for(bits) if method == type(method)() else (method,)
+    settings = method.settings_for(reader.bits, reader.planes) if method == type(method)() else (method,)
     if len(settings) == 1:
         return _solved(reader, settings[0], split.calibration, byte_fraction, progress, options)
     best, least, refused = None, math.inf, None

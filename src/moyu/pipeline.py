@@ -610,6 +610,7 @@ def bench_shape(
     targets: Mapping[str, float],
     *,
     byte_fraction: float | None = None,
+    with_knobs: Mapping[str, Method] | None = None,
     layers: int | None = None,
     tokens: int = 8,
     rounds: int = 2,
@@ -622,6 +623,7 @@ def bench_shape(
     """Time a random-weight model of a published shape at given sparsities (method name -> fraction skipped).
 
     byte_fraction: skip so much that a step reads just this instead; methods whose floor is higher are left out.
+    with_knobs: the methods by name, where their knobs are not the defaults.
     """
     total = len(targets) + 1
     stage(f"random {shape}", 0, total)
@@ -633,7 +635,7 @@ def bench_shape(
     ids = torch.randint(3, model.config.vocab_size, (1, 24), generator=generator)
     plans, windows, reader = {}, Windows(ids, 8), Reader(model, anatomy)
     for done, (name, target) in enumerate(targets.items()):
-        method = methods.method(name)
+        method = (with_knobs or {}).get(name) or methods.method(name)
         with contextlib.suppress(OutOfReach):
             if byte_fraction is not None:
                 target = solve(reader, method, windows, byte_fraction)
@@ -834,6 +836,7 @@ def run(
         rows += bench_shape(
             shape,
             able,
+            with_knobs={n: plan.method for n, plan in plans.items()},
             layers=shape_layers,
             weights=settings.weights,
             backend=settings.backend,

@@ -175,8 +175,11 @@ class Method(ABC):
         """c (units,) of a score |x| * c, for methods that are `by_magnitude`; None = 1."""
         return None
 
-    def settings_for(self, bits: int) -> tuple[Method, ...]:
-        """The ways to spend a byte budget on weights kept in `bits`; where there are several, held-out text decides."""
+    def settings_for(self, bits: int, planes: bool = False) -> tuple[Method, ...]:
+        """The ways to spend a byte budget on weights kept in `bits`; where there are several, held-out text decides.
+
+        planes: whether the first bits of a weight can be read without the others.
+        """
         return (self,)
 
     def rest_blocks(self, site: Site, params: SiteParams) -> Blocks | None:
@@ -243,7 +246,7 @@ class Trained(Method):
     trains: ClassVar[bool] = True
     matrices: ClassVar[tuple[str, ...]] = ("inner.weight", "outer.weight")
 
-    def settings_for(self, bits: int) -> tuple[Method, ...]:
+    def settings_for(self, bits: int, planes: bool = False) -> tuple[Method, ...]:
         """Routers of half, a quarter and an eighth of the rank too: what a router reads, the network cannot."""
         return tuple(dataclasses.replace(self, rank=max(1, self.rank // part)) for part in (1, 2, 4, 8))
 

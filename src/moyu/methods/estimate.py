@@ -15,14 +15,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from moyu import kernels, selection
-from moyu.blocks import Blocks, Kind, quantise
+from moyu.blocks import KIND_BITS, KINDS, Blocks, Kind, quantise
 from moyu.methods.base import (
     Acts,
     Family,
@@ -38,7 +38,7 @@ from moyu.methods.base import (
 from moyu.quantisation import GROUP, dequantize, quantize
 
 WAYS = ("svd", "copy", "channels")
-KINDS: Mapping[int, Kind] = {4: "q4_0", 8: "q8_0"}  # by bits
+BLOCKS: Mapping[int, Kind] = {KIND_BITS[kind]: kind for kind in KINDS}
 DAMPING = 1e-3  # of the mean second moment, for inputs that calibration hardly saw
 
 
@@ -88,19 +88,22 @@ class Estimate(Method):
     @property
     def in_blocks(self) -> bool:
         """Whether the rest is a copy in blocks that kernels read."""
-        return self.way == "channels" and not self.nested and self.rest in KINDS
+        return self.way == "channels" and not self.nested and self.rest in BLOCKS
 
     @property
     def by_magnitude(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether kernels may decide while they compute."""
         return self.way == "channels" and (self.in_blocks or not self.rest)
 
-    def settings_for(self, bits: int) -> tuple[Method, ...]:
+    def settings_for(self, bits: int, planes: bool = False) -> tuple[Method, ...]:
         if bits == 16:
-            return tuple(Estimate("channels", rest=b) for b in KINDS)
-        own = {"stored": bits, "bias": False}  # at few bits a weight a bias costs more than it gives, on narrow models
-        ways = [Estimate("channels", rest=b, weighted=w, **own) for b in range(min(bits, 3)) for w in (True, False)]
-        return (*ways, Estimate("copy", 2, rest=0, stored=bits))
+            return tuple(Estimate(rest=b) for b in (0, *BLOCKS))
+        own: dict[str, Any] = {"bias": False}  # at few bits a weight a bias costs more than it gives, on narrow models
+        if planes:
+            own["stored"] = bits
+        rests = range(min(bits, 3)) if planes else (0, *(b for b in BLOCKS if b < bits))
+        ways = [Estimate(rest=b, weighted=w, **own) for b in rests for w in (True, False)]
+        return (*ways, Estimate("copy", 2, rest=0, stored=bits)) if planes else tuple(ways)
 
     def sites(self, block) -> tuple[Site, ...]:
         if self.way == "channels":
@@ -122,7 +125,7 @@ class Estimate(Method):
             else:
                 parts["rows"] = stack
         if self.in_blocks:
-            copy = quantise(last, KINDS[self.rest]).in_order("columns")
+            copy = quantise(last, BLOCKS[self.rest]).in_order("columns")
             buffers |= {"rest.quants": copy.quants, "rest.scales": copy.scales}
             given = copy.dequantise()
         elif self.rest:
@@ -180,7 +183,7 @@ class Estimate(Method):
         if not self.in_blocks:
             return None
         quants, scales = params.buffers["rest.quants"], params.buffers["rest.scales"]
-        return Blocks(KINDS[self.rest], quants, scales, scales.shape[1], "columns")
+        return Blocks(BLOCKS[self.rest], quants, scales, scales.shape[1], "columns")
 
     def rest_of(self, x: Tensor, mask: Tensor, site: Site, params: SiteParams) -> Tensor | None:
         if self.in_blocks or not self.rest:
