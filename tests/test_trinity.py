@@ -146,3 +146,27 @@ def test_published_tables_are_those_of_the_records():
     rows = records.read(root / "docs" / "results" / "trinity.jsonl")
     assert scoreboard.markdown(rows) in (root / "docs" / "scoreboard.md").read_text(), "run `python -m moyu.reporting`"
     assert scoreboard.brief(rows) in (root / "README.md").read_text(), "run `python -m moyu.reporting`"
+
+
+def test_speed_is_timed_once_with_all_methods_in_one_run(quick, monkeypatch):
+    asked, out, rows = quick
+    found = trinity.timed(asked, out, rows)
+    assert [r.method for r in found] == ["dense", "cats", "griffin"]
+    assert len({r.read_ceiling_gb_s for r in found}) == 1
+    monkeypatch.setattr(pipeline, "bench_shape", None)
+    assert trinity.timed(asked, out, rows) == found
+
+
+def test_timing_finds_the_plans_that_took_training(tmp_path, monkeypatch):
+    def timed():
+        return pipeline.bench_shape("tiny", {"deja-vu": 0.5, "cats": 0.5}, keep=tmp_path, layers=1, rounds=1)
+
+    first = timed()
+    assert [p.name for p in tmp_path.iterdir()] == ["deja-vu"]
+    trained = []
+    calibrate = pipeline.calibrate
+    monkeypatch.setattr(
+        pipeline, "calibrate", lambda m, how, *a, **k: (trained.append(how.name), calibrate(m, how, *a, **k))[1]
+    )
+    assert [r.plan for r in timed()] == [r.plan for r in first]
+    assert trained == ["cats"]

@@ -611,6 +611,7 @@ def bench_shape(
     *,
     byte_fraction: float | None = None,
     with_knobs: Mapping[str, Method] | None = None,
+    keep: Path | None = None,
     layers: int | None = None,
     tokens: int = 8,
     rounds: int = 2,
@@ -624,6 +625,7 @@ def bench_shape(
 
     byte_fraction: skip so much that a step reads just this instead; methods whose floor is higher are left out.
     with_knobs: the methods by name, where their knobs are not the defaults.
+    keep: a folder of these plans alone; those that take training are left there and found again.
     """
     total = len(targets) + 1
     stage(f"random {shape}", 0, total)
@@ -636,10 +638,14 @@ def bench_shape(
     plans, windows, reader = {}, Windows(ids, 8), Reader(model, anatomy)
     for done, (name, target) in enumerate(targets.items()):
         method = (with_knobs or {}).get(name) or methods.method(name)
-        with contextlib.suppress(OutOfReach):
+
+        def planned(method: Method = method, target: float = target) -> Plan:
             if byte_fraction is not None:
                 target = solve(reader, method, windows, byte_fraction)
-            plans[name] = calibrate(model, method, windows, sparsity=target, name=shape, seed=seed, anatomy=anatomy)
+            return calibrate(model, method, windows, sparsity=target, name=shape, seed=seed, anatomy=anatomy)
+
+        with contextlib.suppress(OutOfReach):
+            plans[name] = planned() if keep is None or not method.trains else _kept(keep / name, planned)
         stage(f"random {shape}", done + 1, total)
     comparison = compare(
         model,
@@ -663,6 +669,16 @@ def bench_shape(
         **_left_dense(anatomy),
     }
     return speed_records(comparison, plans, base, context_name=shape, layers=depth, backend=_backend(backend))
+
+
+def _kept(folder: Path, make: Callable[[], Plan]) -> Plan:
+    """The plan in a folder, or a new one, saved there."""
+    if (folder / "plan.json").exists():
+        with contextlib.suppress(UserError):
+            return Plan.load(folder)
+    plan = make()
+    plan.save(folder)
+    return plan
 
 
 def largest_sparsity(context: Context, name: str, max_increase: float, stage: Stage = quiet, steps: int = 7) -> Plan:

@@ -7,6 +7,8 @@ from the dense model in 16 bits, whatever the bits of the weights, with one wind
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -299,22 +301,28 @@ def _means(values: Tensor) -> list[float]:
 def timed(asked: Asked, out: Path, rows: Sequence[records.Record], stage: Stage = quiet) -> list[records.Record]:
     """Speed on a random-weight shape of the methods that have cells, each at the largest byte fraction asked for.
 
-    A method and dense alternate in a run of their own, kept in a file of its own: a pass that stops goes on where it was.
+    All of them and dense alternate in one run, whose records are kept; a pass that stops finds the plans that took training.
     """
     names = [n for n in asked.names() if n != QUANTISE and methods.method_class(n).family != "reference"]
     names = [n for n in names if any(isinstance(r, records.Cell) and r.method == n and r.kl is not None for r in rows)]
+    if not names:
+        return []
     shape, layers = ("tiny", 2) if asked.quick else (SHAPE, SHAPE_LAYERS)
+    fraction = max(asked.bytes)
+    run = hashlib.sha256(json.dumps([names, fraction, asked.seed]).encode()).hexdigest()[:8]
     folder = out / ("speed-quick" if asked.quick else "speed")
     folder.mkdir(parents=True, exist_ok=True)
-    found: list[records.Record] = []
-    for done, name in enumerate(names):
-        stage(f"time on {shape}", done, len(names))
-        file = folder / f"{name}.jsonl"
-        if not file.exists():
-            fresh = pipeline.bench_shape(
-                shape, {name: 0.0}, byte_fraction=max(asked.bytes), layers=layers, rounds=3, seed=asked.seed
-            )
-            records.write(file, fresh)
-        found += records.read(file)
-    stage(f"time on {shape}", len(names), len(names))
-    return found
+    file = folder / f"{run}.jsonl"
+    if not file.exists():
+        found = pipeline.bench_shape(
+            shape,
+            dict.fromkeys(names, 0.0),
+            byte_fraction=fraction,
+            keep=folder / f"plans-{fraction}-{asked.seed}",
+            layers=layers,
+            rounds=3,
+            seed=asked.seed,
+            stage=stage,
+        )
+        records.write(file, found)
+    return records.read(file)
