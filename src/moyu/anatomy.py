@@ -167,6 +167,7 @@ class Block:
     expert: int | None = None  # of routed ones; -1, -2, ... are further dense networks of the layer
     host: nn.Module | None = None  # the module whose forward is the whole network; None: inline in the layer
     middle: Middle | None = None  # instead of act
+    cuts: bool = False  # whether that middle makes many neurons exactly 0, by the gate alone where there is one
     heads: int = 0  # of queries; 0: they were not proved
     kv_heads: int = 0  # groups of heads that share keys and values
     head_rows: Tensor | None = None  # (heads, r) outputs of the query's linear that nobody needs without the head

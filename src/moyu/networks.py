@@ -29,6 +29,7 @@ from moyu.blocks import QuantisedLinear
 WIDE = (
     8.0  # standard deviation of the values that a formula must hold on; limits and caps of published models are below
 )
+SAMPLES, CUT = 4, 0.1  # rows of usual values, and the share of zeros that makes a cut: GELU has none, a ReLU half
 SPLITS: Mapping[str, Callable[[int], tuple[slice, slice]]] = {  # gate and up in one linear of 2 f outputs
     "halves": lambda f: (slice(0, f), slice(f, None)),
     "halves, up first": lambda f: (slice(f, None), slice(0, f)),
@@ -186,6 +187,7 @@ def find_networks(layer: int, calls: list[Call], adapters: Adapters) -> list[Blo
         if block is None or adapters.on(*block.pieces.values()):
             block = _by_module(layer, calls, down, before)
         if block is not None and (not block.spread or _spread_alike(block)):
+            block.cuts = _cuts(block, next((c for c in calls if c.module is block.host), None))
             found.append(block)
             used |= {id(p.module) for p in block.pieces.values()}
     return sorted(found, key=lambda b: -math.prod(b.pieces["down"].shape))
@@ -363,6 +365,20 @@ def _by_module(layer: int, calls: list[Call], down: Call, before: list[Call]) ->
                     return Block(layer, middle.pieces | {}, host=host.module, middle=middle)  # pyright: ignore
         return None
     return None
+
+
+def _cuts(block: Block, host: Call | None) -> bool:
+    """Whether the network's own module makes a tenth of its neurons exactly 0 at usual values, whatever up is."""
+    if not isinstance(block.middle, ModuleMiddle) or host is None:
+        return False
+    x = host.x.reshape(-1, host.x.shape[-1])[:1].expand(SAMPLES, -1)
+    generator = torch.Generator().manual_seed(0)
+    decides, other = (torch.randn(SAMPLES, block.neurons, generator=generator).to(x) for _ in range(2))
+    with block.middle.aside():
+        if not block.gated:
+            return bool((block.middle(x, None, decides) == 0).float().mean() >= CUT)
+        zeros = block.middle(x, decides, torch.ones_like(other)) == 0
+        return bool(zeros.float().mean() >= CUT) and not block.middle(x, decides, other)[zeros].any()
 
 
 def _roles(readers: list[Call], width: int) -> Iterator[dict[str, Piece]]:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 import moyu
 from moyu import accounting, kernels, methods, surgery
@@ -238,6 +239,47 @@ def test_exact_methods_skip_nothing_that_counts():
             ids, mask = padded(1)
             with torch.no_grad():
                 assert (one_pass(model, plan, ids, mask) - model(ids).logits).abs().max() < 1e-10
+
+
+def test_the_statistical_top_k_of_gemma_3n_is_skipped_exactly():
+    config = Gemma3nTextConfig(
+        **{"vocab_size": 256, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "head_dim": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_kv_shared_layers": 0, "laurel_rank": 8},
+        **{"vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 16, "altup_num_inputs": 2},
+        **{"activation_sparsity_pattern": [0.95, 0.95, 0.0], "layer_types": ["full_attention"] * 3},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    plan = plan_for(model, methods.method("relu-zero"))
+    assert [s.layer for s in plan.sites()] == [0, 1]
+    ids, kept, masks, counter = tokens(1, LENGTH), {}, Recorder(), Counter(1, LENGTH)
+
+    def chooser(site, mask, rows, oracle):
+        counter(site, mask, rows, oracle)
+        return masks(site, mask, rows, oracle)
+
+    layers = model.model.layers
+    for index in (0, 1):
+        cut = layers[index].mlp._gaussian_topk
+        layers[index].mlp._gaussian_topk = lambda g, i=index, cut=cut: (
+            kept.setdefault(i, []).append(cut(g)) or kept[i][-1]
+        )
+    with torch.no_grad():
+        dense = model(ids, use_cache=False).logits
+        own = {index: seen[-1][0] > 0 for index, seen in kept.items()}
+        with Applied(model, plan, engine="mask") as applied, applied.prompt(PROMPT), applied.watched(chooser=chooser):
+            assert torch.equal(model(ids, use_cache=False).logits, dense)
+    assert counter.sparsity == pytest.approx(0.95, abs=0.01)
+    for site in plan.sites():
+        for (_, position), mask in masks.masks[site.key].items():
+            assert torch.equal(mask, own[site.layer][position])
+    with torch.no_grad(), kernels.count_bytes() as read:
+        stepped = stepwise(model, plan, ids, torch.ones_like(ids))
+    assert (stepped - dense).abs().max() < 1e-5 * dense.abs().max()
+    columns_of_down = 2 * 256 * 64 * 4 * (LENGTH - PROMPT)
+    assert 0 < read.by_op["columns"] < 0.1 * columns_of_down
 
 
 def test_thresholds_of_methods_are_finite():

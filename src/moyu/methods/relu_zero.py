@@ -1,7 +1,8 @@
 """Skip the neurons whose activation is exactly zero: same result, fewer bytes.
 
 a_j = relu(p_j) = 0 contributes 0 * w_j to the output, so column j of down need not be read; behind a ReLU gate row j of up
-need not be read either. The result equals dense up to summation order (unless up or down holds Inf or NaN: 0 * Inf).
+need not be read either. So too where a network's own module cuts its gate, as the statistical top-k of Gemma 3n does, which
+is asked what it makes of the gate. The result equals dense up to summation order (unless up or down holds Inf or NaN: 0 * Inf).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from moyu.selection import Threshold
 
 @dataclass(frozen=True)
 class ReluZero(Method):
-    """ReLU zero skip. Lossless on ReLU, squared ReLU and ReGLU; elsewhere it has no site."""
+    """ReLU zero skip. Lossless on ReLU, squared ReLU, ReGLU, and where a network's own module cuts; elsewhere it has no site."""
 
     name: ClassVar[str] = "relu-zero"
     paper: ClassVar[str] = "ReLU Strikes Back, arXiv 2310.04564"
@@ -28,7 +29,7 @@ class ReluZero(Method):
     solves_target: ClassVar[bool] = False
 
     def sites(self, block) -> tuple[Site, ...]:
-        if block.act not in ("relu", "relu2"):
+        if block.act not in ("relu", "relu2") and not block.cuts:
             return ()
         return (row_site(block, "gate"),) if block.gated else (column_site(block, "mid", "down"),)
 
