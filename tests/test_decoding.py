@@ -95,6 +95,11 @@ def assert_native(counted):
     assert counted.by_op.get("decode", 0) > 0, "the step was not native"
 
 
+def step_errors(native, general):
+    """The largest difference of each step, (T - P,), over the largest logit."""
+    return (native - general).float().abs().amax((0, 2)) / general.float().abs().max()
+
+
 def assert_general(counted):
     assert "decode" not in counted.by_op
 
@@ -149,9 +154,13 @@ def test_skipped_columns_are_read_in_few_bits(structure, weights, rest, batch):
         general, by_general = decode(model, applied, ids, mask, general=True)
     assert_native(counted)
     assert_general(by_general)
-    exact = weights == torch.float32 and batch == 1
+    exact = weights in (torch.float32, "q8_0")
     assert counted.total == by_general.total or not exact  # elsewhere masks flip within rounding
-    assert (native - general).abs().max() <= (1e-4 if exact else 5e-2) * general.abs().max()
+    error = step_errors(native, general)
+    assert error.median() <= (1e-5 if exact else 1e-2)
+    assert (
+        error.max() <= 3e-2
+    )  # x is rounded to 8 bits: where two sums differ in their last bit, one may round the other way
 
 
 @pytest.mark.parametrize("name", ["griffin", "cats", "teal"])
@@ -277,17 +286,19 @@ def test_threads_decode_with_one_model():
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_several_threads_of_the_kernel_give_one_result():
+@pytest.mark.parametrize("name", ["teal", "estimate"])
+def test_several_threads_of_the_kernel_give_one_result(name):
     model = make("llama")
     torch.set_num_threads(3)
     try:
-        with Applied(model, plan_for(model, "teal")) as applied:
+        with Applied(model, plan_for(model, name)) as applied:
             native, counted = decode(model, applied, tokens(2, 30))
             general, _ = decode(model, applied, tokens(2, 30), general=True)
     finally:
         torch.set_num_threads(1)
     assert_native(counted)
-    assert (native - general).abs().max() <= 1e-4 * general.abs().max()
+    error = step_errors(native, general)
+    assert error.median() <= 1e-5 and error.max() <= (1e-2 if name == "estimate" else 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- never where it is wrong

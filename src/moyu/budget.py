@@ -43,11 +43,11 @@ class Reader:
 
     @property
     def bits(self) -> int:
-        """Bits of a weight, its scale aside; of blocks of several kinds the most."""
+        """Bits of a weight, its scale aside; where weights are of several kinds, the most."""
         if self.storage is not None:
             return self.storage.bits
-        kinds = {p.blocks.kind for b in self.anatomy.all_blocks() for p in b.pieces.values() if p.blocks is not None}
-        return max((KIND_BITS[kind] for kind in kinds), default=16)
+        kept = [p.blocks for b in self.anatomy.all_blocks() for p in b.pieces.values()]
+        return max((16 if blocks is None else KIND_BITS[blocks.kind] for blocks in kept), default=16)
 
     @property
     def planes(self) -> bool:

@@ -35,7 +35,6 @@ class SiteState:
         self.site, self.params, self.method = site, params, method
         self.static_mask: Tensor | None = None
         self.factors: Tensor | None = None  # of a score |x| * c, for native steps
-        self.biases: dict[str, Tensor | None] = {}  # by linear, for native steps
 
     def decide(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
         """The method's own mask of these rows, (N, n) bool before dense rows are freed."""
@@ -75,7 +74,7 @@ class SiteState:
         piece, own = block.pieces[name], self.bias_of(name, block)
         if own is None:
             return piece.bias
-        return own.to(piece.dtype) if piece.bias is None else own.to(piece.dtype) + piece.bias
+        return (own if piece.bias is None else own + piece.bias.to(own.dtype)).to(piece.dtype)
 
     def remember(self, x: Tensor, rows: Rows, state: Pass) -> None:
         """Let the dense valid rows of the tap `x` (N, n) into the sequence memory."""

@@ -368,17 +368,24 @@ def _by_module(layer: int, calls: list[Call], down: Call, before: list[Call]) ->
 
 
 def _cuts(block: Block, host: Call | None) -> bool:
-    """Whether the network's own module makes a tenth of its neurons exactly 0 at usual values, whatever up is."""
+    """Whether the network's own module makes a tenth of its neurons exactly 0 at usual values, whatever up is.
+
+    What up is at those neurons must not matter to the others either.
+    """
     if not isinstance(block.middle, ModuleMiddle) or host is None:
         return False
     x = host.x.reshape(-1, host.x.shape[-1])[:1].expand(SAMPLES, -1)
     generator = torch.Generator().manual_seed(0)
     decides, other = (torch.randn(SAMPLES, block.neurons, generator=generator).to(x) for _ in range(2))
     with block.middle.aside():
-        if not block.gated:
-            return bool((block.middle(x, None, decides) == 0).float().mean() >= CUT)
-        zeros = block.middle(x, decides, torch.ones_like(other)) == 0
-        return bool(zeros.float().mean() >= CUT) and not block.middle(x, decides, other)[zeros].any()
+        try:
+            if not block.gated:
+                return bool((block.middle(x, None, decides) == 0).float().mean() >= CUT)
+            zeros = block.middle(x, decides, torch.ones_like(other)) == 0
+            value, without = (block.middle(x, decides, up) for up in (other, torch.where(zeros, 0, other)))
+        except Exception:  # a module that wants more than its input
+            return False
+    return bool(zeros.float().mean() >= CUT) and not value[zeros].any() and torch.equal(value, without)
 
 
 def _roles(readers: list[Call], width: int) -> Iterator[dict[str, Piece]]:

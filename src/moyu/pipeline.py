@@ -645,7 +645,7 @@ def bench_shape(
             return calibrate(model, method, windows, sparsity=target, name=shape, seed=seed, anatomy=anatomy)
 
         with contextlib.suppress(OutOfReach):
-            plans[name] = planned() if keep is None or not method.trains else _kept(keep / name, planned)
+            plans[name] = planned() if keep is None or not method.trains else _kept(keep / name, method, planned)
         stage(f"random {shape}", done + 1, total)
     comparison = compare(
         model,
@@ -671,11 +671,13 @@ def bench_shape(
     return speed_records(comparison, plans, base, context_name=shape, layers=depth, backend=_backend(backend))
 
 
-def _kept(folder: Path, make: Callable[[], Plan]) -> Plan:
-    """The plan in a folder, or a new one, saved there."""
+def _kept(folder: Path, method: Method, make: Callable[[], Plan]) -> Plan:
+    """The plan of this method in a folder, or a new one, saved there."""
     if (folder / "plan.json").exists():
         with contextlib.suppress(UserError):
-            return Plan.load(folder)
+            found = Plan.load(folder)
+            if found.method == method:
+                return found
     plan = make()
     plan.save(folder)
     return plan

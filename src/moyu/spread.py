@@ -44,7 +44,8 @@ def refuse(anatomy: Anatomy, plan: Plan | None, engine: str) -> None:
         if block is None:
             continue
         extras = [n for n in ("basis", "centre", "low_rank", "bias") if getattr(params, n) is not None]
-        if type(plan.method).rest_of is not Method.rest_of:
+        kind = type(plan.method)
+        if kind.rest_of is not Method.rest_of or kind.rest_blocks is not Method.rest_blocks:
             extras.append("a remainder")
         if site.skips == "heads":
             extras.append("heads")

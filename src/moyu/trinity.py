@@ -309,7 +309,8 @@ def timed(asked: Asked, out: Path, rows: Sequence[records.Record], stage: Stage 
         return []
     shape, layers = ("tiny", 2) if asked.quick else (SHAPE, SHAPE_LAYERS)
     fraction = max(asked.bytes)
-    run = hashlib.sha256(json.dumps([names, fraction, asked.seed]).encode()).hexdigest()[:8]
+    about = [shape, layers, fraction, asked.seed, {n: methods.method(n).knobs() for n in names}]
+    run = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     folder = out / ("speed-quick" if asked.quick else "speed")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{run}.jsonl"
@@ -318,7 +319,7 @@ def timed(asked: Asked, out: Path, rows: Sequence[records.Record], stage: Stage 
             shape,
             dict.fromkeys(names, 0.0),
             byte_fraction=fraction,
-            keep=folder / f"plans-{fraction}-{asked.seed}",
+            keep=folder / f"plans-{shape}-{layers}-{fraction}-{asked.seed}",
             layers=layers,
             rounds=3,
             seed=asked.seed,

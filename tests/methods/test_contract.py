@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 import moyu
@@ -280,6 +281,40 @@ def test_the_statistical_top_k_of_gemma_3n_is_skipped_exactly():
     assert (stepped - dense).abs().max() < 1e-5 * dense.abs().max()
     columns_of_down = 2 * 256 * 64 * 4 * (LENGTH - PROMPT)
     assert 0 < read.by_op["columns"] < 0.1 * columns_of_down
+
+
+class _NormedUp(nn.Module):
+    """relu(gate) * norm(up): what is 0 by the gate still moves the norm of the others."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x):
+        up = self.up_proj(x)
+        normed = up * torch.rsqrt(up.square().mean(-1, keepdim=True) + 1e-6)
+        return self.down_proj(torch.relu(self.gate_proj(x)) * normed)
+
+
+def test_a_cut_behind_a_norm_over_neurons_is_left_alone():
+    model = build("llama", torch.float32)
+    for layer in model.model.layers:
+        layer.mlp = _NormedUp(layer.mlp)
+    assert all(b.middle is not None and not b.cuts for b in surgery.dissect(model).blocks)
+    assert not has_sites(model, methods.method("relu-zero"))
+
+
+def test_what_skipped_columns_give_has_a_gradient():
+    model = build("llama", torch.float32)
+    plan = plan_for(model, methods.method("estimate"))
+    site, params = next(iter(plan.parts.values()))
+    x = torch.randn(3, site.units, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(3, site.units, generator=torch.Generator().manual_seed(1)) < 0.5
+    free = x.clone().requires_grad_()
+    given = plan.method.rest_of(free, mask, site, params)
+    given.sum().backward()
+    assert free.grad is not None and bool((free.grad != 0).eq(~mask).all())
+    assert (given - plan.method.rest_of(x, mask, site, params)).abs().max() < 0.02 * given.abs().max()
 
 
 def test_thresholds_of_methods_are_finite():

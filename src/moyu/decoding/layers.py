@@ -78,9 +78,12 @@ class PlainLayer:
         """The site whose mask is known before the step."""
         return self.state(skips="neurons")
 
-    def native(self, masked: bool = True) -> Any:
-        """The layer as the extension takes it; pointers are those of the live parameters."""
-        extension, pieces = cpu.extension(), self.block.pieces
+    def native(self, masked: bool = True, kept: list[Tensor] | None = None) -> Any:
+        """The layer as the extension takes it; pointers are those of the live parameters.
+
+        A bias that the plan adds to is a copy. kept: takes these copies, which must live as long as the layer.
+        """
+        extension, pieces, kept = cpu.extension(), self.block.pieces, [] if kept is None else kept
         layer = extension.Layer()
         for name, norm in self.norms.items():
             setattr(layer, name, norm.native())
@@ -88,9 +91,9 @@ class PlainLayer:
         for name in LINEARS:
             if name in pieces:
                 site = self.state(skips="columns", linear=name) or (first if name == "down" else None)
-                setattr(layer, name, self._linear(name, site))
+                setattr(layer, name, self._linear(name, site, kept))
         if self.sequence_site is not None:
-            layer.down.bias = self._bias("down", self.sequence_site)
+            layer.down.bias = self._bias("down", self.sequence_site, kept)
         layer.act = cpu.activation_code(self.block.act or "identity")
         layer.head_dim, layer.scale = self.head_dim, self.scale
         layer.heads = pieces["q"].shape[0] // self.head_dim
@@ -102,11 +105,11 @@ class PlainLayer:
             layer.network = GATE_FIRST if first.site.reads == "gate" else UP_FIRST
         return layer
 
-    def _linear(self, name: str, decides: SiteState | None) -> Any:
+    def _linear(self, name: str, decides: SiteState | None, kept: list[Tensor]) -> Any:
         piece = self.block.pieces[name]
         linear = native_linear(piece.operand, piece.bias)
         if decides is not None:
-            linear.bias = self._bias(name, decides)
+            linear.bias = self._bias(name, decides, kept)
             rest = decides.method.rest_blocks(decides.site, decides.params)
             if rest is not None:
                 linear.rest = cpu.native_blocks(rest)
@@ -115,10 +118,13 @@ class PlainLayer:
             linear.factor = 0 if factors is None else factors.data_ptr()
         return linear
 
-    def _bias(self, name: str, state: SiteState) -> int:
-        """The address of a linear's bias with the plan's; kept alive by the site's state."""
-        bias = state.biases[name] = state.whole_bias(name, self.block)
-        return 0 if bias is None else bias.data_ptr()
+    def _bias(self, name: str, state: SiteState, kept: list[Tensor]) -> int:
+        """The address of a linear's bias with the plan's."""
+        bias = state.whole_bias(name, self.block)
+        if bias is None:
+            return 0
+        kept.append(bias)
+        return bias.data_ptr()
 
     def factors(self, state: SiteState, dtype: torch.dtype) -> Tensor | None:
         """c of a score |x| * c, rounded as the score rounds it; kept alive by the site's state."""

@@ -272,7 +272,7 @@ def _unexpressed(layer: PlainLayer) -> str | None:
             or site.source_layer != site.layer
         ):
             return f"{method.name} decides at {site.key} in its own way"
-        if not isinstance(params.rule, Threshold) or not method.by_magnitude:
+        if not isinstance(params.rule, Threshold) or not method.kernels_decide:
             return f"{method.name} decides at {site.key} by more than a magnitude"
     return None
 

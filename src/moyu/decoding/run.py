@@ -38,7 +38,7 @@ class DecodeRun:
         self.sequence_sites = [layer.sequence_site for layer in layers]
         self.d = layers[0].block.pieces["q"].shape[1]
         self.widest = max(layer.widest for layer in layers)
-        self._decoder: Any = None
+        self._decoder: tuple[Any, list[Tensor]] | None = None  # and what it points to beside the model's parameters
         self._weights: list[Tensor] = []
         self._addresses: list[int] = []
         self._expected: tuple[list[dict], list[str], list[Any]] = ([], [], [])  # owner[name] is value
@@ -100,19 +100,29 @@ class DecodeRun:
     def untouched(self) -> bool:
         """Whether the modules are still what was proved: nobody hooked, replaced or patched a module of them."""
         if self._decoder is None:
-            self._build()
+            self._make()
         # Seven hundred comparisons, in C: as a Python loop they take half a millisecond.
         owners, names, values = self._expected
         return not any(self._hooks) and all(map(operator.is_, map(dict.get, owners, names), values))
+
+    def _moved(self) -> bool:
+        """Whether there is no decoder, or something has repacked the weights since it was made."""
+        return self._decoder is None or list(map(Tensor.data_ptr, self._weights)) != self._addresses
+
+    def _make(self) -> None:
+        """Build, once where several threads find that it must be."""
+        with self.applied.layout_lock:
+            if self._moved():
+                self._build()
 
     def _build(self) -> None:
         """Take the pointers of the live parameters, laid out for this plan."""
         for call in (*self.applied.ffns, *self.applied.linears):
             call.ensure_layout()
         decoder = cpu.extension().Decoder()
-        expected, hooks, weights = [], [], []
+        expected, hooks, weights, kept = [], [], [], []
         for layer in self.layers:
-            decoder.add(layer.native())
+            decoder.add(layer.native(kept=kept))
         if self.ends is not None:
             decoder.ends = self.ends.native()
         for module in self._modules():
@@ -129,7 +139,7 @@ class DecodeRun:
         self._expected, self._hooks = (owners, names, values), hooks
         self._weights = [weight for weight in weights if weight is not None]
         self._addresses = [weight.data_ptr() for weight in self._weights]
-        self._decoder = decoder
+        self._decoder = decoder, kept
 
     def _modules(self) -> list[nn.Module]:
         """Those that a native step stands for."""
@@ -168,10 +178,10 @@ class DecodeRun:
         `masks`: (B, f) a layer, or None where nothing is known before; the others as `run_step` takes them. Returns the
         bytes read.
         """
-        if list(map(Tensor.data_ptr, self._weights)) != self._addresses:  # something has repacked the weights
-            with self.applied.layout_lock:
-                self._decoder = None
-                self._build()
+        if self._moved():
+            self._make()
+        built = self._decoder  # held until the step is over, whatever another thread builds meanwhile
+        assert built is not None
         room = _room(cache, self.layers)
         masks = [mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks]
         memory = array("q")
@@ -179,7 +189,7 @@ class DecodeRun:
             memory.extend(where)
             memory.extend((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0)))
         read = run_step(
-            self._decoder,
+            built[0],
             room.length,
             angles,
             allowed,

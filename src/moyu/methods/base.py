@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moyu import kernels, routers, selection
 from moyu.blocks import Blocks
@@ -171,6 +172,11 @@ class Method(ABC):
     def score(self, x: Tensor, rows: Rows, site: Site, params: SiteParams, memory: Memory) -> Tensor:
         """Rank the units: (N, n) -> (N, units); row-wise, causal; larger is kept. `x` is NOTHING where only memory speaks."""
 
+    @property
+    def kernels_decide(self) -> bool:
+        """Whether kernels may decide by magnitude here: what skipped units give, they must be able to give too."""
+        return self.by_magnitude
+
     def factors(self, site: Site, params: SiteParams) -> Tensor | None:
         """c (units,) of a score |x| * c, for methods that are `by_magnitude`; None = 1."""
         return None
@@ -189,7 +195,11 @@ class Method(ABC):
     def rest_of(self, x: Tensor, mask: Tensor, site: Site, params: SiteParams) -> Tensor | None:
         """What skipped units give all the same, of one linear: (N, n) and the mask (N, units) -> (N, q); None: nothing."""
         rest = self.rest_blocks(site, params)
-        return None if rest is None else kernels.columns(x, rest, ~mask)
+        if rest is None:
+            return None
+        if x.requires_grad or x.device.type != "cpu":  # where kernels have no blocks
+            return functional.linear(torch.where(mask, 0, x), rest.dequantise(x.dtype))
+        return kernels.columns(x, rest, ~mask)
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
         """Buffers that `score` needs, from weights and calibration activations."""

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from moyu import kernels, selection
 from moyu.blocks import KIND_BITS, KINDS, Blocks, Kind, quantise
+from moyu.errors import UserError
 from moyu.methods.base import (
     Acts,
     Family,
@@ -38,7 +39,7 @@ from moyu.methods.base import (
 from moyu.quantisation import GROUP, dequantize, quantize
 
 WAYS = ("svd", "copy", "channels")
-BLOCKS: Mapping[int, Kind] = {KIND_BITS[kind]: kind for kind in KINDS}
+KIND_OF: Mapping[int, Kind] = {KIND_BITS[kind]: kind for kind in KINDS}
 DAMPING = 1e-3  # of the mean second moment, for inputs that calibration hardly saw
 
 
@@ -67,6 +68,7 @@ class Estimate(Method):
     paper: ClassVar[str] = "own"
     family: ClassVar[Family] = "own"
     granularity: ClassVar[Granularity] = "token"
+    by_magnitude: ClassVar[bool] = True  # of channels
 
     def __post_init__(self) -> None:
         if self.way not in WAYS:
@@ -88,20 +90,19 @@ class Estimate(Method):
     @property
     def in_blocks(self) -> bool:
         """Whether the rest is a copy in blocks that kernels read."""
-        return self.way == "channels" and not self.nested and self.rest in BLOCKS
+        return self.way == "channels" and not self.nested and self.rest in KIND_OF
 
     @property
-    def by_magnitude(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether kernels may decide while they compute."""
-        return self.way == "channels" and (self.in_blocks or not self.rest)
+    def kernels_decide(self) -> bool:
+        return self.in_blocks or not self.rest
 
     def settings_for(self, bits: int, planes: bool = False) -> tuple[Method, ...]:
         if bits == 16:
-            return tuple(Estimate(rest=b) for b in (0, *BLOCKS))
+            return tuple(Estimate(rest=b) for b in (0, *KIND_OF))
         own: dict[str, Any] = {"bias": False}  # at few bits a weight a bias costs more than it gives, on narrow models
         if planes:
             own["stored"] = bits
-        rests = range(min(bits, 3)) if planes else (0, *(b for b in BLOCKS if b < bits))
+        rests = range(min(bits, 3)) if planes else (0, *(b for b in KIND_OF if b < bits))
         ways = [Estimate(rest=b, weighted=w, **own) for b in rests for w in (True, False)]
         return (*ways, Estimate("copy", 2, rest=0, stored=bits)) if planes else tuple(ways)
 
@@ -125,7 +126,7 @@ class Estimate(Method):
             else:
                 parts["rows"] = stack
         if self.in_blocks:
-            copy = quantise(last, BLOCKS[self.rest]).in_order("columns")
+            copy = quantise(last, KIND_OF[self.rest]).in_order("columns")
             buffers |= {"rest.quants": copy.quants, "rest.scales": copy.scales}
             given = copy.dequantise()
         elif self.rest:
@@ -182,8 +183,12 @@ class Estimate(Method):
     def rest_blocks(self, site: Site, params: SiteParams) -> Blocks | None:
         if not self.in_blocks:
             return None
+        if "rest.quants" not in params.buffers:
+            raise UserError(
+                "this plan of `estimate` is of a version without kernels", "make it again: `moyu calibrate`"
+            )
         quants, scales = params.buffers["rest.quants"], params.buffers["rest.scales"]
-        return Blocks(BLOCKS[self.rest], quants, scales, scales.shape[1], "columns")
+        return Blocks(KIND_OF[self.rest], quants, scales, scales.shape[1], "columns")
 
     def rest_of(self, x: Tensor, mask: Tensor, site: Site, params: SiteParams) -> Tensor | None:
         if self.in_blocks or not self.rest:
@@ -211,7 +216,7 @@ class Estimate(Method):
                 scales = params.buffers[f"{part}.scales"].nbytes
                 total += (buffer.numel() * bits / 8 + scales) * (skipped if alone else 1.0)
             elif kind == "quants":
-                total += buffer.nbytes * skipped + params.buffers["rest.scales"].nbytes
+                total += buffer.nbytes * skipped + params.buffers["rest.scales"].nbytes * (skipped > 0)
             elif kind == "bias" or name == "norms":
                 total += buffer.nbytes
         return round(total)

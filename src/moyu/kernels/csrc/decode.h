@@ -200,12 +200,12 @@ class Decoding {
         if (in_blocks) {
             bytes[team.thread] += block_columns_share<T>(args, blocks(w), my.kept, count, team, own);
         } else {
-            LinearArgs plain = args;
-            take_together<T>(plain, count, my.zeroed);
-            bytes[team.thread] += columns_share<T>(plain, my.kept, count, team, own);
+            LinearArgs kept = args;  // `args` keeps x and the mask as they are, for what follows
+            take_together<T>(kept, count, my.zeroed);
+            bytes[team.thread] += columns_share<T>(kept, my.kept, count, team, own);
         }
         if (w.rest.kind == Kind::plain) return;
-        for (int64_t i = 0; i < a.rows * w.n; ++i) my.mask[i] = !my.mask[i];
+        for (int64_t i = 0; i < a.rows * w.n; ++i) my.mask[i] = !my.mask[i];  // which args.mask points to
         const int64_t others = list_kept(my.mask, w.n, a.rows, w.n, my.any, my.kept);
         float *more = in_blocks ? own : my.values;
         if (!in_blocks) clear(more, a.rows, w.q);

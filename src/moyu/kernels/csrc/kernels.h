@@ -72,7 +72,7 @@ struct DecodeLinear {
     Kind kind;               // not plain: `weight` are quants, and strides are bytes
     const void *scales;
     int64_t scales_stride;
-    Blocks rest;             // not plain: columns that skipped inputs are multiplied with instead
+    Blocks rest;             // not plain: columns that skipped inputs are multiplied with instead, where `by_columns`
 };
 
 // How the network skips: each product by columns (or not at all), or whole neurons by a mask that is known before
