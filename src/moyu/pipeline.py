@@ -51,7 +51,7 @@ from moyu.records import Record
 from moyu.speculation import Correction, Speculation
 from moyu.surgery import Anatomy
 
-DEFAULT_METHODS = ("cett", "cats", "teal", "griffin", "tda", "popularity")
+DEFAULT_METHODS = ("cett", "cats", "teal", "estimate", "griffin", "tda", "popularity")
 DEFAULT_SPARSITY = 0.5
 REFERENCE_BYTES = 512 << 20
 PROMPT_TEXT = "def read_config(path):\n"
