@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
-import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import moyu
-from moyu import allocation, cli, methods, pipeline, surgery
+from moyu import allocation, cli, methods, pipeline, surgery, trials
 from moyu.allocation import climb, mean, weights
 from moyu.calibration import Windows
 from moyu.plan import Plan
@@ -72,13 +69,13 @@ def test_the_plan_has_the_levels_and_says_which_it_is():
 def test_greedy_looks_at_no_more_than_its_tokens(monkeypatch, shape):
     seen = []
 
-    class Watched(allocation.Walk):
+    class Watched(trials.Walk):
         def __init__(self, applied, windows):
             seen.append(windows.tokens.numel())
             super().__init__(applied, windows)
 
-    monkeypatch.setattr(allocation, "TOKENS", 32)
-    monkeypatch.setattr(allocation, "Walk", Watched)
+    monkeypatch.setattr(trials, "TOKENS", 32)
+    monkeypatch.setattr(trials, "Walk", Watched)
     model, windows = build("llama"), Windows(tokens(*shape), 4)
     task = allocation.Task(model, methods.method("teal"), windows, windows, 0.5, surgery.dissect(model), step=0.25)
     allocation.greedy(task)
@@ -163,35 +160,22 @@ def test_products_are_made_again_only_where_they_change():
             errors.setdefault("fresh", []).append(block.error(trial))
         return trials[0]
 
-    allocation.each_block(model, methods.method("teal"), windows, visit, surgery.dissect(model))
+    trials.each_layer(model, methods.method("teal"), windows, visit, surgery.dissect(model))
     assert errors["kept"] == pytest.approx(errors["fresh"], rel=1e-12) and min(errors["kept"]) > 0
     # The first run makes 7; q, k or v again that one and the 4 behind it, o 4, up or gate 2, down itself.
     assert made == [7 + 3 * 5 + 4 + 2 * 2 + 1] * 3
 
 
-def test_least_sum_by_brute_force():
-    """Against every combination of levels on a grid, for curves that are convex and for one that is not."""
-    grid = allocation.GRID
-    curves = {0: [0, 0.1, 0.3, 0.7, 1.5, 3.0], 1: [0, 0.02, 0.05, 0.2, 0.9, 2.0], 2: [0, 0.6, 0.7, 0.8, 0.9, 1.0]}
-    shares = {0: 0.5, 1: 0.25, 2: 0.25}
-    loss = lambda levels: sum(float(np.interp(levels[i], grid, curves[i])) for i in curves)  # noqa: E731
-    fine = np.linspace(0, allocation.MOST, 20)
-    for target in (0.2, 0.45, 0.7):
-        levels = allocation.least_sum(curves, shares, target)
-        assert mean(levels, shares) == pytest.approx(target)
-        points = [dict(enumerate(p)) for p in itertools.product(fine, repeat=3)]
-        best = min(loss(p) for p in points if mean(p, shares) >= target)
-        assert loss(levels) <= best + 0.12  # a curve that is not convex costs up to a piece of its hull
-
-
-@pytest.mark.parametrize(("kind", "trials"), [("search-up", 6), ("search-random", 3), ("cett", 0), ("sensitivity", 0)])
-def test_allocations_meet_the_target_and_say_which_was_better(kind, trials, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "count"), [("search-up", 6), ("search-random", 3), ("cett", 0), ("sensitivity", 0), ("fisher", 0)]
+)
+def test_allocations_meet_the_target_and_say_which_was_better(kind, count, monkeypatch):
     monkeypatch.setattr(allocation, "GRID", (0.0, 0.5, allocation.MOST))
     model = build("llama", torch.float32)
     method = methods.method("cats")
     plan = allocation.calibrate_allocated(
         model, method, Windows(tokens(4, 24), 8), Windows(tokens(6, 24, seed=4), 8), allocation=kind, sparsity=0.5,
-        trials=trials,
+        trials=count,
     )  # fmt: skip
     about = plan.calibration["allocation"]
     assert set(about["kl"]) == {"uniform", kind} and about["kl"][about["chosen"]] == min(about["kl"].values())
@@ -202,13 +186,14 @@ def test_allocations_meet_the_target_and_say_which_was_better(kind, trials, monk
         Windows(tokens(6, 24, seed=4), 8),
         0.5,
         surgery.dissect(model),
-        trials=trials,
+        trials=count,
     )
     levels = {
         "search-up": lambda: allocation.search(task, "up"),
         "search-random": lambda: allocation.search(task, "random"),
         "cett": lambda: allocation.equalised(task, stream=False),
         "sensitivity": lambda: allocation.sensitivity(task)[0],
+        "fisher": lambda: allocation.second_order(task)[0],
     }[kind]()
     blocks = {int(key[5]): level for key, level in levels.items()}
     assert mean(blocks, task.shares) == pytest.approx(0.5, abs=1e-6)
@@ -225,5 +210,5 @@ def test_equalised_blocks_lose_the_same_share():
         shares.append(block.share({key: levels[key] for key in weights}, stream=False))
         return dict.fromkeys(weights, 0.5)
 
-    allocation.each_block(model, task.method, windows, visit, task.anatomy)
+    trials.each_layer(model, task.method, windows, visit, task.anatomy)
     assert max(shares) < 1.25 * min(shares) and max(levels.values()) > min(levels.values())

@@ -11,13 +11,13 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from moyu import budget, methods, models, pipeline
-from moyu.accounting import added_bytes
-from moyu.budget import SLACK, Reader, kinds, plan_for_bytes, solve
+from moyu.budget import SLACK, Divided, Reader, Way, kinds, plan_for_bytes, solve, ways
 from moyu.calibration import Windows, calibrate
 from moyu.errors import OutOfReach
 from moyu.quantisation import GROUP, Storage, stored_bits
 from moyu.surgery import dissect
 from moyu.text import Split
+from moyu.trials import separable
 from tiny import build, tokens
 
 SHORT = pipeline.Settings(window=96, boundary=48, test=4, calibration=4)
@@ -82,7 +82,7 @@ def test_matrices_of_a_plan_are_kept_and_counted_in_the_bits_of_the_weights(name
             assert getattr(kept, field) is getattr(params, field)
     assert count
     assert sixteen.added(plan) - four.added(short) == pytest.approx(saved, rel=0.02)
-    assert sixteen.added(plan) <= added_bytes(method, plan.parts.values())  # the model's own are of 32 bits
+    assert sixteen.added(plan) <= plan.added_bytes()  # the model's own are of 32 bits
 
 
 def test_bytes_are_out_of_reach_where_there_is_nothing_to_skip():
@@ -117,7 +117,7 @@ def test_plans_within_the_bytes_skip_as_little_as_they_can(monkeypatch, read, be
     monkeypatch.setattr(budget, "evaluate", lambda model, plan, *a, **k: SimpleNamespace(byte_fraction=read(plan)))
     same = {"kept": lambda p: p, "byte_fraction": lambda fraction, plan: fraction}
     reader = SimpleNamespace(model=None, anatomy=None, skippable=lambda m: 1.0, dense=lambda: 1.0, **same)
-    plan = budget._solved(reader, methods.method("teal"), windows(), 0.69, None, {})
+    plan = budget._solved(Way(reader, methods.method("teal"), {}), windows(), 0.69)
     assert read(plan) == pytest.approx(best, abs=1e-4)
 
 
@@ -128,14 +128,15 @@ def test_the_rank_of_a_router_is_chosen_where_none_is_named(monkeypatch):
     assert ranks == [default.rank // by for by in (1, 2, 4, 8)]
     tried = []
     fit = budget._solved
-    monkeypatch.setattr(budget, "_solved", lambda r, method, *a: tried.append(method.rank) or fit(r, method, *a))
+    monkeypatch.setattr(budget, "_solved", lambda way, *a: tried.append(way.method.rank) or fit(way, *a))
     model = build("opt-relu", torch.float32)
     reader, split = Reader(model, dissect(model), Storage()), Split(windows(), windows(seed=2), windows(seed=3))
-    chosen = plan_for_bytes(reader, default, split, 0.95)
+    chosen = plan_for_bytes(ways(reader, default, windows()), split, 0.95)
     assert tried == ranks  # the plan that was judged is the one that is returned
     assert chosen.method.rank in ranks
     tried.clear()
-    assert plan_for_bytes(reader, methods.method("deja-vu", rank=4), split, 0.95).method.rank == 4 and tried == [4]
+    own = ways(reader, methods.method("deja-vu", rank=4), windows())
+    assert plan_for_bytes(own, split, 0.95).method.rank == 4 and tried == [4]
 
 
 @pytest.mark.parametrize(("weights", "bits", "rests"), [(None, 16, {0, 4, 8}), ("q8_0", 8, {0, 4}), ("q4_0", 4, {0})])
@@ -149,3 +150,46 @@ def test_settings_of_weights_in_blocks_are_of_fewer_bits_and_have_kernels(weight
     assert {m.knobs()["rest"] for m in settings} == rests
     assert all(m.kernels_decide for m in settings)
     assert Reader(model, reader.anatomy, Storage(4)).planes
+
+
+def test_a_budget_is_divided_over_settings_and_sites():
+    """As many bytes as one setting and level everywhere, at a smaller loss, foreseen; each fraction from one measurement."""
+    context = pipeline.Context.open("swiglu", SHORT)
+    split, method = context.split, methods.method("estimate")
+    reader = Reader(context.loaded.model, context.anatomy, Storage())
+    (divided,) = ways(reader, method, split.calibration)
+    even = [Way(reader, own, {}) for own in method.settings_for(16)]
+    plans = [plan_for_bytes(own, split, 0.6) for own in ([divided], even)]
+    curves = divided.curves
+    graded = [context.quality(plan, matched=False) for plan in plans]
+    for plan, quality in zip(plans, graded, strict=True):
+        assert reader.byte_fraction(quality.byte_fraction, plan) == pytest.approx(0.6, abs=0.01)
+    found, uniform = (float(q.method.kl.mean()) for q in graded)
+    assert found < 0.5 * uniform
+    about = plans[0].calibration["allocation"]
+    assert about["summed_kl"] == pytest.approx(found, rel=0.5)
+    assert plans[0].site_knobs and len(set(about["levels"].values())) > 2 and not plans[1].settings
+    assert plan_for_bytes([divided], split, 0.75).target_sparsity < plans[0].target_sparsity
+    assert divided.curves is curves
+    with pytest.raises(OutOfReach, match="floor"):
+        plan_for_bytes([divided], split, 0.05)
+
+
+def test_named_knobs_are_kept_and_layers_that_cannot_run_alone_are_not_divided(monkeypatch):
+    model = build("llama", torch.float32)
+    reader, named = Reader(model, dissect(model)), methods.method("estimate", rest=8)
+    (own,) = ways(reader, named, windows())
+    assert isinstance(own, Divided) and own.choices == [named]
+    assert not isinstance(ways(reader, methods.method("teal"), windows())[0], Divided)
+    planes = ways(Reader(model, dissect(model), Storage(4)), methods.method("estimate"), windows())
+    assert [len(way.choices) for way in planes] == [6, 1]  # channels, and neurons by a copy
+    monkeypatch.setattr(budget, "separable", lambda *a: False)
+    assert [type(way) for way in ways(reader, methods.method("estimate"), windows())] == [Way] * 3
+
+
+def test_layers_of_a_chain_are_separable():
+    model = build("llama", torch.float32)
+    assert separable(model, windows(), dissect(model))
+    model.model.layers[1].register_forward_hook(lambda m, a, o: o + 0)  # the next one takes what another gave
+    model.model.layers[2].register_forward_pre_hook(lambda m, a: (a[0] + 1, *a[1:]))
+    assert not separable(model, windows(), dissect(model))

@@ -29,6 +29,7 @@ from moyu import kernels, methods, models, surgery, zoo
 from moyu.applied import Applied
 from moyu.calibration import Windows, calibrate
 from moyu.kernels import cpu
+from moyu.plan import Plan
 from moyu.selection import TopK
 from test_equality import has_sites, padded
 from tiny import GATED, WIDE, build, tokens
@@ -162,6 +163,32 @@ def test_skipped_columns_are_read_in_few_bits(structure, weights, rest, batch):
     assert_general(by_general)
     exact = weights in (torch.float32, "q8_0")
     assert_alike(native, general, counted, by_general, 1e-5 if exact else 7e-3, rounds=True)
+
+
+@pytest.mark.parametrize("structure", ["llama-biased", "opt-gelu"])
+def test_sites_with_settings_and_levels_of_their_own(structure, tmp_path):
+    """Dense, without a rest, with one of 4 and one of 8 bits, in one layer; the plan survives a file."""
+    model = make(structure)
+    sites = [s for b in surgery.dissect(model).all_blocks() for s in methods.method("estimate").sites(b)]
+    own = {s.key: methods.method("estimate", rest=(0, 4, 8)[n % 3]) for n, s in enumerate(sites)}
+    levels = {s.key: (0.0, 0.3, 0.6, 0.9)[n % 4] for n, s in enumerate(sites)}
+    settings = {key: method for key, method in own.items() if method.knobs()["rest"] != 4}
+    windows = Windows(tokens(4, 40), 20)
+    made = calibrate(model, methods.method("estimate"), windows, sparsity=0.5, levels=levels, settings=settings)
+    assert set(made.parts) == {key for key, level in levels.items() if level}
+    plan = Plan.load(made.save(tmp_path))
+    assert plan.hash == made.hash and plan.added_bytes() == made.added_bytes()
+    for site, params in plan.parts.values():
+        assert plan.method_of(site) == own[site.key]
+        assert ("rest.quants" in params.buffers) == (own[site.key].knobs()["rest"] > 0)
+    assert set(plan.site_knobs) == {"rest=0", "rest=8"} and sum(plan.site_knobs.values()) == len(plan.settings)
+    ids, mask = padded(2)
+    with Applied(model, plan) as applied:
+        native, counted = decode(model, applied, ids, mask)
+        general, by_general = decode(model, applied, ids, mask, general=True)
+    assert_native(counted)
+    assert_general(by_general)
+    assert_alike(native, general, counted, by_general, 1e-5, rounds=True)
 
 
 @pytest.mark.parametrize("name", ["griffin", "cats", "teal"])

@@ -12,7 +12,7 @@ import torch
 
 import moyu
 from moyu import calibration, methods, pipeline, records, trinity
-from moyu.budget import Reader, plan_for_bytes, solve
+from moyu.budget import Reader, plan_for_bytes, solve, ways
 from moyu.methods.estimate import Estimate, factors
 from moyu.quantisation import Storage
 from moyu.reporting import scoreboard
@@ -109,7 +109,8 @@ def test_what_a_plan_adds_is_counted_in(name):
 def test_settings_are_chosen_and_the_estimate_beats_what_skips_whole(tmp_path):
     context = pipeline.Context.open("swiglu", pipeline.Settings(window=96, boundary=48, test=8, calibration=4))
     reader = Reader(context.loaded.model, context.anatomy, Storage())
-    plans = {n: plan_for_bytes(reader, methods.method(n), context.split, 0.6) for n in ("estimate", "teal")}
+    found = {n: ways(reader, methods.method(n), context.split.calibration) for n in ("estimate", "teal")}
+    plans = {n: plan_for_bytes(own, context.split, 0.6) for n, own in found.items()}
     kl = {n: float(context.quality(p, matched=False).method.kl.mean()) for n, p in plans.items()}
     assert plans["estimate"].method in Estimate().settings_for(16)
     assert kl["estimate"] < 0.2 * kl["teal"]

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moyu.anatomy import stored_bytes
 from moyu.blocks import QuantisedEmbedding, QuantisedLinear
-from moyu.methods.base import KvPolicy, Method, Site, SiteParams
+from moyu.methods.base import KvPolicy, Method, Site
 from moyu.surgery import Anatomy
 
 KV_CONTEXTS = (0, 2048, 8192)
@@ -45,11 +45,6 @@ def count_weights(model: nn.Module) -> int:
     """Parameters of a model, those that are kept as blocks included; tied ones once."""
     kept = {m.quants.data_ptr(): m for m in model.modules() if isinstance(m, QuantisedLinear | QuantisedEmbedding)}
     return sum(p.numel() for p in model.parameters()) + sum(math.prod(m.blocks.shape) for m in kept.values())
-
-
-def added_bytes(method: Method, parts: Iterable[tuple[Site, SiteParams]]) -> int:
-    """Bytes that a plan makes a step read beyond the model's: biases, bases, low-rank parts, thresholds, scores."""
-    return sum(params.extra_bytes() + method.score_bytes(site, params) for site, params in parts)
 
 
 def floor(model: nn.Module, anatomy: Anatomy, method: Method) -> float:

@@ -7,37 +7,35 @@ search       blocks by a search with Parzen densities on held-out KL, greedy ins
              the blocks' levels growing or falling with depth, `search-random` draws as many blindly.
 cett         every block at the level that changes what it adds by the same share; `cett-stream`: what it hands on.
 sensitivity  least sum of the losses that each block causes alone: equal slopes on their convex hulls.
+fisher       the same of sites, whose losses come from one backward pass and a second order (`moyu.fisher`).
 A site's weight in the mean is the size of its own matrices, so grouped keys and values count what they hold.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moyu import surgery
-from moyu.applied import Applied
-from moyu.calibration import Progress, Walk, Windows, calibrate, fitted_parts
+from moyu.calibration import Progress, Windows, calibrate
 from moyu.errors import UserError
 from moyu.evaluation import evaluate
-from moyu.methods.base import Method, Site, SiteParams
+from moyu.fisher import Point, curves, divide, name_of
+from moyu.methods.base import Method, Site
 from moyu.plan import Plan
-from moyu.runtime import Products
 from moyu.surgery import Anatomy
+from moyu.trials import Trial, each_layer, weights
 
 ALLOCATIONS = (
-    "uniform", "greedy", "search", "search-up", "search-down", "search-random", "cett", "cett-stream", "sensitivity",
+    "uniform", "greedy", "search", "search-up", "search-down", "search-random", "cett", "cett-stream", "sensitivity", "fisher",
 )  # fmt: skip
-TOKENS = 1024  # calibration tokens that the searches inside a block look at, at most
 STEP = 0.05  # of a block's mean weight a site
 MOST = 0.95  # sparsity of a site, at most
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, MOST)  # levels at which a block's error is measured
@@ -45,18 +43,9 @@ TRIALS = 50  # of a search over blocks
 SPREAD, WIDTH = 0.15, 0.08  # of its first draws, and of its kernels, in sparsity
 
 
-def weights(sites: Iterable[Site]) -> dict[str, float]:
-    """The share of each site's weights in all of them, by key."""
-    sizes = {site.key: site.units * site.unit_bytes for site in sites}
-    return {key: size / sum(sizes.values()) for key, size in sizes.items()}
-
-
 def mean(levels: Mapping[Any, float], shares: Mapping[Any, float]) -> float:
     """The sparsity of all weights: sum of N p over sum of N."""
     return sum(shares[key] * level for key, level in levels.items())
-
-
-# --------------------------------------------------------------------------------------------------------- inside blocks
 
 
 def climb(
@@ -89,77 +78,6 @@ def at(path: Sequence[Mapping[str, float]], shares: Mapping[str, float], target:
     """The levels on a path whose mean is `target`, between two of its points."""
     means = [mean(levels, shares) for levels in path]
     return {key: float(np.interp(target, means, [levels[key] for levels in path])) for key in shares}
-
-
-class _Block:
-    """The sites of one layer at any levels: fitted once a level, on the layer's activations without masks of its own.
-
-    Products that a trial does not change are kept from the trials before.
-    """
-
-    def __init__(self, walk: Walk, index: int, method: Method, sites: list) -> None:
-        self.walk, self.index, self.method, self.sites = walk, index, method, sites
-        walk.attach(index, {}, method)
-        self.seen = walk.observe(index, walk.sparse), walk.observe(index, walk.dense)
-        self.clean = walk.output(index)
-        self.fits: dict[tuple[str, float], tuple[Site, SiteParams] | None] = {}
-        self.products = Products([s for _, s in sites])
-
-    def attach(self, levels: Mapping[str, float]) -> None:
-        """Let the layer run at these levels."""
-        parts = {}
-        for block, site in self.sites:
-            level = levels[site.key]
-            if level > 0:
-                key = site.key, round(level, 9)
-                if key not in self.fits:
-                    self.fits[key] = fitted_parts(self.method, block, site, *self.seen, level)
-                fitted = self.fits[key]
-                if fitted is not None:
-                    parts[site.key] = fitted
-        self.walk.attach(self.index, parts, self.method)
-
-    def lost(self, levels: Mapping[str, float]) -> Tensor:
-        """How far the block's output is from the one without its masks, at sparse positions (B, T - P)."""
-        self.attach(levels)
-        self.products.at(levels)
-        lost = (self.walk.output(self.index, self.products) - self.clean)[:, self.walk.windows.prompt :]
-        return lost.float().norm(dim=-1)
-
-    def error(self, levels: Mapping[str, float]) -> float:
-        """The mean square of `lost`."""
-        return float(self.lost(levels).square().mean())
-
-    def share(self, levels: Mapping[str, float], stream: bool) -> float:
-        """The mean of `lost` over what the block adds, or over what it hands on."""
-        whole = self.clean if stream else self.clean - self.walk.sparse
-        whole = whole[:, self.walk.windows.prompt :].float().norm(dim=-1)
-        return float((self.lost(levels) / whole.clamp(min=1e-12)).mean())
-
-
-@torch.no_grad()
-def each_block(
-    model: nn.Module,
-    method: Method,
-    windows: Windows,
-    visit: Callable[[_Block, dict[str, float]], dict[str, float]],
-    anatomy: Anatomy,
-    progress: Progress | None = None,
-) -> None:
-    """Visit blocks in order, on at most `TOKENS` tokens; `visit` gives the levels that later blocks' inputs are sparsified at."""
-    count = max(1, TOKENS // windows.tokens.shape[1])
-    windows = dataclasses.replace(windows, tokens=windows.tokens[:count, :TOKENS])
-    draft = Plan(method, {}, {})
-    with Applied(model, draft, engine="mask", anatomy=anatomy, check=False) as applied:
-        walk = Walk(applied, windows)
-        for index in range(len(anatomy.layers)):
-            sites = [(b, s) for b in anatomy.all_blocks() if b.layer == index for s in method.sites(b)]
-            if sites:
-                block = _Block(walk, index, method, sites)
-                block.attach(visit(block, weights(s for _, s in sites)))
-            walk.advance(index)
-            if progress:
-                progress(index + 1, len(anatomy.layers))
 
 
 # --------------------------------------------------------------------------------------------------------- across blocks
@@ -214,11 +132,11 @@ class Task:
         """The greedy path of each block up to `target`."""
         found = {}
 
-        def visit(block: _Block, shares: dict[str, float]) -> dict[str, float]:
+        def visit(block: Trial, shares: dict[str, float]) -> dict[str, float]:
             found[block.index] = climb(shares, target, block.error, step)
             return at(found[block.index], shares, self.sparsity)
 
-        each_block(self.model, self.method, self.windows, visit, self.anatomy, self.progress)
+        each_layer(self.model, self.method, self.windows, visit, self.anatomy, self.progress)
         return found
 
 
@@ -274,58 +192,49 @@ def _density(point: np.ndarray, centres: Sequence[np.ndarray]) -> float:
 
 def equalised(task: Task, stream: bool) -> dict[str, float]:
     """Levels by site key at which every block loses one share of what it adds, or of what it hands on."""
-    curves: dict[int, list[float]] = {}
+    lost: dict[int, list[float]] = {}
 
-    def visit(block: _Block, shares: dict[str, float]) -> dict[str, float]:
+    def visit(block: Trial, shares: dict[str, float]) -> dict[str, float]:
         found = [block.share(dict.fromkeys(shares, level), stream) for level in GRID]
-        curves[block.index] = list(np.maximum.accumulate(found))  # a larger level may lose less: the safe side
+        lost[block.index] = list(np.maximum.accumulate(found))  # a larger level may lose less: the safe side
         return dict.fromkeys(shares, task.sparsity)
 
-    each_block(task.model, task.method, task.windows, visit, task.anatomy, task.progress)
-    most = max(curve[-1] for curve in curves.values())
-    shape = lambda c: {i: float(np.interp((1 + c) / 2 * most, curve, GRID)) for i, curve in curves.items()}  # noqa: E731
+    each_layer(task.model, task.method, task.windows, visit, task.anatomy, task.progress)
+    most = max(curve[-1] for curve in lost.values())
+    shape = lambda c: {i: float(np.interp((1 + c) / 2 * most, curve, GRID)) for i, curve in lost.items()}  # noqa: E731
     return task.flat(solved(shape, task.shares, task.sparsity))
 
 
 def sensitivity(task: Task) -> tuple[dict[str, float], float]:
     """Levels by site key of least summed loss, each block's KL measured with it alone sparse, and that sum."""
     deciding = dataclasses.replace(task.deciding, tokens=task.deciding.tokens[::2])
-    curves = {}
+    losses_of: dict[int, list[float]] = {}
     for done, layer in enumerate(task.sites):
         nothing = dict.fromkeys(task.sites, 0.0)
         losses = [task.kl(task.plan(task.flat({**nothing, layer: p})), deciding) for p in GRID[1:]]
-        curves[layer] = [0.0, *losses]
+        losses_of[layer] = losses
         if task.progress:
             task.progress(done + 1, len(task.sites))
-    blocks = least_sum(curves, task.shares, task.sparsity)
-    total = sum(float(np.interp(blocks[layer], GRID, curve)) for layer, curve in curves.items())
-    return task.flat(blocks), total
+    points = {
+        layer: [Point(level, level * task.shares[layer], loss) for level, loss in zip(GRID[1:], curve, strict=True)]
+        for layer, curve in losses_of.items()
+    }
+    taken = divide(points, task.sparsity)
+    return task.flat({layer: point.level for layer, point in taken.items()}), sum(p.cost for p in taken.values())
 
 
-def least_sum(curves: Mapping[int, Sequence[float]], shares: Mapping[int, float], target: float) -> dict[int, float]:
-    """Levels of blocks with the least sum of their curves over GRID and a mean of `target`.
+def second_order(task: Task) -> tuple[dict[str, float], float]:
+    """Levels by site key of least summed loss, which `moyu.fisher` foresees, and that sum."""
+    shares = weights(s for sites in task.sites.values() for s in sites)
 
-    Each curve is replaced by its lower convex hull; then the cheapest pieces, by loss over weight, are taken until the mean is
-    reached, which is where all slopes are equal (Lagrange).
-    """
-    pieces = []
-    for layer, curve in curves.items():
-        hull: list[tuple[float, float]] = []
-        for point in zip(GRID, curve, strict=True):
-            while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
-                hull.pop()
-            hull.append(point)
-        pieces += [(_slope(a, b) / shares[layer], layer, b[0] - a[0]) for a, b in itertools.pairwise(hull)]
-    levels, missing = dict.fromkeys(curves, 0.0), target
-    for _, layer, room in sorted(pieces):
-        taken = min(room, missing / shares[layer])
-        levels[layer] += taken
-        missing -= taken * shares[layer]
-    return levels
+    def worth(plan: Plan, skipped: float, levels: Mapping[str, float]) -> float:
+        return sum(shares[key] * level for key, level in levels.items())
 
-
-def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])
+    seed = int(task.options.get("seed", 0))
+    found = curves(task.model, [task.method], task.windows, task.anatomy, worth, seed=seed, progress=task.progress)
+    taken = divide(found, task.sparsity)
+    levels = {s.key: taken[name_of(s)].level for sites in task.sites.values() for s in sites}
+    return levels, sum(p.cost for p in taken.values())
 
 
 # ------------------------------------------------------------------------------------------------------------- the better
@@ -368,6 +277,8 @@ def calibrate_allocated(
         found = equalised(task, stream=order == "stream")
     elif kind == "sensitivity":
         found, about["summed_kl"] = sensitivity(task)
+    elif kind == "fisher":
+        found, about["summed_kl"] = second_order(task)
     halved = kind in ("search", "sensitivity") and len(deciding.tokens) > 1
     choosing = dataclasses.replace(deciding, tokens=deciding.tokens[1::2]) if halved else deciding
     levels = {"uniform": None, **({} if allocation == "uniform" else {allocation: found})}

@@ -189,7 +189,7 @@ class Applied(AbstractContextManager):
         if self.plan is None:
             return []
         parts = self.plan.parts_of(block.layer, block.expert)
-        return [SiteState(site, params, self.plan.method) for site, params in parts]
+        return [SiteState(site, params, self.plan.method_of(site)) for site, params in parts]
 
     def _attach(self) -> None:
         if self.plan is not None:

@@ -1,20 +1,23 @@
 """From a byte fraction to a plan: how much is skipped, and with which settings, so that a step reads just so much.
 
 What a plan itself makes a step read depends on the plan, so the sparsity is solved for again with what was found; a method
-with several ways to spend the same bytes says which, and the one with the least KL on the validation part is taken.
+with several ways to spend the same bytes says which, and the one with the least KL on the validation part is taken. A method
+that divides a budget gives every site the settings and the sparsity with which the bytes cost least (`moyu.fisher`).
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
-from moyu import accounting
+from moyu import accounting, fisher
 from moyu.blocks import KIND_BITS
 from moyu.calibration import Progress, Windows, calibrate, solve_bytes
 from moyu.errors import OutOfReach
@@ -24,6 +27,7 @@ from moyu.plan import Plan
 from moyu.quantisation import Storage
 from moyu.surgery import Anatomy, Block
 from moyu.text import Split
+from moyu.trials import separable, weights
 
 PROBE = 2  # calibration windows that are enough to learn what a plan adds
 ROUNDS = 4
@@ -63,7 +67,7 @@ class Reader:
     def skippable(self, method: Method) -> float:
         """Bytes of all units of all sites."""
         sites = [s for b in self.anatomy.all_blocks() for s in method.sites(b)]
-        return accounting.skippable_bytes(self.model, self.anatomy, sites) * self._share()
+        return accounting.skippable_bytes(self.model, self.anatomy, sites) * self.share
 
     def added(self, plan: Plan, copies: Mapping[int, int] | None = None) -> float:
         """Bytes that the plan itself makes a step read; under a storage matrices count as it keeps them, the rest in 16 bits.
@@ -73,10 +77,10 @@ class Reader:
         total = 0.0
         for site, params in plan.parts.values():
             count = 1 if copies is None else copies[site.layer]
+            counted = params if self.storage is None else _sixteen(params)
+            total += count * (counted.extra_bytes() + plan.method_of(site).score_bytes(site, counted))
             if self.storage is None:
-                total += count * accounting.added_bytes(plan.method, [(site, params)])
                 continue
-            total += count * accounting.added_bytes(plan.method, [(site, _sixteen(params))])
             for matrix in _matrices(plan.method, params):
                 total += count * (self.storage.head.kept_bytes(*sorted(matrix.shape)) - 2 * matrix.numel())
         return total
@@ -102,8 +106,8 @@ class Reader:
     def skipped(self, byte_fraction: float, plan: Plan) -> float:
         """Bytes of skipped units, from the byte fraction that an evaluation found on the weights as they are."""
         total = accounting.dense_step_bytes(self.model, self.anatomy)
-        added = accounting.added_bytes(plan.method, plan.parts.values())
-        return (total + added - byte_fraction * total) * self._share()
+        added = plan.added_bytes()
+        return (total + added - byte_fraction * total) * self.share
 
     def byte_fraction(self, byte_fraction: float, plan: Plan) -> float:
         """An evaluation's byte fraction, for weights as they are, as one of this storage's dense step."""
@@ -113,7 +117,8 @@ class Reader:
         """The least byte fraction of a method that adds what this plan adds."""
         return (self.dense() + self.added(plan) - self.skippable(plan.method)) / self.dense()
 
-    def _share(self) -> float:
+    @property
+    def share(self) -> float:
         """Bytes of a stored weight over those it has in the model."""
         if self.storage is None:
             return 1.0
@@ -136,63 +141,147 @@ def _matrices(method: Method, params: SiteParams) -> list[Tensor]:
     return [*own, *([] if params.basis is None else [params.basis]), *(params.low_rank or ())]
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way to spend bytes: a method with its settings, at one sparsity everywhere."""
+
+    reader: Reader
+    method: Method
+    options: Mapping[str, Any]  # of `calibrate`, beside the sparsity
+
+    def start(self, windows: Windows, byte_fraction: float) -> float:
+        """The sparsity to begin with; OutOfReach below the method's floor."""
+        return solve(self.reader, self.method, windows, byte_fraction, **self.options)
+
+    @property
+    def slope(self) -> float:
+        """About how the byte fraction follows the sparsity."""
+        return -self.reader.skippable(self.method) / self.reader.dense()
+
+    def plan(self, windows: Windows, sparsity: float, progress: Progress | None) -> Plan:
+        """The plan at a sparsity."""
+        return self._kept(self.method, windows, progress, sparsity=sparsity)
+
+    def _kept(self, method: Method, windows: Windows, progress: Progress | None, **options: Any) -> Plan:
+        options |= {"anatomy": self.reader.anatomy, "progress": progress, **self.options}
+        return self.reader.kept(calibrate(self.reader.model, method, windows, **options))
+
+
+@dataclass(frozen=True)
+class Divided(Way):
+    """Settings with the same sites, of which each site takes its own, at a sparsity of its own.
+
+    What stands for the sparsity of a `Way` is the part of a dense step's bytes that is saved.
+    """
+
+    choices: Sequence[Method]
+    windows: Windows  # calibration text that says what sites cost
+
+    @cached_property
+    def curves(self) -> dict[str, list[fisher.Point]]:
+        """The bytes that sites save, and what they cost."""
+        reader = self.reader
+
+        def worth(plan: Plan, skipped: float, levels: Mapping[str, float]) -> float:
+            return skipped * reader.share - reader.added(plan)
+
+        seed = int(self.options.get("seed", 0))
+        return fisher.curves(reader.model, self.choices, self.windows, reader.anatomy, worth, seed=seed)
+
+    def start(self, windows: Windows, byte_fraction: float) -> float:
+        floor = 1 - sum(max(0.0, *(p.saved for p in points)) for points in self.curves.values()) / self.reader.dense()
+        if byte_fraction < floor:
+            raise OutOfReach(byte_fraction, floor)
+        return max(LEAST, 1 - byte_fraction)
+
+    @property
+    def slope(self) -> float:
+        return -1.0
+
+    def plan(self, windows: Windows, sparsity: float, progress: Progress | None) -> Plan:
+        taken = fisher.divide(self.curves, sparsity * self.reader.dense())
+        sites = [s for b in self.reader.anatomy.all_blocks() for s in self.method.sites(b)]
+        points = {s.key: taken[fisher.name_of(s)] for s in sites}
+        used = collections.Counter(p.method for p in points.values() if p.method is not None)
+        usual = max(used, key=lambda own: used[own])
+        levels, shares = {key: p.level for key, p in points.items()}, weights(sites)
+        plan = self._kept(
+            usual,
+            windows,
+            progress,
+            sparsity=sum(shares[key] * level for key, level in levels.items()),
+            levels=levels,
+            settings={key: p.method for key, p in points.items() if p.method not in (None, usual)},
+        )
+        about = {"asked": "fisher", "levels": levels, "summed_kl": sum(p.cost for p in taken.values())}
+        return dataclasses.replace(plan, calibration={**plan.calibration, "allocation": about})
+
+
+def ways(reader: Reader, method: Method, windows: Windows, **options: Any) -> list[Way]:
+    """The ways of a method to spend bytes; what it learns from `windows` of calibration text serves every byte fraction.
+
+    A method whose knobs are not its usual ones keeps them. options: those of `calibrate`, beside the sparsity.
+    """
+    settings = method.settings_for(reader.bits, reader.planes) if method == type(method)() else (method,)
+    if not method.divides or not separable(reader.model, windows, reader.anatomy):
+        return [Way(reader, own, options) for own in settings]
+    alike: dict[tuple[str, ...], list[Method]] = {}
+    for own in settings:
+        keys = tuple(s.key for b in reader.anatomy.all_blocks() for s in own.sites(b))
+        alike.setdefault(keys, []).append(own)
+    return [Divided(reader, choices[0], options, choices, windows) for choices in alike.values()]
+
+
 def plan_for_bytes(
-    reader: Reader,
-    method: Method,
+    ways: Sequence[Way],
     split: Split,
     byte_fraction: float,
     *,
     reference: Tensor | None = None,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Plan:
-    """A plan under which a step reads `byte_fraction` of `reader.dense()`; OutOfReach below the method's floor.
+    """A plan under which a step reads `byte_fraction` of the dense one, of the best way; OutOfReach below every floor.
 
-    reference: log-probabilities of `split.validation` to compare settings by, where not those of this model.
-    options: those of `calibrate`, beside the sparsity.
+    reference: log-probabilities of `split.validation` to compare ways by, where not those of this model.
     """
-    settings = method.settings_for(reader.bits, reader.planes) if method == type(method)() else (method,)
-    if len(settings) == 1:
-        return _solved(reader, settings[0], split.calibration, byte_fraction, progress, options)
+    if len(ways) == 1:
+        return _solved(ways[0], split.calibration, byte_fraction, progress)
     best, least, refused = None, math.inf, None
     few = dataclasses.replace(split.calibration, tokens=split.calibration.tokens[:TRIAL])
-    trial = split.calibration if method.trains else few  # the larger a router, the more text it takes
     check = dataclasses.replace(split.validation, tokens=split.validation.tokens[:TRIAL])
     known = None if reference is None else reference[:TRIAL]
-    for candidate in settings:
-        try:
-            plan = _solved(reader, candidate, trial, byte_fraction, None, options)
+    for way in ways:
+        model, trains = way.reader.model, way.method.trains
+        try:  # the larger a router, the more text it takes
+            plan = _solved(way, split.calibration if trains else few, byte_fraction)
         except OutOfReach as error:
             refused = error if refused is None or error.floor < refused.floor else refused
             continue
-        found = evaluate(reader.model, plan, check, matched=False, anatomy=reader.anatomy, reference=known)
+        found = evaluate(model, plan, check, matched=False, anatomy=way.reader.anatomy, reference=known)
         kl = float(found.method.kl.mean())
         if best is None or kl < least:
-            best, least = plan, kl
+            best, least = (way, plan), kl
     if best is None:
         assert refused is not None
         raise refused
-    return best if method.trains else _solved(reader, best.method, split.calibration, byte_fraction, progress, options)
+    way, plan = best
+    return plan if way.method.trains else _solved(way, split.calibration, byte_fraction, progress)
 
 
-def _solved(
-    reader: Reader, method: Method, windows: Windows, byte_fraction: float, progress: Progress | None, options: Any
-) -> Plan:
+def _solved(way: Way, windows: Windows, byte_fraction: float, progress: Progress | None = None) -> Plan:
     """By what a plan counts, then by what it makes a step read: exact zeros come on top, and units are not of one size.
 
     Of the plans that read no more than was asked for, the one that skips least: where zeros are skipped on top, reading need
     not fall with what a plan skips. Where all read more, the nearest. A method that trains has its share from its loss or
     its counts, and would train again for each correction.
     """
-    sparsity = solve(reader, method, windows, byte_fraction, **options)
+    reader, method = way.reader, way.method
+    sparsity = way.start(windows, byte_fraction)
     probe = dataclasses.replace(windows, tokens=windows.tokens[:TRIAL])
-    slope, seen = -reader.skippable(method) / reader.dense(), None
+    slope, seen = way.slope, None
     best, least = None, (True, math.inf)
     for _ in range(ROUNDS):
-        plan = calibrate(
-            reader.model, method, windows, sparsity=sparsity, anatomy=reader.anatomy, progress=progress, **options
-        )
-        plan = reader.kept(plan)
+        plan = way.plan(windows, sparsity, progress)
         if method.trains or method.joint:
             return plan
         found = evaluate(reader.model, plan, probe, matched=False, anatomy=reader.anatomy)

@@ -82,6 +82,7 @@ def calibrate(
     bias: bool = False,
     centre: bool = False,
     levels: Mapping[str, float] | None = None,
+    settings: Mapping[str, Method] | None = None,
     seed: int = 0,
     anatomy: Anatomy | None = None,
     layers: Collection[int] | None = None,
@@ -91,7 +92,8 @@ def calibrate(
 
     bias: add the closed-form correction W E[v - S(v)] at every site (off by default).
     centre: let masks of columns act on v - c, with the c of `compensation.centred` (off by default).
-    levels: sparsity of each site by its key, instead of the same everywhere (`moyu.allocation`).
+    levels: sparsity of each site by its key, instead of the same everywhere (`moyu.allocation`); at 0 a site stays dense.
+    settings: the method with other knobs, by the key of the site that has them.
     layers: the ones to fit, all unless given; the others stay dense, and a `joint` method is not trained through the loss.
     Raises UserError where the model offers no site to this method, or none to what was asked.
     """
@@ -117,14 +119,14 @@ def calibrate(
             f"method {method.name!r} skips no columns here, so nothing can be centred", "leave centring out"
         )
     parts: dict[str, tuple[Site, SiteParams]] = {}
-    draft = Plan(method, parts, {"name": name, "revision": revision})
+    draft = Plan(method, parts, {"name": name, "revision": revision}, settings=settings or {})
     with torch.no_grad(), Applied(model, draft, engine="mask", anatomy=anatomy, check=False) as applied:
         ahead = [s for layer in blocks for b in layer for s in method.sites(b) if s.source_layer != s.layer]
         applied.lookahead |= {(s.source_layer, s.reads) for s in ahead}
         walk = Walk(applied, windows)
         for index, layer_blocks in enumerate(blocks):
             here = layer_blocks if layers is None or index in layers else []
-            _fit_layer(walk, index, here, method, parts, sparsity, bias, centre, levels or {})
+            _fit_layer(walk, index, here, draft, parts, sparsity, bias, centre, levels or {})
             if progress:
                 progress(index + 1, len(blocks))
     if method.joint and sparsity > 0 and layers is None:
@@ -169,14 +171,14 @@ def _fit_layer(
     walk: Walk,
     index: int,
     blocks: list[Block],
-    method: Method,
-    parts: dict[str, tuple[Site, SiteParams]],
+    draft: Plan,
+    parts: dict[str, tuple[Site, SiteParams]],  # of the draft, and filled here
     sparsity: float,
     bias: bool,
     centre: bool,
     levels: Mapping[str, float],
 ) -> None:
-    sites = [(block, site) for block in blocks for site in method.sites(block)]
+    sites = [(block, site) for block in blocks for site in draft.method.sites(block) if levels.get(site.key) != 0]
     dense = walk.observe(index, walk.dense)  # also the taps that later layers look at
     taps_used = sorted({s.reads for _, s in sites}, key=TAPS.index)
     stages = [("attn_in",), ("q_latent", "kv_latent"), ("heads",), ("mlp_in", "gate", "up"), ("mid",)]
@@ -191,10 +193,10 @@ def _fit_layer(
                 source = (site.source_layer, site.reads)
                 ahead = walk.dense_taps[source], walk.sparse_taps[source]
             target = levels.get(site.key, sparsity)
-            fitted = fitted_parts(method, block, site, seen, dense, target, ahead, centre, bias)
+            fitted = fitted_parts(draft.method_of(site), block, site, seen, dense, target, ahead, centre, bias)
             if fitted is not None:
                 parts[site.key] = fitted
-        walk.attach(index, parts, method)
+        walk.attach(index, draft)
         if bias and sparsity > 0:
             seen = walk.observe(index, walk.sparse)
             for block, site in fresh:
@@ -202,7 +204,7 @@ def _fit_layer(
                     params = parts[site.key][1]
                     correction = compensation.correction(block, site, params, seen.skipped[site.key])
                     parts[site.key] = (site, dataclasses.replace(params, bias=correction))
-            walk.attach(index, parts, method)
+            walk.attach(index, draft)
     walk.advance(index)
 
 
@@ -288,7 +290,7 @@ class Walk:
         args, kwargs = self.chain.calls[index]
         args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
         with runtime.entered(self.applied, state), kernels.use(self.applied.backend):
-            return _first(self.layers[index](*args, **kwargs))
+            return first(self.layers[index](*args, **kwargs))
 
     def observe(self, index: int, hidden: Tensor) -> _Taps:
         """Taps and decisions of one layer; sites that are attached to it act beyond the prompt."""
@@ -309,12 +311,12 @@ class Walk:
             )
         return self._run(index, self.sparse, self.windows.prompt, None, products)
 
-    def attach(self, index: int, parts: Mapping[str, tuple[Site, SiteParams]], method: Method) -> None:
+    def attach(self, index: int, plan: Plan) -> None:
         """Give the layer's executors the sites fitted so far."""
         for call in (*self.applied.ffns, *self.applied.linears, *self.applied.attentions):
             if call.block.layer == index:
-                own = [p for p in parts.values() if (p[0].layer, p[0].expert) == (index, call.block.expert)]
-                call.attach([SiteState(site, params, method) for site, params in own])
+                own = [p for p in plan.parts.values() if (p[0].layer, p[0].expert) == (index, call.block.expert)]
+                call.attach([SiteState(site, params, plan.method_of(site)) for site, params in own])
 
     def advance(self, index: int) -> None:
         """Move both streams behind the layer."""
@@ -325,7 +327,8 @@ class Walk:
         self.sparse = sparse
 
 
-def _first(output: Any) -> Any:
+def first(output: Any) -> Any:
+    """A module's output, or the first of several."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
@@ -360,7 +363,7 @@ class _Chain:
         self.calls.append((args, kwargs))
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        last = _first(output)
+        last = first(output)
         beside = output[1:] if isinstance(output, tuple | list) else ()
         self._beside = {t.data_ptr() for t in beside if isinstance(t, Tensor)}
         self._last = last if isinstance(last, Tensor) else torch.empty(0)

@@ -288,7 +288,7 @@ def calibrate(
         str,
         typer.Option(
             help="how sites and blocks divide the sparsity (token-level methods): uniform, greedy, search, search-up, "
-            "search-down, search-random, cett, cett-stream or sensitivity; the better of it and uniform is taken"
+            "search-down, search-random, cett, cett-stream, sensitivity or fisher; the better of it and uniform is taken"
         ),
     ] = "uniform",
     dense_layers: DenseLayers = None,

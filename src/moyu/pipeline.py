@@ -36,7 +36,7 @@ from moyu import (
 from moyu.applied import Applied
 from moyu.benchmark import Comparison, compare
 from moyu.blocks import KINDS, Kind, weight_format
-from moyu.budget import Reader, plan_for_bytes, solve
+from moyu.budget import Reader, plan_for_bytes, solve, ways
 from moyu.calibration import Windows, calibrate
 from moyu.environment import device_name
 from moyu.errors import OutOfReach, UserError
@@ -268,7 +268,8 @@ class Context:
         }
         reader = Reader(model, self.anatomy)
         if sparsity is None and byte_fraction is not None and allocated == "uniform":
-            plan = plan_for_bytes(reader, method, self.split, byte_fraction, progress=progress, **options)
+            found = ways(reader, method, windows, **options)
+            plan = plan_for_bytes(found, self.split, byte_fraction, progress=progress)
         else:
             if sparsity is None and byte_fraction is not None:
                 sparsity = solve(reader, method, windows, byte_fraction)

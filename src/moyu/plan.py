@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ from moyu.methods.base import KvPolicy, Method, Site, SiteParams
 from moyu.selection import PerUnitThreshold, Threshold, TopK
 from moyu.surgery import Anatomy, Block, Piece
 
-FORMAT = 1
+FORMATS = (1, 2)  # 2: sites may have knobs of their own
 SAMPLES = 4096  # weights of each planned tensor that the digest looks at
 
 
@@ -40,6 +41,7 @@ class Plan:
     calibration: Mapping[str, Any] = field(default_factory=dict)  # corpus, windows, prompt, bos, template
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Method] = field(default_factory=dict)  # of sites that have knobs of their own, by key
 
     @property
     def kv_policy(self) -> KvPolicy:
@@ -53,6 +55,25 @@ class Plan:
         if any(p.bias is not None for _, p in self.parts.values()):
             kinds.append("learned bias" if "learned_bias" in self.calibration else "bias")
         return " + ".join(kinds)
+
+    def method_of(self, site: Site) -> Method:
+        """The method with the knobs that it has at a site."""
+        return self.settings.get(site.key, self.method)
+
+    def own_knobs(self, key: str) -> dict[str, Any]:
+        """The knobs of a site that are not those of the plan's method."""
+        common = self.method.knobs()
+        return {k: v for k, v in self.settings.get(key, self.method).knobs().items() if v != common[k]}
+
+    @property
+    def site_knobs(self) -> dict[str, int]:
+        """How many sites have which knobs of their own, as "name=value, ..."."""
+        own = (self.own_knobs(key) for key in self.settings)
+        return dict(collections.Counter(", ".join(f"{k}={v}" for k, v in knobs.items()) for knobs in own))
+
+    def added_bytes(self) -> int:
+        """Bytes that a plan makes a step read beyond the model's: biases, bases, low-rank parts, thresholds, scores."""
+        return sum(p.extra_bytes() + self.method_of(site).score_bytes(site, p) for site, p in self.parts.values())
 
     def sites(self) -> Iterator[Site]:
         """Every site of the plan."""
@@ -113,6 +134,8 @@ class Plan:
         parts = []
         for key, (site, params) in self.parts.items():
             entry: dict[str, Any] = {"site": dataclasses.asdict(site)}
+            if own := self.own_knobs(key):
+                entry["knobs"] = own
             match params.rule:
                 case Threshold(value):
                     entry["rule"] = {"threshold": "-inf" if value == -math.inf else value}
@@ -130,7 +153,7 @@ class Plan:
                 tensors[f"{key}/buffer.{name}"] = tensor
             parts.append(entry)
         header = {
-            "format": FORMAT,
+            "format": FORMATS[bool(self.settings)],
             "method": self.method.name,
             "knobs": self.method.knobs(),
             "model": dict(self.model),
@@ -155,18 +178,22 @@ class Plan:
         except ValueError as error:
             raise UserError(f"{folder / 'plan.json'} is truncated or not a plan", again) from error
         try:
-            if header["format"] != FORMAT:
-                raise UserError(f"{folder} has plan format {header['format']}, this MOYU reads {FORMAT}", again)
+            if header["format"] not in FORMATS:
+                known = " and ".join(map(str, FORMATS))
+                raise UserError(f"{folder} has plan format {header['format']}, this MOYU reads {known}", again)
             if hashlib.sha256(payload).hexdigest() != header["tensors_sha256"]:
                 raise UserError(f"{folder / 'plan.safetensors'} is truncated or not this plan's", again)
             tensors = safetensors.torch.load(payload)
-            parts = {}
+            parts, settings = {}, {}
             for entry in header["parts"]:
                 site = Site(**{**entry["site"], "linears": tuple(entry["site"]["linears"])})
                 parts[site.key] = (site, _params(site.key, entry["rule"], tensors))
+                if own := entry.get("knobs"):
+                    settings[site.key] = methods.method(header["method"], **{**header["knobs"], **own})
             return cls(
                 method=methods.method(header["method"], **header["knobs"]),
                 parts=parts,
+                settings=settings,
                 **{k: header[k] for k in ("model", "target_sparsity", "calibration", "seed", "versions")},
             )
         except (KeyError, TypeError, safetensors.SafetensorError) as error:

@@ -337,6 +337,7 @@ class Cell(MethodRecord):
     )
     floor: Natural | None = Field(None, description="least byte fraction the method can reach, in these bits")
     knobs: dict[str, Any] = Field(default={}, description="settings of the method, chosen on the validation part")
+    site_knobs: dict[str, int] = Field(default={}, description="how many sites have which settings of their own")
     documents: Count | None = Field(None, description="documents of held-out text, a window each")
     tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="scored tokens")
     ppl_dense: Perplexity | None = Field(None, description="perplexity a token of the dense model in 16 bits")

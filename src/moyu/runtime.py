@@ -7,7 +7,7 @@ ends, `Applied.prompt(P)` says it for direct calls, and the cache remembers it f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -97,12 +97,12 @@ class Products:
 
     def __init__(self, sites: list[Site]) -> None:
         """`sites` of the layer."""
-        self.sites, self.levels = sites, dict[str, float]()
+        self.sites, self.levels = sites, dict[str, Hashable]()
         self.made = 0
         self._kept: dict[tuple, Tensor] = {}
 
-    def at(self, levels: Mapping[str, float]) -> None:
-        """Levels of the next run, by site key."""
+    def at(self, levels: Mapping[str, Hashable]) -> None:
+        """What the next run's sites are at, by key: a level, or whatever else tells runs apart."""
         self.levels = dict(levels)
 
     def get(self, expert: int | None, name: str, make: Callable[[], Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from moyu import evaluation, methods, pipeline, records, text
-from moyu.budget import Reader, plan_for_bytes
+from moyu.budget import Reader, Way, plan_for_bytes, ways
 from moyu.calibration import Windows
 from moyu.errors import OutOfReach, UserError
 from moyu.evaluation import Scores
@@ -188,6 +188,11 @@ class Board:
         model, validation = self.context.loaded.model, self._validation
         return evaluation.predict(model, self.windows), evaluation.predict(model, validation)
 
+    @cached_property
+    def _ways(self) -> dict[tuple[str, int], list[Way]]:
+        """Of methods and bits: what they have learnt serves every byte fraction."""
+        return {}
+
     @property
     def _validation(self) -> Windows:
         windows = self.context.split.validation
@@ -248,6 +253,7 @@ class Board:
             byte_fraction_16=fraction * self.steps[storage.bits] / self.steps[16],
             floor=max(0.0, reader.floor(plan)),
             knobs=plan.method.knobs(),
+            site_knobs=plan.site_knobs,
             fit_s=seconds,
             **self._measured(quality.method, quality.dense, **extra),
         )
@@ -256,16 +262,11 @@ class Board:
         context = self.context
         if target.kind != "bytes":
             return context.plan(name, sparsity=target.value)
-        split = text.Split(context.split.calibration, self._validation, self.windows)
-        return plan_for_bytes(
-            reader,
-            methods.method(name),
-            split,
-            target.value,
-            reference=validation,
-            name=self.model,
-            seed=self.asked.seed,
-        )
+        split, key = text.Split(context.split.calibration, self._validation, self.windows), (name, reader.bits)
+        if key not in self._ways:
+            method, options = methods.method(name), {"name": self.model, "seed": self.asked.seed}
+            self._ways[key] = ways(reader, method, split.calibration, **options)
+        return plan_for_bytes(self._ways[key], split, target.value, reference=validation)
 
     def _measured(self, scores: Scores, dense: Scores, **matched: Scores) -> dict[str, Any]:
         """Numbers of a cell, with means by document."""

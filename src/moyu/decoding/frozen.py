@@ -129,11 +129,12 @@ def _kept_neurons(
 def _skip_columns(model: nn.Module, plan: Plan, linears: Mapping[str, Piece], sites: Mapping[str, tuple]) -> None:
     params = [p for _, p in sites.values()]
     plain = all(isinstance(p.rule, Threshold) and p.basis is p.centre is p.low_rank is p.bias is None for p in params)
-    if not plan.method.kernels_decide or not plain or not all(p.whole for p in linears.values()):
+    decided = all(plan.method_of(site).kernels_decide for site, _ in sites.values())
+    if not decided or not plain or not all(p.whole for p in linears.values()):
         raise UserError(f"method {plan.method.name!r} is no plain threshold on |x| here", "`teal` is one")
-    if any(plan.method.factors(*part) is not None for part in sites.values()):
+    if any(plan.method_of(site).factors(site, p) is not None for site, p in sites.values()):
         raise UserError(f"method {plan.method.name!r} weighs |x| with factors", "`teal` does not")
-    if any(plan.method.rest_blocks(*part) is not None for part in sites.values()):
+    if any(plan.method_of(site).rest_blocks(site, p) is not None for site, p in sites.values()):
         raise UserError(f"method {plan.method.name!r} reads skipped columns in few bits", "`teal` does not")
     pieces = [linears[name] for name in sites]
     together = all(len(p.weight) % GROUP == 0 for p in pieces)

@@ -192,6 +192,7 @@ def card(plan: Plan, rows: Sequence[Quality] = ()) -> str:
         "method": f"{plan.method.name} ({plan.method.paper})",
         "target sparsity": plan.target_sparsity,
         "knobs": json.dumps(plan.method.knobs()),
+        **({"sites with their own": json.dumps(plan.site_knobs)} if plan.settings else {}),
         "sites": "; ".join(sites),
         "calibrated on": json.dumps(dict(plan.calibration)),
         "plan": plan.hash,

@@ -157,6 +157,7 @@ class Method(ABC):
     exact: ClassVar[bool] = False  # skips only what contributes exactly nothing
     needs_calibration: ClassVar[bool] = True
     trains: ClassVar[bool] = False
+    divides: ClassVar[bool] = False  # a byte budget goes to the sites, and to their settings, where it costs least
     joint: ClassVar[bool] = False  # what `fit` leaves is then trained through the model's own loss, all sites together
     solves_target: ClassVar[bool] = True  # False: the model decides how much is skipped
     matrices: ClassVar[

@@ -69,6 +69,7 @@ class Estimate(Method):
     family: ClassVar[Family] = "own"
     granularity: ClassVar[Granularity] = "token"
     by_magnitude: ClassVar[bool] = True  # of channels
+    divides: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.way not in WAYS:

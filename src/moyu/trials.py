@@ -1,0 +1,111 @@
+"""One layer at a time, run again and again at other levels: what a trial changes at the layer's output."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from moyu.applied import Applied
+from moyu.calibration import Progress, Walk, Windows, fitted_parts
+from moyu.methods.base import Method, Site, SiteParams
+from moyu.plan import Plan
+from moyu.runtime import Products
+from moyu.surgery import Anatomy, Block
+
+TOKENS = 1024  # calibration tokens that trials look at, at most
+
+
+def weights(sites: Iterable[Site]) -> dict[str, float]:
+    """The share of each site's weights in all of them, by key."""
+    sizes = {site.key: site.units * site.unit_bytes for site in sites}
+    return {key: size / sum(sizes.values()) for key, size in sizes.items()}
+
+
+class Trial:
+    """The sites of one layer at any levels: fitted once a level, on the layer's activations without masks of its own.
+
+    Products that a trial does not change are kept from the trials before.
+    """
+
+    def __init__(self, walk: Walk, index: int, method: Method, sites: list[tuple[Block, Site]]) -> None:
+        """The layer `index`, whose sites are `sites`, behind the layers that `walk` has passed."""
+        self.walk, self.index, self.method, self.sites = walk, index, method, sites
+        walk.attach(index, Plan(method, {}, {}))
+        self.seen = walk.observe(index, walk.sparse), walk.observe(index, walk.dense)
+        self.clean = walk.output(index)
+        self.fits: dict[tuple[str, float, Method], tuple[Site, SiteParams] | None] = {}
+        self.products = Products([s for _, s in sites])
+
+    def attach(self, levels: Mapping[str, float], method: Method | None = None) -> Plan:
+        """Let the layer run at these levels, of `method` where it is not the usual one; what it runs is returned."""
+        method, parts = method or self.method, {}
+        for block, site in self.sites:
+            level = levels[site.key]
+            if level > 0:
+                key = site.key, round(level, 9), method
+                if key not in self.fits:
+                    self.fits[key] = fitted_parts(method, block, site, *self.seen, level)
+                fitted = self.fits[key]
+                if fitted is not None:
+                    parts[site.key] = fitted
+        plan = Plan(method, parts, {})
+        self.walk.attach(self.index, plan)
+        self.products.at({key: (method, level) if level > 0 else None for key, level in levels.items()})
+        return plan
+
+    def change(self) -> Tensor:
+        """The layer's output less the one without its masks, at sparse positions, (B, T - P, d) float32."""
+        change = self.walk.output(self.index, self.products) - self.clean
+        return change[:, self.walk.windows.prompt :].float()
+
+    def lost(self, levels: Mapping[str, float]) -> Tensor:
+        """How far the output at these levels is from the one without masks, (B, T - P)."""
+        self.attach(levels)
+        return self.change().norm(dim=-1)
+
+    def error(self, levels: Mapping[str, float]) -> float:
+        """The mean square of `lost`."""
+        return float(self.lost(levels).square().mean())
+
+    def share(self, levels: Mapping[str, float], stream: bool) -> float:
+        """The mean of `lost` over what the block adds, or over what it hands on."""
+        whole = self.clean if stream else self.clean - self.walk.sparse
+        whole = whole[:, self.walk.windows.prompt :].float().norm(dim=-1)
+        return float((self.lost(levels) / whole.clamp(min=1e-12)).mean())
+
+
+@torch.no_grad()
+def separable(model: nn.Module, windows: Windows, anatomy: Anatomy) -> bool:
+    """Whether layers can be run alone: a simple chain."""
+    with Applied(model, None, engine="mask", anatomy=anatomy, check=False) as applied:
+        return Walk(applied, dataclasses.replace(windows, tokens=windows.tokens[:1])).chain is not None
+
+
+@torch.no_grad()
+def each_layer(
+    model: nn.Module,
+    method: Method,
+    windows: Windows,
+    visit: Callable[[Trial, dict[str, float]], dict[str, float]],
+    anatomy: Anatomy,
+    progress: Progress | None = None,
+) -> None:
+    """Visit layers in order, on at most `TOKENS` tokens; `visit` gives the levels that later layers' inputs are sparsified at.
+
+    It is handed the share of each site's weights in those of its layer.
+    """
+    count = max(1, TOKENS // windows.tokens.shape[1])
+    windows = dataclasses.replace(windows, tokens=windows.tokens[:count, :TOKENS])
+    with Applied(model, Plan(method, {}, {}), engine="mask", anatomy=anatomy, check=False) as applied:
+        walk = Walk(applied, windows)
+        for index in range(len(anatomy.layers)):
+            sites = [(b, s) for b in anatomy.all_blocks() if b.layer == index for s in method.sites(b)]
+            if sites:
+                trial = Trial(walk, index, method, sites)
+                trial.attach(visit(trial, weights(s for _, s in sites)))
+            walk.advance(index)
+            if progress:
+                progress(index + 1, len(anatomy.layers))
