@@ -64,9 +64,8 @@ def test_the_plan_has_the_levels_and_says_which_it_is():
         assert [p.rule for _, p in plan.parts.values()] == [p.rule for _, p in uniform.parts.values()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 12), (2, 64)], ids=["many windows", "long ones"])
-def test_greedy_looks_at_no_more_than_its_tokens(monkeypatch, shape):
+def test_trials_look_at_no_more_than_their_tokens(monkeypatch, shape):
     seen = []
 
     class Watched(trials.Walk):
@@ -74,11 +73,12 @@ def test_greedy_looks_at_no_more_than_its_tokens(monkeypatch, shape):
             seen.append(windows.tokens.numel())
             super().__init__(applied, windows)
 
-    monkeypatch.setattr(trials, "TOKENS", 32)
     monkeypatch.setattr(trials, "Walk", Watched)
     model, windows = build("llama"), Windows(tokens(*shape), 4)
-    task = allocation.Task(model, methods.method("teal"), windows, windows, 0.5, surgery.dissect(model), step=0.25)
-    allocation.greedy(task)
+    anatomy = surgery.dissect(model)
+    trials.each_layer(
+        model, methods.method("teal"), windows, lambda t, shares: dict.fromkeys(shares, 0.0), anatomy, tokens=32
+    )
     assert seen and max(seen) <= 32
 
 

@@ -53,9 +53,9 @@ def test_costs_foresee_kl():
     assert len(found) == 42 and all(len(points) == len(fisher.LEVELS) for points in found.values())
     sites = [s for b in anatomy.all_blocks() for s in method.sites(b)]
     for chosen in (sites, sites[6:7], sites[20:21]):
-        at = {name_of(s): next(p for p in found[name_of(s)] if p.level == 0.3) for s in chosen}
-        levels = {s.key: 0.3 if s in chosen else 0.0 for s in sites}
-        plan = calibrate(model, method, windows, sparsity=0.3, levels=levels, anatomy=anatomy)
+        at = {name_of(s): next(p for p in found[name_of(s)] if p.level == 0.4) for s in chosen}
+        levels = {s.key: 0.4 if s in chosen else 0.0 for s in sites}
+        plan = calibrate(model, method, windows, sparsity=0.4, levels=levels, anatomy=anatomy)
         assert set(plan.parts) == {s.key for s in chosen}  # at level 0 a site is none of the plan's
         kl = float(evaluation.evaluate(model, plan, windows, matched=False, anatomy=anatomy).method.kl.mean())
         assert sum(p.cost for p in at.values()) == pytest.approx(kl, rel=0.4)

@@ -193,9 +193,13 @@ def _fit_layer(
                 source = (site.source_layer, site.reads)
                 ahead = walk.dense_taps[source], walk.sparse_taps[source]
             target = levels.get(site.key, sparsity)
-            fitted = fitted_parts(draft.method_of(site), block, site, seen, dense, target, ahead, centre, bias)
-            if fitted is not None:
-                parts[site.key] = fitted
+            acts = acts_of(block, site, seen, dense, ahead)
+            if acts is None:
+                continue
+            own = draft.method_of(site)
+            centred = centre and site.skips == "columns" and target > 0
+            fitted = compensation.centred(own, site, acts, target, bias) if centred else own.fit(site, acts, target)
+            parts[site.key] = (site, fitted)
         walk.attach(index, draft)
         if bias and sparsity > 0:
             seen = walk.observe(index, walk.sparse)
@@ -208,18 +212,10 @@ def _fit_layer(
     walk.advance(index)
 
 
-def fitted_parts(
-    method: Method,
-    block: Block,
-    site: Site,
-    seen: _Taps,
-    dense: _Taps,
-    target: float,
-    ahead: tuple[Tensor, Tensor] | None = None,
-    centre: bool = False,
-    bias: bool = False,
-) -> tuple[Site, SiteParams] | None:
-    """A site fitted on what two walks of its layer have seen; `ahead` is its tap where another layer has it.
+def acts_of(
+    block: Block, site: Site, seen: _Taps, dense: _Taps, ahead: tuple[Tensor, Tensor] | None = None
+) -> Acts | None:
+    """What two walks of its layer have seen of a site; `ahead` is its tap where another layer has it.
 
     None for an expert that the text never routes to: nothing is known of it, it stays dense.
     """
@@ -233,10 +229,7 @@ def fitted_parts(
         dense_taps[site.reads], sparse_taps[site.reads] = ahead
     weights = {n: p.weight.detach() for n, p in block.pieces.items()}
     biases = {n: p.bias.detach() for n, p in block.pieces.items() if p.bias is not None}
-    acts = Acts(dense_taps, sparse_taps, rows, weights, biases)
-    if centre and site.skips == "columns" and target > 0:
-        return site, compensation.centred(method, site, acts, target, bias)
-    return site, method.fit(site, acts, target)
+    return Acts(dense_taps, sparse_taps, rows, weights, biases)
 
 
 class Walk:

@@ -26,7 +26,8 @@ from moyu.plan import Plan
 from moyu.surgery import Anatomy
 from moyu.trials import Trial, each_layer
 
-LEVELS = (0.001, 0.15, 0.3, 0.45, 0.6, 0.75, 0.85, 0.93, 0.98)  # sparsities that a site is tried at
+LEVELS = (0.001, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 0.999)  # sparsities that a site is tried at
+TOKENS = 512  # that it is tried on
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -107,7 +108,7 @@ def curves(
             found.setdefault(name, []).append(Point(level, worth(plan, skipped, levels), cost, method))
         return nothing
 
-    each_layer(model, choices[0], windows, visit, anatomy, progress)
+    each_layer(model, choices[0], windows, visit, anatomy, progress, TOKENS)
     return found
 
 

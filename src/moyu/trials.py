@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moyu.applied import Applied
-from moyu.calibration import Progress, Walk, Windows, fitted_parts
+from moyu.calibration import Progress, Walk, Windows, acts_of
 from moyu.methods.base import Method, Site, SiteParams
 from moyu.plan import Plan
 from moyu.runtime import Products
@@ -34,23 +34,23 @@ class Trial:
         """The layer `index`, whose sites are `sites`, behind the layers that `walk` has passed."""
         self.walk, self.index, self.method, self.sites = walk, index, method, sites
         walk.attach(index, Plan(method, {}, {}))
-        self.seen = walk.observe(index, walk.sparse), walk.observe(index, walk.dense)
+        seen = walk.observe(index, walk.sparse), walk.observe(index, walk.dense)
         self.clean = walk.output(index)
-        self.fits: dict[tuple[str, float, Method], tuple[Site, SiteParams] | None] = {}
+        acts = {site.key: acts_of(block, site, *seen) for block, site in sites}
+        self.acts = {key: own for key, own in acts.items() if own is not None}
+        self.fits: dict[tuple[str, float, Method], SiteParams] = {}
         self.products = Products([s for _, s in sites])
 
     def attach(self, levels: Mapping[str, float], method: Method | None = None) -> Plan:
         """Let the layer run at these levels, of `method` where it is not the usual one; what it runs is returned."""
         method, parts = method or self.method, {}
-        for block, site in self.sites:
+        for _, site in self.sites:
             level = levels[site.key]
-            if level > 0:
+            if level > 0 and site.key in self.acts:
                 key = site.key, round(level, 9), method
                 if key not in self.fits:
-                    self.fits[key] = fitted_parts(method, block, site, *self.seen, level)
-                fitted = self.fits[key]
-                if fitted is not None:
-                    parts[site.key] = fitted
+                    self.fits[key] = method.fit(site, self.acts[site.key], level)
+                parts[site.key] = (site, self.fits[key])
         plan = Plan(method, parts, {})
         self.walk.attach(self.index, plan)
         self.products.at({key: (method, level) if level > 0 else None for key, level in levels.items()})
@@ -92,13 +92,14 @@ def each_layer(
     visit: Callable[[Trial, dict[str, float]], dict[str, float]],
     anatomy: Anatomy,
     progress: Progress | None = None,
+    tokens: int = TOKENS,
 ) -> None:
-    """Visit layers in order, on at most `TOKENS` tokens; `visit` gives the levels that later layers' inputs are sparsified at.
+    """Visit layers in order, on at most so many tokens; `visit` gives the levels that later layers' inputs are sparsified at.
 
     It is handed the share of each site's weights in those of its layer.
     """
-    count = max(1, TOKENS // windows.tokens.shape[1])
-    windows = dataclasses.replace(windows, tokens=windows.tokens[:count, :TOKENS])
+    count = max(1, tokens // windows.tokens.shape[1])
+    windows = dataclasses.replace(windows, tokens=windows.tokens[:count, :tokens])
     with Applied(model, Plan(method, {}, {}), engine="mask", anatomy=anatomy, check=False) as applied:
         walk = Walk(applied, windows)
         for index in range(len(anatomy.layers)):

@@ -137,6 +137,7 @@ class Acts:
     rows: Rows
     weights: Mapping[str, Tensor]  # name -> (out, in)
     biases: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (out,), of the linears that have one
+    known: dict[tuple[Method, str], Mapping[str, Tensor]] = field(default_factory=dict, compare=False)  # what was prepared
 
     def met(self, tap: Tap) -> Tensor:
         """A tap on the rows that masks will be decided for: sparse and valid ones, behind sparsified sites."""
@@ -208,7 +209,9 @@ class Method(ABC):
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         """Solve the site for `target` sparsity (fraction of units skipped) on the calibration rows."""
-        params = SiteParams(rule=Threshold(-math.inf), buffers=self.prepare(site, acts))
+        if (self, site.key) not in acts.known:
+            acts.known[self, site.key] = self.prepare(site, acts)  # the same at every target
+        params = SiteParams(rule=Threshold(-math.inf), buffers=acts.known[self, site.key])
         if target == 0.0:
             return params
         scores = self.calibration_scores(site, acts, params)
