@@ -641,6 +641,9 @@ def bench_shape(
         method = (with_knobs or {}).get(name) or methods.method(name)
 
         def planned(method: Method = method, target: float = target) -> Plan:
+            if byte_fraction is not None and method.divides:
+                found = ways(reader, method, windows, name=shape, seed=seed)
+                return plan_for_bytes(found, text.Split(windows, windows, windows), byte_fraction)
             if byte_fraction is not None:
                 target = solve(reader, method, windows, byte_fraction)
             return calibrate(model, method, windows, sparsity=target, name=shape, seed=seed, anatomy=anatomy)
