@@ -27,6 +27,9 @@ def test_a_method_lies_between_its_oracle_and_its_random():
     cells = [cell("cats", 1.0, oracle=0.5, random=2.0), cell("teal", 1.0, oracle=1.0, random=0.4)]
     assert verdicts(cells, "oracle ≤ method") == {("cats", "matched oracle"): True, ("teal", "matched oracle"): None}
     assert verdicts(cells, "method ≤ random") == {("cats", "matched random"): True, ("teal", "matched random"): False}
+    same = cell("wina", 1.0, oracle=1.0, random=2.0)
+    same.by_document["nll_oracle"] = same.by_document["nll"]
+    assert verdicts([same], "oracle ≤ method") == {("wina", "matched oracle"): True}  # not "<": equal is enough
 
 
 def test_routers_are_held_against_popularity_at_the_same_bytes():

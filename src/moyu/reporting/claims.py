@@ -4,7 +4,7 @@ order      matched oracle <= method <= matched random, in perplexity, on 16-bit 
 routers    every trained router beats static popularity, in perplexity, at equal bytes;
 estimate   has the least KL of all methods at every byte fraction that was asked for, and below 4 bits less than rounding.
 A claim is refuted in a cell where the interval of the difference lies on the wrong side of 0, and shown where it lies on the
-right side; in between nothing is said.
+right side; in between nothing is said. A "≤" is also shown by losses that are the same on every document.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Verdict:
     @property
     def holds(self) -> bool | None:
         """True: shown; False: refuted; None: neither."""
-        return True if self.low > 0 else False if self.high < 0 else None
+        same = "≤" in self.claim and self.low == self.high == 0
+        return True if self.low > 0 or same else False if self.high < 0 else None
 
 
 def verdicts(cells: Sequence[Cell]) -> list[Verdict]:
