@@ -50,7 +50,7 @@ def test_costs_foresee_kl():
     model, anatomy, windows = context.loaded.model, context.anatomy, context.split.calibration
     method = methods.method("teal")
     found = fisher.curves(model, [method], windows, anatomy, by_level)
-    assert len(found) == 42 and all(len(points) == len(fisher.LEVELS) for points in found.values())
+    assert len(found) == 42 and all(set(fisher.LEVELS) <= {p.level for p in points} for points in found.values())
     sites = [s for b in anatomy.all_blocks() for s in method.sites(b)]
     for chosen in (sites, sites[6:7], sites[20:21]):
         at = {name_of(s): next(p for p in found[name_of(s)] if p.level == 0.4) for s in chosen}
@@ -112,3 +112,13 @@ def test_sizes_decide_at_equal_costs():
     assert {key for key, p in taken.items() if p.level} <= {
         key for key in shares if shares[key] == max(shares.values())
     }
+
+
+def test_between_two_points_costs_are_squares():
+    method = Estimate()
+    found = {
+        round(p.level, 6): p for p in fisher.interpolated([Point(0.2, 1.0, 0.04, method), Point(0.4, 2.0, 0.16, method)])
+    }
+    assert len(found) == 21 and found[0.2].cost == pytest.approx(0.04) and found[0.4].saved == 2.0
+    assert found[0.3].cost == pytest.approx(0.09) and found[0.3].saved == pytest.approx(1.5)
+    assert {p.method for p in found.values()} == {method}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,6 +29,7 @@ from moyu.trials import Trial, each_layer
 
 LEVELS = (0.001, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 0.999)  # sparsities that a site is tried at
 TOKENS = 512  # that it is tried on
+STEP = 0.01  # of the sparsities between them
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -86,11 +88,11 @@ def curves(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, list[Point]]:
-    """What each site saves and costs at LEVELS of each of `choices`, by `name_of`: all with the same sites.
+    """What each site saves and costs under each of `choices`, by `name_of`: tried at LEVELS, and interpolated between them.
 
-    The experts of a layer go together, as one site. Raises UserError where layers are no simple chain.
+    All choices have the same sites. The experts of a layer go together, as one site. Raises UserError where layers are no simple chain.
     """
-    fisher, found = curvature(model, windows, anatomy, seed), dict[str, list[Point]]()
+    fisher, tried = curvature(model, windows, anatomy, seed), dict[tuple[str, Method], list[Point]]()
 
     def visit(trial: Trial, shares: dict[str, float]) -> dict[str, float]:
         nothing = dict.fromkeys(shares, 0.0)
@@ -105,11 +107,27 @@ def curves(
                 change = trial.change()
             squares, skipped = change.square().mean((0, 1)), counter.skipped_bytes / change[..., 0].numel()
             cost = float((squares * fisher[trial.index].to(squares.device)).sum()) / 2 if trial.index in fisher else 0.0
-            found.setdefault(name, []).append(Point(level, worth(plan, skipped, levels), cost, method))
+            tried.setdefault((name, method), []).append(Point(level, worth(plan, skipped, levels), cost, method))
         return nothing
 
     each_layer(model, choices[0], windows, visit, anatomy, progress, TOKENS)
+    found: dict[str, list[Point]] = {}
+    for (name, _), points in tried.items():
+        found.setdefault(name, []).extend(interpolated(points))
     return found
+
+
+def interpolated(points: Sequence[Point]) -> list[Point]:
+    """Points of one choice, and those at every STEP between them: savings in proportion, costs by their roots.
+
+    An error grows about in proportion to the sparsity, so its cost is about a square.
+    """
+    tried = [p.level for p in points]
+    levels = np.union1d(tried, np.arange(min(tried), max(tried), STEP))
+    saved = np.interp(levels, tried, [p.saved for p in points])
+    costs = np.interp(levels, tried, [math.sqrt(p.cost) for p in points]) ** 2
+    rows = zip(levels.tolist(), saved.tolist(), costs.tolist(), strict=True)
+    return [Point(level, worth, cost, points[0].method) for level, worth, cost in rows]
 
 
 def name_of(site: Site) -> str:
