@@ -193,3 +193,14 @@ def test_layers_of_a_chain_are_separable():
     model.model.layers[1].register_forward_hook(lambda m, a, o: o + 0)  # the next one takes what another gave
     model.model.layers[2].register_forward_pre_hook(lambda m, a: (a[0] + 1, *a[1:]))
     assert not separable(model, windows(), dissect(model))
+
+
+def test_units_of_less_than_a_line_save_nothing():
+    """Blocks of 4 bits at width 64: a column is 36 bytes."""
+    model = build("llama", torch.float32)
+    models.quantise_model(model, "q4_0")
+    reader = Reader(model, dissect(model))
+    with pytest.raises(OutOfReach, match=r"floor 1\.00"):
+        plan_for_bytes(
+            ways(reader, methods.method("estimate"), windows()), Split(windows(), windows(), windows()), 0.85
+        )

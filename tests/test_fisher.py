@@ -117,7 +117,8 @@ def test_sizes_decide_at_equal_costs():
 def test_between_two_points_costs_are_squares():
     method = Estimate()
     found = {
-        round(p.level, 6): p for p in fisher.interpolated([Point(0.2, 1.0, 0.04, method), Point(0.4, 2.0, 0.16, method)])
+        round(p.level, 6): p
+        for p in fisher.interpolated([Point(0.2, 1.0, 0.04, method), Point(0.4, 2.0, 0.16, method)])
     }
     assert len(found) == 21 and found[0.2].cost == pytest.approx(0.04) and found[0.4].saved == 2.0
     assert found[0.3].cost == pytest.approx(0.09) and found[0.3].saved == pytest.approx(1.5)

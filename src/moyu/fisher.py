@@ -59,7 +59,7 @@ def curvature(model: nn.Module, windows: Windows, anatomy: Anatomy, seed: int = 
         for window in windows.tokens.split(1):
             outputs.clear()
             with torch.enable_grad():
-                logits = model(input_ids=window.to(embedding.weight.device), use_cache=False).logits
+                logits = model(input_ids=window.to(next(model.parameters()).device), use_cache=False).logits
                 log_probs = logits[0, windows.prompt :].float().log_softmax(-1)  # (T - P, V)
                 drawn = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator).to(log_probs.device)
                 total = log_probs.gather(1, drawn).sum()

@@ -21,7 +21,8 @@ TOKENS = 1024  # calibration tokens that trials look at, at most
 def weights(sites: Iterable[Site]) -> dict[str, float]:
     """The share of each site's weights in all of them, by key."""
     sizes = {site.key: site.units * site.unit_bytes for site in sites}
-    return {key: size / sum(sizes.values()) for key, size in sizes.items()}
+    total = sum(sizes.values()) or 1  # units of less than a line of memory save nothing
+    return {key: size / total for key, size in sizes.items()}
 
 
 class Trial:
