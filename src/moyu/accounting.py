@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from moyu.anatomy import stored_bytes
 from moyu.blocks import QuantisedEmbedding, QuantisedLinear
 from moyu.methods.base import KvPolicy, Method, Site
+from moyu.plan import Plan
 from moyu.surgery import Anatomy
 
 KV_CONTEXTS = (0, 2048, 8192)
@@ -47,6 +48,19 @@ def count_weights(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) + sum(math.prod(m.blocks.shape) for m in kept.values())
 
 
+def added_bytes(plan: Plan, anatomy: Anatomy) -> float:
+    """Bytes that a plan makes a step read beyond the model's: biases, bases, low-rank parts, thresholds, scores.
+
+    Of experts, those of the ones that a token is routed to.
+    """
+    share = shares(anatomy)
+    return sum(
+        (params.extra_bytes() + plan.method_of(site).score_bytes(site, params))
+        * share.get((site.layer, site.expert), 1.0)
+        for site, params in plan.parts.values()
+    )
+
+
 def floor(model: nn.Module, anatomy: Anatomy, method: Method) -> float:
     """The least byte fraction that skipping every unit of every site of `method` leaves."""
     sites = [s for b in anatomy.all_blocks() for s in method.sites(b)]
@@ -56,7 +70,7 @@ def floor(model: nn.Module, anatomy: Anatomy, method: Method) -> float:
 
 def block_bytes(model: nn.Module, anatomy: Anatomy) -> float:
     """Bytes of all linears of the blocks, experts weighted by how many of them a token is routed to."""
-    share = _shares(anatomy)
+    share = shares(anatomy)
     return sum(
         piece.nbytes * share.get((block.layer, block.expert), 1.0)
         for block in anatomy.all_blocks()
@@ -66,11 +80,11 @@ def block_bytes(model: nn.Module, anatomy: Anatomy) -> float:
 
 def skippable_bytes(model: nn.Module, anatomy: Anatomy, sites: Iterable[Site]) -> float:
     """Bytes of all units of the sites, experts weighted by how many of them a token is routed to."""
-    share = _shares(anatomy)
+    share = shares(anatomy)
     return sum(s.units * s.unit_bytes * share.get((s.layer, s.expert), 1.0) for s in sites)
 
 
-def _shares(anatomy: Anatomy) -> dict[tuple[int, int | None], float]:
+def shares(anatomy: Anatomy) -> dict[tuple[int, int | None], float]:
     """Of each routed expert, the part of its layer's experts that a token is routed to."""
     return {(b.layer, b.expert): e.share for e in anatomy.experts for b in e.blocks}
 

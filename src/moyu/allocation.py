@@ -31,7 +31,7 @@ from moyu.fisher import Point, curves, divide, name_of
 from moyu.methods.base import Method, Site
 from moyu.plan import Plan
 from moyu.surgery import Anatomy
-from moyu.trials import Trial, each_layer, weights
+from moyu.trials import Trial, each_layer, separable, weights
 
 ALLOCATIONS = (
     "uniform", "greedy", "search", "search-up", "search-down", "search-random", "cett", "cett-stream", "sensitivity", "fisher",
@@ -266,6 +266,11 @@ def calibrate_allocated(
     if not 0 <= sparsity <= MOST:
         raise UserError(f"a sparsity of {sparsity} cannot be divided", f"ask for one in [0, {MOST}]")
     anatomy = anatomy or surgery.dissect(model)
+    alone = allocation not in ("uniform", "sensitivity")
+    if alone and not separable(model, windows, anatomy):
+        raise UserError("the layers of this model cannot be run alone, one after another", "allocate uniformly")
+    if alone and any(s.source_layer != s.layer for b in anatomy.all_blocks() for s in method.sites(b)):
+        raise UserError(f"method {method.name!r} looks ahead, to other layers", "allocate uniformly, or by sensitivity")
     task = Task(model, method, windows, deciding, sparsity, anatomy, step, trials, progress, options)
     found, about = {}, {}
     kind, _, order = allocation.partition("-")

@@ -126,7 +126,7 @@ def _count(applied: Applied, model: nn.Module, prompt: Tensor, timing: Timing, t
         for _ in range(steps):
             output = model(input_ids=token, past_key_values=cache, use_cache=True)
             token = output.logits[:, -1:].argmax(-1)
-    added = plan.added_bytes()
+    added = accounting.added_bytes(plan, applied.anatomy)
     timing.step_bytes = total - counter.skipped_bytes / (steps * len(prompt)) + added
     timing.byte_fraction = timing.step_bytes / total
     timing.realized_sparsity = counter.sparsity

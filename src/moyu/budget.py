@@ -74,9 +74,9 @@ class Reader:
 
         copies: of a plan for some layers, how many layers each of them stands for.
         """
-        total = 0.0
+        total, share = 0.0, accounting.shares(self.anatomy)
         for site, params in plan.parts.values():
-            count = 1 if copies is None else copies[site.layer]
+            count = (1 if copies is None else copies[site.layer]) * share.get((site.layer, site.expert), 1.0)
             counted = params if self.storage is None else _sixteen(params)
             total += count * (counted.extra_bytes() + plan.method_of(site).score_bytes(site, counted))
             if self.storage is None:
@@ -106,7 +106,7 @@ class Reader:
     def skipped(self, byte_fraction: float, plan: Plan) -> float:
         """Bytes of skipped units, from the byte fraction that an evaluation found on the weights as they are."""
         total = accounting.dense_step_bytes(self.model, self.anatomy)
-        added = plan.added_bytes()
+        added = accounting.added_bytes(plan, self.anatomy)
         return (total + added - byte_fraction * total) * self.share
 
     def byte_fraction(self, byte_fraction: float, plan: Plan) -> float:
@@ -143,7 +143,7 @@ def _matrices(method: Method, params: SiteParams) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to spend bytes: a method with its settings, at one sparsity everywhere."""
+    """One way to spend bytes: here a method with its settings, at one sparsity everywhere."""
 
     reader: Reader
     method: Method
@@ -152,6 +152,10 @@ class Way:
     def start(self, windows: Windows, byte_fraction: float) -> float:
         """The sparsity to begin with; OutOfReach below the method's floor."""
         return solve(self.reader, self.method, windows, byte_fraction, **self.options)
+
+    def floor(self, plan: Plan) -> float:
+        """The least byte fraction of this way, whose plan adds what `plan` adds."""
+        return self.reader.floor(plan)
 
     @property
     def slope(self) -> float:
@@ -176,6 +180,7 @@ class Divided(Way):
 
     choices: Sequence[Method]
     windows: Windows  # calibration text that says what sites cost
+    progress: Progress | None = None
 
     @cached_property
     def curves(self) -> dict[str, list[fisher.Point]]:
@@ -186,13 +191,21 @@ class Divided(Way):
             return skipped * reader.share - reader.added(plan)
 
         seed = int(self.options.get("seed", 0))
-        return fisher.curves(reader.model, self.choices, self.windows, reader.anatomy, worth, seed=seed)
+        return fisher.curves(
+            reader.model, self.choices, self.windows, reader.anatomy, worth, seed=seed, progress=self.progress
+        )
 
     def start(self, windows: Windows, byte_fraction: float) -> float:
-        floor = 1 - sum(max(0.0, *(p.saved for p in points)) for points in self.curves.values()) / self.reader.dense()
-        if byte_fraction < floor:
-            raise OutOfReach(byte_fraction, floor)
+        if byte_fraction < self._floor or self._floor == 1:
+            raise OutOfReach(byte_fraction, self._floor)
         return max(LEAST, 1 - byte_fraction)
+
+    @cached_property
+    def _floor(self) -> float:
+        return 1 - sum(max(0.0, *(p.saved for p in points)) for points in self.curves.values()) / self.reader.dense()
+
+    def floor(self, plan: Plan) -> float:
+        return self._floor
 
     @property
     def slope(self) -> float:
@@ -217,19 +230,23 @@ class Divided(Way):
         return dataclasses.replace(plan, calibration={**plan.calibration, "allocation": about})
 
 
-def ways(reader: Reader, method: Method, windows: Windows, **options: Any) -> list[Way]:
+def ways(
+    reader: Reader, method: Method, windows: Windows, progress: Progress | None = None, **options: Any
+) -> list[Way]:
     """The ways of a method to spend bytes; what it learns from `windows` of calibration text serves every byte fraction.
 
-    A method whose knobs are not its usual ones keeps them. options: those of `calibrate`, beside the sparsity.
+    A method whose knobs are not its usual ones keeps them. Budgets are not divided where layers cannot be run alone, nor with
+    compensations, which come after. options: those of `calibrate`, beside the sparsity.
     """
     settings = method.settings_for(reader.bits, reader.planes) if method == type(method)() else (method,)
-    if not method.divides or not separable(reader.model, windows, reader.anatomy):
+    compensated = options.get("bias") or options.get("centre")
+    if not method.divides or compensated or not separable(reader.model, windows, reader.anatomy):
         return [Way(reader, own, options) for own in settings]
     alike: dict[tuple[str, ...], list[Method]] = {}
     for own in settings:
         keys = tuple(s.key for b in reader.anatomy.all_blocks() for s in own.sites(b))
         alike.setdefault(keys, []).append(own)
-    return [Divided(reader, choices[0], options, choices, windows) for choices in alike.values()]
+    return [Divided(reader, choices[0], options, choices, windows, progress) for choices in alike.values()]
 
 
 def plan_for_bytes(

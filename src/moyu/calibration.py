@@ -92,7 +92,7 @@ def calibrate(
 
     bias: add the closed-form correction W E[v - S(v)] at every site (off by default).
     centre: let masks of columns act on v - c, with the c of `compensation.centred` (off by default).
-    levels: sparsity of each site by its key, instead of the same everywhere (`moyu.allocation`); at 0 a site stays dense.
+    levels: sparsity of each site by its key, instead of the same everywhere (`moyu.allocation`).
     settings: the method with other knobs, by the key of the site that has them.
     layers: the ones to fit, all unless given; the others stay dense, and a `joint` method is not trained through the loss.
     Raises UserError where the model offers no site to this method, or none to what was asked.
@@ -119,7 +119,8 @@ def calibrate(
             f"method {method.name!r} skips no columns here, so nothing can be centred", "leave centring out"
         )
     parts: dict[str, tuple[Site, SiteParams]] = {}
-    draft = Plan(method, parts, {"name": name, "revision": revision}, settings=settings or {})
+    own = {key: other for key, other in (settings or {}).items() if other != method}
+    draft = Plan(method, parts, {"name": name, "revision": revision}, settings=own)
     with torch.no_grad(), Applied(model, draft, engine="mask", anatomy=anatomy, check=False) as applied:
         ahead = [s for layer in blocks for b in layer for s in method.sites(b) if s.source_layer != s.layer]
         applied.lookahead |= {(s.source_layer, s.reads) for s in ahead}
@@ -135,6 +136,7 @@ def calibrate(
     return dataclasses.replace(
         draft,
         parts=dict(draft.parts),
+        settings={key: other for key, other in own.items() if key in draft.parts},
         model={
             "name": name,
             "revision": revision,
@@ -178,7 +180,7 @@ def _fit_layer(
     centre: bool,
     levels: Mapping[str, float],
 ) -> None:
-    sites = [(block, site) for block in blocks for site in draft.method.sites(block) if levels.get(site.key) != 0]
+    sites = [(block, site) for block in blocks for site in draft.method.sites(block)]
     dense = walk.observe(index, walk.dense)  # also the taps that later layers look at
     taps_used = sorted({s.reads for _, s in sites}, key=TAPS.index)
     stages = [("attn_in",), ("q_latent", "kv_latent"), ("heads",), ("mlp_in", "gate", "up"), ("mid",)]
@@ -193,7 +195,7 @@ def _fit_layer(
                 source = (site.source_layer, site.reads)
                 ahead = walk.dense_taps[source], walk.sparse_taps[source]
             target = levels.get(site.key, sparsity)
-            acts = acts_of(block, site, seen, dense, ahead)
+            acts = acts_of(tensors_of(block), site, seen, dense, ahead)
             if acts is None:
                 continue
             own = draft.method_of(site)
@@ -212,10 +214,19 @@ def _fit_layer(
     walk.advance(index)
 
 
+Tensors = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+
+
+def tensors_of(block: Block) -> Tensors:
+    """Weights and biases of a block's linears, by name; of blocks of few bits a copy."""
+    weights = {n: p.weight.detach() for n, p in block.pieces.items()}
+    return weights, {n: p.bias.detach() for n, p in block.pieces.items() if p.bias is not None}
+
+
 def acts_of(
-    block: Block, site: Site, seen: _Taps, dense: _Taps, ahead: tuple[Tensor, Tensor] | None = None
+    tensors: Tensors, site: Site, seen: _Taps, dense: _Taps, ahead: tuple[Tensor, Tensor] | None = None
 ) -> Acts | None:
-    """What two walks of its layer have seen of a site; `ahead` is its tap where another layer has it.
+    """What two walks of its layer have seen of a site, beside its block's tensors; `ahead`: its tap where another layer has it.
 
     None for an expert that the text never routes to: nothing is known of it, it stays dense.
     """
@@ -227,9 +238,7 @@ def acts_of(
         dense_taps = sparse_taps  # routing differs between the streams: fit on what will be met
     if ahead is not None:
         dense_taps[site.reads], sparse_taps[site.reads] = ahead
-    weights = {n: p.weight.detach() for n, p in block.pieces.items()}
-    biases = {n: p.bias.detach() for n, p in block.pieces.items() if p.bias is not None}
-    return Acts(dense_taps, sparse_taps, rows, weights, biases)
+    return Acts(dense_taps, sparse_taps, rows, *tensors)
 
 
 class Walk:

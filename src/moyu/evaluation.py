@@ -108,7 +108,7 @@ def evaluate(
     positions = len(windows.tokens) * (windows.tokens.shape[1] - windows.prompt)
     total = accounting.dense_step_bytes(model, anatomy)
     skipped = sum(c.skipped_bytes for c in counters) / positions
-    added = plan.added_bytes()
+    added = accounting.added_bytes(plan, anatomy)
     merged = {name: _merge(p) if p else None for name, p in parts.items()}
     assert merged["dense"] is not None and merged["method"] is not None
     layers = torch.tensor([c.sparsity_by_layer for c in counters]).mean(0).tolist()

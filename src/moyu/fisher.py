@@ -43,7 +43,7 @@ class Point:
     method: Method | None = None  # with the knobs that it has here; None: nothing is skipped, or there is one choice
 
 
-NOTHING = Point(0.0, 0.0, 0.0)
+DENSE = Point(0.0, 0.0, 0.0)
 
 
 def curvature(model: nn.Module, windows: Windows, anatomy: Anatomy, seed: int = 0) -> dict[int, Tensor]:
@@ -131,8 +131,9 @@ def interpolated(points: Sequence[Point]) -> list[Point]:
 
 
 def name_of(site: Site) -> str:
-    """The key of a site and of those of its layer's other experts."""
-    return dataclasses.replace(site, expert=None).key
+    """The key of a site; one for all routed experts of its layer."""
+    routed = site.expert is not None and site.expert >= 0
+    return f"experts of {dataclasses.replace(site, expert=None).key}" if routed else site.key
 
 
 def divide(found: Mapping[Key, Sequence[Point]], saved: float) -> dict[Key, Point]:
@@ -145,7 +146,7 @@ def divide(found: Mapping[Key, Sequence[Point]], saved: float) -> dict[Key, Poin
     for key, points in found.items():
         hull = _hull(points)
         pieces += [(_slope(a, b), n, key, a, b) for n, (a, b) in enumerate(itertools.pairwise(hull))]
-    taken = dict.fromkeys(found, NOTHING)
+    taken = dict.fromkeys(found, DENSE)
     for _, _, key, a, b in sorted(pieces, key=lambda piece: piece[:2]):
         if saved <= 0:
             break
@@ -157,9 +158,9 @@ def divide(found: Mapping[Key, Sequence[Point]], saved: float) -> dict[Key, Poin
 
 def _hull(points: Sequence[Point]) -> list[Point]:
     """From nothing on, the points with the least cost for what they save or for more, convex."""
-    hull = [NOTHING]
+    hull = [DENSE]
     for point in sorted(points, key=lambda p: (p.saved, -p.cost)):
-        if point.saved <= 0:
+        if point.saved <= 0 or not math.isfinite(point.cost):  # an overflow says nothing
             continue
         while hull[-1].saved == point.saved or (len(hull) > 1 and _slope(*hull[-2:]) >= _slope(hull[-1], point)):
             hull.pop()
@@ -170,8 +171,8 @@ def _hull(points: Sequence[Point]) -> list[Point]:
 def _between(a: Point, b: Point, saved: float, points: Sequence[Point]) -> Point:
     """The point of b's choice that saves so much: on the line from a where both are of one choice."""
     line = [a, b]
-    if a.method is not b.method and a is not NOTHING:
-        line = sorted([NOTHING, *(p for p in points if p.method is b.method)], key=lambda p: p.saved)
+    if a.method is not b.method and a is not DENSE:
+        line = sorted([DENSE, *(p for p in points if p.method is b.method)], key=lambda p: p.saved)
     at = [p.saved for p in line]
     level, cost = (float(np.interp(saved, at, [getattr(p, n) for p in line])) for n in ("level", "cost"))
     return Point(level, saved, cost, b.method)

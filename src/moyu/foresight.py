@@ -70,7 +70,7 @@ class _Grader:
 
     def _grade(self, site: Site, params: SiteParams, held: Tensor, chosen: Tensor, rows: Rows) -> Grade:
         inputs = self.inputs[site.source_layer, site.expert, site.reads][chosen]
-        scores = self.plan.method.score(inputs, rows.take(chosen), site, params, {})  # (N, units)
+        scores = self.plan.method_of(site).score(inputs, rows.take(chosen), site, params, {})  # (N, units)
         pieces = self.blocks[site.layer, site.expert].pieces
         if site.skips == "heads":
             mass = head_norms(held, pieces["o"].weight, site.units)

@@ -268,7 +268,7 @@ class Context:
         }
         reader = Reader(model, self.anatomy)
         if sparsity is None and byte_fraction is not None and allocated == "uniform":
-            found = ways(reader, method, windows, **options)
+            found = ways(reader, method, windows, progress, **options)
             plan = plan_for_bytes(found, self.split, byte_fraction, progress=progress)
         else:
             if sparsity is None and byte_fraction is not None:

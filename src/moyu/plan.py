@@ -71,10 +71,6 @@ class Plan:
         own = (self.own_knobs(key) for key in self.settings)
         return dict(collections.Counter(", ".join(f"{k}={v}" for k, v in knobs.items()) for knobs in own))
 
-    def added_bytes(self) -> int:
-        """Bytes that a plan makes a step read beyond the model's: biases, bases, low-rank parts, thresholds, scores."""
-        return sum(p.extra_bytes() + self.method_of(site).score_bytes(site, p) for site, p in self.parts.values())
-
     def sites(self) -> Iterator[Site]:
         """Every site of the plan."""
         return (site for site, _ in self.parts.values())

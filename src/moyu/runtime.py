@@ -80,18 +80,11 @@ class Products:
     KEPT = 64  # tensors; a round of trials over seven sites makes 24
     STAGES: Mapping[str, int] = MappingProxyType(
         {
-            "q": 0,
-            "k": 0,
-            "v": 0,
-            "qkv": 0,
-            "o": 1,
-            "gate": 2,
-            "up": 2,
-            "down": 3,
-            "attn_in": 0,
-            "heads": 1,
-            "mlp_in": 2,
-            "mid": 3,
+            **dict.fromkeys(("attn_in", "q", "k", "v", "qkv", "q_a", "kv_a", "g"), 0),
+            **dict.fromkeys(("q_latent", "kv_latent", "q_b", "kv_b"), 1),
+            **dict.fromkeys(("heads", "o"), 2),
+            **dict.fromkeys(("mlp_in", "gate", "up"), 3),
+            **dict.fromkeys(("mid", "down"), 4),
         }
     )  # of linears, and of what sites read, in the order of data flow
 

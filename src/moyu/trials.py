@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moyu.applied import Applied
-from moyu.calibration import Progress, Walk, Windows, acts_of
+from moyu.calibration import Progress, Walk, Windows, acts_of, tensors_of
 from moyu.methods.base import Method, Site, SiteParams
 from moyu.plan import Plan
 from moyu.runtime import Products
@@ -37,10 +37,12 @@ class Trial:
         walk.attach(index, Plan(method, {}, {}))
         seen = walk.observe(index, walk.sparse), walk.observe(index, walk.dense)
         self.clean = walk.output(index)
-        acts = {site.key: acts_of(block, site, *seen) for block, site in sites}
+        tensors = {id(block): tensors_of(block) for block, _ in sites}
+        acts = {site.key: acts_of(tensors[id(block)], site, *seen) for block, site in sites}
         self.acts = {key: own for key, own in acts.items() if own is not None}
         self.fits: dict[tuple[str, float, Method], SiteParams] = {}
-        self.products = Products([s for _, s in sites])
+        in_order = not any((site.expert or 0) < 0 for _, site in sites)  # a second network follows the first
+        self.products = Products([s for _, s in sites]) if in_order else None
 
     def attach(self, levels: Mapping[str, float], method: Method | None = None) -> Plan:
         """Let the layer run at these levels, of `method` where it is not the usual one; what it runs is returned."""
@@ -54,7 +56,8 @@ class Trial:
                 parts[site.key] = (site, self.fits[key])
         plan = Plan(method, parts, {})
         self.walk.attach(self.index, plan)
-        self.products.at({key: (method, level) if level > 0 else None for key, level in levels.items()})
+        if self.products is not None:
+            self.products.at({key: (method, level) if level > 0 else None for key, level in levels.items()})
         return plan
 
     def change(self) -> Tensor:
@@ -80,9 +83,10 @@ class Trial:
 
 @torch.no_grad()
 def separable(model: nn.Module, windows: Windows, anatomy: Anatomy) -> bool:
-    """Whether layers can be run alone: a simple chain."""
+    """Whether layers can be run alone: a simple chain of hidden states (B, T, d)."""
     with Applied(model, None, engine="mask", anatomy=anatomy, check=False) as applied:
-        return Walk(applied, dataclasses.replace(windows, tokens=windows.tokens[:1])).chain is not None
+        walk = Walk(applied, dataclasses.replace(windows, tokens=windows.tokens[:1]))
+        return walk.chain is not None and walk.dense.shape[:-1] == walk.tokens.shape
 
 
 @torch.no_grad()
@@ -95,12 +99,12 @@ def each_layer(
     progress: Progress | None = None,
     tokens: int = TOKENS,
 ) -> None:
-    """Visit layers in order, on at most so many tokens; `visit` gives the levels that later layers' inputs are sparsified at.
+    """Visit layers in order, on at most so many tokens, or half as many behind a long prompt; `visit` gives the levels that later layers' inputs are sparsified at.
 
     It is handed the share of each site's weights in those of its layer.
     """
-    count = max(1, tokens // windows.tokens.shape[1])
-    windows = dataclasses.replace(windows, tokens=windows.tokens[:count, :tokens])
+    count, length = max(1, tokens // windows.tokens.shape[1]), max(tokens, windows.prompt + tokens // 2)
+    windows = dataclasses.replace(windows, tokens=windows.tokens[:count, :length])
     with Applied(model, Plan(method, {}, {}), engine="mask", anatomy=anatomy, check=False) as applied:
         walk = Walk(applied, windows)
         for index in range(len(anatomy.layers)):
@@ -108,6 +112,7 @@ def each_layer(
             if sites:
                 trial = Trial(walk, index, method, sites)
                 trial.attach(visit(trial, weights(s for _, s in sites)))
+                del trial  # before the next layer's is made
             walk.advance(index)
             if progress:
                 progress(index + 1, len(anatomy.layers))

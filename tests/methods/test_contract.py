@@ -154,7 +154,7 @@ def test_kernels_read_what_the_formula_says(name):
             groups = {i // 32 for i in skipped.nonzero()[:, 0].tolist()}
             proxy += int(skipped.sum()) * rest.column_bytes + len(groups) * 2 * rest.outputs
     if method.name == "prox":  # the kernels multiply its copy too; norms of columns are not theirs
-        proxy += plan.added_bytes()
+        proxy += accounting.added_bytes(plan, surgery.dissect(model))
         proxy -= sum(p.buffers["norms"].nbytes for _, p in plan.parts.values() if "norms" in p.buffers)
     # Nor is the embedding's row the kernels'.
     assert counted.total == total - counter.skipped_bytes - norms - 64 * 4 + proxy
@@ -212,7 +212,7 @@ def test_larosa_rotation_alone_is_exact():
 def test_larosa_bytes_are_counted():
     model = build("llama", torch.float32)
     plan = plan_for(model, methods.method("larosa"))
-    added = plan.added_bytes()
+    added = accounting.added_bytes(plan, surgery.dissect(model))
     assert added == 3 * 2 * 64 * 64 * 4  # layers, inputs, d x d float32
 
 
@@ -227,7 +227,9 @@ def test_r_sparse_path_lowers_the_error(path):
         for p in (plan, dataclasses.replace(plan, parts=bare))
     )
     assert with_path < without
-    assert plan.added_bytes() == sum(t.nbytes for _, p in plan.parts.values() for t in p.low_rank)
+    assert accounting.added_bytes(plan, surgery.dissect(model)) == sum(
+        t.nbytes for _, p in plan.parts.values() for t in p.low_rank
+    )
 
 
 def test_exact_methods_skip_nothing_that_counts():

@@ -210,7 +210,7 @@ def _records(
     units = [pair for counter, _ in counted for pair in counter.layers.values()]
     skipped, positions = sum(s for s, _ in units), sum(n for _, n in counted)
     read = accounting.dense_step_bytes(context.loaded.model, context.anatomy)
-    added = plan.added_bytes()
+    added = accounting.added_bytes(plan, context.anatomy)
     for task, values in sparse["results"].items():
         for key, value in values.items():
             metric, _, chosen = key.partition(",")

@@ -138,8 +138,8 @@ class Acts:
     weights: Mapping[str, Tensor]  # name -> (out, in)
     biases: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (out,), of the linears that have one
     known: dict[tuple[Method, str], Mapping[str, Tensor]] = field(
-        default_factory=dict, compare=False
-    )  # what was prepared
+        default_factory=dict, init=False, compare=False
+    )  # what methods have prepared
 
     def met(self, tap: Tap) -> Tensor:
         """A tap on the rows that masks will be decided for: sparse and valid ones, behind sparsified sites."""
