@@ -10,6 +10,9 @@ import moyu
 from moyu import allocation, cli, methods, pipeline, surgery, trials
 from moyu.allocation import climb, mean, weights
 from moyu.calibration import Windows
+from moyu.coverage import shrinking
+from moyu.coverage.checks import tokens as coverage_tokens
+from moyu.evaluation import evaluate
 from moyu.plan import Plan
 from moyu.runtime import Products
 from tiny import build, tokens
@@ -80,6 +83,12 @@ def test_trials_look_at_no_more_than_their_tokens(monkeypatch, shape):
         model, methods.method("teal"), windows, lambda t, shares: dict.fromkeys(shares, 0.0), anatomy, tokens=32
     )
     assert seen and max(seen) <= 32
+    seen.clear()
+    long = Windows(tokens(2, 64), 40)  # a prompt longer than that: half as many tokens behind it
+    trials.each_layer(
+        model, methods.method("teal"), long, lambda t, shares: dict.fromkeys(shares, 0.0), anatomy, tokens=32
+    )
+    assert seen == [56]
 
 
 @pytest.mark.slow
@@ -212,3 +221,49 @@ def test_equalised_blocks_lose_the_same_share():
 
     trials.each_layer(model, task.method, windows, visit, task.anatomy)
     assert max(shares) < 1.25 * min(shares) and max(levels.values()) > min(levels.values())
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "longcat_flash", "llama4_text", "falcon", "gemma2"])
+def test_kept_products_give_what_fresh_ones_do_in_every_structure(name):
+    """Latent attention, a shared expert, two networks in a layer, attention and network side by side."""
+    model = shrinking.build(name)
+    anatomy, windows, seen = surgery.dissect(model), Windows(coverage_tokens(2, 12), 4), []
+
+    def visit(trial, shares):
+        for key in shares:
+            trial.attach(dict.fromkeys(shares, 0.0) | {key: 0.5})
+            change, fresh = trial.change(), trial.walk.output(trial.index) - trial.clean
+            seen.append(float(change.abs().max()))
+            assert torch.allclose(change, fresh[:, windows.prompt :].float(), atol=1e-5), key
+        return dict.fromkeys(shares, 0.0)
+
+    trials.each_layer(model, methods.method("teal"), windows, visit, anatomy)
+    assert sum(value > 0 for value in seen) > len(seen) / 2
+
+
+def test_layers_of_stacked_states_are_not_run_alone():
+    model, windows = shrinking.build("gemma3n_text"), Windows(coverage_tokens(2, 12), 4)
+    anatomy = surgery.dissect(model)
+    assert not trials.separable(model, windows, anatomy)
+    with pytest.raises(moyu.UserError, match="cannot be run alone"):
+        allocation.calibrate_allocated(
+            model, methods.method("teal"), windows, windows, allocation="fisher", sparsity=0.5, anatomy=anatomy
+        )
+
+
+def test_sites_that_look_ahead_are_refused():
+    model, windows = build("opt-relu", torch.float32), Windows(tokens(2, 20), 8)
+    with pytest.raises(moyu.UserError, match="looks ahead"):
+        allocation.calibrate_allocated(
+            model, methods.method("deja-vu", ahead=True), windows, windows, allocation="greedy", sparsity=0.5
+        )
+
+
+def test_sites_at_level_0_count_in_what_is_skipped():
+    model, windows = build("llama", torch.float32), Windows(tokens(4, 40), 20)
+    anatomy, method = surgery.dissect(model), methods.method("teal")
+    levels = {s.key: 0.0 if s.layer == 1 else 0.8 for b in anatomy.all_blocks() for s in method.sites(b)}
+    plan = moyu.calibrate(model, method, windows, sparsity=0.5, levels=levels, anatomy=anatomy)
+    quality = evaluate(model, plan, windows, matched=False, anatomy=anatomy)
+    assert quality.sparsity_by_layer == pytest.approx([0.8, 0.0, 0.8], abs=0.02)
+    assert quality.realized_sparsity == pytest.approx(1.6 / 3, abs=0.02)

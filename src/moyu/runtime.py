@@ -99,7 +99,7 @@ class Products:
         self.levels = dict(levels)
 
     def get(self, expert: int | None, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """The product of a linear, (N, q); not to be written to."""
+        """The product of a linear, (N, q), the caller's own: models add to what they are given in place."""
         stage = self.STAGES[name]
         depends = (s for s in self.sites if self.STAGES[s.reads] < stage or (name in s.linears and s.expert == expert))
         key = (expert, name, *((s.key, self.levels[s.key]) for s in depends))
@@ -110,7 +110,7 @@ class Products:
         self._kept[key] = known
         if len(self._kept) > self.KEPT:
             self._kept.pop(next(iter(self._kept)))
-        return known
+        return known.clone()
 
 
 @dataclass(eq=False)

@@ -99,9 +99,10 @@ def each_layer(
     progress: Progress | None = None,
     tokens: int = TOKENS,
 ) -> None:
-    """Visit layers in order, on at most so many tokens, or half as many behind a long prompt; `visit` gives the levels that later layers' inputs are sparsified at.
+    """Visit layers in order, on at most so many tokens, or half as many behind a long prompt.
 
-    It is handed the share of each site's weights in those of its layer.
+    `visit` is handed the share of each site's weights in those of its layer, and gives the levels that later layers' inputs
+    are sparsified at.
     """
     count, length = max(1, tokens // windows.tokens.shape[1]), max(tokens, windows.prompt + tokens // 2)
     windows = dataclasses.replace(windows, tokens=windows.tokens[:count, :length])
