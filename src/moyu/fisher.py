@@ -52,9 +52,8 @@ def curvature(model: nn.Module, windows: Windows, anatomy: Anatomy, seed: int = 
     outputs: list[Tensor] = []
     embedding = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     hooks = [layer.register_forward_hook(lambda m, a, o: outputs.append(first(o))) for layer in anatomy.layers]
-    hooks.append(
-        embedding.register_forward_hook(lambda m, a, o: o.detach().requires_grad_())
-    )  # where weights have none
+    # A gradient there even where weights have none.
+    hooks.append(embedding.register_forward_hook(lambda m, a, o: o.detach().requires_grad_()))
     try:
         for window in windows.tokens.split(1):
             outputs.clear()
@@ -90,7 +89,7 @@ def curves(
 ) -> dict[str, list[Point]]:
     """What each site saves and costs under each of `choices`, by `name_of`: tried at LEVELS, and interpolated between them.
 
-    All choices have the same sites. The experts of a layer go together, as one site. Raises UserError where layers are no simple chain.
+    All choices have the same sites. The experts of a layer go together, as one site. Layers must be `trials.separable`.
     """
     fisher, tried = curvature(model, windows, anatomy, seed), dict[tuple[str, Method], list[Point]]()
 

@@ -240,7 +240,7 @@ class Board:
             reference=test,
         )
         fraction = reader.byte_fraction(quality.byte_fraction, plan)
-        key = (name, reader.bits) if target.kind == "bytes" else ("", 0)
+        spent = self._ways.get((name, reader.bits), []) if target.kind == "bytes" else []
         extra = {}
         for kind in ("random", "oracle"):
             scores: Scores | None = getattr(quality, kind)
@@ -252,7 +252,7 @@ class Board:
             realized_sparsity=quality.realized_sparsity,
             byte_fraction=fraction,
             byte_fraction_16=fraction * self.steps[storage.bits] / self.steps[16],
-            floor=max(0.0, min((way.floor(plan) for way in self._ways.get(key, [])), default=reader.floor(plan))),
+            floor=max(0.0, min((way.floor(plan) for way in spent), default=reader.floor(plan))),
             knobs=plan.method.knobs(),
             site_knobs=plan.site_knobs,
             fit_s=seconds,
