@@ -168,7 +168,7 @@ def test_a_budget_is_divided_over_settings_and_sites():
     found, uniform = (float(q.method.kl.mean()) for q in graded)
     assert found < 0.5 * uniform
     about = plans[0].calibration["allocation"]
-    assert about["summed_kl"] == pytest.approx(found, rel=0.5)
+    assert about["summed_kl"] == pytest.approx(found, rel=0.35)
     assert plans[0].site_knobs and len(set(about["levels"].values())) > 2 and not plans[1].settings
     assert plan_for_bytes([divided], split, 0.75).target_sparsity < plans[0].target_sparsity
     assert divided.curves is curves
@@ -205,3 +205,14 @@ def test_units_of_less_than_a_line_save_nothing():
         plan_for_bytes(
             ways(reader, methods.method("estimate"), windows()), Split(windows(), windows(), windows()), 0.85
         )
+
+
+def test_what_a_plan_adds_at_routed_experts_is_read_of_the_routed_ones():
+    model = build("mixtral", torch.float32)
+    anatomy = dissect(model)
+    plan = calibrate(model, methods.method("estimate"), windows(), sparsity=0.5, anatomy=anatomy)
+    sizes = {s.key: p.extra_bytes() + plan.method.score_bytes(s, p) for s, p in plan.parts.values()}
+    routed = sum(sizes[s.key] for s in plan.sites() if s.expert is not None)
+    assert routed > 0.3 * sum(sizes.values())
+    assert added_bytes(plan, anatomy) == sum(sizes.values()) - routed / 2  # two experts of four
+    assert Reader(model, anatomy).added(plan) == added_bytes(plan, anatomy)

@@ -60,7 +60,7 @@ def test_costs_foresee_kl():
             s.key for s in sites
         }  # those at level 0 too: what is skipped is a part of all of them
         kl = float(evaluation.evaluate(model, plan, windows, matched=False, anatomy=anatomy).method.kl.mean())
-        assert sum(p.cost for p in at.values()) == pytest.approx(kl, rel=0.4)
+        assert 0.6 < sum(p.cost for p in at.values()) / kl < 1.2
 
 
 def test_experts_of_a_layer_go_together():

@@ -228,7 +228,7 @@ def second_order(task: Task) -> tuple[dict[str, float], float]:
     shares = weights(s for sites in task.sites.values() for s in sites)
 
     def worth(plan: Plan, skipped: float, levels: Mapping[str, float]) -> float:
-        return sum(shares[key] * level for key, level in levels.items())
+        return mean(levels, shares)
 
     seed = int(task.options.get("seed", 0))
     found = curves(task.model, [task.method], task.windows, task.anatomy, worth, seed=seed, progress=task.progress)

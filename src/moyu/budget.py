@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moyu import accounting, fisher
+from moyu.allocation import mean
 from moyu.blocks import KIND_BITS
 from moyu.calibration import Progress, Windows, calibrate, solve_bytes
 from moyu.errors import OutOfReach
@@ -222,7 +223,7 @@ class Divided(Way):
             usual,
             windows,
             progress,
-            sparsity=sum(shares[key] * level for key, level in levels.items()),
+            sparsity=mean(levels, shares),
             levels=levels,
             settings={key: p.method for key, p in points.items() if p.method not in (None, usual)},
         )
