@@ -10,8 +10,8 @@ import torch
 from moyu.methods.base import Refresh, SiteParams, column_site, head_sites, neuron_site, row_site
 from moyu.methods.cats import Cats
 from moyu.methods.griffin import Griffin
+from moyu.methods.selection import PerUnitThreshold, quantile
 from moyu.methods.teal import Teal
-from moyu.selection import PerUnitThreshold, quantile
 
 
 @dataclass(frozen=True)

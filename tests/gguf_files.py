@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moyu import UserError
-from moyu.gguf.reader import NUMBERS
+from moyu.model.gguf.reader import NUMBERS
 
 UINT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 4, 6, 7, 8, 9, 10
 NUMBER_OF = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}

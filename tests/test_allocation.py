@@ -7,19 +7,23 @@ import torch
 from typer.testing import CliRunner
 
 import moyu
-from moyu import allocation, cli, methods, pipeline, surgery, trials
-from moyu.allocation import climb, mean, weights
-from moyu.calibration import Windows
-from moyu.coverage import shrinking
-from moyu.coverage.checks import tokens as coverage_tokens
-from moyu.evaluation import evaluate
+from moyu import methods
+from moyu.calibration import allocation, trials, walk
+from moyu.calibration.allocation import climb, mean
+from moyu.calibration.trials import weights
+from moyu.commands import cli, pipeline
+from moyu.engine.runtime import Products
+from moyu.measure.evaluation import evaluate
+from moyu.measure.windows import Windows
+from moyu.model import dissect
 from moyu.plan import Plan
-from moyu.runtime import Products
+from moyu.research.coverage import shrinking
+from moyu.research.coverage.checks import tokens as coverage_tokens
 from tiny import build, tokens
 
 
 def test_sizes_are_the_matrices_own_grouped_keys_included():
-    block = surgery.dissect(build("llama", torch.float32)).blocks[0]
+    block = dissect.dissect(build("llama", torch.float32)).blocks[0]
     sites = methods.method("teal").sites(block)
     shares = {s.linears[0]: w for s, w in zip(sites, weights(sites).values(), strict=True)}
     assert shares["k"] == shares["v"] == pytest.approx(shares["q"] / 2)  # 2 heads of keys for 4 of queries
@@ -61,7 +65,7 @@ def test_the_plan_has_the_levels_and_says_which_it_is():
     uniform = moyu.calibrate(model, methods.method("teal"), Windows(tokens(6, 40), 20), sparsity=0.5)
     assert set(about["kl"]) == {"uniform", "greedy"}
     if about["chosen"] == "greedy":
-        shares = allocation.weights([s for s, _ in plan.parts.values() if s.layer == 0])
+        shares = trials.weights([s for s, _ in plan.parts.values() if s.layer == 0])
         assert mean({k: about["levels"][k] for k in shares}, shares) == pytest.approx(0.5)
     else:
         assert [p.rule for _, p in plan.parts.values()] == [p.rule for _, p in uniform.parts.values()]
@@ -71,14 +75,14 @@ def test_the_plan_has_the_levels_and_says_which_it_is():
 def test_trials_look_at_no_more_than_their_tokens(monkeypatch, shape):
     seen = []
 
-    class Watched(trials.Walk):
+    class Watched(walk.Walk):
         def __init__(self, applied, windows):
             seen.append(windows.tokens.numel())
             super().__init__(applied, windows)
 
     monkeypatch.setattr(trials, "Walk", Watched)
     model, windows = build("llama"), Windows(tokens(*shape), 4)
-    anatomy = surgery.dissect(model)
+    anatomy = dissect.dissect(model)
     trials.each_layer(
         model, methods.method("teal"), windows, lambda t, shares: dict.fromkeys(shares, 0.0), anatomy, tokens=32
     )
@@ -169,7 +173,7 @@ def test_products_are_made_again_only_where_they_change():
             errors.setdefault("fresh", []).append(block.error(trial))
         return trials[0]
 
-    trials.each_layer(model, methods.method("teal"), windows, visit, surgery.dissect(model))
+    trials.each_layer(model, methods.method("teal"), windows, visit, dissect.dissect(model))
     assert errors["kept"] == pytest.approx(errors["fresh"], rel=1e-12) and min(errors["kept"]) > 0
     # The first run makes 7; q, k or v again that one and the 4 behind it, o 4, up or gate 2, down itself.
     assert made == [7 + 3 * 5 + 4 + 2 * 2 + 1] * 3
@@ -194,7 +198,7 @@ def test_allocations_meet_the_target_and_say_which_was_better(kind, count, monke
         Windows(tokens(4, 24), 8),
         Windows(tokens(6, 24, seed=4), 8),
         0.5,
-        surgery.dissect(model),
+        dissect.dissect(model),
         trials=count,
     )
     levels = {
@@ -212,7 +216,7 @@ def test_allocations_meet_the_target_and_say_which_was_better(kind, count, monke
 
 def test_equalised_blocks_lose_the_same_share():
     model, windows = build("llama"), Windows(tokens(4, 24), 8)
-    task = allocation.Task(model, methods.method("cats"), windows, windows, 0.5, surgery.dissect(model))
+    task = allocation.Task(model, methods.method("cats"), windows, windows, 0.5, dissect.dissect(model))
     levels, shares = allocation.equalised(task, stream=False), []
 
     def visit(block, weights):
@@ -227,7 +231,7 @@ def test_equalised_blocks_lose_the_same_share():
 def test_kept_products_give_what_fresh_ones_do_in_every_structure(name):
     """Latent attention, a shared expert, two networks in a layer, attention and network side by side."""
     model = shrinking.build(name)
-    anatomy, windows, seen = surgery.dissect(model), Windows(coverage_tokens(2, 12), 4), []
+    anatomy, windows, seen = dissect.dissect(model), Windows(coverage_tokens(2, 12), 4), []
 
     def visit(trial, shares):
         for key in shares:
@@ -243,7 +247,7 @@ def test_kept_products_give_what_fresh_ones_do_in_every_structure(name):
 
 def test_layers_of_stacked_states_are_not_run_alone():
     model, windows = shrinking.build("gemma3n_text"), Windows(coverage_tokens(2, 12), 4)
-    anatomy = surgery.dissect(model)
+    anatomy = dissect.dissect(model)
     assert not trials.separable(model, windows, anatomy)
     with pytest.raises(moyu.UserError, match="cannot be run alone"):
         allocation.calibrate_allocated(
@@ -261,7 +265,7 @@ def test_sites_that_look_ahead_are_refused():
 
 def test_sites_at_level_0_count_in_what_is_skipped():
     model, windows = build("llama", torch.float32), Windows(tokens(4, 40), 20)
-    anatomy, method = surgery.dissect(model), methods.method("teal")
+    anatomy, method = dissect.dissect(model), methods.method("teal")
     levels = {s.key: 0.0 if s.layer == 1 else 0.8 for b in anatomy.all_blocks() for s in method.sites(b)}
     plan = moyu.calibrate(model, method, windows, sparsity=0.5, levels=levels, anatomy=anatomy)
     quality = evaluate(model, plan, windows, matched=False, anatomy=anatomy)

@@ -10,7 +10,8 @@ from gguf.quants import dequantize, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moyu.blocks import BLOCK, KINDS, QuantisedEmbedding, QuantisedLinear, block_bytes, quantise
+from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
+from moyu.weights.blocks import BLOCK, KINDS, block_bytes, quantise
 
 TYPES = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 SIZES = st.floats(-9, 4)

@@ -10,15 +10,20 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from moyu import budget, methods, models, pipeline
-from moyu.accounting import added_bytes
-from moyu.budget import SLACK, Divided, Reader, Way, kinds, plan_for_bytes, solve, ways
-from moyu.calibration import Windows, calibrate
+from moyu import methods
+from moyu.calibration import budget
+from moyu.calibration.budget import SLACK, Divided, Reader, Way, kinds, plan_for_bytes, solve, ways
+from moyu.calibration.trials import separable
+from moyu.calibration.walk import calibrate
+from moyu.commands import pipeline
 from moyu.errors import OutOfReach
-from moyu.quantisation import GROUP, Storage, stored_bits
-from moyu.surgery import dissect
-from moyu.text import Split
-from moyu.trials import separable
+from moyu.measure.accounting import added_bytes
+from moyu.measure.storage import Storage, stored_bits
+from moyu.measure.text import Split
+from moyu.measure.windows import Windows
+from moyu.model import loading
+from moyu.model.dissect import dissect
+from moyu.weights.few_bits import GROUP
 from tiny import build, tokens
 
 SHORT = pipeline.Settings(window=96, boundary=48, test=4, calibration=4)
@@ -144,7 +149,7 @@ def test_the_rank_of_a_router_is_chosen_where_none_is_named(monkeypatch):
 def test_settings_of_weights_in_blocks_are_of_fewer_bits_and_have_kernels(weights, bits, rests):
     model = build("llama", torch.float32)
     if weights:
-        models.quantise_model(model, weights)
+        loading.quantise_model(model, weights)
     reader = Reader(model, dissect(model))
     assert (reader.bits, reader.planes) == (bits, False)
     settings = methods.method("estimate").settings_for(reader.bits, reader.planes)
@@ -199,7 +204,7 @@ def test_layers_of_a_chain_are_separable():
 def test_units_of_less_than_a_line_save_nothing():
     """Blocks of 4 bits at width 64: a column is 36 bytes."""
     model = build("llama", torch.float32)
-    models.quantise_model(model, "q4_0")
+    loading.quantise_model(model, "q4_0")
     reader = Reader(model, dissect(model))
     with pytest.raises(OutOfReach, match=r"floor 1\.00"):
         plan_for_bytes(

@@ -17,8 +17,12 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 import moyu
-from moyu import cli, files, methods, models, pipeline, records, zoo
-from moyu.calibration import Windows, calibrate
+from moyu import methods, records
+from moyu.calibration.walk import calibrate
+from moyu.commands import cli, pipeline
+from moyu.measure.windows import Windows
+from moyu.model import loading, zoo
+from moyu.weights import files
 from tiny import build, tokens
 
 SMALL = ["--window", "32", "--prompt-tokens", "16"]
@@ -63,7 +67,7 @@ def refused(moyu_command):
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory):
     """A plan of the embedded relu model."""
-    loaded = models.load("relu")
+    loaded = loading.load("relu")
     ids = torch.randint(3, 500, (2, 32), generator=torch.Generator().manual_seed(0))
     plan = calibrate(loaded.model, methods.method("popularity"), Windows(ids, 16), sparsity=0.5, name="relu")
     return plan.save(tmp_path_factory.mktemp("plans") / "popularity")
@@ -125,7 +129,7 @@ def test_no_command_is_the_help(moyu_command):
 
 
 def test_a_model_without_a_known_network(refused, tmp_path):
-    tokenizer = models.load("swiglu").tokenizer
+    tokenizer = loading.load("swiglu").tokenizer
     config = MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4)
     MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
     tokenizer.save_pretrained(tmp_path / "mamba")

@@ -7,9 +7,10 @@ import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, QuantizedCache, StaticCache
 
 from moyu import methods
-from moyu.applied import Applied
-from moyu.calibration import Windows, calibrate
-from moyu.surgery import dissect
+from moyu.calibration.walk import calibrate
+from moyu.engine.applied import Applied
+from moyu.measure.windows import Windows
+from moyu.model.dissect import dissect
 from tiny import GATED, WIDE, build, tokens
 
 PROMPT, LENGTH = 12, 24

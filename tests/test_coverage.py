@@ -15,11 +15,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from typer.testing import CliRunner
 
 import moyu
-from moyu import coverage, surgery
-from moyu.applied import Applied
-from moyu.calibration import Windows, calibrate
-from moyu.coverage import checks, shrinking
+from moyu.calibration.walk import calibrate
+from moyu.engine.applied import Applied
+from moyu.measure.windows import Windows
 from moyu.methods import method
+from moyu.model import dissect
+from moyu.research import coverage
+from moyu.research.coverage import checks, shrinking
 from tiny import build, tokens
 
 # structure -> a type of transformers that has it. What is proved is asserted below, by the kinds of networks found.
@@ -88,7 +90,7 @@ def _clamped(broken: bool) -> LlamaForCausalLM:
 
 def test_a_clamp_that_the_probe_does_not_reach_is_kept():
     model = _clamped(broken=False)
-    anatomy = surgery.dissect(model)
+    anatomy = dissect.dissect(model)
     assert all(b.act is None and b.middle is not None for b in anatomy.blocks)
     plan = calibrate(model, method("teal"), Windows(tokens(4, 24), 4), sparsity=0.0, anatomy=anatomy)
     with torch.no_grad():
@@ -101,25 +103,25 @@ def test_a_clamp_that_the_probe_does_not_reach_is_kept():
 
 def test_rows_that_mix_are_refused_with_the_reason():
     with pytest.raises(moyu.UserError, match="layer 2: no linear takes"):
-        surgery.dissect(_clamped(broken=True))
+        dissect.dissect(_clamped(broken=True))
 
 
 def test_layers_can_be_left_dense_by_hand():
     model = build("llama", torch.float32)
-    anatomy = surgery.dissect(model, (0, -1))
+    anatomy = dissect.dissect(model, (0, -1))
     assert [b.has_ffn for b in anatomy.blocks] == [False, True, False]
     assert anatomy.gaps == ["layer 0: left dense as asked", "layer 2: left dense as asked"]
     plan = calibrate(model, method("teal"), Windows(tokens(4, 24), 4), sparsity=0.5, anatomy=anatomy)
     assert {s.layer for s in plan.sites()} == {1} and plan.calibration["dense_layers"] == [0, 2]
     with pytest.raises(moyu.UserError, match="layers 0 to 2"):
-        surgery.dissect(model, (3,))
+        dissect.dissect(model, (3,))
 
 
 def test_calibration_where_layers_are_no_chain_is_that_of_the_chain(monkeypatch):
     """The whole model at every step gives the plan that single layers give."""
     model, windows = build("llama"), Windows(tokens(4, 24), 4)
     chain = calibrate(model, method("teal"), windows, sparsity=0.5)
-    monkeypatch.setattr("moyu.calibration._Chain.remove", _broken(moyu.calibration._Chain.remove))
+    monkeypatch.setattr("moyu.calibration.walk._Chain.remove", _broken(moyu.calibration._Chain.remove))
     whole = calibrate(model, method("teal"), windows, sparsity=0.5)
     assert chain.parts.keys() == whole.parts.keys()
     for key, (_, params) in chain.parts.items():
@@ -135,7 +137,7 @@ def _broken(remove):
 
 
 def test_survey_is_isolated_and_resumable(tmp_path):
-    from moyu.cli import app
+    from moyu.commands.cli import app
 
     arguments = ["coverage", "--only", "llama", "--only", "mamba", "--out", str(tmp_path), "--json"]
     first = CliRunner().invoke(app, arguments)
@@ -151,7 +153,7 @@ def test_survey_is_isolated_and_resumable(tmp_path):
 
 def test_committed_table_is_the_records():
     from moyu import records
-    from moyu.coverage.page import page, share
+    from moyu.research.coverage.page import page, share
 
     docs = Path(__file__).parents[1] / "docs"
     rows = records.read(docs / "results" / "coverage.jsonl")

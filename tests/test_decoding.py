@@ -25,12 +25,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from moyu import kernels, methods, models, surgery, zoo
-from moyu.applied import Applied
-from moyu.calibration import Windows, calibrate
+from moyu import kernels, methods
+from moyu.calibration.walk import calibrate
+from moyu.engine.applied import Applied
 from moyu.kernels import cpu
+from moyu.measure.windows import Windows
+from moyu.methods.selection import TopK
+from moyu.model import dissect, loading, zoo
 from moyu.plan import Plan
-from moyu.selection import TopK
 from test_equality import has_sites, padded
 from tiny import GATED, WIDE, build, tokens
 
@@ -152,7 +154,7 @@ def test_skipped_columns_are_read_in_few_bits(structure, weights, rest, batch):
     in_blocks = isinstance(weights, str)
     model = make(structure, torch.float32 if in_blocks else weights)
     if in_blocks:
-        models.quantise_model(model, weights)
+        loading.quantise_model(model, weights)
     plan = plan_for(model, "estimate", rest=rest)
     assert all(p.bias is not None for _, p in plan.parts.values())
     ids, mask = padded(batch)
@@ -169,7 +171,7 @@ def test_skipped_columns_are_read_in_few_bits(structure, weights, rest, batch):
 def test_sites_with_settings_and_levels_of_their_own(structure, tmp_path):
     """Dense, without a rest, with one of 4 and one of 8 bits, in one layer; the plan survives a file."""
     model = make(structure)
-    sites = [s for b in surgery.dissect(model).all_blocks() for s in methods.method("estimate").sites(b)]
+    sites = [s for b in dissect.dissect(model).all_blocks() for s in methods.method("estimate").sites(b)]
     own = {s.key: methods.method("estimate", rest=(0, 4, 8)[n % 3]) for n, s in enumerate(sites)}
     levels = {s.key: (0.0, 0.3, 0.6, 0.9)[n % 4] for n, s in enumerate(sites)}
     settings = {key: method for key, method in own.items() if method.knobs()["rest"] != 4}
@@ -198,7 +200,7 @@ def test_plan_biases_are_native(name):
     generator = torch.Generator().manual_seed(3)
 
     def biased(site, params):
-        width = sum(surgery.dissect(model).blocks[site.layer].pieces[n].shape[0] for n in site.linears)
+        width = sum(dissect.dissect(model).blocks[site.layer].pieces[n].shape[0] for n in site.linears)
         width = width if site.skips == "columns" else model.config.hidden_size
         return site, dataclasses.replace(params, bias=torch.randn(width, generator=generator) * 0.1)
 
@@ -214,7 +216,7 @@ def test_plan_biases_are_native(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", zoo.names())
 def test_embedded_models_decode_natively_in_every_type(name, dtype):
-    model = models.load(name, dtype=dtype).model
+    model = loading.load(name, dtype=dtype).model
     ids = torch.randint(3, 4000, (2, 40), generator=torch.Generator().manual_seed(0))
     with Applied(model, None) as applied:
         assert applied.general_because is None
@@ -256,7 +258,7 @@ def test_each_instruction_set_decodes(isa):
 
 
 def test_generate_natively_gives_the_same_tokens():
-    loaded = models.load("swiglu", dtype=torch.float32)
+    loaded = loading.load("swiglu", dtype=torch.float32)
     ids = loaded.tokenizer("def read(path):\n    ", return_tensors="pt").input_ids
     for options in ({}, {"num_beams": 3}, {"do_sample": True, "temperature": 0.8}):
         found = []
@@ -484,5 +486,5 @@ def test_a_layer_that_computes_something_else_is_not_plain():
 
 
 def test_gelu_is_not_taken_for_relu_in_bfloat16():
-    blocks = surgery.dissect(models.load("gelu", dtype=torch.bfloat16).model).blocks
+    blocks = dissect.dissect(loading.load("gelu", dtype=torch.bfloat16).model).blocks
     assert {block.act for block in blocks} == {"gelu"}

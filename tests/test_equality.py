@@ -11,10 +11,12 @@ import torch
 
 import moyu
 from fixtures_methods import FIXTURES, Every
-from moyu import kernels, methods, surgery
-from moyu.applied import Applied
-from moyu.calibration import Windows, calibrate
-from moyu.choosers import Recorder, Replayer
+from moyu import kernels, methods
+from moyu.calibration.walk import calibrate
+from moyu.engine.applied import Applied
+from moyu.engine.choosers import Recorder, Replayer
+from moyu.measure.windows import Windows
+from moyu.model import dissect
 from tiny import build, tokens
 
 PROMPT, LENGTH = 8, 14
@@ -29,7 +31,7 @@ def plan_for(model, method, sparsity=0.5, windows=None, **kwargs):
 
 
 def has_sites(model, method):
-    return any(method.sites(b) for b in surgery.dissect(model).all_blocks())
+    return any(method.sites(b) for b in dissect.dissect(model).all_blocks())
 
 
 def padded(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,7 +236,7 @@ def test_low_rank_of_full_rank_is_dense():
     plan = plan_for(model, FIXTURES["low-rank"])
     parts = {}
     for key, (site, params) in plan.parts.items():
-        block = surgery.dissect(model).blocks[site.layer]
+        block = dissect.dissect(model).blocks[site.layer]
         weight = block.pieces[site.linears[0]].weight.detach().clone()
         parts[key] = (
             site,
@@ -298,11 +300,11 @@ def test_controller_refreshes_and_its_log_replays():
 
 def test_byte_counter_equals_the_formula():
     """What the kernels say they read in a step is what the accounting says."""
-    from moyu import accounting
-    from moyu.choosers import Counter
+    from moyu.engine.choosers import Counter
+    from moyu.measure import accounting
 
     model = build("llama", torch.float32)
-    anatomy = surgery.dissect(model)
+    anatomy = dissect.dissect(model)
     total = accounting.dense_step_bytes(model, anatomy)
     norms = sum(p.numel() * 4 for n, p in model.named_parameters() if "norm" in n)
     for name in ("cett", "cats", "teal", "griffin", "popularity", "countdown"):

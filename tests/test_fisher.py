@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from moyu import evaluation, fisher, methods, pipeline, surgery
-from moyu.calibration import Windows, calibrate
-from moyu.fisher import DENSE, Point, curvature, divide, name_of
+from moyu import methods
+from moyu.calibration import fisher, walk
+from moyu.calibration.fisher import DENSE, Point, curvature, divide, name_of
+from moyu.calibration.trials import weights
+from moyu.calibration.walk import calibrate
+from moyu.commands import pipeline
+from moyu.measure import evaluation
+from moyu.measure.windows import Windows
 from moyu.methods.estimate import Estimate
-from moyu.surgery import dissect
-from moyu.trials import weights
+from moyu.model.dissect import dissect
 from tiny import build, tokens
 
 
@@ -27,7 +31,7 @@ def test_curvature_is_the_diagonal_of_the_fisher_information():
     anatomy, windows = dissect(model), Windows(tokens(1, 6), 5)
     drawn = [curvature(model, windows, anatomy, seed) for seed in range(300)]
     states = []
-    hook = anatomy.layers[1].register_forward_hook(lambda m, a, o: states.append(fisher.first(o)))
+    hook = anatomy.layers[1].register_forward_hook(lambda m, a, o: states.append(walk.first(o)))
     log_p = model(input_ids=windows.tokens, use_cache=False).logits[0, -1].float().log_softmax(-1)
     hook.remove()
     squares = [torch.autograd.grad(p, states[0], retain_graph=True)[0][0, -1].square() for p in log_p]
@@ -107,7 +111,7 @@ def test_of_two_choices_a_site_takes_the_one_that_is_cheaper_at_what_it_saves():
 
 def test_sizes_decide_at_equal_costs():
     model = build("llama", torch.float32)
-    sites = [s for b in surgery.dissect(model).all_blocks() for s in methods.method("teal").sites(b)]
+    sites = [s for b in dissect(model).all_blocks() for s in methods.method("teal").sites(b)]
     shares = weights(sites)
     points = {s.key: [Point(0.5, 0.5 * shares[s.key], 1.0)] for s in sites}
     taken = divide(points, 0.25 * shares[sites[0].key])

@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from moyu import kernels, methods, runtime
-from moyu.applied import Applied
-from moyu.calibration import Windows, calibrate
-from moyu.decoding.frozen import Product, frozen
+from moyu import kernels, methods
+from moyu.calibration.walk import calibrate
+from moyu.engine import runtime
+from moyu.engine.applied import Applied
+from moyu.engine.steps.compiled import Product, frozen
 from moyu.errors import UserError
+from moyu.measure.windows import Windows
 from test_decoding import make
 from tiny import build, tokens
 
@@ -68,7 +70,7 @@ def test_neurons_are_those_of_the_prompt(structure):
 @torch.no_grad()
 @pytest.mark.parametrize("name", [None, "teal"])
 def test_a_step_is_one_graph_with_one_product_for_linears_that_share_an_input(name, monkeypatch):
-    monkeypatch.setattr("moyu.decoding.frozen.GROUP", 1)  # the GPU's condition on widths
+    monkeypatch.setattr("moyu.engine.steps.compiled.GROUP", 1)  # the GPU's condition on widths
     model, seen = make("llama"), []
     twin = frozen(model, None if name is None else plan_for(model, name))
     cache = StaticCache(config=model.config, max_cache_len=32)

@@ -24,9 +24,11 @@ from transformers import (
 )
 
 import gguf_files as parts
-from moyu import Applied, UserError, accounting, calibrate, load, methods, models, zoo
-from moyu.calibration import Windows
-from moyu.gguf import load_model, read
+from moyu import Applied, UserError, calibrate, load, methods
+from moyu.measure import accounting
+from moyu.measure.windows import Windows
+from moyu.model import loading, zoo
+from moyu.model.gguf import load_model, read
 from tiny import IDS, tokens
 
 WIDE = {
@@ -250,7 +252,7 @@ def test_any_metadata_make_a_model_or_are_refused(place, changed):
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[models.Loaded, dict[str, Any], dict[str, Any]]:
+def small() -> tuple[loading.Loaded, dict[str, Any], dict[str, Any]]:
     """An embedded model whose rows are no multiple of 32 in one matrix, and a file of it with its tokenizer."""
     loaded = load("swiglu")
     held = {**tensors_of(loaded.model, "F16")}
@@ -262,7 +264,7 @@ def small() -> tuple[models.Loaded, dict[str, Any], dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def from_file(small, tmp_path_factory) -> models.Loaded:
+def from_file(small, tmp_path_factory) -> loading.Loaded:
     """The same from the file."""
     _, said, held = small
     return load(str(write(tmp_path_factory.mktemp("small") / "swiglu.gguf", said, held)))

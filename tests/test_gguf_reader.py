@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import gguf_files as parts
 from moyu import UserError
-from moyu.gguf import read
+from moyu.model.gguf import read
 
 SOUND = {"general.architecture": "llama", "a": 3, "words": ["x", "yz"], "numbers": np.arange(3, dtype="<i4")}
 TENSORS = {

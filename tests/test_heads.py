@@ -7,11 +7,13 @@ import torch
 
 import moyu
 from fixtures_methods import FIXTURES
-from moyu import accounting, kernels, surgery
-from moyu.applied import Applied
-from moyu.calibration import Windows
-from moyu.choosers import Counter, Recorder, Replayer
-from moyu.runtime import MAX_SKIPPING_ROWS
+from moyu import kernels
+from moyu.engine.applied import Applied
+from moyu.engine.choosers import Counter, Recorder, Replayer
+from moyu.engine.runtime import MAX_SKIPPING_ROWS
+from moyu.measure import accounting
+from moyu.measure.windows import Windows
+from moyu.model import dissect
 from test_equality import PROMPT, assert_same_masks, one_pass, padded, plan_for, positions, stepwise
 from tiny import build, tokens
 
@@ -99,10 +101,10 @@ def test_skipped_bytes_are_not_read(structure):
         read.append(counted.total)
     biases = 0.0
     if structure == "opt-relu":
-        blocks = surgery.dissect(model).blocks
+        blocks = dissect.dissect(model).blocks
         biases = counters[1].sparsity * sum(b.pieces["q"].bias.nbytes for b in blocks)
     assert read[0] - read[1] == counters[1].skipped_bytes + biases > 0 == counters[0].skipped_bytes
-    assert 0 < accounting.floor(model, surgery.dissect(model), HEADS) < 1
+    assert 0 < accounting.floor(model, dissect.dissect(model), HEADS) < 1
 
 
 def test_many_rows_run_masked():

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import moyu
-from moyu import accounting, kernels, methods, surgery
-from moyu.applied import Applied
-from moyu.calibration import Windows
-from moyu.choosers import Counter, Recorder, Replayer
+from moyu import kernels, methods
+from moyu.engine.applied import Applied
+from moyu.engine.choosers import Counter, Recorder, Replayer
+from moyu.measure import accounting
+from moyu.measure.windows import Windows
 from moyu.methods.base import KV_POLICIES
+from moyu.model import dissect
 from moyu.plan import Plan
 from test_equality import LENGTH, PROMPT, assert_same_masks, one_pass, padded, plan_for, stepwise
 from tiny import build, tokens
@@ -147,7 +149,7 @@ def test_what_is_left_out_is_not_read(policy):
         skipped.append(counter.skipped_bytes)
     assert read[0] - read[1] == skipped[1] > 0 == skipped[0]
     linears = {"carry": "qvo"}.get(policy, "qkvo")
-    pieces = surgery.dissect(model).blocks[0].pieces
+    pieces = dissect.dissect(model).blocks[0].pieces
     assert skipped[1] == 3 * sum(pieces[n].weight.nbytes for n in linears) / 2
 
 
@@ -180,4 +182,4 @@ def test_fused_keys_and_values_have_no_policy_but_full():
     model = build("phi3")
     with pytest.raises(moyu.UserError, match="nothing to skip"):
         plan_for(model, heads("hole"))
-    assert dataclasses.replace(heads("hole"), kv="full").sites(surgery.dissect(model).blocks[0])
+    assert dataclasses.replace(heads("hole"), kv="full").sites(dissect.dissect(model).blocks[0])

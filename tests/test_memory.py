@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moyu import memory
+from moyu.weights.mapped import let_go
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is given back elsewhere")
 SIZE = 32 << 20
@@ -32,14 +32,14 @@ def mapped(tmp_path):
 
 def test_a_mapped_tensor_is_given_back_and_reads_the_same(mapped):
     before = resident_of_files()
-    memory.let_go(mapped)
+    let_go(mapped)
     assert before - resident_of_files() > 0.9 * SIZE
     assert torch.equal(mapped, torch.arange(SIZE // 4, dtype=torch.int32))
 
 
 def test_what_was_written_to_a_mapped_tensor_stays(mapped):
     mapped[12345] = -7
-    memory.let_go(mapped)
+    let_go(mapped)
     assert mapped[12345] == -7 and mapped[12346] == 12346
 
 
@@ -49,11 +49,11 @@ def test_what_was_written_to_a_mapped_tensor_stays(mapped):
 def test_parts_that_are_no_whole_pages_stay(mapped, view):
     part = view(mapped)
     expected = part.clone()
-    memory.let_go(part)
+    let_go(part)
     assert torch.equal(part, expected)
 
 
 def test_memory_of_its_own_stays():
     x = torch.arange(1 << 20)
-    memory.let_go(x)
+    let_go(x)
     assert torch.equal(x, torch.arange(1 << 20))

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moyu import accounting, models, surgery
+from moyu.measure import accounting
+from moyu.measure.storage import Storage, stored
 from moyu.methods.estimate import first_bits
-from moyu.quantisation import GROUP, Storage, dequantize, quantize, rounded, stored
+from moyu.model import dissect, loading
+from moyu.weights.few_bits import GROUP, dequantize, quantize, rounded
 
 
 def test_levels_and_step_of_a_group_by_hand():
@@ -52,8 +54,8 @@ def test_first_bits_are_the_top_of_the_codes():
 
 @pytest.mark.parametrize("name", ["swiglu", "relu"])
 def test_weights_are_rounded_inside_and_their_own_outside(name):
-    model = models.load(name).model
-    anatomy = surgery.dissect(model)
+    model = loading.load(name).model
+    anatomy = dissect.dissect(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with stored(model, anatomy, Storage(2)):
         down = anatomy.blocks[0].pieces["down"].weight
@@ -65,8 +67,8 @@ def test_weights_are_rounded_inside_and_their_own_outside(name):
 
 
 def test_step_bytes_by_hand():
-    model = models.load("swiglu").model
-    anatomy = surgery.dissect(model)
+    model = loading.load("swiglu").model
+    anatomy = dissect.dissect(model)
     blocks = 6 * (4 * 256 * 256 + 3 * 688 * 256)
     head, norms, row = 4096 * 256, 13 * 256, 256
     assert accounting.block_bytes(model, anatomy) == 4 * blocks

@@ -6,12 +6,16 @@ import pytest
 import torch
 
 import moyu
-from moyu import accounting, kernels, models, surgery
-from moyu.applied import Applied
-from moyu.blocks import KINDS, QuantisedEmbedding, QuantisedLinear, quantise, weight_format
-from moyu.calibration import Windows, calibrate
+from moyu import kernels
+from moyu.calibration.walk import calibrate
+from moyu.engine.applied import Applied
 from moyu.errors import UserError
+from moyu.measure import accounting
+from moyu.measure.windows import Windows
+from moyu.model import dissect, loading
+from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear, weight_format
 from moyu.plan import Plan
+from moyu.weights.blocks import KINDS, quantise
 
 PROMPT, STEPS = 8, 6
 METHODS = ("cats", "teal", "griffin", "popularity")
@@ -19,13 +23,13 @@ METHODS = ("cats", "teal", "griffin", "popularity")
 
 def make(kind, seed=0):
     """A tiny Llama in float32 and the same model in blocks."""
-    model = models.random_model("tiny", dtype=torch.float32, seed=seed)
+    model = loading.random_model("tiny", dtype=torch.float32, seed=seed)
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             parameter.data.mul_(5)
     twin = copy.deepcopy(model)
     twin.tie_weights()
-    models.quantise_model(twin, kind)
+    loading.quantise_model(twin, kind)
     return model, twin
 
 
@@ -70,7 +74,7 @@ def test_every_linear_and_the_table_are_blocks(pair):
     expected = quantise(model.model.layers[1].mlp.down_proj.weight, kind).dequantise()
     assert torch.equal(twin.model.layers[1].mlp.down_proj.weight, expected)
     assert weight_format(model) is None
-    bytes_ = accounting.dense_step_bytes(twin, surgery.dissect(twin))
+    bytes_ = accounting.dense_step_bytes(twin, dissect.dissect(twin))
     numbers = sum(p.numel() for n, p in model.named_parameters() if "norm" not in n)
     per = {"q8_0": 34 / 32, "q4_0": 18 / 32}[kind]
     assert bytes_ == pytest.approx(numbers * per + 256 * per + 5 * 256 * 4, abs=1)
@@ -81,7 +85,7 @@ def test_every_linear_and_the_table_are_blocks(pair):
 def test_skipping_is_what_masking_says(pair, method, batch):
     """Masked products see x as it is and the kernels round it to 8 bits: errors of rounding, and no more."""
     _, twin = pair
-    anatomy = surgery.dissect(twin)
+    anatomy = dissect.dissect(twin)
     plan = calibrate(twin, moyu.method(method), windows(), sparsity=0.5, anatomy=anatomy)
     tokens = windows().tokens[:batch]
     with torch.no_grad():
@@ -110,7 +114,7 @@ def test_native_steps_are_the_general_ones(pair, monkeypatch):
     with torch.no_grad():
         with Applied(twin, plan) as applied, applied.prompt(PROMPT):
             native, read = counted_steps(twin, tokens)
-        monkeypatch.setattr("moyu.decoding.plain_run", lambda applied: (None, "for this test"))
+        monkeypatch.setattr("moyu.engine.steps.plain_run", lambda applied: (None, "for this test"))
         with Applied(twin, plan) as applied, applied.prompt(PROMPT):
             general, apart = counted_steps(twin, tokens)
     near(native, general, 0.2)

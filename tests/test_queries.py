@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from fixtures_methods import FIXTURES
-from moyu import kernels, surgery
-from moyu.applied import Applied
-from moyu.calibration import Windows, calibrate
-from moyu.choosers import Recorder, Replayer
-from moyu.coverage import shrinking
+from moyu import kernels
+from moyu.calibration.walk import calibrate
+from moyu.engine.applied import Applied
+from moyu.engine.choosers import Recorder, Replayer
+from moyu.measure.windows import Windows
 from moyu.methods import method
+from moyu.model import dissect
+from moyu.research.coverage import shrinking
 from tiny import build, tokens
 
 # structure -> a type of transformers, the linears, heads, groups that share keys and values, rows of a head that can be skipped.
@@ -40,7 +42,7 @@ RUN = ("qwen3_next", "minicpm3", "olmo2", "codegen")
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_structure(structure):
     name, linears, heads, groups, rows = STRUCTURES[structure]
-    anatomy = surgery.dissect(shrinking.build(name))
+    anatomy = dissect.dissect(shrinking.build(name))
     block = [b for b in anatomy.blocks if "o" in b.pieces][-1]
     assert set(block.pieces) - {"gate", "up", "down"} == set(linears.split())
     assert (block.heads, block.kv_heads) == (heads, groups)
@@ -49,7 +51,7 @@ def test_structure(structure):
 
 @pytest.mark.parametrize("name", ["bamba", "minimax", "kimi_linear"])
 def test_mixers_are_left_alone_and_named(name):
-    anatomy = surgery.dissect(shrinking.build(name))
+    anatomy = dissect.dissect(shrinking.build(name))
     mixers = [b for b in anatomy.blocks if "o" not in b.pieces]
     gaps = [g for g in anatomy.gaps if "none of them weighs earlier tokens as a query does" in g]
     assert mixers and [int(g.split(":")[0].removeprefix("layer ")) for g in gaps] == [b.layer for b in mixers]
@@ -61,7 +63,7 @@ def test_skipped_equals_masked_and_reads_less(name, shape):
     """With replayed masks, so that nothing but the order of sums may differ."""
     model = shrinking.build(name)
     chosen = method("teal") if shape == "columns" else FIXTURES["heads"]
-    anatomy = surgery.dissect(model)
+    anatomy = dissect.dissect(model)
     plans = [calibrate(model, chosen, Windows(tokens(4, 24), 4), sparsity=s, anatomy=anatomy) for s in (0.0, 0.5)]
     sites = [s for s in plans[1].sites() if s.linears[-1] not in ("gate", "up", "down")]
     assert len(sites) >= len([b for b in anatomy.blocks if "o" in b.pieces])
@@ -99,5 +101,5 @@ def test_a_head_that_is_not_where_it_should_be_is_not_taken():
         old = layer.self_attn.q_proj
         layer.self_attn.q_proj = new = Exchanged(64, 64, bias=False)
         new.weight = torch.nn.Parameter(old.weight[order.argsort()])
-    blocks = surgery.dissect(model).blocks
+    blocks = dissect.dissect(model).blocks
     assert all("q" not in b.pieces and b.head_rows is None for b in blocks)

@@ -13,7 +13,7 @@ def python_examples():
 
 
 def test_method_table_is_the_registry():
-    assert methods.markdown() in README, "run `python -m moyu.methods`"
+    assert methods.markdown() in README, "run `python -m moyu.research.pages`"
 
 
 def test_python_example_runs(capsys):

@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import moyu
-from moyu import cli, methods, pipeline
-from moyu.applied import Applied
-from moyu.speculation import (
+from moyu import methods
+from moyu.commands import cli, pipeline
+from moyu.engine.applied import Applied
+from moyu.engine.speculation import (
     acceptance,
     best_drafts,
     expected_speedup,

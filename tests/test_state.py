@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import moyu
 from moyu import methods
-from moyu.applied import Applied
-from moyu.calibration import Windows, calibrate
+from moyu.calibration.walk import calibrate
+from moyu.engine.applied import Applied
+from moyu.measure.windows import Windows
 from tiny import build, tokens
 
 PROMPT, LENGTH = 8, 14

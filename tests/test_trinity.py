@@ -11,11 +11,14 @@ import pytest
 import torch
 
 import moyu
-from moyu import calibration, methods, pipeline, records, trinity
-from moyu.budget import Reader, plan_for_bytes, solve, ways
+from moyu import methods, records
+from moyu.calibration import walk
+from moyu.calibration.budget import Reader, plan_for_bytes, solve, ways
+from moyu.commands import pipeline
+from moyu.measure.storage import Storage
 from moyu.methods.estimate import Estimate, factors
-from moyu.quantisation import Storage
 from moyu.reporting import scoreboard
+from moyu.research import trinity
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ def test_what_a_plan_adds_is_counted_in(name):
     reader = Reader(context.loaded.model, context.anatomy, Storage())
     method, windows = methods.method(name), context.split.calibration
     sparsity = solve(reader, method, windows, 0.7)
-    plan = calibration.calibrate(reader.model, method, windows, sparsity=sparsity, anatomy=reader.anatomy)
+    plan = walk.calibrate(reader.model, method, windows, sparsity=sparsity, anatomy=reader.anatomy)
     read = reader.dense() + reader.added(plan) - sparsity * reader.skippable(method)
     assert reader.added(plan) > 0.01 * reader.dense()
     assert read / reader.dense() == pytest.approx(0.7, abs=2e-3)
@@ -137,7 +140,7 @@ def test_what_is_skipped_still_gives_its_few_bits(way):
     kl = {}
     for rest in (0, 8):
         method = Estimate(way, 8, rest=rest)
-        plan = calibration.calibrate(context.loaded.model, method, context.split.calibration, sparsity=0.9)
+        plan = walk.calibrate(context.loaded.model, method, context.split.calibration, sparsity=0.9)
         kl[rest] = float(context.quality(plan, matched=False).method.kl.mean())
     assert kl[8] < 1e-3 < 0.1 < kl[0]
 
@@ -145,8 +148,10 @@ def test_what_is_skipped_still_gives_its_few_bits(way):
 def test_published_tables_are_those_of_the_records():
     root = Path(__file__).parent.parent
     rows = records.read(root / "docs" / "results" / "trinity.jsonl")
-    assert scoreboard.markdown(rows) in (root / "docs" / "scoreboard.md").read_text(), "run `python -m moyu.reporting`"
-    assert scoreboard.brief(rows) in (root / "README.md").read_text(), "run `python -m moyu.reporting`"
+    assert scoreboard.markdown(rows) in (root / "docs" / "scoreboard.md").read_text(), (
+        "run `python -m moyu.research.pages`"
+    )
+    assert scoreboard.brief(rows) in (root / "README.md").read_text(), "run `python -m moyu.research.pages`"
 
 
 def test_speed_is_timed_once_with_all_methods_in_one_run(quick, monkeypatch):
@@ -165,7 +170,7 @@ def test_timing_finds_the_plans_that_took_training(tmp_path, monkeypatch):
     first = timed()
     assert [p.name for p in tmp_path.iterdir()] == ["deja-vu"]
     trained = []
-    calibrate = pipeline.calibrate
+    calibrate = walk.calibrate
     monkeypatch.setattr(
         pipeline, "calibrate", lambda m, how, *a, **k: (trained.append(how.name), calibrate(m, how, *a, **k))[1]
     )

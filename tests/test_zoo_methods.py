@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import moyu
-from moyu import kernels, methods, models, pipeline, zoo
-from moyu.applied import Applied
-from moyu.calibration import Windows
-from moyu.choosers import Counter, Recorder
-from moyu.zoo.training import VOCABULARY
+from moyu import kernels, methods
+from moyu.commands import pipeline
+from moyu.engine.applied import Applied
+from moyu.engine.choosers import Counter, Recorder
+from moyu.measure.windows import Windows
+from moyu.model import loading, zoo
+from moyu.research.training import VOCABULARY
 from test_equality import QUICK, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 from tiny import tokens
 
@@ -29,7 +31,7 @@ ALWAYS = {"cats", "griffin", "teal", "deja-vu", "estimate"}  # on swiglu; the ot
     ],
 )
 def test_masked_pass_equals_skipped_steps(model_name, name, batch):
-    model = models.load(model_name, dtype=torch.float64).model
+    model = loading.load(model_name, dtype=torch.float64).model
     method = methods.method(name, **QUICK.get(name, {}))
     if not has_sites(model, method):
         with pytest.raises(moyu.UserError, match="nothing to skip"):
@@ -133,6 +135,6 @@ def test_the_matched_oracle_of_columns_takes_the_methods_own_order_where_that_er
     context = pipeline.Context.open("swiglu", pipeline.Settings(test=6, calibration=4))
     plan = context.plan("r-sparse", sparsity=0.6)  # its low-rank path is made for what it skips itself
     quality = context.quality(plan)
-    monkeypatch.setattr("moyu.choosers.Hindsight", type(None))
+    monkeypatch.setattr("moyu.engine.choosers.Hindsight", type(None))
     plain = context.quality(plan)
     assert quality.oracle.kl.mean() < min(quality.method.kl.mean(), plain.oracle.kl.mean())

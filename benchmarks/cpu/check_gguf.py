@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from moyu import kernels, models, records
-from moyu.applied import Applied
-from moyu.gguf import load_model, read
-from moyu.text import windows_for
+from moyu import kernels, records
+from moyu.engine.applied import Applied
+from moyu.measure.text import windows_for
+from moyu.model import loading
+from moyu.model.gguf import load_model, read
 
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0")
 WINDOW, PROMPT, NEW = 256, 32, 64  # tokens: of text that is scored, of a greedy prompt, after it
@@ -140,14 +141,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # a step of this model is too short for a second one
     text = windows_for(
-        models.load("swiglu"), None, length=WINDOW, prompt=PROMPT, calibration=1, test=options.windows
+        loading.load("swiglu"), None, length=WINDOW, prompt=PROMPT, calibration=1, test=options.windows
     ).test
     rows, failed = [], []
     print(
         "type   tokens  perplexity llama.cpp  MOYU     apart    logits' error  same first choice  KL        greedy texts equal"
     )
     for kind in options.types.split(","):
-        model = padded(models.load("swiglu", dtype="bfloat16").model)
+        model = padded(loading.load("swiglu", dtype="bfloat16").model)
         with tempfile.TemporaryDirectory() as folder:
             path = write(model, Path(folder) / "model.gguf", kind)
             engine = LlamaCpp(path, torch.get_num_threads())

@@ -14,7 +14,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from moyu import models, records
+from moyu import records
+from moyu.model import loading
 
 PANELS = 3  # side by side
 TYPES = {"bfloat16": "bf16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
@@ -52,7 +53,7 @@ def main() -> None:
         panel.axvline(1, color="#b8860b", linestyle=":", linewidth=1)
         panel.set_xlim(0, 3)
         panel.set_xlabel("tokens a second over llama.cpp's")
-        depth, kind = models.SHAPES[shape[0].context]().num_hidden_layers, TYPES[rival.dtype]
+        depth, kind = loading.SHAPES[shape[0].context]().num_hidden_layers, TYPES[rival.dtype]
         panel.set_title(
             f"{shape[0].context}, {shape[0].layers} of {depth} layers, {kind}\nread ceiling {rival.read_ceiling_gb_s:.0f} GB/s"
         )

@@ -27,10 +27,13 @@ from llama_cpp_loop import LlamaCpp
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from moyu import accounting, kernels, methods, models, records, surgery
-from moyu.applied import Applied
-from moyu.calibration import Windows, calibrate
-from moyu.gguf import load_model, read
+from moyu import kernels, methods, records
+from moyu.calibration.walk import calibrate
+from moyu.engine.applied import Applied
+from moyu.measure import accounting
+from moyu.measure.windows import Windows
+from moyu.model import dissect, loading
+from moyu.model.gguf import load_model, read
 from moyu.plan import Plan
 
 PROMPT, TURNS = 32, 24
@@ -48,8 +51,8 @@ class Bench:
     def __init__(self, shape: str, weights: str, model: PreTrainedModel, path: Path) -> None:
         """A plan a variant for a model of random weights of `shape`, which is in the file as well."""
         self.shape, self.weights, self.model, self.path = shape, weights, model, path
-        self.anatomy = surgery.dissect(self.model)
-        self.layers, self.whole = len(self.anatomy.layers), models.SHAPES[shape]().num_hidden_layers
+        self.anatomy = dissect.dissect(self.model)
+        self.layers, self.whole = len(self.anatomy.layers), loading.SHAPES[shape]().num_hidden_layers
         self.bytes = accounting.dense_step_bytes(self.model, self.anatomy)
         generator = torch.Generator().manual_seed(0)
         self.prompt = torch.randint(3, self.model.config.vocab_size, (1, PROMPT), generator=generator)
@@ -152,7 +155,7 @@ def shared(model: nn.Module) -> nn.Module:
 
 def prepare(shape: str, layers: int | None, weights: str, path: Path) -> Bench:
     """Random weights, written to a GGUF file that llama.cpp reads; blocks are read back from it, bit for bit."""
-    model = models.random_model(shape, layers=layers)
+    model = loading.random_model(shape, layers=layers)
     if weights == "bf16":
         write(model, path, "BF16")
         return Bench(shape, weights, model, path)
@@ -260,7 +263,7 @@ def prefill(bench: Bench, rounds: int, tokens: int = 512) -> None:
 def main() -> None:
     """Check, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llama-3.2-1b", choices=list(models.SHAPES))
+    parser.add_argument("--shape", default="llama-3.2-1b", choices=list(loading.SHAPES))
     parser.add_argument("--layers", type=int)
     parser.add_argument("--weights", default="bf16", help="comma-separated: bf16, q8_0, q4_0")
     parser.add_argument(

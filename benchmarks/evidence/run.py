@@ -76,7 +76,7 @@ def jobs(folder: Path, options: argparse.Namespace) -> Iterator[Job]:
         yield Job(
             f"train {name}",
             [
-                sys.executable, "-m", "moyu.zoo", "train", name, "--size", options.size, "--watch", "--data",
+                sys.executable, "-m", "moyu.research.training", "train", name, "--size", options.size, "--watch", "--data",
                 str(folder / "data"), "--out", str(trained.parent), "--tokens", str(options.tokens), "--batch",
                 str(options.batch), "--device", options.device,
             ],
@@ -175,7 +175,16 @@ def main() -> None:
     for part in ("models", "results", "logs"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     if not (folder / "data" / "meta.json").exists():
-        made = [sys.executable, "-m", "moyu.zoo", "prepare", "--size", options.size, "--data", str(folder / "data")]
+        made = [
+            sys.executable,
+            "-m",
+            "moyu.research.training",
+            "prepare",
+            "--size",
+            options.size,
+            "--data",
+            str(folder / "data"),
+        ]
         subprocess.run(made, check=True, env=environment())
     waiting = [job for job in jobs(folder, options) if not job.finished()]
     running: list[Job] = []

@@ -34,11 +34,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
-from moyu import kernels, methods, models, runtime, surgery
-from moyu.applied import Applied
-from moyu.calibration import Windows, calibrate
-from moyu.decoding.frozen import frozen
+from moyu import kernels, methods
+from moyu.calibration.walk import calibrate
+from moyu.engine import runtime
+from moyu.engine.applied import Applied
+from moyu.engine.steps.compiled import frozen
 from moyu.kernels import gpu_packed
+from moyu.measure.windows import Windows
+from moyu.model import dissect, loading
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {"llama-3.2-1b": (2048, 8192, 8), "llama-3-8b": (4096, 14336, 4), "llama-3-70b": (8192, 28672, 2)}
@@ -310,8 +313,8 @@ def variants(
     run: Run, shape: str, names: list[str], layers: int | None = None
 ) -> tuple[nn.Module, Tensor, dict[str, nn.Module]]:
     """A random model, a prompt (1, PROMPT), and the model as each variant runs it."""
-    model = models.random_model("tiny" if run.dry else shape, layers=layers, dtype=run.dtype, device=run.device)
-    anatomy = surgery.dissect(model)
+    model = loading.random_model("tiny" if run.dry else shape, layers=layers, dtype=run.dtype, device=run.device)
+    anatomy = dissect.dissect(model)
     ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(
         run.device
     )
@@ -383,7 +386,7 @@ def main() -> None:
     if "packed" in options.part:
         packed_rates(run, [s for s in options.shapes if s == "llama-3-8b"])
     if "steps" in options.part:
-        steps(run, [s for s in options.shapes if s in models.SHAPES], options.batches, options.shares)
+        steps(run, [s for s in options.shapes if s in loading.SHAPES], options.batches, options.shares)
 
 
 if __name__ == "__main__":

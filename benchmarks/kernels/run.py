@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moyu import blocks, kernels, records, surgery
+from moyu import kernels, records
 from moyu.kernels import cpu
+from moyu.model import anatomy, layout, quantised
+from moyu.weights import blocks
 
 LAYERS, SETS, ROUNDS = 8, 16, 41
 KEPT = (1.0, 0.7, 0.5, 0.3)
@@ -50,9 +52,9 @@ def weights(kind: str, d: int, f: int) -> tuple:
         return storage[:, 0], storage[:, 1], storage[:, 2].t()
     shapes = [(f, d), (f, d), (d, f)]
     modules = [
-        blocks.QuantisedLinear(blocks.quantise(torch.randn(s) * 0.02, kind), None, torch.bfloat16) for s in shapes
+        quantised.QuantisedLinear(blocks.quantise(torch.randn(s) * 0.02, kind), None, torch.bfloat16) for s in shapes
     ]
-    surgery.lay_out([surgery.Piece(m) for m in modules], ["row", "row", "column"])
+    layout.lay_out([anatomy.Piece(m) for m in modules], ["row", "row", "column"])
     return tuple(m.blocks for m in modules)
 
 

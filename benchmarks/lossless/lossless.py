@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from moyu import pipeline
-from moyu.applied import Applied
-from moyu.speculation import best_drafts, expected_speedup, sirius, speculate
+from moyu.commands import pipeline
+from moyu.engine.applied import Applied
+from moyu.engine.speculation import best_drafts, expected_speedup, sirius, speculate
 
 PLANS = (("griffin", 0.5), ("deja-vu", 0.5), ("teal", 0.4))
 

@@ -1,38 +1,47 @@
 """MOYU: decode with a language model without reading the weights that the next token does not need."""
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from moyu.measure.environment import VERSION as __version__
+
 if TYPE_CHECKING:
-    from moyu.applied import Applied, apply
-    from moyu.calibration import Windows, calibrate
+    from moyu.calibration.walk import calibrate
+    from moyu.engine.applied import Applied, apply
     from moyu.errors import UserError
-    from moyu.evaluation import evaluate
     from moyu.integrations.transformers import MoyuConfig
+    from moyu.measure.evaluation import evaluate
+    from moyu.measure.windows import Windows
     from moyu.methods import method
-    from moyu.models import load
+    from moyu.model.loading import load
     from moyu.plan import Plan
 
-__all__ = ["Applied", "MoyuConfig", "Plan", "UserError", "Windows", "apply", "calibrate", "evaluate", "load", "method"]
+__all__ = [
+    "Applied",
+    "MoyuConfig",
+    "Plan",
+    "UserError",
+    "Windows",
+    "__version__",
+    "apply",
+    "calibrate",
+    "evaluate",
+    "load",
+    "method",
+]
 
 _HOMES = {
-    "Applied": "applied",
+    "Applied": "engine.applied",
     "MoyuConfig": "integrations.transformers",
     "Plan": "plan",
     "UserError": "errors",
-    "Windows": "calibration",
-    "apply": "applied",
-    "calibrate": "calibration",
-    "evaluate": "evaluation",
-    "load": "models",
+    "Windows": "measure.windows",
+    "apply": "engine.applied",
+    "calibrate": "calibration.walk",
+    "evaluate": "measure.evaluation",
+    "load": "model.loading",
     "method": "methods",
 }
-
-try:
-    __version__ = version("moyu-llm")
-except PackageNotFoundError:  # running from a source tree that was never installed
-    __version__ = "0+source"
 
 
 def __getattr__(name: str) -> Any:

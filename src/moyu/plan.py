@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moyu import methods
-from moyu.blocks import weight_format
 from moyu.errors import UserError
-from moyu.files import atomic_write_bytes
 from moyu.methods.base import KvPolicy, Method, Site, SiteParams
-from moyu.selection import PerUnitThreshold, Threshold, TopK
-from moyu.surgery import Anatomy, Block, Piece
+from moyu.methods.selection import PerUnitThreshold, Threshold, TopK
+from moyu.model.anatomy import Anatomy, Block, Piece
+from moyu.model.quantised import weight_format
+from moyu.weights.files import atomic_write_bytes
 
 FORMATS = (1, 2)  # 2: sites may have knobs of their own
 SAMPLES = 4096  # weights of each planned tensor that the digest looks at

@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM, DistributedConfig
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import moyu
-from moyu import surgery
-from moyu.calibration import Windows
+from moyu.measure.windows import Windows
+from moyu.model import dissect
 from moyu.plan import Plan
 from tiny import tokens
 
 
 def main(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=DistributedConfig(tp_plan="auto"))
-    anatomy = surgery.dissect(model)
+    anatomy = dissect.dissect(model)
     found: dict = {"pieces": [sorted(b.pieces) for b in anatomy.blocks], "spread": [b.spread for b in anatomy.blocks]}
     for path in sorted((folder / "plans").iterdir()):
         plan = Plan.load(path)

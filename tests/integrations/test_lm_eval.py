@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import moyu
-from moyu import Applied, UserError, calibrate, methods, zoo
-from moyu.calibration import Windows
+from moyu import Applied, UserError, calibrate, methods
+from moyu.measure.windows import Windows
+from moyu.model import zoo
 from tiny import build, tokens
 
 pytest.importorskip("lm_eval")
@@ -22,7 +23,7 @@ from transformers import AutoTokenizer
 
 from moyu.integrations import lm_eval as integration
 from moyu.integrations.lm_eval import SparseLM, find_tasks
-from moyu.zoo import questions
+from moyu.model.zoo import questions
 from test_cli import moyu_command, refused  # noqa: F401  # fixtures
 
 NAMES = ["cats", "teal", "griffin"]

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moyu import Applied, MoyuConfig, UserError, calibrate, methods
-from moyu.calibration import Windows
-from moyu.surgery import dissect
+from moyu.measure.windows import Windows
+from moyu.model.dissect import dissect
 from tiny import GATED, WIDE, build, tokens
 
 

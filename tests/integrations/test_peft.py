@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moyu import Applied, UserError, calibrate, methods
-from moyu.calibration import Windows
+from moyu.measure.windows import Windows
 from tiny import build, tokens
 
 peft = pytest.importorskip("peft")

@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 import moyu
-from moyu import UserError, accounting, methods, pipeline
-from moyu.calibration import Windows, calibrate
-from moyu.models import Loaded
-from moyu.surgery import dissect
-from moyu.text import Split
+from moyu import UserError, methods
+from moyu.calibration.walk import calibrate
+from moyu.commands import pipeline
+from moyu.measure import accounting
+from moyu.measure.text import Split
+from moyu.measure.windows import Windows
+from moyu.model.dissect import dissect
+from moyu.model.loading import Loaded
 from quantised import Packed, quantise
 from tiny import build, tokens
 

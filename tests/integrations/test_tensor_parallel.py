@@ -12,7 +12,7 @@ import torch
 
 import moyu
 from moyu import methods
-from moyu.calibration import Windows
+from moyu.measure.windows import Windows
 from tiny import build, tokens
 
 pytestmark = pytest.mark.slow  # two more processes that import torch and transformers

@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 
 import moyu
-from moyu import MoyuConfig, kernels, records, zoo
+from moyu import MoyuConfig, kernels, records
 from moyu.integrations import transformers as integration
+from moyu.model import zoo
 
 PROMPT = "def read_config(path):\n"
 

@@ -11,7 +11,7 @@ from kernel_cases import DTYPES, FORMS, TOLERANCE, make_mask
 from torch import Tensor
 
 from moyu import kernels
-from moyu.blocks import BLOCK, KINDS, Blocks, quantise
+from moyu.weights.blocks import BLOCK, KINDS, Blocks, quantise
 
 each_backend = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
 widths = st.sampled_from([1, 20, 32, 64, 96, 100, 128, 224, 256, 288, 300, 544])

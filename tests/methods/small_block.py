@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from moyu.methods.base import Acts, Method, Rows, Site, SiteParams
-from moyu.selection import select
-from moyu.surgery import Block, Piece
+from moyu.methods.selection import select
+from moyu.model.anatomy import Block, Piece
 
 D, F, N = 12, 24, 40
 

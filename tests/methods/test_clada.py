@@ -9,7 +9,7 @@ import torch
 
 import moyu
 from moyu import methods
-from moyu.applied import Applied
+from moyu.engine.applied import Applied
 from moyu.methods.base import Keep, Refresh, Step
 from moyu.methods.clada import OnSurprise, surprise, turn
 from test_equality import plan_for

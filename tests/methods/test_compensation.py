@@ -10,11 +10,14 @@ import torch
 from small_block import case
 
 import moyu
-from moyu import compensation, methods, surgery
-from moyu.applied import Applied
-from moyu.calibration import Windows, calibrate
+from moyu import methods
+from moyu.calibration import compensation
+from moyu.calibration.walk import calibrate
+from moyu.engine.applied import Applied
+from moyu.measure.windows import Windows
+from moyu.methods.selection import select
+from moyu.model import dissect
 from moyu.plan import Plan
-from moyu.selection import select
 from test_equality import PROMPT, has_sites, one_pass, padded, plan_for, stepwise
 from tiny import build, tokens
 
@@ -83,7 +86,7 @@ def test_bias_of_a_shared_mask_reaches_each_linear_in_masked_and_skipped_steps()
     for structure in ("llama", "phi3"):
         model = build(structure)
         plan = plan_for(model, methods.method("wina"), 0.6, bias=True)
-        pieces = surgery.dissect(model).blocks[0].pieces
+        pieces = dissect.dissect(model).blocks[0].pieces
         for site, params in plan.parts.values():
             assert len(params.bias) == sum(len(pieces[n].weight) for n in site.linears)
         ids, mask = padded(2)
@@ -177,7 +180,7 @@ def test_learned_bias_beats_the_closed_form_on_the_text_it_learns_from(name):
 @pytest.mark.slow
 def test_learned_bias_helps_on_held_out_text():
     """On the embedded model, whose text has something to learn; a random model's has not."""
-    from moyu import pipeline
+    from moyu.commands import pipeline
 
     settings = pipeline.Settings(methods=("teal",), window=64, boundary=16, calibration=32, test=16, sparsity=0.6)
     context = pipeline.Context.open("swiglu", settings)

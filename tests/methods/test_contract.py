@@ -11,12 +11,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 import moyu
-from moyu import accounting, kernels, methods, surgery
-from moyu.applied import Applied
-from moyu.calibration import Windows
-from moyu.choosers import Counter, Recorder
+from moyu import kernels, methods
+from moyu.engine.applied import Applied
+from moyu.engine.choosers import Counter, Recorder
+from moyu.measure import accounting
+from moyu.measure.windows import Windows
+from moyu.methods.selection import Threshold, TopK
+from moyu.model import dissect
 from moyu.plan import Plan
-from moyu.selection import Threshold, TopK
 from test_equality import LENGTH, PROMPT, QUICK, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 from tiny import build, tokens
 
@@ -134,7 +136,7 @@ def test_kernels_read_what_the_formula_says(name):
     plan = plan_for(model, method)
     if any(p.basis is not None for _, p in plan.parts.values()):
         pytest.skip("rotated products are dense: there is no kernel that skips them")
-    total = accounting.dense_step_bytes(model, surgery.dissect(model))
+    total = accounting.dense_step_bytes(model, dissect.dissect(model))
     norms = sum(p.numel() * 4 for n, p in model.named_parameters() if "norm" in n)
     with torch.no_grad(), Applied(model, plan) as applied, applied.prompt(PROMPT):
         cache = model(tokens(1, PROMPT), use_cache=True).past_key_values
@@ -154,7 +156,7 @@ def test_kernels_read_what_the_formula_says(name):
             groups = {i // 32 for i in skipped.nonzero()[:, 0].tolist()}
             proxy += int(skipped.sum()) * rest.column_bytes + len(groups) * 2 * rest.outputs
     if method.name == "prox":  # the kernels multiply its copy too; norms of columns are not theirs
-        proxy += accounting.added_bytes(plan, surgery.dissect(model))
+        proxy += accounting.added_bytes(plan, dissect.dissect(model))
         proxy -= sum(p.buffers["norms"].nbytes for _, p in plan.parts.values() if "norms" in p.buffers)
     # Nor is the embedding's row the kernels'.
     assert counted.total == total - counter.skipped_bytes - norms - 64 * 4 + proxy
@@ -170,7 +172,7 @@ def test_a_shared_mask_is_decided_and_counted_once():
             model(tokens(1, LENGTH), use_cache=False)
     assert [s.linears for s in seen[:4]] == [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)]
     assert len(seen) == 4 * 3
-    pieces = surgery.dissect(model).blocks[0].pieces
+    pieces = dissect.dissect(model).blocks[0].pieces
     assert seen[0].units * seen[0].unit_bytes == sum(pieces[n].weight.nbytes for n in "qkv")
 
 
@@ -212,7 +214,7 @@ def test_larosa_rotation_alone_is_exact():
 def test_larosa_bytes_are_counted():
     model = build("llama", torch.float32)
     plan = plan_for(model, methods.method("larosa"))
-    added = accounting.added_bytes(plan, surgery.dissect(model))
+    added = accounting.added_bytes(plan, dissect.dissect(model))
     assert added == 3 * 2 * 64 * 64 * 4  # layers, inputs, d x d float32
 
 
@@ -227,7 +229,7 @@ def test_r_sparse_path_lowers_the_error(path):
         for p in (plan, dataclasses.replace(plan, parts=bare))
     )
     assert with_path < without
-    assert accounting.added_bytes(plan, surgery.dissect(model)) == sum(
+    assert accounting.added_bytes(plan, dissect.dissect(model)) == sum(
         t.nbytes for _, p in plan.parts.values() for t in p.low_rank
     )
 
@@ -300,7 +302,7 @@ def test_a_cut_behind_a_norm_over_neurons_is_left_alone():
     model = build("llama", torch.float32)
     for layer in model.model.layers:
         layer.mlp = _NormedUp(layer.mlp)
-    assert all(b.middle is not None and not b.cuts for b in surgery.dissect(model).blocks)
+    assert all(b.middle is not None and not b.cuts for b in dissect.dissect(model).blocks)
     assert not has_sites(model, methods.method("relu-zero"))
 
 

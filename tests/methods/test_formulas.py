@@ -10,7 +10,7 @@ from small_block import D, F, N, case, silu
 from moyu import methods
 from moyu.methods import larosa, moefication, r_sparse
 from moyu.methods.random import uniform
-from moyu.selection import Threshold, TopK, keep_count
+from moyu.methods.selection import Threshold, TopK, keep_count
 
 TARGET = 0.4
 

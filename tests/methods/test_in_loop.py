@@ -10,11 +10,13 @@ import torch
 from typer.testing import CliRunner
 
 import moyu
-from moyu import cli, methods, pipeline, selection
-from moyu.calibration import Windows
+from moyu import methods
+from moyu.commands import cli, pipeline
+from moyu.measure.windows import Windows
+from moyu.methods import selection
 from moyu.methods.lte import Lte
+from moyu.methods.selection import Soft
 from moyu.plan import Plan
-from moyu.selection import Soft
 from test_equality import plan_for
 from tiny import build, tokens
 

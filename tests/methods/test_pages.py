@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moyu import methods
-from moyu.methods import pages
+from moyu.reporting import method_pages
 
 FOLDER = Path(__file__).parents[2] / "docs" / "methods"
 SECTIONS = ["Formula", "Knobs", "When to use it", "Weaknesses"]
@@ -21,9 +21,9 @@ def test_there_is_a_page_a_method():
 @pytest.mark.parametrize("name", methods.names())
 def test_head_is_what_the_registry_says(name):
     text = (FOLDER / f"{name}.md").read_text()
-    head = re.search(pages.HEAD, text, re.DOTALL)
+    head = re.search(method_pages.HEAD, text, re.DOTALL)
     assert head is not None
-    assert f"{head[1]}{pages.head(name)}\n<!-- /head -->" == head[0], "run `python -m moyu.methods`"
+    assert f"{head[1]}{method_pages.head(name)}\n<!-- /head -->" == head[0], "run `python -m moyu.research.pages`"
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -11,9 +11,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import moyu
-from moyu import cli, methods, pipeline, routers
-from moyu.calibration import Windows
-from moyu.foresight import foresight
+from moyu import methods
+from moyu.commands import cli, pipeline
+from moyu.measure.foresight import foresight
+from moyu.measure.windows import Windows
+from moyu.methods import routers
 from moyu.plan import Plan
 from test_equality import plan_for
 from tiny import build, tokens

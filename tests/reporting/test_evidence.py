@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from moyu import records, zoo
-from moyu.reporting import evidence
+from moyu import records
+from moyu.model import zoo
+from moyu.research import evidence
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -17,7 +18,7 @@ def test_the_page_shows_the_committed_records():
     parts = evidence.sections(rows, records.read(RESULTS / "studies.jsonl"), facts, embedded)
     page = (ROOT / "docs" / "evidence.md").read_text()
     for name, text in parts.items():
-        assert text in page, f"{name}: run `python -m moyu.reporting`"
+        assert text in page, f"{name}: run `python -m moyu.research.pages`"
 
 
 def test_larger_models_are_matched_and_trained():

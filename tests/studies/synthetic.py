@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from moyu.studies import domains, figure2, root_cause, router_diversity, semantics, tiny
-from moyu.studies import inertia as inertia_study
+from moyu.research.studies import domains, figure2, root_cause, router_diversity, semantics, tiny
+from moyu.research.studies import inertia as inertia_study
 
 N, LAYERS = 40, 3
 

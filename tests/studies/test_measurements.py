@@ -7,16 +7,17 @@ import pytest
 import torch
 
 import tiny as tiny_models
-from moyu import records, studies, theory
-from moyu.cli import app
+from moyu import records
+from moyu.commands.cli import app
 from moyu.errors import UserError
-from moyu.models import Loaded
-from moyu.studies import domains, figure2, paraphrases, running, tiny
-from moyu.studies.base import Setup
-from moyu.studies.dominance import attention_received
-from moyu.studies.over_activation import least, masked_losses
-from moyu.studies.router_diversity import _slopes
-from moyu.studies.subject import Subject
+from moyu.model.loading import Loaded
+from moyu.research import studies, theory
+from moyu.research.studies import domains, figure2, paraphrases, running, tiny
+from moyu.research.studies.base import Setup
+from moyu.research.studies.dominance import attention_received
+from moyu.research.studies.over_activation import least, masked_losses
+from moyu.research.studies.router_diversity import _slopes
+from moyu.research.studies.subject import Subject
 
 
 @pytest.fixture(scope="module")

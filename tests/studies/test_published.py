@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from moyu import records, studies
-from moyu.studies.running import markdown, sentence
+from moyu import records
+from moyu.research import studies
+from moyu.research.studies.running import markdown, sentence
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,8 +22,8 @@ def test_every_study_was_run_in_full(rows):
 
 
 def test_documented_verdicts_are_the_records(rows):
-    assert markdown(rows) in (ROOT / "docs" / "paper.md").read_text(), "run `python -m moyu.studies`"
-    assert sentence(rows) in (ROOT / "README.md").read_text(), "run `python -m moyu.studies`"
+    assert markdown(rows) in (ROOT / "docs" / "paper.md").read_text(), "run `python -m moyu.research.pages`"
+    assert sentence(rows) in (ROOT / "README.md").read_text(), "run `python -m moyu.research.pages`"
 
 
 def test_recorded_verdicts_follow_from_the_stated_rules(rows):

@@ -2,9 +2,10 @@
 
 import pytest
 
-from moyu import records, studies
+from moyu import records
 from moyu.reporting import paper
-from moyu.studies import running
+from moyu.research import studies
+from moyu.research.studies import running
 
 
 @pytest.mark.slow

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from moyu import studies, theory
 from moyu.reporting import paper, render
-from moyu.studies.base import Setup
-from moyu.studies.running import record
+from moyu.research import studies, theory
+from moyu.research.studies.base import Setup
+from moyu.research.studies.running import record
 from studies.synthetic import CASES
 
 

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from moyu import records, studies, theory
-from moyu.studies.base import Setup
-from moyu.studies.running import record, statement, summary, verdict_line
-from moyu.studies.theorem import Theorem
-from moyu.studies.verdicts import Condition, Control, Finding, judge
-from moyu.theory.statistics import Interval
+from moyu import records
+from moyu.measure.statistics import Interval
+from moyu.research import studies, theory
+from moyu.research.studies.base import Setup
+from moyu.research.studies.running import record, statement, summary, verdict_line
+from moyu.research.studies.theorem import Theorem
+from moyu.research.studies.verdicts import Condition, Control, Finding, judge
 from studies.synthetic import CASES
 
 ABOVE = Condition("effect", "size", "above", 0.0, 0.1)

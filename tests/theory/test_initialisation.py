@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moyu import theory
+from moyu.research import theory
 
 
 def _exact(name, p, outputs=10, draws=20_000, scale=0.3, seed=0):

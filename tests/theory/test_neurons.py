@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moyu import theory
+from moyu.research import theory
 
 
 def test_neurons_sum_to_the_output_and_their_norms_factor():

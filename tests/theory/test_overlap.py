@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moyu import theory
 from moyu.methods.base import Rows
 from moyu.methods.tda import Tda
+from moyu.research import theory
 
 
 def _random_sets(count, neurons, k, seed=0):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moyu import theory
+from moyu.research import theory
 
 
 def test_bootstrap_covers_the_mean_and_keeps_pairs():

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from moyu.zoo import corpus
-from moyu.zoo.corpus import Document
+from moyu.model.zoo import corpus
+from moyu.model.zoo.corpus import Document
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from moyu import zoo
 from moyu.errors import UserError
-from moyu.zoo import corpus
+from moyu.model import zoo
+from moyu.model.zoo import corpus
 
 FILES = {"config.json", "generation_config.json", "model.safetensors"}
 FILES |= {"tokenizer.json", "tokenizer_config.json", "training.json"}

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moyu import zoo
-from moyu.studies import root_cause
-from moyu.zoo import corpus, training
-from moyu.zoo.corpus import Document
+from moyu.model import zoo
+from moyu.model.zoo import corpus
+from moyu.model.zoo.corpus import Document
+from moyu.research import training
+from moyu.research.studies import root_cause
 
 STEPS, BATCH, LENGTH = 3, 2, 32
 

@@ -22,14 +22,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moyu import accounting, records, zoo
-from moyu.applied import Applied
-from moyu.choosers import Counter
+from moyu import records
+from moyu.engine.applied import Applied
+from moyu.engine.choosers import Counter
 from moyu.errors import UserError
+from moyu.measure import accounting
+from moyu.model import zoo
 from moyu.plan import Plan
 
 if TYPE_CHECKING:
-    from moyu.pipeline import Context, Stage
+    from moyu.commands.pipeline import Context, Stage
     from moyu.records import Record
 
 try:

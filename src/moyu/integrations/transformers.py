@@ -19,13 +19,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moyu import methods, records, surgery
-from moyu.applied import Applied, Engine
+from moyu import methods, records
+from moyu.engine.applied import Applied, Engine
 from moyu.errors import UserError
-from moyu.files import atomic_write_text
 from moyu.kernels import Backend
+from moyu.model import dissect
 from moyu.plan import Plan
 from moyu.records import Quality
+from moyu.weights.files import atomic_write_text
 
 FOLDER = "moyu-plan"  # of a saved checkpoint
 
@@ -122,14 +123,15 @@ def _plan_without_text(model: Any, asked: MoyuConfig) -> Plan:
     """A plan of a method that looks at weights and activations of the step alone."""
     import torch
 
-    from moyu.calibration import Windows, calibrate
+    from moyu.calibration.walk import calibrate
+    from moyu.measure.windows import Windows
 
     vocabulary = int(model.get_input_embeddings().num_embeddings)
     tokens = torch.randint(0, vocabulary, (1, 8), generator=torch.Generator().manual_seed(0))  # seen, and not looked at
     name = getattr(model, "name_or_path", "") or type(model).__name__
     method = methods.method(asked.method or "", **asked.knobs)
     return calibrate(
-        model, method, Windows(tokens, 1), sparsity=asked.sparsity, name=name, anatomy=surgery.dissect(model)
+        model, method, Windows(tokens, 1), sparsity=asked.sparsity, name=name, anatomy=dissect.dissect(model)
     )
 
 

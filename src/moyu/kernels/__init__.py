@@ -23,10 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moyu.blocks import BLOCK, Blocks, Kind, Order
-
-from . import cpu, gpu, reference
-from .checks import (
+from moyu.kernels import cpu, gpu, reference
+from moyu.kernels.checks import (
     activation,
     check_block_linear,
     check_block_neurons,
@@ -34,10 +32,11 @@ from .checks import (
     check_neurons,
     check_rows,
 )
-from .cpu import ReadCeiling
-from .dense import helps as product_helps
-from .dense import product
-from .reference import ACTIVATIONS
+from moyu.kernels.cpu import ReadCeiling
+from moyu.kernels.dense import helps as product_helps
+from moyu.kernels.dense import product
+from moyu.kernels.reference import ACTIVATIONS
+from moyu.weights.blocks import BLOCK, Blocks, Kind, Order
 
 __all__ = [
     "ACTIVATIONS",

@@ -6,9 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moyu.blocks import Blocks
-
-from .reference import ACTIVATIONS
+from moyu.kernels.reference import ACTIVATIONS
+from moyu.weights.blocks import Blocks
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:

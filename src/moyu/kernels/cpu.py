@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moyu.blocks import Blocks
+from moyu.weights.blocks import Blocks
 
 _REMEDY = "install moyu where there is a C++17 compiler (g++ or clang), or run `make setup` in a checkout"
 try:
-    from . import _cpu  # pyright: ignore[reportAttributeAccessIssue]
+    from moyu.kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
 
     _why_not: str | None = None
 except (ImportError, RuntimeError) as error:  # not built, built for another Python, or an instruction set not to be had

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import cpu
+from moyu.kernels import cpu
 
 BLOCK = 1 << 20  # widened elements at a time: they stay in the cache
 FEW_ROWS = 32  # that the kernels take at once: they read 16 bits, and no more than once

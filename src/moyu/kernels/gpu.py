@@ -135,7 +135,7 @@ def _single(x: Tensor) -> ModuleType | None:
     """The kernels for one row, where it is one."""
     if len(x) != 1:
         return None
-    from . import gpu_single
+    from moyu.kernels import gpu_single
 
     return gpu_single
 

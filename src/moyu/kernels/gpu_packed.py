@@ -14,8 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import gpu
-from .checks import activation
+from moyu.kernels import gpu
+from moyu.kernels.checks import activation
 
 BLOCK = 32  # weights that share a scale
 
@@ -103,13 +103,13 @@ def _single(x: Tensor, whole: Packed | None = None) -> ModuleType | None:
     """The kernels for one row, where it is one and a program can hold a row of `whole`."""
     if len(x) != 1:
         return None
-    from . import gpu_packed_single
+    from moyu.kernels import gpu_packed_single
 
     return None if whole is not None and whole.shape[1] > gpu_packed_single.WIDEST else gpu_packed_single
 
 
 def _run_rows(x: Tensor, data: Tensor, scales: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-    from . import gpu_packed_programs as programs
+    from moyu.kernels import gpu_packed_programs as programs
 
     weight = Packed(data, scales)
     _check(x, weight.shape[1])
@@ -121,7 +121,7 @@ def _run_rows(x: Tensor, data: Tensor, scales: Tensor, mask: Tensor | None, bias
 
 
 def _run_columns(x: Tensor, data: Tensor, scales: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
-    from . import gpu_packed_programs as programs
+    from moyu.kernels import gpu_packed_programs as programs
 
     _check(x, len(data))
     if (single := _single(x)) is not None:
@@ -133,7 +133,7 @@ def _run_neurons(
     x: Tensor, gate: Tensor, gate_scales: Tensor, up: Tensor, up_scales: Tensor, down: Tensor, down_scales: Tensor,
     mask: Tensor, act: str,
 ) -> Tensor:  # fmt: skip
-    from . import gpu_packed_programs as programs
+    from moyu.kernels import gpu_packed_programs as programs
 
     activation(act)
     second = Packed(up, up_scales)

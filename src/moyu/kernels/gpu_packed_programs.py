@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import gpu
-from .gpu import _activation, _dot, _output, _tickets, _tile_rows
+from moyu.kernels import gpu
+from moyu.kernels.gpu import _activation, _dot, _output, _tickets, _tile_rows
 
 if TYPE_CHECKING:
-    from .gpu_packed import Packed
+    from moyu.kernels.gpu_packed import Packed
 
 MAX_SPLITS = 32
 _DOTS = {torch.float32: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

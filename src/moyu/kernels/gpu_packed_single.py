@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import gpu
-from .gpu import _activation
-from .gpu_single import SHARE, _bring_together, _configs, _inner, _list
+from moyu.kernels import gpu
+from moyu.kernels.gpu import _activation
+from moyu.kernels.gpu_single import SHARE, _bring_together, _configs, _inner, _list
 
 if TYPE_CHECKING:
-    from .gpu_packed import Packed
+    from moyu.kernels.gpu_packed import Packed
 
 WIDEST = 8192  # of a row that a program has in its registers
 

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import gpu
-from .gpu import _activation
+from moyu.kernels import gpu
+from moyu.kernels.gpu import _activation
 
 WIDEST = 8192  # of d: x and a whole row of gate and up live in a program's registers
 SHARE = 1024  # neurons that a program lists

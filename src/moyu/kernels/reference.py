@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moyu.blocks import BLOCK, Blocks
+from moyu.weights.blocks import BLOCK, Blocks
 
 
 def _quick_gelu(z: Tensor) -> Tensor:

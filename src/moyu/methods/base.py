@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moyu import kernels, routers, selection
-from moyu.blocks import Blocks
-from moyu.selection import PerUnitThreshold, Rule, Threshold, TopK
+from moyu import kernels
+from moyu.methods import routers, selection
+from moyu.methods.selection import PerUnitThreshold, Rule, Threshold, TopK
+from moyu.weights.blocks import Blocks
 
 if TYPE_CHECKING:
-    from moyu.surgery import Block
+    from moyu.model.anatomy import Block
 
 Tap = Literal["attn_in", "q_latent", "kv_latent", "heads", "mlp_in", "gate", "up", "mid"]
 Skips = Literal["columns", "rows", "neurons", "heads"]
@@ -32,7 +33,9 @@ KvPolicy = Literal["full", "hole", "zero", "recompute", "carry"]
 Memory = Mapping[str, Tensor]  # one site's sequence memory; every tensor is (B, ...)
 NOTHING = torch.empty(0)  # stands for an activation that a score does not look at
 TAPS: tuple[Tap, ...] = ("attn_in", "q_latent", "kv_latent", "heads", "mlp_in", "gate", "up", "mid")
-KV_POLICIES: Mapping[KvPolicy, tuple[str, ...]] = {  # what of a skipped head is not computed beside q, see `moyu.kv`
+KV_POLICIES: Mapping[
+    KvPolicy, tuple[str, ...]
+] = {  # what of a skipped head is not computed beside q, see `moyu.engine.attention`
     "full": (),
     "hole": ("k", "v"),
     "zero": ("k", "v"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, column_site
-from moyu.selection import Threshold
+from moyu.methods.selection import Threshold
 
 GRID = 256  # quantiles of the pooled scores that the search looks at
 

@@ -29,7 +29,7 @@ from moyu.methods.base import (
     Step,
     neuron_site,
 )
-from moyu.selection import TopK, keep_count
+from moyu.methods.selection import TopK, keep_count
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moyu.methods.base import Acts, Family, Granularity, Memory, Rows, Site, SiteParams, Trained, neuron_site
-from moyu.routers import low_rank
-from moyu.selection import TopK, keep_count, select
+from moyu.methods.routers import low_rank
+from moyu.methods.selection import TopK, keep_count, select
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from moyu.methods.base import (
     head_norms,
     head_sites,
 )
-from moyu.routers import low_rank
-from moyu.selection import TopK, keep_count, select
+from moyu.methods.routers import low_rank
+from moyu.methods.selection import TopK, keep_count, select
 
 
 @dataclass(frozen=True)

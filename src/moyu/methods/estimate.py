@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moyu import kernels, selection
-from moyu.blocks import KIND_BITS, KINDS, Blocks, Kind, quantise
+from moyu import kernels
 from moyu.errors import UserError
+from moyu.methods import selection
 from moyu.methods.base import (
     Acts,
     Family,
@@ -36,7 +36,8 @@ from moyu.methods.base import (
     neuron_site,
     projection_sites,
 )
-from moyu.quantisation import GROUP, dequantize, quantize
+from moyu.weights.blocks import KIND_BITS, KINDS, Blocks, Kind, quantise
+from moyu.weights.few_bits import GROUP, dequantize, quantize
 
 WAYS = ("svd", "copy", "channels")
 KIND_OF: Mapping[int, Kind] = {KIND_BITS[kind]: kind for kind in KINDS}

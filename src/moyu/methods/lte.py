@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moyu import routers
+from moyu.methods import routers
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
 from moyu.methods.moefication import balanced_clusters
-from moyu.selection import Threshold, TopK, keep_count, select
+from moyu.methods.selection import Threshold, TopK, keep_count, select
 
 
 @dataclass(frozen=True)

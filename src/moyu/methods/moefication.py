@@ -16,9 +16,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moyu import routers
+from moyu.methods import routers
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
-from moyu.selection import TopK, keep_count
+from moyu.methods.selection import TopK, keep_count
 
 ROUNDS = 10  # of k-means
 ROWS = 1024  # calibration rows, evenly spaced, that co-activation is looked at on

@@ -15,10 +15,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moyu import kernels, selection
-from moyu.blocks import Blocks, quantise
+from moyu import kernels
+from moyu.methods import selection
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
-from moyu.selection import TopK, keep_count
+from moyu.methods.selection import TopK, keep_count
+from moyu.weights.blocks import Blocks, quantise
 
 KIND = "q4_0"
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moyu import selection
+from moyu.methods import selection
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, projection_sites
 
 ROWS = 2048  # calibration rows, evenly spaced, that the skipped part is looked at on

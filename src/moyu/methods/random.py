@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
-from moyu.selection import TopK, keep_count
+from moyu.methods.selection import TopK, keep_count
 
 
 @dataclass(frozen=True)

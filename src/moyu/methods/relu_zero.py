@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, column_site, row_site
-from moyu.selection import Threshold
+from moyu.methods.selection import Threshold
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
-from moyu.selection import TopK, keep_count
+from moyu.methods.selection import TopK, keep_count
 
 
 @dataclass(frozen=True)

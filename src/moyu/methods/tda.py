@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
 from moyu.methods.griffin import accumulate
-from moyu.selection import Threshold
+from moyu.methods.selection import Threshold
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moyu import selection
+from moyu.methods import selection
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, projection_sites
-from moyu.selection import Threshold
+from moyu.methods.selection import Threshold
 
 EXPONENTS = (0.0, 0.5, 1.0, 1.5)  # candidates where the exponent is fitted
 

@@ -93,7 +93,7 @@ def _rivals(cells: Sequence[Cell], cell: Cell) -> Iterator[Cell]:
 
 
 def _compare(claim: str, cell: Cell, against: str, worse: Sequence[float], better: Sequence[float]) -> Verdict:
-    from moyu.theory.statistics import bootstrap  # scipy; only where cells are judged
+    from moyu.measure.statistics import bootstrap  # scipy; only where cells are judged
 
     found = bootstrap([a - b for a, b in zip(worse, better, strict=True)], resamples=RESAMPLES)
     return Verdict(claim, cell, against, found.value, found.low, found.high)

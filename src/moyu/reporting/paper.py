@@ -21,11 +21,6 @@ SELECTOR = {
     "RIDA": 160.0,
     "sRIDA": 40.0,
 }  # behind the gate, before it, in it, at the input
-STYLE = (  # of the drawing as a file of its own: grey reads on light and on dark ground
-    "text{font:12px sans-serif;fill:#888}.cell{fill:#888}.reference{stroke:#888;stroke-width:1.3;stroke-dasharray:4 3}"
-    ".mark{stroke:#888;stroke-width:2.5}.solid{fill:#2a7de1}"
-)
-KINDS = r"(<!-- kinds: [^\n]*-->\n).*?(<!-- /kinds -->)"  # where docs/kinds.md has its table
 FED = {"PAR": "parallel", "SEQ-KV": "one by one with a cache", "SEQ-ISO": "each alone"}
 
 
@@ -77,34 +72,11 @@ def headline(rows: Sequence[Study]) -> str:
 def taxonomy(row: Study) -> Figure | None:
     """Figure 1: a panel a kind, as the methods declared themselves when the study ran."""
     panels = row.details.get("panels", [])
-    return _figure1(panels) if panels else None
+    return kinds_drawing(panels) if panels else None
 
 
-def drawing() -> str:
-    """Figure 1 as the registry has it now: an SVG file of its own, readable on light and on dark ground."""
-    from moyu.studies import figure1  # takes torch, which reports do without
-
-    svg = str(_figure1(figure1.panels()).svg)
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="660" ', 1).replace(
-        "><text", f"><style>{STYLE}</style><text", 1
-    )
-
-
-def table() -> str:
-    """The four kinds as the registry has them now, with a line a method."""
-    from moyu import methods
-    from moyu.studies import figure1
-
-    lines = ["| kind | method | decides once a | skips |", "|---|---|---|---|"]
-    for panel in figure1.panels():
-        for place, name in enumerate(panel["members"]):
-            kind = "" if place else f"**{panel['kind']}**, {panel['name']}"
-            granularity, skips = methods.method_class(name).granularity, ", ".join(figure1.skips([name]))
-            lines.append(f"| {kind} | [`{name}`](methods/{name}.md) | {granularity} | {skips or 'nothing in SwiGLU'} |")
-    return "\n".join(lines)
-
-
-def _figure1(panels: Sequence[Mapping[str, Any]]) -> Figure:
+def kinds_drawing(panels: Sequence[Mapping[str, Any]]) -> Figure:
+    """Figure 1 of these panels."""
     tall = 176.0
     canvas = Canvas(
         WIDTH, tall * len(panels), said("Kinds of dynamic activation", [(p["kind"], p["selector"]) for p in panels])

@@ -10,11 +10,11 @@ from pathlib import Path
 from markupsafe import Markup
 
 from moyu import records
-from moyu.files import atomic_write_text
 from moyu.records import Cell, Speed
 from moyu.reporting import claims
 from moyu.reporting.charts import Canvas, Linear, Log
 from moyu.reporting.columns import NONE, fixed, gain, number, percent, times
+from moyu.weights.files import atomic_write_text
 
 ROUNDING = "quantise"
 NOT_RUN = "not run"
@@ -202,7 +202,7 @@ def _at_sparsity(model: str, cells: list[Cell]) -> Board | None:
 
 def sites_of(name: str) -> str:
     """The kind of sites of a method: what it reads and what it skips, from the registry."""
-    from moyu.methods.pages import skipped  # torch; only where cells are shown
+    from moyu.reporting.method_pages import skipped  # torch; only where cells are shown
 
     return skipped(name)
 

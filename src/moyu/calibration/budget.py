@@ -1,0 +1,366 @@
+"""From a byte fraction to a plan: how much is skipped, and with which settings, so that a step reads just so much.
+
+What a plan itself makes a step read depends on the plan, so the sparsity is solved for again with what was found; a method
+with several ways to spend the same bytes says which, and the one with the least KL on the validation part is taken. A method
+that divides a budget gives every site the settings and the sparsity with which the bytes cost least (`moyu.calibration.fisher`).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from moyu.calibration import fisher
+from moyu.calibration.allocation import mean
+from moyu.calibration.trials import separable, weights
+from moyu.calibration.walk import Progress, calibrate, solve_bytes
+from moyu.errors import OutOfReach
+from moyu.measure import accounting
+from moyu.measure.evaluation import evaluate
+from moyu.measure.storage import Storage
+from moyu.measure.text import Split
+from moyu.measure.windows import Windows
+from moyu.methods.base import Method, Site, SiteParams
+from moyu.model.anatomy import Anatomy, Block
+from moyu.plan import Plan
+from moyu.weights.blocks import KIND_BITS
+
+PROBE = 2  # calibration windows that are enough to learn what a plan adds
+ROUNDS = 4
+CLOSE = 1e-3  # of the dense step's bytes
+TRIAL = 4  # windows, of calibration and of validation, that settings are compared on
+SLACK = 5e-3  # of the dense step's bytes, between what was asked for and what calibration text makes a step read
+LEAST = 1e-3  # sparsity; at 0 not even exact zeros are skipped
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Bytes that a decode step reads of a model whose weights are kept in `storage`."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    storage: Storage | None = None  # None: as they are in the model
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight, its scale aside; where weights are of several kinds, the most."""
+        if self.storage is not None:
+            return self.storage.bits
+        kept = [p.blocks for b in self.anatomy.all_blocks() for p in b.pieces.values()]
+        return max((16 if blocks is None else KIND_BITS[blocks.kind] for blocks in kept), default=16)
+
+    @property
+    def planes(self) -> bool:
+        """Whether the storage, which no kernel reads, gives the first bits of a weight without the others."""
+        return self.storage is not None and self.storage.bits < 16
+
+    def dense(self) -> float:
+        """Bytes of a dense step."""
+        if self.storage is None:
+            return accounting.dense_step_bytes(self.model, self.anatomy)
+        return self.storage.step_bytes(self.model, self.anatomy)
+
+    def skippable(self, method: Method) -> float:
+        """Bytes of all units of all sites."""
+        sites = [s for b in self.anatomy.all_blocks() for s in method.sites(b)]
+        return accounting.skippable_bytes(self.model, self.anatomy, sites) * self.share
+
+    def added(self, plan: Plan, copies: Mapping[int, int] | None = None) -> float:
+        """Bytes that the plan itself makes a step read; under a storage matrices count as it keeps them, the rest in 16 bits.
+
+        copies: of a plan for some layers, how many layers each of them stands for.
+        """
+        total, share = 0.0, accounting.shares(self.anatomy)
+        for site, params in plan.parts.values():
+            count = (1 if copies is None else copies[site.layer]) * share.get((site.layer, site.expert), 1.0)
+            counted = params if self.storage is None else _sixteen(params)
+            total += count * (counted.extra_bytes() + plan.method_of(site).score_bytes(site, counted))
+            if self.storage is None:
+                continue
+            for matrix in _matrices(plan.method, params):
+                total += count * (self.storage.head.kept_bytes(*sorted(matrix.shape)) - 2 * matrix.numel())
+        return total
+
+    def kept(self, plan: Plan) -> Plan:
+        """The plan with its matrices as the storage keeps them, groups along their longer side."""
+        if self.storage is None or self.storage.bits == 16:
+            return plan
+
+        def short(matrix: Tensor) -> Tensor:
+            wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
+            found = self.storage.head.kept(wide)  # pyright: ignore[reportOptionalMemberAccess]
+            return (found if wide is matrix else found.t()).contiguous()
+
+        parts = {}
+        for key, (site, params) in plan.parts.items():
+            buffers = {n: short(b) if n in plan.method.matrices else b for n, b in params.buffers.items()}
+            basis = None if params.basis is None else short(params.basis)
+            low_rank = None if params.low_rank is None else (short(params.low_rank[0]), short(params.low_rank[1]))
+            parts[key] = (site, dataclasses.replace(params, buffers=buffers, basis=basis, low_rank=low_rank))
+        return dataclasses.replace(plan, parts=parts)
+
+    def skipped(self, byte_fraction: float, plan: Plan) -> float:
+        """Bytes of skipped units, from the byte fraction that an evaluation found on the weights as they are."""
+        total = accounting.dense_step_bytes(self.model, self.anatomy)
+        added = accounting.added_bytes(plan, self.anatomy)
+        return (total + added - byte_fraction * total) * self.share
+
+    def byte_fraction(self, byte_fraction: float, plan: Plan) -> float:
+        """An evaluation's byte fraction, for weights as they are, as one of this storage's dense step."""
+        return (self.dense() + self.added(plan) - self.skipped(byte_fraction, plan)) / self.dense()
+
+    def floor(self, plan: Plan) -> float:
+        """The least byte fraction of a method that adds what this plan adds."""
+        return (self.dense() + self.added(plan) - self.skippable(plan.method)) / self.dense()
+
+    @property
+    def share(self) -> float:
+        """Bytes of a stored weight over those it has in the model."""
+        if self.storage is None:
+            return 1.0
+        return self.storage.weight_bits / 8 / next(self.model.parameters()).element_size()
+
+
+def _sixteen(params: SiteParams) -> SiteParams:
+    def short(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.half() if value.is_floating_point() else value
+        return tuple(short(v) for v in value) if isinstance(value, tuple) else value
+
+    fields = {f: short(getattr(params, f)) for f in ("basis", "centre", "low_rank", "bias")}
+    return dataclasses.replace(params, **fields, buffers={k: short(v) for k, v in params.buffers.items()})
+
+
+def _matrices(method: Method, params: SiteParams) -> list[Tensor]:
+    """What a plan adds in weights of its own."""
+    own = [b for n, b in params.buffers.items() if n in method.matrices]
+    return [*own, *([] if params.basis is None else [params.basis]), *(params.low_rank or ())]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to spend bytes: here a method with its settings, at one sparsity everywhere."""
+
+    reader: Reader
+    method: Method
+    options: Mapping[str, Any]  # of `calibrate`, beside the sparsity
+
+    def start(self, windows: Windows, byte_fraction: float) -> float:
+        """The sparsity to begin with; OutOfReach below the method's floor."""
+        return solve(self.reader, self.method, windows, byte_fraction, **self.options)
+
+    def floor(self, plan: Plan) -> float:
+        """The least byte fraction of this way, whose plan adds what `plan` adds."""
+        return self.reader.floor(plan)
+
+    @property
+    def slope(self) -> float:
+        """About how the byte fraction follows the sparsity."""
+        return -self.reader.skippable(self.method) / self.reader.dense()
+
+    def plan(self, windows: Windows, sparsity: float, progress: Progress | None) -> Plan:
+        """The plan at a sparsity."""
+        return self._kept(self.method, windows, progress, sparsity=sparsity)
+
+    def _kept(self, method: Method, windows: Windows, progress: Progress | None, **options: Any) -> Plan:
+        options |= {"anatomy": self.reader.anatomy, "progress": progress, **self.options}
+        return self.reader.kept(calibrate(self.reader.model, method, windows, **options))
+
+
+@dataclass(frozen=True)
+class Divided(Way):
+    """Settings with the same sites, of which each site takes its own, at a sparsity of its own.
+
+    What stands for the sparsity of a `Way` is the part of a dense step's bytes that is saved.
+    """
+
+    choices: Sequence[Method]
+    windows: Windows  # calibration text that says what sites cost
+    progress: Progress | None = None
+
+    @cached_property
+    def curves(self) -> dict[str, list[fisher.Point]]:
+        """The bytes that sites save, and what they cost."""
+        reader = self.reader
+
+        def worth(plan: Plan, skipped: float, levels: Mapping[str, float]) -> float:
+            return skipped * reader.share - reader.added(plan)
+
+        seed = int(self.options.get("seed", 0))
+        return fisher.curves(
+            reader.model, self.choices, self.windows, reader.anatomy, worth, seed=seed, progress=self.progress
+        )
+
+    def start(self, windows: Windows, byte_fraction: float) -> float:
+        if byte_fraction < self._floor or self._floor == 1:
+            raise OutOfReach(byte_fraction, self._floor)
+        return max(LEAST, 1 - byte_fraction)
+
+    @cached_property
+    def _floor(self) -> float:
+        return 1 - sum(max(0.0, *(p.saved for p in points)) for points in self.curves.values()) / self.reader.dense()
+
+    def floor(self, plan: Plan) -> float:
+        return self._floor
+
+    @property
+    def slope(self) -> float:
+        return -1.0
+
+    def plan(self, windows: Windows, sparsity: float, progress: Progress | None) -> Plan:
+        taken = fisher.divide(self.curves, sparsity * self.reader.dense())
+        sites = [s for b in self.reader.anatomy.all_blocks() for s in self.method.sites(b)]
+        points = {s.key: taken[fisher.name_of(s)] for s in sites}
+        used = collections.Counter(p.method for p in points.values() if p.method is not None)
+        usual = max(used, key=lambda own: used[own])
+        levels, shares = {key: p.level for key, p in points.items()}, weights(sites)
+        plan = self._kept(
+            usual,
+            windows,
+            progress,
+            sparsity=mean(levels, shares),
+            levels=levels,
+            settings={key: p.method for key, p in points.items() if p.method not in (None, usual)},
+        )
+        about = {"asked": "fisher", "levels": levels, "summed_kl": sum(p.cost for p in taken.values())}
+        return dataclasses.replace(plan, calibration={**plan.calibration, "allocation": about})
+
+
+def ways(
+    reader: Reader, method: Method, windows: Windows, progress: Progress | None = None, **options: Any
+) -> list[Way]:
+    """The ways of a method to spend bytes; what it learns from `windows` of calibration text serves every byte fraction.
+
+    A method whose knobs are not its usual ones keeps them. Budgets are not divided where layers cannot be run alone, nor with
+    compensations, which come after. options: those of `calibrate`, beside the sparsity.
+    """
+    settings = method.settings_for(reader.bits, reader.planes) if method == type(method)() else (method,)
+    compensated = options.get("bias") or options.get("centre")
+    if not method.divides or compensated or not separable(reader.model, windows, reader.anatomy):
+        return [Way(reader, own, options) for own in settings]
+    alike: dict[tuple[str, ...], list[Method]] = {}
+    for own in settings:
+        keys = tuple(s.key for b in reader.anatomy.all_blocks() for s in own.sites(b))
+        alike.setdefault(keys, []).append(own)
+    return [Divided(reader, choices[0], options, choices, windows, progress) for choices in alike.values()]
+
+
+def plan_for_bytes(
+    ways: Sequence[Way],
+    split: Split,
+    byte_fraction: float,
+    *,
+    reference: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """A plan under which a step reads `byte_fraction` of the dense one, of the best way; OutOfReach below every floor.
+
+    reference: log-probabilities of `split.validation` to compare ways by, where not those of this model.
+    """
+    if len(ways) == 1:
+        return _solved(ways[0], split.calibration, byte_fraction, progress)
+    best, least, refused = None, math.inf, None
+    few = dataclasses.replace(split.calibration, tokens=split.calibration.tokens[:TRIAL])
+    check = dataclasses.replace(split.validation, tokens=split.validation.tokens[:TRIAL])
+    known = None if reference is None else reference[:TRIAL]
+    for way in ways:
+        model, trains = way.reader.model, way.method.trains
+        try:  # the larger a router, the more text it takes
+            plan = _solved(way, split.calibration if trains else few, byte_fraction)
+        except OutOfReach as error:
+            refused = error if refused is None or error.floor < refused.floor else refused
+            continue
+        found = evaluate(model, plan, check, matched=False, anatomy=way.reader.anatomy, reference=known)
+        kl = float(found.method.kl.mean())
+        if best is None or kl < least:
+            best, least = (way, plan), kl
+    if best is None:
+        assert refused is not None
+        raise refused
+    way, plan = best
+    return plan if way.method.trains else _solved(way, split.calibration, byte_fraction, progress)
+
+
+def _solved(way: Way, windows: Windows, byte_fraction: float, progress: Progress | None = None) -> Plan:
+    """By what a plan counts, then by what it makes a step read: exact zeros come on top, and units are not of one size.
+
+    Of the plans that read no more than was asked for, the one that skips least: where zeros are skipped on top, reading need
+    not fall with what a plan skips. Where all read more, the nearest. A method that trains has its share from its loss or
+    its counts, and would train again for each correction.
+    """
+    reader, method = way.reader, way.method
+    sparsity = way.start(windows, byte_fraction)
+    probe = dataclasses.replace(windows, tokens=windows.tokens[:TRIAL])
+    slope, seen = way.slope, None
+    best, least = None, (True, math.inf)
+    for _ in range(ROUNDS):
+        plan = way.plan(windows, sparsity, progress)
+        if method.trains or method.joint:
+            return plan
+        found = evaluate(reader.model, plan, probe, matched=False, anatomy=reader.anatomy)
+        read = reader.byte_fraction(found.byte_fraction, plan)
+        over = read - byte_fraction
+        rank = (over > SLACK, over if over > SLACK else sparsity)
+        if rank < least:
+            best, least = plan, rank
+        if abs(over) <= SLACK or (over < 0 and sparsity <= LEAST):
+            break
+        if seen is not None and seen[0] != sparsity:
+            slope = min((read - seen[1]) / (sparsity - seen[0]), slope / 4)
+        seen = (sparsity, read)
+        sparsity = min(max(sparsity - over / slope, LEAST), 1.0 - LEAST)
+    assert best is not None
+    return best
+
+
+def solve(reader: Reader, method: Method, windows: Windows, byte_fraction: float, **options: Any) -> float:
+    """The sparsity at which a step reads `byte_fraction` of `reader.dense()`, what the plan adds counted in.
+
+    What a layer's part adds depends on sizes and sparsity alone, so one layer of each kind is fitted.
+    windows: calibration text, of which the first few say what a plan adds. OutOfReach below the method's floor.
+    """
+    probe = dataclasses.replace(windows, tokens=windows.tokens[:PROBE])
+    total, skippable = reader.dense(), reader.skippable(method)
+    copies = kinds(reader.anatomy, method)
+    sparsity, added, slope = solve_bytes(skippable, total, 0.0, byte_fraction), 0.0, 0.0
+    seen: tuple[float, float] | None = None
+    for _ in range(ROUNDS):
+        plan = calibrate(
+            reader.model, method, probe, sparsity=sparsity, anatomy=reader.anatomy, layers=copies, **options
+        )
+        found = reader.added(plan, copies)
+        if abs(found - added - slope * sparsity) < CLOSE * total:
+            break
+        if seen is not None and seen[0] != sparsity:
+            slope = (found - seen[1]) / (sparsity - seen[0])  # what is added is nearly linear in what is skipped
+        seen, added = (sparsity, found), found - slope * sparsity
+        sparsity = solve_bytes(skippable - slope, total, added, byte_fraction)
+    return sparsity
+
+
+def kinds(anatomy: Anatomy, method: Method) -> dict[int, int]:
+    """The first layer of each kind, and how many there are of it: alike are layers whose sites and weights have one size."""
+    first: dict[Any, int] = {}
+    counts: dict[int, int] = {}
+    for layer in range(len(anatomy.layers)):
+        blocks = [b for b in anatomy.all_blocks() if b.layer == layer]
+        kind = tuple(
+            (dataclasses.replace(s, layer=s.layer - layer, reads_layer=s.source_layer - layer), _sizes(b, s))
+            for b in blocks
+            for s in method.sites(b)
+        )
+        if kind:
+            same = first.setdefault(kind, layer)
+            counts[same] = counts.get(same, 0) + 1
+    return counts
+
+
+def _sizes(block: Block, site: Site) -> tuple[Any, ...]:
+    return tuple(tuple(block.pieces[n].shape) for n in site.linears)

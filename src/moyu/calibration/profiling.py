@@ -1,0 +1,179 @@
+"""What a model activates on a text: token windows, quantiles and norms, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from moyu.engine.applied import Applied
+from moyu.errors import UserError
+from moyu.measure.windows import Windows
+from moyu.methods import cett
+from moyu.methods.base import Rows, Site, Tap
+from moyu.model import dissect
+from moyu.model.anatomy import Anatomy, Block
+from moyu.weights.files import atomic_write_bytes
+
+QUANTILES = 101
+GRID = 64  # steps of the per-token search for the neurons needed
+TAU = 0.2  # the CETT at which "needed" is measured
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One layer on the profiled tokens."""
+
+    layer: int
+    neurons: int
+    exact_zero_share: float
+    needed: Tensor  # (N,) fraction of neurons a token needs for CETT <= TAU
+    positions: Tensor  # (N,) position of each of these tokens
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The windows that calibration will use, and what the model did on them."""
+
+    windows: Windows
+    layers: list[LayerProfile]
+    quantiles: Mapping[str, Tensor] = field(default_factory=dict)  # "layer0.mid" -> (101,) quantiles of |x|
+    norms: Mapping[str, Tensor] = field(default_factory=dict)  # "layer0.mid" -> (n,) root mean square of each channel
+
+    def needed_by_position(self, buckets: int = 8) -> list[tuple[int, float]]:
+        """Mean needed fraction over layers, for `buckets` ranges of positions: (first position, fraction)."""
+        length = self.windows.tokens.shape[1]
+        edges = torch.linspace(0, length, buckets + 1).long().tolist()
+        needed = torch.cat([p.needed for p in self.layers])
+        positions = torch.cat([p.positions for p in self.layers])
+        inside = [(start, (positions >= start) & (positions < stop)) for start, stop in itertools.pairwise(edges)]
+        return [(start, float(needed[chosen].mean())) for start, chosen in inside if bool(chosen.any())]
+
+    def save(self, folder: Path) -> Path:
+        """Write `profile.json` and `profile.safetensors`, atomically."""
+        tensors = {"tokens": self.windows.tokens}
+        for layer in self.layers:
+            tensors[f"layer{layer.layer}.needed"] = layer.needed
+            tensors[f"layer{layer.layer}.positions"] = layer.positions
+        tensors |= {f"quantiles/{k}": v for k, v in self.quantiles.items()} | {
+            f"norms/{k}": v for k, v in self.norms.items()
+        }
+        payload = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
+        header = {
+            "prompt": self.windows.prompt,
+            "source": dict(self.windows.source),
+            "layers": [
+                {"layer": p.layer, "neurons": p.neurons, "exact_zero_share": p.exact_zero_share} for p in self.layers
+            ],
+            "tensors_sha256": hashlib.sha256(payload).hexdigest(),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(folder / "profile.safetensors", payload)
+        atomic_write_bytes(folder / "profile.json", json.dumps(header, indent=1).encode())
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path) -> Profile:
+        """Read a profile; UserError for one that is missing or truncated."""
+        again = "make it again with `moyu profile`"
+        try:
+            header = json.loads((folder / "profile.json").read_text())
+            payload = (folder / "profile.safetensors").read_bytes()
+            if hashlib.sha256(payload).hexdigest() != header["tensors_sha256"]:
+                raise UserError(f"{folder / 'profile.safetensors'} is truncated or not this profile's", again)
+            tensors = safetensors.torch.load(payload)
+            layers = [
+                LayerProfile(
+                    **p, needed=tensors[f"layer{p['layer']}.needed"], positions=tensors[f"layer{p['layer']}.positions"]
+                )
+                for p in header["layers"]
+            ]
+            windows = Windows(tensors["tokens"], header["prompt"], header["source"])
+        except OSError as error:
+            raise UserError(f"no profile in {folder} ({error.strerror})", again) from error
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"{folder / 'profile.json'} is truncated or not a profile", again) from error
+        named = {
+            kind: {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(kind)}
+            for kind in ("quantiles", "norms")
+        }
+        return cls(windows, layers, **named)
+
+
+class _Sketch:
+    """An observer with bounded memory: evenly spaced tokens of each tap."""
+
+    def __init__(self, blocks: Mapping[int, Block], tokens: int) -> None:
+        self.blocks, self.tokens = blocks, tokens
+        self.quantiles: dict[str, Tensor] = {}
+        self.norms: dict[str, Tensor] = {}
+        self.layers: dict[int, LayerProfile] = {}
+
+    def mask(self, site: Site, values: Tensor, mask: Tensor, rows: Rows) -> None: ...
+
+    def see(self, layer: int, expert: int | None, tap: Tap, x: Tensor, rows: Rows) -> None:
+        if expert is not None:
+            return
+        sample = torch.linspace(0, len(x) - 1, min(self.tokens, len(x))).long()
+        values = x[sample].float()
+        name = f"layer{layer}.{tap}"
+        flat = values.abs().flatten()
+        flat = flat[:: max(1, flat.numel() // 2**20)].sort().values
+        self.quantiles[name] = flat[torch.linspace(0, len(flat) - 1, QUANTILES).long()]
+        self.norms[name] = x.float().square().mean(0).sqrt()
+        if tap == "mid":
+            down = self.blocks[layer].pieces["down"].weight.detach()
+            few = values[:: max(1, len(values) // 64)]
+            spots = rows.pos[sample][:: max(1, len(values) // 64)]
+            zero = float((x == 0).float().mean())
+            self.layers[layer] = LayerProfile(layer, x.shape[1], zero, needed(few, down), spots)
+
+
+def needed(mid: Tensor, down: Tensor, tau: float = TAU) -> Tensor:
+    """Fraction of neurons each token needs so that dropping the rest keeps its CETT at or below `tau`: (N, f) -> (N,).
+
+    The search runs on the running maximum over a grid of `GRID` counts, because CETT is not monotone.
+    """
+    norms = down.float().norm(dim=0)
+    out = []
+    for a in mid.float():
+        scores = (a.abs() * norms).sort().values
+        at = torch.linspace(0, len(scores) - 1, GRID).long()
+        worst = cett.curve(a[None], down, scores[at])[0].cummax(0).values
+        within = int((worst <= tau).sum())
+        out.append(1.0 - (float(at[within - 1] + 1) / len(scores) if within else 0.0))
+    return torch.tensor(out)
+
+
+@torch.no_grad()
+def profile(
+    model: nn.Module,
+    windows: Windows,
+    *,
+    tokens: int = 512,
+    anatomy: Anatomy | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Profile:
+    """Run the model densely over at most 8 of the windows and sketch every tap from at most `tokens` positions."""
+    anatomy = anatomy or dissect.dissect(model)
+    sketch = _Sketch({b.layer: b for b in anatomy.blocks if b.has_ffn}, tokens)
+    some = windows.tokens[:8]
+    with (
+        Applied(model, None, anatomy=anatomy) as applied,
+        applied.prompt(some.shape[1]),
+        applied.watched(observer=sketch),
+    ):
+        model(input_ids=some, use_cache=False)
+    if progress:
+        progress(1, 1)
+    return Profile(windows, [sketch.layers[i] for i in sorted(sketch.layers)], sketch.quantiles, sketch.norms)

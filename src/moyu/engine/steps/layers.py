@@ -1,0 +1,158 @@
+"""What a plain decoder layer is made of, and how the extension is told about it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moyu.kernels import cpu
+from moyu.methods.base import NOTHING
+from moyu.methods.selection import Threshold
+from moyu.model.anatomy import Block
+from moyu.weights.blocks import Blocks
+
+if TYPE_CHECKING:
+    from moyu.engine.execution import SiteState
+
+SEPARATE, NEURONS, GATE_FIRST, UP_FIRST = range(4)  # enum Network of kernels.h
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(eq=False)
+class Norm:
+    """RMSNorm, or LayerNorm where `centred`."""
+
+    module: nn.Module
+    eps: float
+    centred: bool
+
+    def native(self) -> Any:
+        """The norm as the extension takes it."""
+        norm, bias = cpu.extension().Norm(), getattr(self.module, "bias", None)
+        norm.weight = self.module.weight.data_ptr()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        norm.bias = 0 if bias is None else bias.data_ptr()
+        norm.eps, norm.centred = self.eps, self.centred
+        return norm
+
+
+@dataclass(eq=False)
+class PlainLayer:
+    """A decoder layer whose parts are known; `native` is what the kernel is told about it."""
+
+    module: nn.Module
+    block: Block
+    norms: dict[str, Norm]  # of: before_attention, q_norm, k_norm, before_network
+    index: int  # of its keys and values in a cache
+    head_dim: int
+    scale: float
+    rotary: int
+    states: list[SiteState] = field(default_factory=list)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Every parameter of the layer."""
+        return list(self.module.parameters())
+
+    @property
+    def widest(self) -> int:
+        """The largest width of a product."""
+        return max(max(self.block.pieces[n].shape) for n in LINEARS if n in self.block.pieces)
+
+    def state(self, **wanted: str) -> SiteState | None:
+        """The site that skips `skips`, reads `reads`, or skips columns of `linear`."""
+        for state in self.states:
+            site = state.site
+            if all(
+                value in site.linears if key == "linear" else getattr(site, key) == value
+                for key, value in wanted.items()
+            ):
+                return state
+        return None
+
+    @property
+    def sequence_site(self) -> SiteState | None:
+        """The site whose mask is known before the step."""
+        return self.state(skips="neurons")
+
+    def native(self, masked: bool = True, kept: list[Tensor] | None = None) -> Any:
+        """The layer as the extension takes it; pointers are those of the live parameters.
+
+        A bias that the plan adds to is a copy. kept: takes these copies, which must live as long as the layer.
+        """
+        extension, pieces, kept = cpu.extension(), self.block.pieces, [] if kept is None else kept
+        layer = extension.Layer()
+        for name, norm in self.norms.items():
+            setattr(layer, name, norm.native())
+        first = self.state(skips="rows")
+        for name in LINEARS:
+            if name in pieces:
+                site = self.state(skips="columns", linear=name) or (first if name == "down" else None)
+                setattr(layer, name, self._linear(name, site, kept))
+        if self.sequence_site is not None:
+            layer.down.bias = self._bias("down", self.sequence_site, kept)
+        layer.act = cpu.activation_code(self.block.act or "identity")
+        layer.head_dim, layer.scale = self.head_dim, self.scale
+        layer.heads = pieces["q"].shape[0] // self.head_dim
+        layer.kv_heads = pieces["k"].shape[0] // self.head_dim
+        layer.network = SEPARATE
+        if self.sequence_site is not None or not masked:
+            layer.network = NEURONS
+        elif first is not None:
+            layer.network = GATE_FIRST if first.site.reads == "gate" else UP_FIRST
+        return layer
+
+    def _linear(self, name: str, decides: SiteState | None, kept: list[Tensor]) -> Any:
+        piece = self.block.pieces[name]
+        linear = native_linear(piece.operand, piece.bias)
+        if decides is not None:
+            linear.bias = self._bias(name, decides, kept)
+            rest = decides.method.rest_blocks(decides.site, decides.params)
+            if rest is not None:
+                linear.rest = cpu.native_blocks(rest)
+            linear.threshold = threshold(decides, piece.dtype)
+            factors = self.factors(decides, piece.dtype)
+            linear.factor = 0 if factors is None else factors.data_ptr()
+        return linear
+
+    def _bias(self, name: str, state: SiteState, kept: list[Tensor]) -> int:
+        """The address of a linear's bias with the plan's."""
+        bias = state.whole_bias(name, self.block)
+        if bias is None:
+            return 0
+        kept.append(bias)
+        return bias.data_ptr()
+
+    def factors(self, state: SiteState, dtype: torch.dtype) -> Tensor | None:
+        """c of a score |x| * c, rounded as the score rounds it; kept alive by the site's state."""
+        if state.factors is None:
+            own = state.method.factors(state.site, state.params)
+            state.factors = NOTHING if own is None else own.to(dtype).float().contiguous()
+        return None if state.factors is NOTHING else state.factors
+
+
+def native_linear(weight: Tensor | Blocks, bias: Tensor | None) -> Any:
+    """A linear as the extension takes it: (q, n), skipping nothing, by columns where those are contiguous."""
+    linear = cpu.extension().Linear()
+    linear.q, linear.n = weight.shape
+    if isinstance(weight, Blocks):
+        linear.by_columns, linear.kind = weight.order == "columns", cpu.KIND_CODES[weight.kind]
+        linear.weight, linear.stride = weight.quants.data_ptr(), weight.quants.stride(0)
+        linear.scales = weight.scales.data_ptr()
+        linear.scales_stride = weight.scales.stride(0) * weight.scales.element_size()
+    else:
+        linear.by_columns = weight.stride(1) != 1
+        linear.stride = weight.stride(1) if linear.by_columns else weight.stride(0)
+        linear.weight = weight.data_ptr()
+    linear.bias = 0 if bias is None else bias.data_ptr()
+    linear.threshold = -math.inf
+    return linear
+
+
+def threshold(state: SiteState, dtype: torch.dtype) -> float:
+    """A site's threshold as torch compares scores of `dtype` with it: rounded to that type."""
+    assert isinstance(state.params.rule, Threshold)
+    return float(torch.tensor(state.params.rule.value, dtype=dtype))

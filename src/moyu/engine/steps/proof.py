@@ -1,0 +1,296 @@
+"""Which layers are plain: their parts by data flow and shape, their sum by numbers."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moyu.engine.steps.layers import Norm, PlainLayer
+from moyu.engine.steps.run import DecodeRun, run_step
+from moyu.engine.steps.whole import Angles, Ends
+from moyu.kernels import cpu
+from moyu.methods.selection import Threshold
+from moyu.model import dissect, networks
+from moyu.model.anatomy import Block
+from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
+
+if TYPE_CHECKING:
+    from moyu.engine.applied import Applied
+
+_INPUTS = ("hidden_states", "input", "x")
+_EPSILONS = ("variance_epsilon", "eps", "epsilon")
+_UNSEEN = (
+    "clip_qkv",
+    "attn_logit_softcapping",
+    "logit_cap",
+    "attention_sink",
+)  # act on values that a probe may not reach
+_UNSEEN_ENDS = ("final_logit_softcapping", "sliding_window", "attention_chunk_size", "output_router_logits")
+_BY_LENGTH = ("dynamic", "longrope")  # rotary angles that depend on more than the position
+# The norms of a plain layer: role, the linear that reads it, the linear that it reads.
+_ROLES = (("before_attention", "q", None), ("before_network", "up", None), ("q_norm", None, "q"), ("k_norm", None, "k"))
+
+
+@dataclass(eq=False)
+class _Call:
+    """What one module was given and gave while the probe ran."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def x(self) -> Tensor | None:
+        value = self.args[0] if self.args else next((self.kwargs[n] for n in _INPUTS if n in self.kwargs), None)
+        return value if isinstance(value, Tensor) else None
+
+
+@torch.no_grad()
+def plain_run(applied: Applied) -> tuple[DecodeRun | None, str | None]:
+    """The native run of a model, or None and the reason why its decode steps take the general path."""
+    model = applied.model
+    reason = cpu.unavailable() or cpu.unsupported(next(model.parameters()))
+    if reason is not None:
+        return None, reason
+    modules = applied.anatomy.layers
+    try:
+        calls = _probe(model)
+        layers = [
+            _plain(model, module, block, calls) for module, block in zip(modules, applied.anatomy.blocks, strict=True)
+        ]
+    except _NotPlain as error:
+        return None, str(error)
+    shared = [
+        (id(c.kwargs.get("attention_mask")), id(c.kwargs.get("position_embeddings")))
+        for c in (calls[m] for m in modules)
+    ]
+    if len(set(shared)) > 1 or any(layer.rotary != layers[0].rotary for layer in layers):
+        return None, "its layers attend in different ways"
+    ends = _plain_ends(applied, layers, calls)
+    for layer in layers:
+        layer.states = applied.states(layer.block)
+        reason = _unexpressed(layer)
+        if reason is not None:
+            return None, reason
+    return DecodeRun(applied, layers, ends), None
+
+
+class _NotPlain(Exception):
+    """Why a layer is not plain."""
+
+
+def _probe(model: nn.Module) -> dict[nn.Module, _Call]:
+    """The last call of every module, on a few random tokens."""
+    calls: dict[nn.Module, _Call] = {}
+    ids = torch.randint(
+        3, dissect.text_config(model).vocab_size, (1, dissect.PROBE_TOKENS), generator=torch.Generator().manual_seed(1)
+    )
+
+    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        calls[module] = _Call(args, kwargs, output)
+
+    handles = [m.register_forward_hook(record, with_kwargs=True) for m in model.modules()]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _plain(model: nn.Module, module: nn.Module, block: Block, calls: dict[nn.Module, _Call]) -> PlainLayer:
+    """The layer's parts by data flow and shape, proved by a native step; raises _NotPlain."""
+    where = f"layer {block.layer}"
+    pieces, config = block.pieces, dissect.text_config(model)
+    if (
+        set(pieces) - {"gate"} != {"q", "k", "v", "o", "up", "down"}
+        or block.expert is not None
+        or block.middle is not None
+    ):
+        raise _NotPlain(f"{where} is not attention by q, k, v, o and then one feed-forward network")
+    if not all(piece.whole and not piece.transposed for piece in pieces.values()):
+        raise _NotPlain(f"{where} has linears that share a weight, or that store it transposed")
+    if len({p.blocks is None for n, p in pieces.items() if n in ("gate", "up", "down")}) > 1:
+        raise _NotPlain(f"{where} has a network whose weights are quantised in part")
+    if any(getattr(config, name, None) for name in _UNSEEN):
+        raise _NotPlain(f"{where} may clip or cap what its attention computes")
+    call = calls[module]
+    if not isinstance(call.output, Tensor) or call.args[1:]:
+        raise _NotPlain(f"{where} returns more than its hidden states")
+    linears = {id(piece.module) for piece in pieces.values()}
+    candidates = [n for m in module.modules() if m in calls and id(m) not in linears and (n := _norm(m, calls[m]))]
+    norms = {}
+    for role, gives, takes in _ROLES:
+        for norm in candidates:
+            seen = calls[norm.module]
+            reader, writer = calls[pieces[gives or "q"].module].x, calls[pieces[takes or "q"].module].output
+            if (gives and _same(seen.output, reader)) or (takes and _same(seen.x, writer)):
+                norms[role] = norm
+    if not {"before_attention", "before_network"} <= set(norms):
+        raise _NotPlain(f"{where} has no norm before its attention or its network")
+    known = {
+        id(p)
+        for m in (*(n.module for n in norms.values()), *(piece.module for piece in pieces.values()))
+        for p in m.parameters()
+    }
+    if any(id(p) not in known for p in module.parameters()):
+        raise _NotPlain(f"{where} has parameters beside its linears and norms")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if pieces["q"].shape[0] % head_dim or pieces["k"].shape[0] % head_dim:
+        raise _NotPlain(f"{where} has heads of different widths")
+    attention = next((m for m in module.children() if any(c is pieces["q"].module for c in m.modules())), module)
+    scale = getattr(attention, "scaling", None) or head_dim**-0.5
+    angles = call.kwargs.get("position_embeddings")
+    rotary = angles[0].shape[-1] if isinstance(angles, tuple) and all(isinstance(a, Tensor) for a in angles) else 0
+    index = getattr(attention, "layer_idx", block.layer)
+    layer = PlainLayer(module, block, norms, block.layer if index is None else index, head_dim, float(scale), rotary)
+    _prove(layer, call, calls, where)
+    return layer
+
+
+def _prove(layer: PlainLayer, call: _Call, calls: dict[nn.Module, _Call], where: str) -> None:
+    """The native layer, token by token, must give what the layer gave: its attention alone, and as a whole."""
+    x = call.x
+    assert x is not None
+    tokens, pieces = x.shape[1], layer.block.pieces
+    kv_heads = pieces["k"].shape[0] // layer.head_dim
+    nothing = torch.zeros(1, layer.block.neurons, dtype=torch.bool)
+    attended = calls[pieces["o"].module].output.reshape(tokens, -1)
+    bias = pieces["down"].bias
+    for network, expected in ((False, attended if bias is None else attended + bias), (True, call.output[0] - x[0])):
+        decoder = cpu.extension().Decoder()
+        decoder.add(layer.native(masked=network))
+        keep = _Room(x, [kv_heads], layer.head_dim, None if network else nothing)
+        y = x[0].clone()  # (T, d)
+        angles = call.kwargs.get("position_embeddings") if layer.rotary else None
+        for t in range(tokens):
+            now = None if angles is None else tuple(a[0, t : t + 1].float().contiguous() for a in angles)
+            run_step(decoder, t, now, None, keep.memory, y.shape[1], layer.widest, hidden=y[t : t + 1])  # pyright: ignore[reportArgumentType]
+        error, size = (float(t.float().norm()) for t in (y - x[0] - expected, expected))
+        rounding = torch.finfo(x.dtype).eps * float(x.float().norm())  # of x + expected
+        exact = x.dtype == torch.float32 and all(piece.blocks is None for piece in pieces.values())
+        if not 0 < size < math.inf or not error <= (1e-4 if exact else 5e-2) * size + rounding:
+            part = "network" if network else "attention"
+            raise _NotPlain(f"{where}'s {part} is not what a plain layer computes")
+
+
+class _Room:
+    """Keys and values of a probe's tokens, a layer after the other, as the extension finds them."""
+
+    def __init__(self, x: Tensor, kv_heads: list[int], head_dim: int, mask: Tensor | None) -> None:
+        self.memory, self.held = array("q"), []
+        for heads in kv_heads:
+            for _ in range(2):
+                self.held.append(x.new_zeros(1, heads, x.shape[1], head_dim))
+                self.memory.extend((self.held[-1].data_ptr(), *self.held[-1].stride()[:2]))
+            self.memory.extend((0, 0) if mask is None else (mask.data_ptr(), 0))
+
+
+def _plain_ends(applied: Applied, layers: list[PlainLayer], calls: dict[nn.Module, _Call]) -> Ends | None:
+    """Embedding, final norm and head, where a native step from token ids to logits gives what the model gave."""
+    model = applied.model
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    config, whole = dissect.text_config(model), calls[model].output
+    first, last = calls[layers[0].module], calls[layers[-1].module]
+    x = first.x
+    assert x is not None
+    if (
+        not isinstance(embedding, nn.Embedding | QuantisedEmbedding)
+        or not isinstance(head, nn.Linear | QuantisedLinear)
+        or not {embedding, head} <= calls.keys()
+        or not networks.is_linear(head)
+        or not _same(calls[embedding].output, x)
+        or any(getattr(config, name, None) for name in _UNSEEN_ENDS)
+        or any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+        or not {"logits", "past_key_values"} <= set(getattr(type(whole), "__dataclass_fields__", ()))
+        or not all(_readable(module, x.dtype) for module in (embedding, head))
+    ):
+        return None
+    norms = [
+        n for m, c in calls.items() if _same(c.x, last.output) and _same(c.output, calls[head].x) and (n := _norm(m, c))
+    ]
+    angles = None
+    if layers[0].rotary:
+        given = first.kwargs["position_embeddings"]
+        source = [m for m, c in calls.items() if isinstance(c.output, tuple) and c.output and c.output[0] is given[0]]
+        if len(source) != 1 or any(kind in str(getattr(source[0], "rope_type", "")) for kind in _BY_LENGTH):
+            return None
+        angles = Angles(source[0])
+        positions = torch.arange(given[0].shape[1])
+        if not all(torch.equal(t, a[0].float()) for t, a in zip(angles.at(positions, x.dtype), given, strict=True)):
+            return None
+    if len(norms) != 1:
+        return None
+    ends = Ends(embedding, norms[0], head, angles, type(whole))
+    ids = calls[embedding].x
+    return ends if ids is not None and _proved(ends, layers, ids, whole.logits) else None
+
+
+def _proved(ends: Ends, layers: list[PlainLayer], ids: Tensor, expected: Tensor) -> bool:
+    """Whether native steps that skip nothing give the logits (1, T, V) that the model gave for `ids` (1, T)."""
+    decoder = cpu.extension().Decoder()
+    for layer in layers:
+        decoder.add(layer.native())
+    decoder.ends = ends.native()
+    heads = [layer.block.pieces["k"].shape[0] // layer.head_dim for layer in layers]
+    keep = _Room(expected.new_empty(1, ids.shape[1], 1), heads, layers[0].head_dim, None)
+    logits, d, widest = torch.empty_like(expected[0]), ends.embedding.embedding_dim, max(x.widest for x in layers)
+    for t in range(ids.shape[1]):
+        now = None if ends.angles is None else ends.angles.at(t, expected.dtype)
+        token = ids[:, t : t + 1].contiguous()
+        run_step(decoder, t, now, None, keep.memory, d, widest, ids=token, logits=logits[t : t + 1])
+    error = float((logits - expected[0]).float().norm() / expected.float().norm())
+    exact = expected.dtype == torch.float32 and not isinstance(ends.head, QuantisedLinear)
+    exact &= all(p.blocks is None for layer in layers for p in layer.block.pieces.values())
+    return error <= (1e-4 if exact else 5e-2)
+
+
+def _readable(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the kernels read the rows of a table or a head whose rows the model computes with in `dtype`."""
+    if isinstance(module, QuantisedEmbedding | QuantisedLinear):
+        return module.like.dtype == dtype and module.order == "rows"
+    weight = module.weight
+    return weight.dtype == dtype and weight.stride(1) == 1  # pyright: ignore
+
+
+def _unexpressed(layer: PlainLayer) -> str | None:
+    """Why the native step cannot decide one of the layer's sites; None = it can."""
+    for state in layer.states:
+        site, params, method = state.site, state.params, state.method
+        extras = (params.blocks, params.basis, params.centre, params.low_rank)
+        if site.skips == "neurons" and method.granularity in ("sequence", "static"):
+            continue
+        if (
+            site.skips not in ("columns", "rows")
+            or any(e is not None for e in extras)
+            or site.source_layer != site.layer
+        ):
+            return f"{method.name} decides at {site.key} in its own way"
+        if not isinstance(params.rule, Threshold) or not method.kernels_decide:
+            return f"{method.name} decides at {site.key} by more than a magnitude"
+    return None
+
+
+def _norm(module: nn.Module, call: _Call) -> Norm | None:
+    """The module as a norm, if its output is what one would give."""
+    weight, bias, x = getattr(module, "weight", None), getattr(module, "bias", None), call.x
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or x is None or x.shape[-1] != len(weight):
+        return None
+    eps = next((float(getattr(module, n)) for n in _EPSILONS if isinstance(getattr(module, n, None), float)), 0.0)
+    if not isinstance(call.output, Tensor) or call.output.shape != x.shape:
+        return None
+    wide = x.float()
+    root = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+    centred = nn.functional.layer_norm(wide, weight.shape, weight.float(), None if bias is None else bias.float(), eps)
+    if bias is None and networks.close(call.output, root):
+        return Norm(module, eps, False)
+    return Norm(module, eps, True) if networks.close(call.output, centred) else None
+
+
+def _same(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()

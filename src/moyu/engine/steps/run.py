@@ -1,0 +1,320 @@
+"""One decode step through all layers of a model, as one native call."""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Callable
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from moyu import kernels
+from moyu.engine import runtime
+from moyu.engine.steps.layers import PlainLayer
+from moyu.kernels import cpu
+from moyu.methods.base import NOTHING
+from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
+
+if TYPE_CHECKING:
+    from moyu.engine.applied import Applied
+    from moyu.engine.execution import SiteState
+    from moyu.engine.runtime import Pass
+    from moyu.engine.steps.whole import Ends
+
+GROW = 256  # tokens by which a cache's buffers grow at least
+
+
+class DecodeRun:
+    """All layers of a model as one native call a step. Copies rebuild what points into memory."""
+
+    def __init__(self, applied: Applied, layers: list[PlainLayer], ends: Ends | None) -> None:
+        """`layers` are all decoder layers, in order; `ends` what is around them, where that is plain too."""
+        self.applied, self.layers, self.ends = applied, layers, ends
+        self.sequence_sites = [layer.sequence_site for layer in layers]
+        self.d = layers[0].block.pieces["q"].shape[1]
+        self.widest = max(layer.widest for layer in layers)
+        self._decoder: tuple[Any, list[Tensor]] | None = None  # and what it points to beside the model's parameters
+        self._weights: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._expected: tuple[list[dict], list[str], list[Any]] = ([], [], [])  # owner[name] is value
+        self._hooks: list[dict] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {
+            "_decoder": None,
+            "_weights": [],
+            "_addresses": [],
+            "_expected": ([], [], []),
+            "_hooks": [],
+        }
+
+    def attach(self, replace: Callable[[nn.Module, str, Any], None]) -> None:
+        """Put the run in the place of the layers' forwards."""
+        for position, layer in enumerate(self.layers):
+            call = _LayerCall(self, position, layer.module.forward)
+            replace(layer.module, "forward", MethodType(_LayerCall.forward, call))
+
+    def usable(self, state: Pass, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether this call is a decode step that the native layers may take."""
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if (
+            not state.skipping
+            or state.chooser is not None
+            or hidden.dim() != 3
+            or hidden.shape[1] != 1
+            or hidden.dtype != self.dtype
+            or torch.compiler.is_compiling()
+            or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2] != 1))
+        ):
+            return False
+        return self.can_append(cache, len(hidden), hidden.dtype) and self.untouched()
+
+    def can_append(self, cache: Any, batch: int, dtype: torch.dtype) -> bool:
+        """Whether the cache's layers are plain growing ones, all of one form, which the kernel can append to."""
+        known = getattr(cache, "layers", ())
+        if any(layer.index >= len(known) for layer in self.layers):
+            return False
+        held = [known[layer.index] for layer in self.layers]
+        room = getattr(cache, "_moyu_room", None)
+        if room is not None and room.fits(held, batch, dtype):
+            return True
+        if any(type(own) is not DynamicLayer or not own.is_initialized for own in held):
+            return False
+        shape = held[0].keys.shape
+        return (
+            len(shape) == 4
+            and shape[0] == batch
+            and all(own.keys.shape == own.values.shape == shape and own.keys.dtype == dtype for own in held)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.layers[0].block.pieces["q"].dtype
+
+    def untouched(self) -> bool:
+        """Whether the modules are still what was proved: nobody hooked, replaced or patched a module of them."""
+        if self._decoder is None:
+            self._make()
+        # Seven hundred comparisons, in C: as a Python loop they take half a millisecond.
+        owners, names, values = self._expected
+        return not any(self._hooks) and all(map(operator.is_, map(dict.get, owners, names), values))
+
+    def _moved(self) -> bool:
+        """Whether there is no decoder, or something has repacked the weights since it was made."""
+        return self._decoder is None or list(map(Tensor.data_ptr, self._weights)) != self._addresses
+
+    def _make(self) -> None:
+        """Build, once where several threads find that it must be."""
+        with self.applied.layout_lock:
+            if self._moved():
+                self._build()
+
+    def _build(self) -> None:
+        """Take the pointers of the live parameters, laid out for this plan."""
+        for call in (*self.applied.ffns, *self.applied.linears):
+            call.ensure_layout()
+        decoder = cpu.extension().Decoder()
+        expected, hooks, weights, kept = [], [], [], []
+        for layer in self.layers:
+            decoder.add(layer.native(kept=kept))
+        if self.ends is not None:
+            decoder.ends = self.ends.native()
+        for module in self._modules():
+            own = vars(module)
+            weights += own["_parameters"].values()
+            hooks += [own["_forward_hooks"], own["_forward_pre_hooks"]]
+            expected.append((own, "forward", own.get("forward")))
+            quantised = isinstance(module, QuantisedLinear | QuantisedEmbedding)
+            if quantised:
+                weights += own["_buffers"].values()
+            for kind in ("_modules", "_parameters", "_buffers") if quantised else ("_modules", "_parameters"):
+                expected += [(own[kind], name, value) for name, value in own[kind].items()]
+        owners, names, values = (list(column) for column in zip(*expected, strict=True))
+        self._expected, self._hooks = (owners, names, values), hooks
+        self._weights = [weight for weight in weights if weight is not None]
+        self._addresses = [weight.data_ptr() for weight in self._weights]
+        self._decoder = decoder, kept
+
+    def _modules(self) -> list[nn.Module]:
+        """Those that a native step stands for."""
+        if self.ends is not None:
+            return list(self.applied.model.modules())
+        return [module for layer in self.layers for module in layer.module.modules()]
+
+    def step(self, state: Pass, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Hidden states (B, 1, d) after all layers; appends to the cache."""
+        y, cache = hidden.contiguous().clone(), kwargs["past_key_values"]
+        angles = kwargs.get("position_embeddings") if self.layers[0].rotary else None
+        if angles is not None:
+            angles = tuple(a.reshape(len(a), -1).float() for a in angles)
+        allowed = _allowed(kwargs.get("attention_mask"), len(y), int(cache.get_seq_length(self.layers[0].index)))
+        masks = [None if site is None else self._mask(site, state) for site in self.sequence_sites]
+        kernels.count("decode", self.launch(cache, masks, angles, allowed, hidden=y))
+        return y
+
+    def _mask(self, site: SiteState, state: Pass) -> Tensor:
+        frozen = state.memory.masks.get(site.site.key)
+        return site.decide(NOTHING, state.rows, state) if frozen is None else frozen
+
+    def launch(
+        self,
+        cache: Any,
+        masks: list[Tensor | None],
+        angles: tuple[Tensor, Tensor] | None,
+        allowed: Tensor | None,
+        *,
+        hidden: Tensor | None = None,
+        ids: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> int:
+        """One step, which appends to the cache: `hidden` (B, 1, d) in place, or from `ids` (B, 1) to `logits` (B, 1, V).
+
+        `masks`: (B, f) a layer, or None where nothing is known before; the others as `run_step` takes them. Returns the
+        bytes read.
+        """
+        if self._moved():
+            self._make()
+        built = self._decoder  # held until the step is over, whatever another thread builds meanwhile
+        assert built is not None
+        room = _room(cache, self.layers)
+        masks = [mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks]
+        memory = array("q")
+        for where, mask in zip(room.where, masks, strict=True):
+            memory.extend(where)
+            memory.extend((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0)))
+        read = run_step(
+            built[0],
+            room.length,
+            angles,
+            allowed,
+            memory,
+            self.d,
+            self.widest,
+            hidden=hidden,
+            ids=ids,
+            logits=logits,
+        )
+        room.grow_by_one()
+        return read
+
+
+class _LayerCall:
+    """One layer of a run: the first does the work of all, the others hand it on."""
+
+    def __init__(self, run: DecodeRun, position: int, inner: Callable) -> None:
+        self.run, self.position, self.inner = run, position, inner
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stands for the layer's forward."""
+        state = runtime.current(self.run.applied)
+        if state is None:
+            return self.inner(hidden, *args, **kwargs)
+        if self.position == 0:
+            state.native = not args and self.run.usable(state, hidden, kwargs)
+            if state.native:
+                return self.run.step(state, hidden, kwargs)
+        return hidden if state.native else self.inner(hidden, *args, **kwargs)
+
+
+def run_step(
+    decoder: Any,
+    past: int,
+    angles: tuple[Tensor, Tensor] | None,
+    allowed: Tensor | None,
+    memory: array,
+    d: int,
+    widest: int,
+    *,
+    hidden: Tensor | None = None,
+    ids: Tensor | None = None,
+    logits: Tensor | None = None,
+) -> int:
+    """One step on `hidden` (B, ..., d) in place, or from `ids` (B, 1) to `logits` (B, 1, V). Returns the bytes read.
+
+    `angles`: cos and sin, (1 or B, width) float32, contiguous; `allowed`: (B, past + 1) uint8, or None = all.
+    """
+    data = hidden if logits is None else logits
+    assert data is not None
+    return decoder.step(
+        cpu.dtype_code(data.dtype),
+        torch.get_num_threads(),
+        len(data),
+        d,
+        past,
+        0 if angles is None else angles[0].shape[1],
+        widest,
+        0 if hidden is None else hidden.data_ptr(),
+        0 if ids is None else ids.data_ptr(),
+        0 if logits is None else logits.data_ptr(),
+        0 if angles is None else angles[0].data_ptr(),
+        0 if angles is None else angles[1].data_ptr(),
+        0 if angles is None or len(angles[0]) == 1 else angles[0].shape[1],
+        0 if allowed is None else allowed.data_ptr(),
+        memory.buffer_info()[0],
+    )
+
+
+class _Room:
+    """Keys and values of all layers in one buffer (2 L, B, H, more than they hold, D); the cache's own are views of it."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        held = [t for layer in layers for t in (layer.keys, layer.values)]  # 2 L of (B, H, length, D)
+        self.length = held[0].shape[2]
+        longer = self.length + max(GROW, self.length // 2)
+        self.buffer = held[0].new_empty(len(held), *held[0].shape[:2], longer, held[0].shape[3])
+        for part, content in zip(self.buffer, held, strict=True):
+            part[:, :, : self.length] = content
+        each = self.buffer.stride(0) * self.buffer.element_size()
+        row, head = self.buffer.stride(1), self.buffer.stride(2)
+        start = self.buffer.data_ptr()
+        self.where = [
+            (start + 2 * k * each, row, head, start + (2 * k + 1) * each, row, head) for k in range(len(layers))
+        ]
+        self.views = self._cut()
+
+    def fits(self, layers: list[Any], batch: int, dtype: torch.dtype) -> bool:
+        """Whether these layers hold what this room gave them, for so many rows of that type."""
+        return self.buffer.shape[1] == batch and self.buffer.dtype == dtype and self.holds(layers)
+
+    def holds(self, layers: list[Any]) -> bool:
+        """Whether these layers hold what this room gave them, and it has a place left."""
+        held = [t for layer in layers for t in (layer.keys, layer.values)]
+        return (
+            self.length < self.buffer.shape[3]
+            and len(held) == len(self.views)
+            and all(map(operator.is_, held, self.views))
+        )
+
+    def grow_by_one(self) -> None:
+        """One more position is filled."""
+        self.length += 1
+        self.views = self._cut()
+
+    def _cut(self) -> tuple[Tensor, ...]:
+        views = self.buffer[:, :, :, : self.length].unbind(0)
+        for layer, keys, values in zip(self.layers, views[::2], views[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+        return views
+
+
+def _room(cache: Any, plain: list[PlainLayer]) -> _Room:
+    """The room of a cache; a new one where somebody has put other keys and values into it, or where it is full."""
+    layers = [cache.layers[layer.index] for layer in plain]
+    room = getattr(cache, "_moyu_room", None)
+    if room is None or room.layers != layers or not room.holds(layers):
+        room = cache._moyu_room = _Room(layers)
+    return room
+
+
+def _allowed(mask: Tensor | None, batch: int, past: int) -> Tensor | None:
+    """Which positions may be attended to, (B, past + 1) uint8, from a mask (1 or B, 1, 1, past + 1) that is boolean or added."""
+    if mask is None:
+        return None
+    open_ = mask if mask.dtype == torch.bool else mask > -1.0
+    return open_[:, 0, 0, : past + 1].expand(batch, -1).to(torch.uint8).contiguous()

@@ -1,0 +1,1 @@
+"""Text, quality, bytes and speed."""

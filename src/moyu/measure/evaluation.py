@@ -1,0 +1,156 @@
+"""Quality under a protocol: positions before P dense, positions from P on sparse and scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moyu.engine.applied import Applied
+from moyu.engine.choosers import Counter, Matched
+from moyu.errors import UserError
+from moyu.measure import accounting
+from moyu.measure.windows import Windows
+from moyu.model import dissect
+from moyu.model.anatomy import Anatomy
+from moyu.plan import Plan
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per scored token, (B, T - P - 1) each, float32."""
+
+    nll: Tensor  # nats
+    kl: Tensor  # KL(dense || sparse), nats
+    agree: Tensor  # bool, same top-1
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood."""
+        return math.exp(min(float(self.nll.double().mean()), 700.0))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A method's quality on held-out windows; `simulated` masks, every scored position sparse."""
+
+    dense: Scores
+    method: Scores
+    random: Scores | None
+    oracle: Scores | None
+    realized_sparsity: float
+    sparsity_by_layer: list[float]
+    byte_fraction: float
+    floor: float
+    tokens: int
+    text_bytes: int | None  # bytes of the scored tokens
+
+    def bits_per_byte(self, scores: Scores) -> float | None:
+        """Bits a byte of text under `scores`, one of this object's; None where the bytes are not known."""
+        return None if self.text_bytes is None else bits_per_byte(float(scores.nll.double().sum()), self.text_bytes)
+
+
+def bits_per_byte(nats: float, text_bytes: int) -> float:
+    """Summed negative log-likelihood of some tokens over the bytes of exactly these tokens, in bits."""
+    return nats / math.log(2) / text_bytes
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    plan: Plan,
+    windows: Windows,
+    *,
+    matched: bool = True,
+    batch: int = 16,
+    anatomy: Anatomy | None = None,
+    text_bytes: int | None = None,
+    reference: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Quality:
+    """Evaluate a plan on windows (B, T) with boundary P = windows.prompt.
+
+    text_bytes: bytes of the scored tokens (`moyu.measure.text.scored_bytes`), for bits a byte.
+    reference: log-probabilities (B, T - P - 1, V) of the dense model to compare with (`predict`), where it is not this one.
+    matched: also run the matched random and the matched oracle (same sites, same counts per site and row).
+    Raises UserError for a sequence-level method with P = 0 and for windows without a scored position.
+    """
+    batches = len(range(0, len(windows.tokens), batch))
+    if plan.method.granularity == "sequence" and windows.prompt < 1:
+        raise UserError(f"method {plan.method.name!r} decides from the prompt", "use a protocol with prompt >= 1")
+    if windows.tokens.shape[1] - windows.prompt < 2:
+        raise UserError("no position is scored", f"use windows longer than {windows.prompt + 1} tokens")
+    anatomy = anatomy or dissect.dissect(model)
+    counters: list[Counter] = []
+    parts: dict[str, list[Scores]] = {"method": [], "random": [], "oracle": [], "dense": []}
+    with Applied(model, plan, engine="mask", anatomy=anatomy) as applied:
+        for index, tokens in enumerate(windows.tokens.split(batch)):
+            if reference is None:
+                with applied.prompt(tokens.shape[1]):
+                    dense = _log_probs(model, tokens, windows.prompt)
+            else:
+                dense = reference[index * batch : (index + 1) * batch]
+            targets = tokens[:, windows.prompt + 1 :]
+            parts["dense"].append(_score(dense, dense, targets))
+            counter = Counter(*tokens.shape)
+            counters.append(counter)
+            runs = {"method": counter}
+            if matched:
+                kind = plan.method.granularity
+                runs |= {name: Matched(counter, name, kind) for name in ("random", "oracle")}
+            for name, chooser in runs.items():
+                with applied.prompt(windows.prompt), applied.watched(chooser=chooser):
+                    parts[name].append(_score(dense, _log_probs(model, tokens, windows.prompt), targets))
+            if progress:
+                progress(index + 1, batches)
+    positions = len(windows.tokens) * (windows.tokens.shape[1] - windows.prompt)
+    total = accounting.dense_step_bytes(model, anatomy)
+    skipped = sum(c.skipped_bytes for c in counters) / positions
+    added = accounting.added_bytes(plan, anatomy)
+    merged = {name: _merge(p) if p else None for name, p in parts.items()}
+    assert merged["dense"] is not None and merged["method"] is not None
+    layers = torch.tensor([c.sparsity_by_layer for c in counters]).mean(0).tolist()
+    return Quality(
+        dense=merged["dense"],
+        method=merged["method"],
+        random=merged["random"],
+        oracle=merged["oracle"],
+        realized_sparsity=sum(c.sparsity * len(c.kept[next(iter(c.kept))]) for c in counters)
+        / sum(len(c.kept[next(iter(c.kept))]) for c in counters),
+        sparsity_by_layer=layers,
+        byte_fraction=(total - skipped + added) / total,
+        floor=accounting.floor(model, anatomy, plan.method),
+        tokens=merged["method"].nll.numel(),
+        text_bytes=text_bytes,
+    )
+
+
+@torch.no_grad()
+def predict(model: nn.Module, windows: Windows, batch: int = 16) -> Tensor:
+    """Log-probabilities (B, T - P - 1, V) that a model gives to the scored tokens, nothing skipped."""
+    return torch.cat([_log_probs(model, tokens, windows.prompt) for tokens in windows.tokens.split(batch)])
+
+
+def score(reference: Tensor, log_probs: Tensor, windows: Windows) -> Scores:
+    """What `predict` gave for two models, the second held against the first."""
+    return _score(reference, log_probs, windows.tokens[:, windows.prompt + 1 :])
+
+
+def _log_probs(model: nn.Module, tokens: Tensor, prompt: int) -> Tensor:
+    """(B, T - P - 1, V) log-probabilities, on the CPU, that positions P .. T - 2 give to their next token."""
+    tokens = tokens.to(next(model.parameters()).device)
+    logits = model(input_ids=tokens, use_cache=False).logits[:, prompt:-1]
+    return logits.float().log_softmax(-1).cpu()
+
+
+def _score(reference: Tensor, log_probs: Tensor, targets: Tensor) -> Scores:
+    kl = (reference.exp() * (reference - log_probs)).sum(-1)
+    nll = -log_probs.gather(-1, targets[..., None]).squeeze(-1)
+    return Scores(nll, kl, reference.argmax(-1) == log_probs.argmax(-1))
+
+
+def _merge(parts: list[Scores]) -> Scores:
+    return Scores(*(torch.cat([getattr(p, n) for p in parts]) for n in ("nll", "kl", "agree")))

@@ -1,0 +1,138 @@
+"""Text to token windows: a user's file, or the zoo's own held-out corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moyu.errors import UserError
+from moyu.measure.windows import Windows
+from moyu.model import zoo
+from moyu.model.loading import Loaded
+
+# Parts of a user's text: name, what it is of the whole, and where it ends.
+PARTS = (("calibration", "first half", 1 / 2), ("validation", "third quarter", 3 / 4), ("test", "last quarter", 1.0))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Windows that share no text: plans are fitted on the first part, chosen on the second, reported on the third."""
+
+    calibration: Windows
+    validation: Windows
+    test: Windows
+
+
+def windows_for(
+    loaded: Loaded,
+    file: Path | None,
+    *,
+    length: int,
+    prompt: int,
+    calibration: int,
+    test: int,
+    seed: int = 0,
+) -> Split:
+    """Windows for a model: from the parts of `file`, else from the splits of the zoo's corpus.
+
+    calibration, test: windows of these parts, fewer where the text ends; as many for validation as for test.
+    Raises UserError where the text is missing or empty, or a part of it is shorter than one window.
+    """
+    limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise UserError(
+            f"windows of {length} tokens, but {loaded.name!r} reads at most {limit}", f"use --window {limit}"
+        )
+    if file is None:
+        return _from_corpus(loaded, length, prompt, calibration, test, seed)
+    text = read_text(file)
+    source = {"file": file.name, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    windows, start = {}, 0
+    for name, part, end in PARTS:
+        stop, count = round(len(text) * end), calibration if name == "calibration" else test
+        windows[name] = _windows(
+            loaded, [text[start:stop]], f"the text's {part}", length, prompt, count, source | {"part": part}, seed
+        )
+        start = stop
+    return Split(**windows)
+
+
+def read_text(file: Path) -> str:
+    """A user's text; UserError where it cannot be read or is empty."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot read text {str(file)!r} ({error.strerror})", "give a readable text file to --text"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(file)!r} is not UTF-8 text", "convert it, or give another file to --text") from error
+    if not text.strip():
+        raise UserError(f"text {str(file)!r} is empty", "give a file with text to --text")
+    return text
+
+
+def _from_corpus(loaded: Loaded, length: int, prompt: int, calibration: int, test: int, seed: int) -> Split:
+    documents = {
+        "train": zoo.corpus.train_documents(max_bytes=calibration * length * 8),
+        "validation": zoo.corpus.held_out("validation", max_bytes=test * length * 12),
+        "test": zoo.corpus.held_out("test", max_bytes=test * length * 12),
+    }
+    parts = []
+    for name, files in documents.items():
+        source = {"corpus": "python", "split": name, **zoo.corpus.fingerprint(files)}
+        count = calibration if name == "train" else test
+        texts = [d.text for d in files]
+        parts.append(_windows(loaded, texts, f"the corpus' {name} split", length, prompt, count, source, seed))
+    return Split(*parts)
+
+
+def _windows(
+    loaded: Loaded,
+    texts: Iterable[str],
+    what: str,
+    length: int,
+    prompt: int,
+    count: int,
+    source: Mapping[str, Any],
+    seed: int,
+) -> Windows:
+    """`count` windows (fewer where the text ends), spread over the documents, each beginning with BOS where there is one."""
+    tokenizer = loaded.tokenizer
+    bos = tokenizer.bos_token_id
+    step = length - (bos is not None)
+    rows: list[tuple[int, list[int]]] = []
+    total = 0
+    for document, text in enumerate(texts):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        total += len(ids)
+        starts = range(0, len(ids) - step + 1, step)
+        rows += [(document, ([] if bos is None else [bos]) + ids[i : i + step]) for i in starts]
+    if not rows:
+        raise UserError(
+            f"{what} has {total} tokens, fewer than one window of {length}",
+            "give a longer text, or a smaller --window",
+        )
+    random.Random(seed).shuffle(rows)
+    chosen = rows[:count]
+    return Windows(torch.tensor([ids for _, ids in chosen]), prompt, source, tuple(document for document, _ in chosen))
+
+
+def scored_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, prompt: int) -> int:
+    """UTF-8 bytes of the tokens (B, T) that positions from `prompt` on predict; special tokens have none.
+
+    Tokens are decoded behind the one before them: alone, some tokenizers strip the space that the first begins with.
+    """
+
+    def size(ids: Tensor) -> int:
+        return sum(len(text.encode()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+    return size(tokens[:, prompt:]) - size(tokens[:, prompt : prompt + 1])

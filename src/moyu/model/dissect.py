@@ -1,0 +1,200 @@
+"""Taking a model apart, and laying its weights out: the only place that edits modules' weights.
+
+A structure is found by what flows through it, never by names: the model runs once on a few tokens, every linear's input
+and output is kept, and a feed-forward network is three (or two) linears for which `down`'s input *is*
+`act(gate) * up` (or `act(up)`) in numbers. What cannot be proved stays dense and is named.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moyu.errors import UserError
+from moyu.model.anatomy import Anatomy, Block
+from moyu.model.experts import find_experts
+from moyu.model.networks import (
+    Adapters,
+    Call,
+    find_networks,
+    is_linear_call,
+    obstacle,
+)
+from moyu.model.queries import find_attentions
+
+PROBE_TOKENS = 6
+PROBE_BATCH = 2  # of as many sequences, so that rows in another order than the tokens' are noticed
+DEPTHS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers")
+
+
+def text_config(model: nn.Module):
+    """The configuration of the language model proper."""
+    return model.config.get_text_config(decoder=True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+
+def _setting(config: object, name: str) -> object:
+    """A value of a configuration; None where it has none, or one a layer and refuses to say it for all."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers' own kind of error, which the oldest supported version has not
+        return None
+
+
+def find_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers: of the lists that run for tokens, as long as the model is deep, the one with most parameters."""
+    return _called_stacks(model)[0][1]
+
+
+def _called_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList, list[list[Call]]]]:
+    """The lists of layers that run for tokens, with what was called in each layer; the decoder's own list first."""
+    stacks = _stacks(model)
+    calls = iter(_probe(model, [(f"{n}.{i}", layer) for n, stack in stacks.items() for i, layer in enumerate(stack)]))
+    found = [(name, stack, [next(calls) for _ in stack]) for name, stack in stacks.items()]
+    found = [item for item in found if any(item[2])]
+    if not found:
+        raise UserError(f"{type(model).__name__} has no list of decoder layers", "is it a causal LM of transformers?")
+    config = text_config(model)
+    depths = {_setting(config, name) for name in DEPTHS}
+
+    def size(item: tuple) -> tuple[bool, int]:
+        return len(item[1]) in depths, sum(p.numel() for p in item[1].parameters())
+
+    return sorted(found, key=size, reverse=True)
+
+
+def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of modules that are in no other list."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{n}.") for n in found):
+            found[name] = module
+    return found
+
+
+@torch.no_grad()
+def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
+    """Find and prove every block of a causal LM. Runs the model once on a few tokens.
+
+    dense_layers: layers to leave alone; -1 is the last. Raises UserError where nothing can be taken, with the reasons.
+    """
+    stacks = _called_stacks(model)
+    main = stacks[0][1]
+    left = _chosen(dense_layers, len(main))
+    layers = [(f"{name}.{i}", layer) for name, stack, _ in stacks for i, layer in enumerate(stack)]
+    calls = [seen for _, _, each in stacks for seen in each]
+    anatomy = Anatomy(nn.ModuleList(layer for _, layer in layers), [], [], [], dense_layers=tuple(sorted(left)))
+    taken: set[int] = set()  # a module that several layers share belongs to the first of them
+    last = len(main)
+    for index, (place, _) in enumerate(layers):
+        if index in left:
+            anatomy.blocks.append(Block(index, {}))
+            anatomy.gaps.append(f"layer {index}: left dense as asked")
+            continue
+        fresh = [c for c in calls[index] if id(c.module) not in taken]
+        here = f"{place.rpartition('.')[0]} layer {index}" if index >= len(main) else f"layer {index}"
+        if index < len(main) and not calls[index]:
+            anatomy.blocks.append(Block(index, {}))
+            anatomy.gaps.append(f"layer {index}: does not run for tokens alone")
+            continue
+        adapters = Adapters(fresh)
+        networks = find_networks(index, fresh, adapters)
+        experts, gaps = find_experts(index, fresh)
+        experts = [e for e in experts if id(e.module) not in adapters.adapted]
+        strange = next((s for b in networks if (s := _rows(b, fresh)) not in _ROWS), None)
+        if strange is not None:
+            networks, experts = [], []
+            gaps = [f"layer {index}: its network runs on rows {strange}, which are not the tokens {_ROWS[0]}"]
+        own = {id(p.module) for b in networks for p in b.pieces.values()}
+        linears = [c for c in fresh if is_linear_call(c) and id(c.module) not in own | adapters.beside]
+        attentions, unproved = find_attentions(fresh, linears, _heads(model), _ROWS[0], adapters.around)
+        if index >= len(main) and not networks and not experts and not attentions:
+            anatomy.blocks.append(Block(index, {}))
+            anatomy.gaps += [f"{here}: attention or mixer, {unproved}"] if unproved else []
+            continue
+        last = max(last, index + 1)
+        if not networks and not experts and not gaps and len(fresh) == len(calls[index]):
+            gaps = [f"{here}: {obstacle(fresh) or _WITHOUT}"]
+        if not networks and not experts and adapters.adapted:
+            on = ", ".join(adapters.adapted.values())
+            gaps = [f"layer {index}: adapters on {on}, and none may be dropped: merge them first (merge_and_unload)"]
+        anatomy.gaps += gaps
+        anatomy.experts += experts
+        block = networks[0] if networks else Block(index, {})
+        for number, further in enumerate(networks[1:], 1):
+            further.expert = -number
+        anatomy.further += networks[1:]
+        for part, attention in zip([block, *networks[1:]], attentions, strict=False):
+            part.attend(attention)
+        anatomy.gaps += [f"{here}: attention or mixer, {unproved}"] if unproved else []
+        own |= {id(p.module) for b in (block, *networks[1:]) for p in b.pieces.values()}
+        taken |= own | {id(e.module) for e in experts}
+        anatomy.blocks.append(block)
+    anatomy.layers = nn.ModuleList(list(anatomy.layers)[:last])
+    anatomy.blocks = anatomy.blocks[:last]
+    if not anatomy.experts and not any(b.has_ffn for b in anatomy.blocks):
+        reasons = "; ".join(dict.fromkeys(anatomy.gaps))
+        raise UserError(
+            f"{type(model).__name__} has no feed-forward network that MOYU can prove ({reasons})",
+            "it would run dense; choose another model",
+        )
+    return anatomy
+
+
+def _heads(model: nn.Module) -> int:
+    """Query heads as the configuration says; 0 where it does not."""
+    heads = _setting(text_config(model), "num_attention_heads")
+    return heads if isinstance(heads, int) else 0
+
+
+_ROWS = (torch.Size((PROBE_BATCH, PROBE_TOKENS // PROBE_BATCH)), torch.Size((PROBE_TOKENS,)))
+
+
+def _rows(block: Block, calls: list[Call]) -> torch.Size:
+    """The rows that a network ran on in the probe, as its linears were given them."""
+    up = block.pieces["up"].module
+    return torch.Size(next(c.x.shape[:-1] for c in calls if c.module is up))
+
+
+_WITHOUT = "no linear takes what earlier linears of its module make, by a formula or by the module alone"
+
+
+def _chosen(dense_layers: tuple[int, ...], depth: int) -> set[int]:
+    """Layers by number, from the end where negative; UserError for one that is not there."""
+    for layer in dense_layers:
+        if not -depth <= layer < depth:
+            raise UserError(f"there is no layer {layer} to leave dense", f"the model has layers 0 to {depth - 1}")
+    return {layer % depth for layer in dense_layers}
+
+
+def _probe(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[list[Call]]:
+    """Every leaf and inner module call inside each layer, in the order of completion."""
+    calls: list[list[Call]] = [[] for _ in layers]
+    handles = []
+    for index, (place, layer) in enumerate(layers):
+        for name, module in layer.named_modules(prefix=place):
+
+            def record(module, inputs, kwargs, output, index=index, name=name):
+                tensors = (*inputs, *kwargs.values())
+                kept = output.clone() if isinstance(output, Tensor) else output  # a layer may add to it in place
+                calls[index].append(Call(name, module, tensors, kept, tuple(kwargs)))
+
+            handles.append((module, record))
+    registered = []
+    device = next(model.parameters()).device
+    config = text_config(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, config.vocab_size, (PROBE_BATCH, PROBE_TOKENS // PROBE_BATCH), generator=generator).to(
+        device
+    )
+    training = model.training
+    try:
+        # Handles only now: is_linear() refuses modules that carry hooks of others.
+        registered = [m.register_forward_hook(r, with_kwargs=True) for m, r in handles]
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in registered:
+            handle.remove()
+        model.train(training)
+    return calls

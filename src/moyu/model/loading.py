@@ -1,0 +1,196 @@
+"""Load a model and its tokenizer: a zoo name, a local folder, a GGUF file or a hub id; or a random model of a known shape."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.utils import logging
+
+from moyu.errors import UserError
+from moyu.model import gguf, zoo
+from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
+from moyu.weights import mapped
+from moyu.weights.blocks import KINDS, Blocks, Kind, quantise
+
+WEIGHTS = ("bf16", *KINDS)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for inference, its tokenizer, and what to call it."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    revision: str | None = None
+    embedded: bool = False  # from the zoo
+
+
+def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None = None, device: str = "cpu") -> Loaded:
+    """Load a causal LM for inference, onto `device`.
+
+    name: a zoo name (`moyu zoo`), a local folder, a GGUF file, or a hub id. Raises UserError where there is none.
+    dtype: "float32", "bfloat16", "float16", or "auto": float32 for the small embedded models and for GGUF files of blocks, else
+    the checkpoint's own. Blocks of a GGUF file stay as they are, whatever the type that is computed in.
+    """
+    embedded = name in zoo.names()
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = DTYPES[dtype]
+    elif dtype == "auto" and embedded:
+        dtype = torch.float32
+    logging.disable_progress_bar()
+    if not embedded and (name.endswith(".gguf") or Path(name).is_file()):
+        model, tokenizer = gguf.load(Path(name), dtype if isinstance(dtype, torch.dtype) else None)
+        return Loaded(name, model.to(_device(device)), tokenizer)  # pyright: ignore[reportArgumentType]
+    source = str(zoo.path(name)) if embedded else name
+    if not embedded and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        near = difflib.get_close_matches(name, zoo.names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"no model {name!r}",
+            f"{hint}give a zoo name ({', '.join(zoo.names())}), a local folder, a GGUF file or a hub id",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"cannot load {name!r}: {line}", "check the folder or the hub id, and that this machine reaches the hub"
+        ) from error
+    return Loaded(name, model.eval().to(_device(device)), tokenizer, revision, embedded)  # pyright: ignore
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"device {name!r} cannot be used: {line}", "`cpu` always can; `cuda` needs torch with CUDA"
+        ) from error
+
+
+def check_weights(weights: str | None) -> None:
+    """Refuse a name of weights that there is none of (UserError)."""
+    if weights is not None and weights not in WEIGHTS:
+        near = difflib.get_close_matches(weights, WEIGHTS, n=1, cutoff=0.0)[0]
+        raise UserError(f"no weights {weights!r}", f"did you mean {near!r}? there are {', '.join(WEIGHTS)}")
+
+
+@torch.no_grad()
+def quantise_model(model: PreTrainedModel, kind: Kind) -> None:
+    """Keep every linear and the token embedding as blocks, in place and one at a time: no second copy is held.
+
+    A tied head shares the embedding's blocks.
+    """
+    done: dict[Tensor, Blocks] = {}  # by parameter: a tied one is quantised once
+    table = model.get_input_embeddings()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is not nn.Linear and not (child is table and type(child) is nn.Embedding):
+                continue
+            weight = child.weight
+            blocks = done.get(weight) or quantise(weight, kind)
+            done[weight] = blocks
+            new = QuantisedLinear(blocks, child.bias, weight.dtype) if isinstance(child, nn.Linear) else None
+            setattr(parent, name, (new or QuantisedEmbedding(blocks, weight.dtype)).eval())
+            mapped.let_go(weight.data)
+            if not getattr(model.config, "tie_word_embeddings", False):
+                del done[weight]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths of a published model, to be filled with random weights: for speed, never for quality."""
+
+    config: Any
+    layers: int
+
+
+def _llama(**widths: Any) -> LlamaConfig:
+    return LlamaConfig(**widths, max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+SHAPES = {
+    "llama-3.2-1b": lambda: _llama(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=64, vocab_size=128256, tie_word_embeddings=True,
+    ),
+    "llama-3.2-3b": lambda: _llama(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
+        head_dim=128, vocab_size=128256, tie_word_embeddings=True,
+    ),
+    "llama-3-8b": lambda: _llama(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, tie_word_embeddings=False,
+    ),
+    "qwen2.5-0.5b": lambda: Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ),
+    "tiny": lambda: _llama(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+def random_model(
+    shape: str,
+    *,
+    layers: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """A random-weight model with the widths of `shape`; `layers` cuts its depth. Raises UserError for an unknown shape."""
+    if shape not in SHAPES:
+        near = difflib.get_close_matches(shape, SHAPES, n=3, cutoff=0.2) or SHAPES
+        raise UserError(f"unknown shape {shape!r}", f"did you mean {', '.join(near)}?")
+    config = SHAPES[shape]()
+    if layers is not None:
+        config.num_hidden_layers = min(layers, config.num_hidden_layers)
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: config.num_hidden_layers]
+    kind = Qwen2ForCausalLM if isinstance(config, Qwen2Config) else LlamaForCausalLM
+    with torch.device("meta"):
+        model: PreTrainedModel = kind(config).to(dtype)  # pyright: ignore
+    model = model.to_empty(device=device)
+    generator = torch.Generator().manual_seed(seed)
+    # One block of normal numbers, read from a different offset for each tensor: drawing billions of them takes minutes.
+    noise = (torch.randn(2**22, generator=generator) * 0.02).to(device, dtype)
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if "norm" in name:
+            parameter.data.fill_(1.0)
+            continue
+        flat = parameter.data.view(-1)
+        rolled = noise.roll(index * 7919)
+        for start in range(0, flat.numel(), noise.numel()):
+            part = flat[start : start + noise.numel()]
+            part.copy_(rolled[: part.numel()])
+    model.tie_weights()
+    # to_empty() leaves the rotary buffers unset; they are made from the configuration alone.
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            with torch.device(device):
+                module.__init__(config)  # pyright: ignore
+    return model.eval()

@@ -1,0 +1,37 @@
+"""The embedded models: small, really trained, matched in all but the activation function.
+
+`swiglu` is a Llama, `relu` and `gelu` are one OPT configuration with two activation functions; equal tokens, seeds and
+schedule, on Python sources. They exist so that every command has a real model to run on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from moyu.errors import UserError
+from moyu.model.zoo import corpus
+
+__all__ = ["corpus", "describe", "names", "path"]
+
+_MODELS = Path(__file__).parent / "models"
+
+
+def names() -> tuple[str, ...]:
+    """The embedded models."""
+    return ("swiglu", "relu", "gelu")
+
+
+def path(name: str) -> Path:
+    """The folder of an embedded model; UserError names the nearest where there is none."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)[0]
+        raise UserError(f"no zoo model {name!r}", f"did you mean {near!r}? the zoo has {', '.join(names())}")
+    return _MODELS / name
+
+
+def describe(name: str) -> dict[str, Any]:
+    """How a model was trained and how well: its training.json."""
+    return json.loads((path(name) / "training.json").read_text())

@@ -1,0 +1,1 @@
+"""Studies of the paper and the scoreboard: for the command line, not for the library."""

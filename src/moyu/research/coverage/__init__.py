@@ -1,0 +1,136 @@
+"""Coverage: every causal LM of the installed transformers, built tiny, taken apart and checked, each in its own process."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import multiprocessing
+import os
+import resource
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from moyu import records
+from moyu.errors import UserError
+from moyu.records import Coverage
+from moyu.research.coverage import page as pages
+from moyu.weights.files import atomic_write_bytes
+
+SECONDS = 90  # a type may take
+MEMORY = 8 << 30  # bytes of address space a type may take; torch alone maps about 4
+JOBS = 2
+
+
+def names() -> list[str]:
+    """Every type that can be asked for."""
+    from moyu.research.coverage import shrinking
+
+    return shrinking.names()
+
+
+def run(
+    only: Sequence[str],
+    path: Path,
+    *,
+    jobs: int = JOBS,
+    again: bool = False,
+    stage: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> list[Coverage]:
+    """Examine the types of `only` (none: all) and keep a record of each in `path`; what is there already is kept.
+
+    A record of another version of transformers counts as none. Returns the records of the types, in alphabetical order.
+    """
+    version = importlib.metadata.version("transformers")
+    before = records.read(path) if path.exists() else []
+    kept = {r.architecture: r for r in before if isinstance(r, Coverage) and r.versions.get("transformers") == version}
+    wanted = sorted(only) or names()
+    missing = [t for t in wanted if again or t not in kept]
+    for done, fields in enumerate(survey(missing, jobs=jobs)):
+        stage("coverage", done + 1, len(missing))
+        record = records.stamp(kind="coverage", seed=0, dtype="float32", **fields)
+        assert isinstance(record, Coverage)
+        kept[record.architecture] = record
+        records.append(path, record)
+    records.write(path, [kept[name] for name in sorted(kept)])
+    return [kept[name] for name in wanted]
+
+
+def write_page(rows: Sequence[Coverage], path: Path) -> None:
+    """The table of docs/coverage.md, of these records."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, pages.page(rows).encode())
+
+
+def verdict(rows: Sequence[Coverage]) -> str:
+    """How many are taken of those that build and have a feed-forward network."""
+    taken, networks = pages.share(rows)
+    return f"taken: {taken} of {networks} types that build and have a feed-forward network"
+
+
+def survey(types: Sequence[str], *, jobs: int = JOBS, seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
+    """Examine types, `jobs` at a time; yields each one's fields as it is done, in no order.
+
+    The processes are forks of one that has imported torch and transformers already. One that takes longer than `seconds`
+    or more memory than MEMORY is ended, and its type fails for that reason.
+    """
+    known = set(names())
+    unknown = [t for t in types if t not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 3, 0.0)
+        raise UserError(f"transformers has no causal LM of type {unknown[0]!r}", f"did you mean {', '.join(near)}?")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moyu.research.coverage.preload"])
+    waiting, running = list(types), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop(0)
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(name, there), daemon=True)
+            process.start()
+            there.close()
+            running[here] = (name, process, time.monotonic())
+        for here in wait(list(running), timeout=min(1.0, seconds)):
+            name, process, start = running.pop(here)  # pyright: ignore[reportArgumentType]
+            yield _collect(name, here, process, start)  # pyright: ignore[reportArgumentType]
+        for here, (name, process, start) in list(running.items()):
+            if time.monotonic() - start > seconds:
+                process.kill()
+                process.join()
+                del running[here]
+                yield _failed(name, f"took more than {seconds:.0f} s", start)
+
+
+def _collect(name: str, here: Connection, process: Any, start: float) -> dict[str, Any]:
+    try:
+        fields = here.recv()
+    except EOFError:
+        process.join()
+        return _failed(name, f"its process ended with code {process.exitcode}", start)
+    process.join()
+    return fields | {"seconds": round(time.monotonic() - start, 2)}
+
+
+def _failed(name: str, reason: str, start: float) -> dict[str, Any]:
+    seconds = round(time.monotonic() - start, 2)
+    return {"architecture": name, "status": "fails", "taken": False, "reason": reason, "seconds": seconds}
+
+
+def _child(name: str, there: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    checks = importlib.import_module("moyu.research.coverage.checks")
+    try:
+        fields = checks.examine(name)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(place.filename)}:{place.lineno}"
+        fields = {"architecture": name, "status": "fails", "taken": False}
+        fields["reason"] = f"{type(error).__name__}: {checks.first_line(error)} ({where})"
+    there.send(fields)
+    there.close()
+    os._exit(0)  # what the type left running does not hold us up

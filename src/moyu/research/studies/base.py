@@ -1,0 +1,95 @@
+"""A study: a claim, what it predicts and what refutes it, said before it runs; observations; and their analysis.
+
+`observe` runs models and returns arrays, which are kept, so that a study goes on where it stopped; `analyse` is a pure
+function of the arrays, so that tests can hand it data whose answer is known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moyu.research.studies.subject import Subject
+from moyu.research.studies.verdicts import Condition, Control, Finding
+from moyu.weights.files import atomic_write_bytes
+
+Observed = Mapping[str, NDArray[Any]]
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+@dataclass
+class Setup:
+    """What a study runs on."""
+
+    model: str | None  # zoo name, local folder or hub id
+    quick: bool = False
+    seed: int = 0
+    cache: Path | None = None  # folder of the parts that are done; None: nothing is kept
+    device: str = "cpu"  # where the model runs
+    progress: Progress = field(default=lambda what, done, total: None)
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The model, loaded at first use."""
+        assert self.model is not None
+        return Subject.open(self.model, self.device)
+
+    def size(self, full: int, quick: int) -> int:
+        """A number of documents, seeds or steps."""
+        return quick if self.quick else full
+
+    def part(self, key: str, make: Callable[[], Observed]) -> Observed:
+        """Arrays that are made once for this model, size and seed: a stopped study goes on behind its last part."""
+        if self.cache is None:
+            return make()
+        name = json.dumps([key, self.model, self.quick, self.seed])
+        file = self.cache / f"{key.replace('/', '-')}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.npz"
+        if file.exists():
+            with np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
+        made = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(file, _packed(made))
+        return made
+
+    def untrained_part(self, key: str, make: Callable[[Subject], Observed]) -> Observed:
+        """The same of the architecture at random initialisation."""
+        return self.part(key, lambda: make(self.subject.untrained(self.seed)))
+
+
+def _packed(arrays: Observed) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{k: np.asarray(v) for k, v in arrays.items()})  # pyright: ignore[reportArgumentType]
+    return buffer.getvalue()
+
+
+class Study(ABC):
+    """One claim. The class variables are stated before anything runs, and printed before it."""
+
+    name: ClassVar[str]
+    claim: ClassVar[str]
+    prediction: ClassVar[str]
+    refutation: ClassVar[str]
+    needs: ClassVar[Literal["nothing", "model", "matched models"]] = "model"
+    trains: ClassVar[bool] = False
+    conditions: ClassVar[tuple[Condition, ...]]  # the first is the main one
+    controls: ClassVar[tuple[Control, ...]] = ()
+
+    @abstractmethod
+    def observe(self, setup: Setup) -> Observed:
+        """Run what must be run; the first axis of an array is usually documents."""
+
+    @abstractmethod
+    def analyse(self, observed: Observed) -> Finding:
+        """Estimates of the conditions, controls and nulls from the arrays alone."""

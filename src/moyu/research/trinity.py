@@ -1,0 +1,333 @@
+"""The scoreboard: every method on every model at equal bytes and at equal sparsity, quantising beside them.
+
+A cell is one record in a file of its own, written whole or not at all: a run that stops goes on where it was. Quality is KL
+from the dense model in 16 bits, whatever the bits of the weights, with one window a document and intervals over documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moyu import methods, records
+from moyu.calibration.budget import Reader, Way, plan_for_bytes, ways
+from moyu.commands import pipeline
+from moyu.commands.pipeline import Context, Settings, Stage, quiet
+from moyu.errors import OutOfReach, UserError
+from moyu.measure import evaluation, text
+from moyu.measure.evaluation import Scores
+from moyu.measure.statistics import bootstrap
+from moyu.measure.storage import Storage, stored
+from moyu.measure.windows import Windows
+from moyu.plan import Plan
+
+MODELS = ("swiglu", "relu", "gelu")
+BYTES = (0.75, 0.6, 0.5)
+SPARSITIES = (0.5,)
+QUANTISE = "quantise"  # the row of rounding all weights, beside the methods
+BITS = (8, 6, 5, 4, 3, 2)
+LOW = (3, 2)  # bits whose bytes are the targets of methods on 4-bit weights: rounding further or skipping
+DOCUMENTS = 24
+SLOW = ("oracle-greedy",)  # a bound that takes minutes a cell: only where it is named
+QUICK_METHODS = ("cats", "griffin", "popularity")
+SHAPE, SHAPE_LAYERS = "llama-3.2-1b", 4
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a cell was asked for: a byte fraction of the dense step in these bits, a sparsity, or neither."""
+
+    kind: str  # "bytes", "sparsity", "native": what the method skips by itself; "rounding"
+    value: float = 0.0
+
+    def __str__(self) -> str:
+        return self.kind if self.kind in ("native", "rounding") else f"{self.kind}{self.value:.3f}"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which scoreboard."""
+
+    models: Sequence[str] = MODELS
+    methods: Sequence[str] = ()  # none: all of the registry
+    bytes: Sequence[float] = BYTES
+    quick: bool = False
+    documents: int = DOCUMENTS
+    seed: int = 0
+    speed: bool = True
+    device: str = "cpu"  # of the models whose quality is measured
+
+    def check(self) -> None:
+        """Refuse what cannot be run, before anything is loaded."""
+        for name in self.methods:
+            if name != QUANTISE:
+                methods.method_class(name)
+        for value in self.bytes:
+            if not 0 < value < 1:
+                raise UserError(f"byte fraction must be in (0, 1), not {value}", "0.75,0.6,0.5 are the default")
+        if self.documents < 2:
+            raise UserError(f"{self.documents} documents give no interval", "use at least 2")
+
+    def names(self) -> list[str]:
+        """Methods of the rows."""
+        if self.methods:
+            return list(self.methods)
+        return [QUANTISE, *(QUICK_METHODS if self.quick else [n for n in methods.names() if n not in SLOW])]
+
+    def settings(self) -> Settings:
+        """How models and text are opened: more test windows than documents, of which each document's first is taken."""
+        if self.quick:
+            return Settings(window=128, boundary=64, calibration=4, test=48, seed=self.seed, device=self.device)
+        return Settings(calibration=8, test=8 * self.documents, seed=self.seed, device=self.device)
+
+
+def run(asked: Asked, out: Path, stage: Stage = quiet) -> list[records.Record]:
+    """Fill in the cells that `out` lacks, then time; all records, in the order of the tables."""
+    asked.check()
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[records.Record] = []
+    for model in asked.models:
+        rows += Board(asked, model, out, stage).fill()
+    if asked.speed:
+        rows += timed(asked, out, rows, stage)
+    return rows
+
+
+@dataclass(frozen=True)
+class Board:
+    """One model's cells."""
+
+    asked: Asked
+    model: str
+    out: Path
+    stage: Stage = quiet
+
+    def fill(self) -> list[records.Record]:
+        """Every cell, measured now or before."""
+        cells = list(self.cells())
+        missing = [c for c in cells if self.known(*c) is None]
+        if missing:
+            _ = self.reference  # before any weight is rounded
+        for done, (bits, name, target) in enumerate(missing):
+            self.stage(f"scoreboard of {self.model}", done, len(missing))
+            storage = Storage(bits)
+            around = stored(self.context.loaded.model, self.context.anatomy, storage)
+            with around if bits != 16 else nullcontext():
+                row = self.rounding(storage) if name == QUANTISE else self.measure(name, storage, target)
+            records.write(self.file(bits, name, target), [row])
+        self.stage(f"scoreboard of {self.model}", len(missing), len(missing))
+        return [row for c in cells if (row := self.known(*c)) is not None]
+
+    def cells(self) -> Iterator[tuple[int, str, Target]]:
+        """(bits, method, target) of every cell."""
+        names = self.asked.names()
+        for bits in BITS if QUANTISE in names else ():
+            yield bits, QUANTISE, Target("rounding")
+        for bits in (16, 4):
+            for name in names:
+                if name == QUANTISE:
+                    continue
+                if not methods.method_class(name).solves_target:
+                    yield bits, name, Target("native")
+                    continue
+                for value in self.asked.bytes if bits == 16 else (self.steps[b] / self.steps[4] for b in LOW):
+                    yield bits, name, Target("bytes", value)
+                if bits == 16:
+                    for value in SPARSITIES:
+                        yield bits, name, Target("sparsity", value)
+
+    def file(self, bits: int, name: str, target: Target) -> Path:
+        """Where a cell is kept."""
+        kind = "quick" if self.asked.quick else "full"
+        folder = self.out / "cells" / kind / self.model.strip("./").replace("/", "--")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.{bits}bit.{target}.jsonl"
+
+    def known(self, bits: int, name: str, target: Target) -> records.Cell | None:
+        """A cell that was measured before, on as much text and with this seed."""
+        file = self.file(bits, name, target)
+        if not file.exists():
+            return None
+        (row,) = records.read(file)
+        assert isinstance(row, records.Cell)
+        same = row.seed == self.asked.seed and row.documents in (None, len(self.windows.tokens))
+        return row if same else None
+
+    @cached_property
+    def context(self) -> Context:
+        """The model and its text."""
+        return Context.open(self.model, self.asked.settings(), self.stage)
+
+    @cached_property
+    def steps(self) -> dict[int, float]:
+        """Bytes of a dense step by bits."""
+        return {b: Storage(b).step_bytes(self.context.loaded.model, self.context.anatomy) for b in (16, *BITS)}
+
+    @cached_property
+    def windows(self) -> Windows:
+        """Test windows, the first of each document."""
+        test = self.context.split.test
+        first = {document: i for i, document in reversed(list(enumerate(test.documents)))}
+        count = 6 if self.asked.quick else self.asked.documents
+        chosen = sorted(first.values())[:count]
+        if len(chosen) < 2:
+            raise UserError(f"the test text of {self.model!r} has {len(chosen)} documents", "give more text")
+        return dataclasses.replace(test, tokens=test.tokens[chosen], documents=tuple(test.documents[i] for i in chosen))
+
+    @cached_property
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the dense model in 16 bits, on test and on validation windows."""
+        model, validation = self.context.loaded.model, self._validation
+        return evaluation.predict(model, self.windows), evaluation.predict(model, validation)
+
+    @cached_property
+    def _ways(self) -> dict[tuple[str, int], list[Way]]:
+        """Of methods and bits: what they have learnt serves every byte fraction."""
+        return {}
+
+    @property
+    def _validation(self) -> Windows:
+        windows = self.context.split.validation
+        return dataclasses.replace(windows, tokens=windows.tokens[:8])
+
+    def rounding(self, storage: Storage) -> records.Record:
+        """Quantising: all weights of the blocks in so many bits, nothing skipped."""
+        given = evaluation.predict(self.context.loaded.model, self.windows)
+        test, _ = self.reference
+        fraction = self.steps[storage.bits] / self.steps[16]
+        return self._cell(
+            storage,
+            method=QUANTISE,
+            family="reference",
+            realized_sparsity=0.0,
+            byte_fraction=1.0,
+            byte_fraction_16=fraction,
+            **self._measured(evaluation.score(test, given, self.windows), evaluation.score(test, test, self.windows)),
+        )
+
+    def measure(self, name: str, storage: Storage, target: Target) -> records.Record:
+        """A method's cell, or the reason why it has none."""
+        context, method = self.context, methods.method(name)
+        about: dict[str, Any] = {"method": name, "family": method.family, "granularity": method.granularity}
+        if target.kind == "bytes":
+            about["target_byte_fraction"] = target.value
+        if target.kind == "sparsity":
+            about["target_sparsity"] = target.value
+        if not context.applicable([name])[0]:
+            return self._cell(storage, **about, status="n/a (nothing to skip)")
+        test, validation = self.reference
+        reader = Reader(context.loaded.model, context.anatomy, storage)
+        started = time.monotonic()
+        try:
+            plan = self._plan(name, reader, target, validation)
+        except OutOfReach as error:
+            return self._cell(storage, **about, floor=error.floor, status=f"n/a (floor {error.floor:.2f})")
+        seconds = time.monotonic() - started
+        quality = evaluation.evaluate(
+            context.loaded.model,
+            plan,
+            self.windows,
+            matched=storage.bits == 16,
+            anatomy=context.anatomy,
+            reference=test,
+        )
+        fraction = reader.byte_fraction(quality.byte_fraction, plan)
+        spent = self._ways.get((name, reader.bits), []) if target.kind == "bytes" else []
+        extra = {}
+        for kind in ("random", "oracle"):
+            scores: Scores | None = getattr(quality, kind)
+            if scores is not None:
+                extra[kind] = scores
+        return self._cell(
+            storage,
+            **about | pipeline.of_plan(plan) | {"target_sparsity": about.get("target_sparsity")},
+            realized_sparsity=quality.realized_sparsity,
+            byte_fraction=fraction,
+            byte_fraction_16=fraction * self.steps[storage.bits] / self.steps[16],
+            floor=max(0.0, min((way.floor(plan) for way in spent), default=reader.floor(plan))),
+            knobs=plan.method.knobs(),
+            site_knobs=plan.site_knobs,
+            fit_s=seconds,
+            **self._measured(quality.method, quality.dense, **extra),
+        )
+
+    def _plan(self, name: str, reader: Reader, target: Target, validation: Tensor) -> Plan:
+        context = self.context
+        if target.kind != "bytes":
+            return context.plan(name, sparsity=target.value)
+        split, key = text.Split(context.split.calibration, self._validation, self.windows), (name, reader.bits)
+        if key not in self._ways:
+            method, options = methods.method(name), {"name": self.model, "seed": self.asked.seed}
+            self._ways[key] = ways(reader, method, split.calibration, **options)
+        return plan_for_bytes(self._ways[key], split, target.value, reference=validation)
+
+    def _measured(self, scores: Scores, dense: Scores, **matched: Scores) -> dict[str, Any]:
+        """Numbers of a cell, with means by document."""
+        found: dict[str, list[float]] = {"nll_dense": _means(dense.nll)}
+        extra: dict[str, float] = {}
+        for kind, one in {"": scores, **{f"_{k}": s for k, s in matched.items()}}.items():
+            found[f"kl{kind}"], found[f"nll{kind}"] = _means(one.kl), _means(one.nll)
+            extra[f"kl{kind}"] = max(0.0, float(one.kl.double().mean()))
+        interval = bootstrap(found["kl"], resamples=1000)
+        return {
+            "documents": len(self.windows.tokens),
+            "tokens": scores.nll.numel(),
+            "ppl_dense": dense.perplexity,
+            "ppl": scores.perplexity,
+            "kl_interval": [interval.low, interval.high],
+            "top1_agreement": float(scores.agree.float().mean()),
+            "by_document": found,
+            **extra,
+        }
+
+    def _cell(self, storage: Storage, **fields: Any) -> records.Record:
+        base = self.context.common() | {"corpus": dict(self.windows.source), "quick": self.asked.quick}
+        return records.stamp(
+            **{"kind": "cell", **base, "simulated": True, "weight_bits": storage.weight_bits, **fields}
+        )
+
+
+def _means(values: Tensor) -> list[float]:
+    """Means of documents (B, T) -> B numbers, in six digits."""
+    return [float(f"{v:.6g}") for v in values.double().mean(1).tolist()]
+
+
+def timed(asked: Asked, out: Path, rows: Sequence[records.Record], stage: Stage = quiet) -> list[records.Record]:
+    """Speed on a random-weight shape of the methods that have cells, each at the largest byte fraction asked for.
+
+    All of them and dense alternate in one run, whose records are kept; a pass that stops finds the plans that took training.
+    """
+    names = [n for n in asked.names() if n != QUANTISE and methods.method_class(n).family != "reference"]
+    names = [n for n in names if any(isinstance(r, records.Cell) and r.method == n and r.kl is not None for r in rows)]
+    if not names:
+        return []
+    shape, layers = ("tiny", 2) if asked.quick else (SHAPE, SHAPE_LAYERS)
+    fraction = max(asked.bytes)
+    about = [shape, layers, fraction, asked.seed, {n: methods.method(n).knobs() for n in names}]
+    run = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+    folder = out / ("speed-quick" if asked.quick else "speed")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{run}.jsonl"
+    if not file.exists():
+        found = pipeline.bench_shape(
+            shape,
+            dict.fromkeys(names, 0.0),
+            byte_fraction=fraction,
+            keep=folder / f"plans-{shape}-{layers}-{fraction}-{asked.seed}",
+            layers=layers,
+            rounds=3,
+            seed=asked.seed,
+            stage=stage,
+        )
+        records.write(file, found)
+    return records.read(file)
