@@ -12,7 +12,7 @@ from moyu.calibration import allocation, trials, walk
 from moyu.calibration.allocation import climb, mean
 from moyu.calibration.trials import weights
 from moyu.commands import cli, pipeline
-from moyu.engine.runtime import Products
+from moyu.engine.products import Products
 from moyu.measure.evaluation import evaluate
 from moyu.measure.windows import Windows
 from moyu.model import dissect

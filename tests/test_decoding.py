@@ -133,7 +133,7 @@ def test_native_steps_are_the_general_ones(structure, name, batch):
         plan = plan_for(model, name)
     ids, mask = padded(batch)
     with Applied(model, plan) as applied:
-        if applied.decode_run is None:
+        if applied.native is None:
             method = methods.method(name)
             by_count = plan is not None and any(isinstance(p.rule, TopK) for _, p in plan.parts.values())
             assert by_count or not method.by_magnitude, applied.general_because
@@ -456,7 +456,7 @@ def test_layers_that_are_not_plain_take_the_general_path():
     gemma = Gemma2ForCausalLM(Gemma2Config(**WIDE, **GATED, head_dim=16, query_pre_attn_scalar=16)).eval()
     for model in (gemma, build("gpt2", torch.float32), build("phi3", torch.float32), build("mixtral", torch.float32)):
         with Applied(model, None) as applied:
-            assert applied.decode_run is None and applied.general_because
+            assert applied.native is None and applied.general_because
             logits, counted = decode(model, applied, tokens(1, 20))
         assert_general(counted)
         with torch.no_grad():
@@ -482,7 +482,7 @@ def test_a_layer_that_computes_something_else_is_not_plain():
         model = make("llama")
         change(model.model.layers[1])
         with Applied(model, None) as applied:
-            assert (applied.decode_run is not None) == plain, change.__name__
+            assert (applied.native is not None) == plain, change.__name__
 
 
 def test_gelu_is_not_taken_for_relu_in_bfloat16():

@@ -8,8 +8,8 @@ from transformers import DynamicCache, StaticCache
 
 from moyu import kernels, methods
 from moyu.calibration.walk import calibrate
-from moyu.engine import runtime
 from moyu.engine.applied import Applied
+from moyu.engine.memory import memory_of
 from moyu.engine.steps.compiled import Product, frozen
 from moyu.errors import UserError
 from moyu.measure.windows import Windows
@@ -61,7 +61,7 @@ def test_neurons_are_those_of_the_prompt(structure):
     with Applied(model, plan) as applied, applied.prompt(PROMPT):
         model(ids[:, :PROMPT], past_key_values=cache)
         expected = torch.cat([model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(PROMPT, 20)], 1)
-    twin, own = frozen(model, plan, runtime.memory_of(cache).masks), DynamicCache(config=model.config)
+    twin, own = frozen(model, plan, memory_of(cache).masks), DynamicCache(config=model.config)
     model(ids[:, :PROMPT], past_key_values=own)
     got = torch.cat([twin(ids[:, t : t + 1], past_key_values=own).logits for t in range(PROMPT, 20)], 1)
     assert close(got, expected)

@@ -10,7 +10,7 @@ from fixtures_methods import FIXTURES
 from moyu import kernels
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter, Recorder, Replayer
-from moyu.engine.runtime import MAX_SKIPPING_ROWS
+from moyu.engine.rows import MAX_SKIPPING_ROWS
 from moyu.measure import accounting
 from moyu.measure.windows import Windows
 from moyu.model import dissect

@@ -36,8 +36,8 @@ from transformers import DynamicCache, StaticCache
 
 from moyu import kernels, methods
 from moyu.calibration.walk import calibrate
-from moyu.engine import runtime
 from moyu.engine.applied import Applied
+from moyu.engine.memory import memory_of
 from moyu.engine.steps.compiled import frozen
 from moyu.kernels import gpu_packed
 from moyu.measure.windows import Windows
@@ -337,7 +337,7 @@ def masks_after(model: nn.Module, plan: object, ids: Tensor) -> dict[str, Tensor
     with Applied(model, plan, backend="auto") as applied, applied.prompt(ids.shape[1]):
         model(ids, past_key_values=cache)
         model(ids[:, :1], past_key_values=cache)
-    return dict(runtime.memory_of(cache).masks)
+    return dict(memory_of(cache).masks)
 
 
 class Step:

@@ -188,7 +188,7 @@ def test_native_steps_know_factors_and_shared_masks(name, knobs):
     plan = plan_for(model, methods.method(name, **knobs))
     ids, mask = padded(1)
     with Applied(model, plan) as applied:
-        assert applied.decode_run is not None, applied.general_because
+        assert applied.native is not None, applied.general_because
     expected, actual = (stepwise(model, plan, ids, mask, backend=b) for b in ("reference", "auto"))
     assert (expected - actual).abs().max() < 1e-4 * expected.abs().max()
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from moyu.calibration.compensation import log_probs
 from moyu.engine.applied import Applied
-from moyu.engine.execution import SiteState
+from moyu.engine.sites import SiteState
 from moyu.methods import selection
 from moyu.methods.base import Rows, Site
 from moyu.methods.selection import Soft, Threshold

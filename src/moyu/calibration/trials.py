@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moyu.calibration.walk import Progress, Walk, acts_of, tensors_of
 from moyu.engine.applied import Applied
-from moyu.engine.runtime import Products
+from moyu.engine.products import Products
 from moyu.measure.windows import Windows
 from moyu.methods.base import Method, Site, SiteParams
 from moyu.model.anatomy import Anatomy, Block

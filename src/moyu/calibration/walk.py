@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moyu import kernels
 from moyu.calibration import compensation, in_loop
-from moyu.engine import runtime
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import HeadUse
-from moyu.engine.execution import SiteState
+from moyu.engine.memory import SequenceMemory
+from moyu.engine.products import Products
+from moyu.engine.rows import rows_of
+from moyu.engine.sites import SiteState
 from moyu.errors import OutOfReach, UserError
 from moyu.measure import accounting
 from moyu.measure.windows import Windows
@@ -255,7 +256,7 @@ class Walk:
             raise UserError(
                 f"prompt of {windows.prompt} in windows of {length} tokens", "use a prompt shorter than the window"
             )
-        self.rows = runtime.rows_of((batch, length), None, 0, windows.prompt, device)
+        self.rows = rows_of((batch, length), None, 0, windows.prompt, device)
         chain = _Chain(self.layers)
         try:
             with applied.prompt(length):
@@ -273,19 +274,19 @@ class Walk:
         hidden: Tensor,
         boundary: int,
         observer: _Taps | None,
-        products: runtime.Products | None = None,
+        products: Products | None = None,
     ) -> Tensor:
         if self.chain is None:
             with self.applied.watched(observer=observer), self.applied.prompt(boundary):
                 self.applied.model(input_ids=self.tokens, use_cache=False)
             return hidden
         rows = self.rows._replace(sparse=self.rows.pos >= boundary)
-        state = self.applied.new_pass(rows, runtime.SequenceMemory(prompt=boundary))
+        state = self.applied.new_pass(rows, SequenceMemory(prompt=boundary))
         state.observer, state.products = observer, products
         state.taps = self.dense_taps if hidden is self.dense and boundary == self.tokens.shape[1] else self.sparse_taps
         args, kwargs = self.chain.calls[index]
         args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
-        with runtime.entered(self.applied, state), kernels.use(self.applied.backend):
+        with self.applied.entered(state):
             return first(self.layers[index](*args, **kwargs))
 
     def observe(self, index: int, hidden: Tensor) -> _Taps:
@@ -296,7 +297,7 @@ class Walk:
         self._run(index, hidden, self.tokens.shape[1] if dense else self.windows.prompt, taps)
         return taps
 
-    def output(self, index: int, products: runtime.Products | None = None) -> Tensor:
+    def output(self, index: int, products: Products | None = None) -> Tensor:
         """Hidden states (B, T, d) behind the layer, on the sparse stream and with the sites that are attached to it.
 
         products: of runs before, for one that changes a few sites.

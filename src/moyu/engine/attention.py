@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,21 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicCache
 
 from moyu import kernels
-from moyu.engine import runtime
-from moyu.engine.execution import Executor, SiteState
+from moyu.engine.executor import Executor
+from moyu.engine.session import Pass, Session
+from moyu.engine.sites import SiteState
 from moyu.errors import UserError
 from moyu.methods.base import ATTENTION, READS, KvPolicy, Rows, Tap, head_norms
 from moyu.model import networks
 from moyu.model.anatomy import Block
 
-if TYPE_CHECKING:
-    from moyu.engine.applied import Applied
-    from moyu.engine.runtime import Pass
-
 
 class AttentionLinear(Executor):
     """One linear of an attention: columns of its input, rows or columns of skipped heads."""
 
-    def __init__(self, applied: Applied, block: Block, name: str, states: list[SiteState], lookahead: set) -> None:
+    def __init__(self, session: Session, block: Block, name: str, states: list[SiteState], lookahead: set) -> None:
         """`name` is the linear's, one of ATTENTION."""
-        super().__init__(applied, block, states, lookahead)
+        super().__init__(session, block, states, lookahead)
         self.name: str = name
         self.tap: Tap = READS[name]
         self.shows = name == next(n for n in ATTENTION if n in block.pieces and READS[n] == self.tap)
@@ -55,7 +52,7 @@ class AttentionLinear(Executor):
 
     def forward(self, x: Tensor) -> Tensor:
         """Stands for the linear's forward, (..., in) -> (..., out)."""
-        state = runtime.current(self.applied)
+        state = self.session.current()
         works = state is not None and (self.own or self.heads) and state.any_sparse
         watched = state is not None and (
             state.observer is not None or state.products is not None or bool(self.lookahead)
@@ -132,10 +129,10 @@ class AttentionCall(Executor):
     """
 
     def __init__(
-        self, applied: Applied, block: Block, module: nn.Module, states: list[SiteState], lookahead: set
+        self, session: Session, block: Block, module: nn.Module, states: list[SiteState], lookahead: set
     ) -> None:
         """`module` is the attention: the parent of the block's q, k, v and o."""
-        super().__init__(applied, block, [], lookahead)
+        super().__init__(session, block, [], lookahead)
         self.module, self.inner = module, module.forward
         self.attach(states)
 
@@ -145,7 +142,7 @@ class AttentionCall(Executor):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands for the attention's forward."""
-        state, heads = runtime.current(self.applied), self.site(skips="heads")
+        state, heads = self.session.current(), self.site(skips="heads")
         if state is None or heads is None:
             return self.inner(*args, **kwargs)
         names = list(inspect.signature(self.inner).parameters)
@@ -180,7 +177,7 @@ class AttentionCall(Executor):
         o, seen = self.block.pieces["o"], []
         handle = o.module.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
         try:
-            with runtime.outside(self.applied):
+            with self.session.outside():
                 self.inner(**kwargs)
         finally:
             handle.remove()
@@ -242,7 +239,7 @@ class AttentionCall(Executor):
         again[next(iter(inspect.signature(self.inner).parameters))] = held[f"{key} input"][:, columns]
         if kwargs.get("position_embeddings") is not None:
             again["position_embeddings"] = tuple(held[f"{key} angle{i}"][:, columns] for i in range(2))
-        with runtime.outside(self.applied):
+        with self.session.outside():
             self.inner(**again)
         layer = self._cached(scratch)
         return layer.keys, layer.values

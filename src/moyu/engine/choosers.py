@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moyu.engine.execution import Hindsight
+from moyu.engine.executor import Hindsight
 from moyu.methods import selection
 from moyu.methods.base import Granularity, Rows, Site
 from moyu.methods.random import uniform

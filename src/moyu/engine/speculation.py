@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from moyu.engine import runtime
 from moyu.engine.applied import Applied
+from moyu.engine.memory import memory_of
 from moyu.errors import UserError
 
 # (drafted (D,), sparse (D, V), dense (D + 1, V), dense likelihoods of the drafted (D,), generator)
@@ -224,7 +224,7 @@ def _verify(applied: Applied, cache: Any, tokens: list[int], length: int) -> Ten
     What a sequence-level method knows stays what it knew: refused drafts must not enter it.
     """
     _go_back(cache, length)
-    memory = runtime.memory_of(cache)
+    memory = memory_of(cache)
     known = dict(memory.sites), dict(memory.masks), memory.dense_until
     device = next(applied.model.parameters()).device
     with applied.prompt(length + len(tokens)):

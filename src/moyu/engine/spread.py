@@ -9,23 +9,19 @@ stay dense and run as the model's own linears run them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moyu import kernels
-from moyu.engine import runtime
 from moyu.engine.attention import AttentionLinear
-from moyu.engine.execution import FfnCall
+from moyu.engine.network import FfnCall
+from moyu.engine.session import Pass
 from moyu.errors import UserError
 from moyu.methods.base import Method
 from moyu.model.anatomy import Anatomy
-
-if TYPE_CHECKING:
-    from moyu.engine.runtime import Pass
-    from moyu.plan import Plan
+from moyu.plan import Plan
 
 
 def refuse(anatomy: Anatomy, plan: Plan | None, engine: str) -> None:
@@ -95,7 +91,7 @@ class SpreadLinear(AttentionLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Stands for the linear's forward, (..., part of in) -> (..., part of out)."""
-        state = runtime.current(self.applied)
+        state = self.session.current()
         works = state is not None and self.own is not None and state.any_sparse
         if state is None or not (works or state.observer is not None or self.lookahead):
             return self.inner(x)

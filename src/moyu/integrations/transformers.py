@@ -20,7 +20,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moyu import methods, records
-from moyu.engine.applied import Applied, Engine
+from moyu.engine.applied import Applied
+from moyu.engine.session import Engine
 from moyu.errors import UserError
 from moyu.kernels import Backend
 from moyu.model import dissect

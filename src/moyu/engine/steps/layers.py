@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moyu.engine.sites import SiteState
 from moyu.kernels import cpu
 from moyu.methods.base import NOTHING
 from moyu.methods.selection import Threshold
 from moyu.model.anatomy import Block
 from moyu.weights.blocks import Blocks
-
-if TYPE_CHECKING:
-    from moyu.engine.execution import SiteState
 
 SEPARATE, NEURONS, GATE_FIRST, UP_FIRST = range(4)  # enum Network of kernels.h
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")

@@ -5,22 +5,21 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moyu.engine.session import Session
+from moyu.engine.sites import states_of
+from moyu.engine.steps.ends import Angles, Ends
 from moyu.engine.steps.layers import Norm, PlainLayer
 from moyu.engine.steps.run import DecodeRun, run_step
-from moyu.engine.steps.whole import Angles, Ends
 from moyu.kernels import cpu
 from moyu.methods.selection import Threshold
 from moyu.model import dissect, networks
 from moyu.model.anatomy import Block
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
-
-if TYPE_CHECKING:
-    from moyu.engine.applied import Applied
 
 _INPUTS = ("hidden_states", "input", "x")
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
@@ -51,17 +50,17 @@ class _Call:
 
 
 @torch.no_grad()
-def plain_run(applied: Applied) -> tuple[DecodeRun | None, str | None]:
+def plain_run(session: Session) -> tuple[DecodeRun | None, str | None]:
     """The native run of a model, or None and the reason why its decode steps take the general path."""
-    model = applied.model
+    model = session.model
     reason = cpu.unavailable() or cpu.unsupported(next(model.parameters()))
     if reason is not None:
         return None, reason
-    modules = applied.anatomy.layers
+    modules = session.anatomy.layers
     try:
         calls = _probe(model)
         layers = [
-            _plain(model, module, block, calls) for module, block in zip(modules, applied.anatomy.blocks, strict=True)
+            _plain(model, module, block, calls) for module, block in zip(modules, session.anatomy.blocks, strict=True)
         ]
     except _NotPlain as error:
         return None, str(error)
@@ -71,13 +70,13 @@ def plain_run(applied: Applied) -> tuple[DecodeRun | None, str | None]:
     ]
     if len(set(shared)) > 1 or any(layer.rotary != layers[0].rotary for layer in layers):
         return None, "its layers attend in different ways"
-    ends = _plain_ends(applied, layers, calls)
+    ends = _plain_ends(session, layers, calls)
     for layer in layers:
-        layer.states = applied.states(layer.block)
+        layer.states = states_of(session, layer.block)
         reason = _unexpressed(layer)
         if reason is not None:
             return None, reason
-    return DecodeRun(applied, layers, ends), None
+    return DecodeRun(session, layers, ends), None
 
 
 class _NotPlain(Exception):
@@ -191,9 +190,9 @@ class _Room:
             self.memory.extend((0, 0) if mask is None else (mask.data_ptr(), 0))
 
 
-def _plain_ends(applied: Applied, layers: list[PlainLayer], calls: dict[nn.Module, _Call]) -> Ends | None:
+def _plain_ends(session: Session, layers: list[PlainLayer], calls: dict[nn.Module, _Call]) -> Ends | None:
     """Embedding, final norm and head, where a native step from token ids to logits gives what the model gave."""
-    model = applied.model
+    model = session.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     config, whole = dissect.text_config(model), calls[model].output
     first, last = calls[layers[0].module], calls[layers[-1].module]

@@ -6,24 +6,20 @@ import operator
 from array import array
 from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from moyu import kernels
-from moyu.engine import runtime
+from moyu.engine.session import Pass, Session
+from moyu.engine.sites import SiteState
+from moyu.engine.steps.ends import Ends
 from moyu.engine.steps.layers import PlainLayer
 from moyu.kernels import cpu
 from moyu.methods.base import NOTHING
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
-
-if TYPE_CHECKING:
-    from moyu.engine.applied import Applied
-    from moyu.engine.execution import SiteState
-    from moyu.engine.runtime import Pass
-    from moyu.engine.steps.whole import Ends
 
 GROW = 256  # tokens by which a cache's buffers grow at least
 
@@ -31,9 +27,9 @@ GROW = 256  # tokens by which a cache's buffers grow at least
 class DecodeRun:
     """All layers of a model as one native call a step. Copies rebuild what points into memory."""
 
-    def __init__(self, applied: Applied, layers: list[PlainLayer], ends: Ends | None) -> None:
+    def __init__(self, session: Session, layers: list[PlainLayer], ends: Ends | None) -> None:
         """`layers` are all decoder layers, in order; `ends` what is around them, where that is plain too."""
-        self.applied, self.layers, self.ends = applied, layers, ends
+        self.session, self.layers, self.ends = session, layers, ends
         self.sequence_sites = [layer.sequence_site for layer in layers]
         self.d = layers[0].block.pieces["q"].shape[1]
         self.widest = max(layer.widest for layer in layers)
@@ -110,14 +106,14 @@ class DecodeRun:
 
     def _make(self) -> None:
         """Build, once where several threads find that it must be."""
-        with self.applied.layout_lock:
+        with self.session.layout_lock:
             if self._moved():
                 self._build()
 
     def _build(self) -> None:
         """Take the pointers of the live parameters, laid out for this plan."""
-        for call in (*self.applied.ffns, *self.applied.linears):
-            call.ensure_layout()
+        for lay_out_again in self.session.layouts:
+            lay_out_again()
         decoder = cpu.extension().Decoder()
         expected, hooks, weights, kept = [], [], [], []
         for layer in self.layers:
@@ -143,7 +139,7 @@ class DecodeRun:
     def _modules(self) -> list[nn.Module]:
         """Those that a native step stands for."""
         if self.ends is not None:
-            return list(self.applied.model.modules())
+            return list(self.session.model.modules())
         return [module for layer in self.layers for module in layer.module.modules()]
 
     def step(self, state: Pass, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -211,7 +207,7 @@ class _LayerCall:
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands for the layer's forward."""
-        state = runtime.current(self.run.applied)
+        state = self.run.session.current()
         if state is None:
             return self.inner(hidden, *args, **kwargs)
         if self.position == 0:

@@ -6,27 +6,24 @@ What is left in Python is to check that nobody has touched the model, and to mak
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.cache_utils import Cache
 
 from moyu import kernels
-from moyu.engine import runtime
-from moyu.engine.steps.layers import Norm, native_linear
-from moyu.kernels import cpu
-from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
-from moyu.weights.blocks import Blocks
-
-if TYPE_CHECKING:
-    from moyu.engine.runtime import SequenceMemory
-    from moyu.engine.steps.run import DecodeRun
+from moyu.engine.memory import SequenceMemory, cache_of, memory_of
+from moyu.engine.rows import MAX_SKIPPING_ROWS
+from moyu.engine.session import Session
+from moyu.engine.steps.run import DecodeRun
+from moyu.engine.trace import NATIVE
 
 # What a decode step may be called with; anything else takes the general path.
 _KNOWN = {
     "input_ids",
     "past_key_values",
+    "cache",
     "attention_mask",
     "position_ids",
     "use_cache",
@@ -34,89 +31,72 @@ _KNOWN = {
     "logits_to_keep",
 }
 _ASKS = ("output_attentions", "output_hidden_states")
-FIRST = 512  # positions of the first table of angles
 
 
-class Angles:
-    """cos and sin of a rotary embedding by position, as its own module computes them, as far as positions have come."""
-
-    def __init__(self, module: nn.Module) -> None:
-        """The module's angles must depend on nothing but the position."""
-        self.module = module
-        self._made: tuple[tuple, Tensor, Tensor] | None = None  # of what, cos, sin
-
-    def at(self, positions: int | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, (1, width) of one position or (B, width) of B, float32 but rounded as a model of `dtype` has them."""
-        furthest = int(positions if isinstance(positions, int) else positions.max())
-        key = (dtype, *(b.data_ptr() for b in vars(self.module)["_buffers"].values() if b is not None))
-        made = self._made
-        if made is None or made[0] != key or len(made[1]) <= furthest:
-            count = max(FIRST, 1 << furthest.bit_length())
-            tables = self.module(torch.empty(1, 1, 1, dtype=dtype), torch.arange(count)[None])
-            cos, sin = (table[0].float().contiguous() for table in tables)
-            made = self._made = (key, cos, sin)
-        index = slice(positions, positions + 1) if isinstance(positions, int) else positions
-        return made[1][index], made[2][index]
-
-
-@dataclass(eq=False)
-class Ends:
-    """What comes before and after the layers."""
-
-    embedding: nn.Embedding | QuantisedEmbedding
-    norm: Norm
-    head: nn.Linear | QuantisedLinear
-    angles: Angles | None
-    output: type  # of the model's own forward
-
-    def native(self) -> Any:
-        """The ends as the extension takes them; pointers are those of the live parameters."""
-        ends = cpu.extension().Ends()
-        ends.embedding, ends.norm = native_linear(_held(self.embedding), None), self.norm.native()
-        ends.head = native_linear(_held(self.head), self.head.bias)
-        return ends
-
-
-def _held(module: nn.Module) -> Tensor | Blocks:
-    return module.blocks if isinstance(module, QuantisedEmbedding | QuantisedLinear) else module.weight  # pyright: ignore
-
-
-def whole_step(run: DecodeRun, args: tuple, kwargs: dict[str, Any]) -> Any | None:
-    """The model's output for a decode step, or None where it must go the general way. Call with gradients off."""
-    applied, ends, cache = run.applied, run.ends, kwargs.get("past_key_values")
-    ids, memory = args[0] if args else kwargs.get("input_ids"), getattr(cache, "_moyu_memory", None)
-    if (
-        ends is None
-        or cache is None
-        or len(args) > 1
-        or not _KNOWN.issuperset(kwargs)
-        or ids is None
-        or memory is None
-        or ids.dim() != 2
-        or ids.shape[1] != 1
-        or len(ids) > runtime.MAX_SKIPPING_ROWS
-        or ids.dtype != torch.int64
-        or kwargs.get("use_cache") is False
-        or kwargs.get("return_dict") is False
-        or not isinstance(kwargs.get("logits_to_keep", 0), int)
-        or any(getattr(applied.model.config, name, False) for name in _ASKS)
-        or torch.compiler.is_compiling()
-    ):
-        return None
-    past = int(cache.get_seq_length())
-    boundary = runtime.prompt_end(applied, memory)
-    if memory.owner != applied.owner or memory.seen != past or boundary is None or past < boundary:
-        return None
+def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[Any | None, str | None]:
+    """The model's output for a decode step as one native call; or None and why the step is not one."""
+    run = session.native
+    if run is None:
+        return None, session.general_because
+    ids, cache = args[0] if args else kwargs.get("input_ids"), cache_of(kwargs)
+    because = _because(session, run, ids, cache, len(args), kwargs)
+    if because is not None or run.ends is None or cache is None or ids is None:
+        return None, because
+    memory, past = memory_of(cache), int(cache.get_seq_length())
     given = _given(ids, past, kwargs.get("attention_mask"), kwargs.get("position_ids"))
-    masks = None if given is None else _frozen_masks(run, memory, len(ids))
-    if given is None or masks is None or not run.can_append(cache, len(ids), run.dtype) or not run.untouched():
-        return None
+    masks = _frozen_masks(run, memory, len(ids))
+    if given is None:
+        return None, "its attention mask or its positions are not those of one more token"
+    if masks is None:
+        return None, "the masks of the prompt are not known for these rows yet"
+    if not run.can_append(cache, len(ids), run.dtype):
+        return None, "its cache is not one that grows by a token a step"
+    if not run.untouched():
+        return None, "a module of the model was hooked, replaced or patched after the plan was applied"
     allowed, positions = given
+    ends = run.ends
     angles = None if ends.angles is None else ends.angles.at(past if positions is None else positions, run.dtype)
     logits = torch.empty((len(ids), 1, ends.head.out_features), dtype=run.dtype)
     kernels.count("decode", run.launch(cache, masks, angles, allowed, ids=ids.contiguous(), logits=logits))
-    memory.prompt, memory.seen = boundary, past + 1
-    return ends.output(logits=logits, past_key_values=cache)
+    memory.seen = past + 1
+    session.traces.note(NATIVE, len(ids))
+    return ends.output(logits=logits, past_key_values=cache), None
+
+
+def _because(
+    session: Session, run: DecodeRun, ids: Any, cache: Cache | None, positional: int, kwargs: dict[str, Any]
+) -> str | None:
+    """Why a call is not a decode step that goes from token ids to logits natively; None: it is one."""
+    if run.ends is None:
+        return "its embedding, final norm or head is not plain"
+    if session.observer is not None or session.chooser is not None or session.controller is not None:
+        return "somebody watches or decides"
+    if torch.is_grad_enabled():
+        return "gradients are on"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing"
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or ids.dtype != torch.int64:
+        return "the call brings no single token of every row"
+    if len(ids) > MAX_SKIPPING_ROWS:
+        return f"a batch of {len(ids)} rows is more than {MAX_SKIPPING_ROWS}"
+    if cache is None or not hasattr(cache, "_moyu_memory"):
+        return "no prompt came before"
+    unknown = set(kwargs) - _KNOWN
+    if positional > 1 or unknown:
+        return f"the call has arguments of its own: {', '.join(sorted(unknown)) or 'by position'}"
+    if kwargs.get("use_cache") is False or kwargs.get("return_dict") is False:
+        return "the call asks for another output"
+    if not isinstance(kwargs.get("logits_to_keep", 0), int):
+        return "the call asks for chosen logits"
+    if any(getattr(session.model.config, name, False) for name in _ASKS):
+        return "the model's config asks for attentions or hidden states"
+    memory, past = memory_of(cache), int(cache.get_seq_length())
+    boundary = session.begin(memory, past, 1)
+    if boundary is None or isinstance(boundary, Tensor) or past < boundary:
+        return "the token belongs to the prompt"
+    if memory.owner != session.owner or memory.seen != past:
+        return "the cache holds columns that this plan has not seen"
+    return None
 
 
 def _given(

@@ -1,0 +1,119 @@
+"""What a cache remembers beside keys and values, and how it follows what happens to the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from moyu.methods.base import Keep, Refresh
+
+
+@dataclass(eq=False)
+class SequenceMemory:
+    """What a cache remembers beside keys and values; follows its reorder, repeat, select and crop."""
+
+    owner: str | None = None  # hash of the plan that filled it
+    prompt: int | Tensor | None = None  # columns before this one are dense; (B,) where sequences differ
+    drawing: tuple[Any, int] | None = None  # the running `generate`, and the tokens drawn when it last read a part of the prompt
+    sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # method's memory, (B, ...)
+    masks: dict[str, Tensor] = field(default_factory=dict)  # frozen masks, (B, n)
+    columns: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # of every column of the cache, (B, T, ...): see `moyu.engine.attention`
+    dense_until: int = 0  # the memory holds nothing from this column on
+    seen: int = 0  # columns of the cache that came through the applied model
+    tokens: Tensor | None = None  # (B, t), kept only where a controller asks
+    steps: int = 0
+    control: dict[str, Tensor] = field(default_factory=dict)  # the controller's memory, (B, ...)
+    decision: Keep | Refresh = field(default_factory=Keep)
+
+    def select(self, index: Tensor) -> None:
+        """Keep the slots at `index`, in that order."""
+        self.sites = {k: {n: t[index.to(t.device)] for n, t in m.items()} for k, m in self.sites.items()}
+        self.masks = {k: t[index.to(t.device)] for k, t in self.masks.items()}
+        self.columns = {k: t[index.to(t.device)] for k, t in self.columns.items()}
+        self.control = {k: t[index.to(t.device)] for k, t in self.control.items()}
+        if isinstance(self.prompt, Tensor):
+            self.prompt = self.prompt[index.to(self.prompt.device)]
+        if self.tokens is not None:
+            self.tokens = self.tokens[index.to(self.tokens.device)]
+
+    def repeat(self, repeats: int) -> None:
+        """Every slot `repeats` times in a row."""
+        slots = next((len(t) for m in self.sites.values() for t in m.values()), 0)
+        slots = slots or (0 if self.tokens is None else len(self.tokens))
+        slots = slots or next((len(t) for t in self.columns.values()), 0)
+        self.select(torch.arange(slots).repeat_interleave(repeats))
+
+    def append(self, name: str, past: int, fresh: Tensor, unknown: float) -> Tensor:
+        """Columns (B, T, ...) of a call that follows `past` ones: all columns so far; those that no call told are `unknown`."""
+        known = self.columns.get(name, fresh[:, :0])[:, :past]
+        gap = fresh.new_full((len(fresh), past - known.shape[1], *fresh.shape[2:]), unknown)
+        self.columns[name] = torch.cat([known, gap, fresh], dim=1)
+        return self.columns[name]
+
+    def crop(self, length: int) -> None:
+        """The cache now holds `length` columns: forget what came from later ones."""
+        if length < self.dense_until:
+            self.sites, self.masks, self.dense_until, self.seen = {}, {}, 0, 0
+        self.seen = min(self.seen, length)
+        self.columns = {k: t[:, :length] for k, t in self.columns.items()}
+        if self.tokens is not None and length < self.tokens.shape[1]:
+            self.tokens, self.control = self.tokens[:, :length], {}
+
+
+class _Follower:
+    """Stands for one method of a cache: the memory follows what the method does.
+
+    It is an attribute of the cache object, so the cache keeps its class, and copies and pickles of the cache take it along.
+    """
+
+    def __init__(self, cache: Cache, name: str) -> None:
+        self.cache, self.name = cache, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        memory = memory_of(self.cache)
+        result = getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
+        match self.name:
+            case "reorder_cache" | "batch_select_indices":
+                memory.select(*args, **kwargs)
+            case "batch_repeat_interleave":
+                memory.repeat(*args, **kwargs)
+            case "crop":
+                memory.crop(int(self.cache.get_seq_length()))
+            case "reset":
+                remember(self.cache, SequenceMemory())
+        return result
+
+
+_FOLLOWED = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "crop", "reset")
+
+
+def memory_of(cache: Cache | None) -> SequenceMemory:
+    """The memory of a cache, made on first sight; a fresh one where there is no cache."""
+    if cache is None:
+        return SequenceMemory()
+    memory = getattr(cache, "_moyu_memory", None)
+    if memory is None:
+        memory = SequenceMemory()
+        remember(cache, memory)
+    return memory
+
+
+def remember(cache: Cache, memory: SequenceMemory) -> None:
+    """Attach a memory to a cache; from here on it follows the cache's reorder, repeat, select, crop and reset."""
+    vars(cache)["_moyu_memory"] = memory
+    for name in _FOLLOWED:
+        if name not in vars(cache) and hasattr(type(cache), name):
+            vars(cache)[name] = _Follower(cache, name)
+
+
+def cache_of(values: Mapping[str, Any] | Any) -> Cache | None:
+    """The cache among the arguments of a call or in an output: transformers has called it `past_key_values` and `cache`."""
+    values = values if isinstance(values, Mapping) else vars(values) if hasattr(values, "__dict__") else {}
+    return next((value for value in values.values() if isinstance(value, Cache)), None)

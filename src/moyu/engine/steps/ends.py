@@ -1,0 +1,60 @@
+"""What comes before and after the layers of a native step: embedding, angles, final norm and head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moyu.engine.steps.layers import Norm, native_linear
+from moyu.kernels import cpu
+from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
+from moyu.weights.blocks import Blocks
+
+FIRST = 512  # positions of the first table of angles
+
+
+class Angles:
+    """cos and sin of a rotary embedding by position, as its own module computes them, as far as positions have come."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """The module's angles must depend on nothing but the position."""
+        self.module = module
+        self._made: tuple[tuple, Tensor, Tensor] | None = None  # of what, cos, sin
+
+    def at(self, positions: int | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, (1, width) of one position or (B, width) of B, float32 but rounded as a model of `dtype` has them."""
+        furthest = int(positions if isinstance(positions, int) else positions.max())
+        key = (dtype, *(b.data_ptr() for b in vars(self.module)["_buffers"].values() if b is not None))
+        made = self._made
+        if made is None or made[0] != key or len(made[1]) <= furthest:
+            count = max(FIRST, 1 << furthest.bit_length())
+            tables = self.module(torch.empty(1, 1, 1, dtype=dtype), torch.arange(count)[None])
+            cos, sin = (table[0].float().contiguous() for table in tables)
+            made = self._made = (key, cos, sin)
+        index = slice(positions, positions + 1) if isinstance(positions, int) else positions
+        return made[1][index], made[2][index]
+
+
+@dataclass(eq=False)
+class Ends:
+    """What comes before and after the layers."""
+
+    embedding: nn.Embedding | QuantisedEmbedding
+    norm: Norm
+    head: nn.Linear | QuantisedLinear
+    angles: Angles | None
+    output: type  # of the model's own forward
+
+    def native(self) -> Any:
+        """The ends as the extension takes them; pointers are those of the live parameters."""
+        ends = cpu.extension().Ends()
+        ends.embedding, ends.norm = native_linear(_held(self.embedding), None), self.norm.native()
+        ends.head = native_linear(_held(self.head), self.head.bias)
+        return ends
+
+
+def _held(module: nn.Module) -> Tensor | Blocks:
+    return module.blocks if isinstance(module, QuantisedEmbedding | QuantisedLinear) else module.weight  # pyright: ignore
