@@ -8,6 +8,7 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moyu import kernels
 from moyu.engine import spread, steps
@@ -50,7 +51,7 @@ class Applied(Session, AbstractContextManager):
         engine "mask" simulates: dense products, masked. "skip" uses the kernels of `backend` where every row of a call
         is sparse and there are at most MAX_SKIPPING_ROWS of them. Raises UserError for a plan made for another model.
         """
-        if isinstance(getattr(model, "forward", None), ForwardCall):
+        if any(isinstance(vars(m).get("forward"), ForwardCall) for m in model.modules()):
             raise UserError("a plan is already applied to this model", "restore() it first")
         if model.training:
             raise UserError("the model is in training mode", "call model.eval() first")
@@ -155,7 +156,9 @@ class Applied(Session, AbstractContextManager):
         head = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
         if head is not None and is_linear(head) and id(head) not in taken:
             self._replace(head, "forward", MethodType(DenseLinear.forward, DenseLinear(self, Piece(head))))
-        self._replace(self.model, "forward", ForwardCall(self, self.model.forward))
+        # Wrappers such as PEFT's call the transformers model inside them, past their own forward.
+        inner = next((m for m in self.model.modules() if isinstance(m, PreTrainedModel)), self.model)
+        self._replace(inner, "forward", ForwardCall(self, inner.forward))
         if callable(getattr(self.model, "generate", None)):
             self._replace(self.model, "generate", GenerateCall(self, self.model.generate))  # pyright: ignore
         self._replace(self.model, "train", TrainCall(self, self.model.train))

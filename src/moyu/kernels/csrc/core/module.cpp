@@ -1,6 +1,8 @@
-// The Python face: chooses the instruction set once, turns integers into arguments, releases the GIL.
-// Addresses and strides come as integers, so that the extension is built and linked without torch.
+// The Python face: chooses the instruction set once, checks the arguments, releases the GIL.
+// Addresses and strides come as integers, so that the extension is built and linked without torch. Everything else is in
+// structs whose fields are passed by name.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -10,11 +12,12 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "core/kernels.h"
 
 namespace nb = nanobind;
 using namespace moyu;
@@ -74,47 +77,152 @@ const Table *table = nullptr;
 
 const void *pointer(uintptr_t address) { return reinterpret_cast<const void *>(address); }
 
-int64_t neurons(int dtype, int act, int64_t threads, int64_t rows, int64_t d, int64_t f, int64_t d_out, uintptr_t x,
-                int64_t x_stride, uintptr_t gate, int64_t gate_stride, uintptr_t up, int64_t up_stride, uintptr_t down,
-                int64_t down_stride, uintptr_t mask, int64_t mask_stride, uintptr_t gate_bias, uintptr_t up_bias,
-                uintptr_t down_bias, uintptr_t given, int64_t given_stride, uintptr_t out) {
-    const NeuronsArgs args = {rows, d, f, d_out, threads, static_cast<Act>(act), pointer(x), x_stride, pointer(gate),
-                              gate_stride, pointer(up), up_stride, pointer(down), down_stride,
-                              static_cast<const uint8_t *>(pointer(mask)), mask_stride, pointer(gate_bias),
-                              pointer(up_bias), pointer(down_bias), pointer(given), given_stride,
-                              reinterpret_cast<void *>(out)};
-    return table->neurons[dtype](args);
+void need(bool holds, const std::string &what) {
+    if (!holds) throw std::invalid_argument(what);
 }
 
-template <bool by_columns>
-int64_t multiply(int dtype, int64_t threads, int64_t rows, int64_t n, int64_t q, uintptr_t x, int64_t x_stride,
-                 uintptr_t weight, int64_t weight_stride, uintptr_t mask, int64_t mask_stride, uintptr_t bias,
-                 uintptr_t out) {
-    const LinearArgs args = {rows, n, q, threads, pointer(x), x_stride, pointer(weight), weight_stride,
-                             static_cast<const uint8_t *>(pointer(mask)), mask_stride, pointer(bias),
-                             reinterpret_cast<void *>(out)};
-    return by_columns ? table->columns[dtype](args) : table->rows[dtype](args);
+// In the order of the enums.
+const char *const kFormats[] = {
+    "plain",
+#define X(name, Struct) #name,
+#include "formats/formats.def"
+#undef X
+};
+const char *const kOrders[] = {"rows", "columns"};
+const char *const kActivations[] = {"relu", "relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"};
+
+// An enum's value by its number or its name; raises for one that it does not have.
+template <class E, size_t count>
+E numbered(const char *what, int value, const char *const (&)[count]) {
+    need(value >= 0 && static_cast<size_t>(value) < count,
+         std::string("there is no ") + what + " " + std::to_string(value) + ", the last is " + std::to_string(count - 1));
+    return static_cast<E>(value);
+}
+template <class E, size_t count>
+E named(const char *what, const std::string &name, const char *const (&names)[count]) {
+    std::string all;
+    for (size_t i = 0; i < count; ++i) {
+        if (name == names[i]) return static_cast<E>(i);
+        all += (i == 0 ? "" : ", ") + std::string(names[i]);
+    }
+    throw std::invalid_argument("the C++ kernels have no " + std::string(what) + " '" + name + "', only " + all);
+}
+template <size_t count>
+nb::tuple names(const char *const (&all)[count]) {
+    nb::list out;
+    for (const char *name : all) out.append(name);
+    return nb::tuple(out);
 }
 
-int64_t block_neurons(int dtype, int act, int64_t threads, int64_t rows, int64_t d, int64_t f, int64_t d_out, uintptr_t x,
-                      int64_t x_stride, const Blocks &gate, const Blocks &up, const Blocks &down, uintptr_t mask,
-                      int64_t mask_stride, uintptr_t gate_bias, uintptr_t up_bias, uintptr_t down_bias, uintptr_t given,
-                      int64_t given_stride, uintptr_t out) {
-    const NeuronsArgs args = {rows, d, f, d_out, threads, static_cast<Act>(act), pointer(x), x_stride, gate.quants,
-                              gate.quants_stride, up.quants, up.quants_stride, down.quants, down.quants_stride,
-                              static_cast<const uint8_t *>(pointer(mask)), mask_stride, pointer(gate_bias),
-                              pointer(up_bias), pointer(down_bias), pointer(given), given_stride,
-                              reinterpret_cast<void *>(out)};
-    return table->block_neurons[dtype](args, gate, up, down);
+Dtype dtype_of(int code) {
+    static const char *const dtypes[] = {"fp32", "bf16", "fp16"};
+    return numbered<Dtype>("dtype", code, dtypes);
 }
 
-template <bool by_columns>
-int64_t block_multiply(int dtype, int64_t threads, int64_t rows, int64_t n, int64_t q, uintptr_t x, int64_t x_stride,
-                       const Blocks &weight, uintptr_t mask, int64_t mask_stride, uintptr_t bias, uintptr_t out) {
-    const LinearArgs args = {rows, n, q, threads, pointer(x), x_stride, weight.quants, weight.quants_stride,
-                             static_cast<const uint8_t *>(pointer(mask)), mask_stride, pointer(bias),
-                             reinterpret_cast<void *>(out)};
-    return by_columns ? table->block_columns[dtype](args, weight) : table->block_rows[dtype](args, weight);
+// Whether a row or column of a weight may be longer than the step to the next one is for torch's checks to say; here is what
+// would read memory that is not there.
+void check(const char *name, const Weight &w) {
+    const std::string what(name);
+    need(w.address != nullptr || w.outputs == 0 || w.inputs == 0, what + " has no address");
+    need(w.outputs >= 0 && w.inputs >= 0 && w.stride >= 0 && w.scales_stride >= 0, what + " has a negative size or stride");
+    need(w.format == Format::plain || w.scales != nullptr || w.outputs == 0 || w.inputs == 0, what + " has no scales");
+}
+void check_order(const char *name, const Weight &w, Order order) {
+    need(w.order == order, std::string(name) + " lies by " + kOrders[static_cast<int>(w.order)] + ", not by " +
+                               kOrders[static_cast<int>(order)]);
+}
+void check_rows(int64_t rows, int64_t threads, int64_t width, int64_t x_stride, const void *x, const void *out) {
+    need(rows >= 0 && threads >= 1, "rows must be 0 or more and threads 1 or more");
+    need(rows == 0 || (x != nullptr && out != nullptr) || width == 0, "x or out has no address");
+    need(rows <= 1 || x_stride >= 0, "the stride of x is negative");
+}
+
+struct Linear {
+    Dtype dtype;
+    LinearArgs args;
+};
+template <Order order>
+int64_t multiply(const Linear &call) {
+    const LinearArgs &a = call.args;
+    check("weight", a.weight);
+    check_order("weight", a.weight, order);
+    check_rows(a.rows, a.threads, a.weight.inputs, a.x_stride, a.x, a.out);
+    return (order == Order::rows ? table->rows : table->columns)[static_cast<int>(call.dtype)](a);
+}
+
+struct Neurons {
+    Dtype dtype;
+    NeuronsArgs args;
+};
+int64_t neurons(const Neurons &call) {
+    const NeuronsArgs &a = call.args;
+    const std::pair<const char *, const Weight *> parts[] = {{"gate", &a.gate}, {"up", &a.up}};
+    check("down", a.down);
+    check_order("down", a.down, Order::columns);
+    int64_t width = -1;
+    for (const auto &[name, w] : parts) {
+        if (w->address == nullptr) continue;
+        check(name, *w);
+        check_order(name, *w, Order::rows);
+        need(w->outputs == a.down.inputs, std::string(name) + " has another number of neurons than down");
+        need(width < 0 || w->inputs == width, "gate and up have different widths");
+        need((w->format == Format::plain) == (a.down.format == Format::plain),
+             std::string(name) + " and down must both be plain, or neither");
+        width = w->inputs;
+    }
+    need(width >= 0 || a.down.inputs == 0, "neither gate nor up has an address");
+    need(a.mask != nullptr || a.rows == 0 || a.down.inputs == 0, "the mask has no address");
+    check_rows(a.rows, a.threads, width, a.x_stride, a.x, a.out);
+    return table->neurons[static_cast<int>(call.dtype)](a);
+}
+
+void bind_products(nb::module_ &m) {
+    using namespace nb::literals;
+    using release = nb::call_guard<nb::gil_scoped_release>;
+    const auto bytes = [](uintptr_t address) { return static_cast<const uint8_t *>(pointer(address)); };
+
+    nb::class_<Weight>(m, "Weight")
+        .def("__init__",
+             [](Weight *self, const std::string &format, const std::string &order, int64_t outputs, int64_t inputs,
+                uintptr_t address, int64_t stride, uintptr_t scales, int64_t scales_stride) {
+                 new (self) Weight{named<Format>("weight format", format, kFormats), named<Order>("order", order, kOrders),
+                                   outputs, inputs, pointer(address), stride, pointer(scales), scales_stride};
+                 check("weight", *self);
+             },
+             nb::kw_only(), "format"_a, "order"_a, "outputs"_a, "inputs"_a, "address"_a, "stride"_a, "scales"_a = 0,
+             "scales_stride"_a = 0);
+
+    nb::class_<Linear>(m, "LinearArgs")
+        .def("__init__",
+             [bytes](Linear *self, int dtype, int64_t threads, int64_t rows, uintptr_t x, int64_t x_stride,
+                     const Weight &weight, uintptr_t mask, int64_t mask_stride, uintptr_t bias, uintptr_t out) {
+                 new (self) Linear{dtype_of(dtype), {rows, threads, pointer(x), x_stride, weight, bytes(mask), mask_stride,
+                                                     pointer(bias), reinterpret_cast<void *>(out)}};
+             },
+             nb::kw_only(), "dtype"_a, "threads"_a, "rows"_a, "x"_a, "x_stride"_a, "weight"_a, "mask"_a, "mask_stride"_a,
+             "bias"_a, "out"_a);
+    m.def("rows", &multiply<Order::rows>, release());
+    m.def("columns", &multiply<Order::columns>, release());
+
+    nb::class_<Neurons>(m, "NeuronsArgs")
+        .def("__init__",
+             [bytes](Neurons *self, int dtype, int act, int64_t threads, int64_t rows, uintptr_t x, int64_t x_stride,
+                     const std::optional<Weight> &gate, const std::optional<Weight> &up, const Weight &down, uintptr_t mask,
+                     int64_t mask_stride, uintptr_t gate_bias, uintptr_t up_bias, uintptr_t down_bias, uintptr_t given,
+                     int64_t given_stride, uintptr_t out) {
+                 new (self) Neurons{dtype_of(dtype),
+                                    {rows, threads, numbered<Act>("activation", act, kActivations), pointer(x), x_stride,
+                                     gate.value_or(Weight{}), up.value_or(Weight{}), down, bytes(mask), mask_stride,
+                                     pointer(gate_bias), pointer(up_bias), pointer(down_bias), pointer(given), given_stride,
+                                     reinterpret_cast<void *>(out)}};
+             },
+             nb::kw_only(), "dtype"_a, "act"_a, "threads"_a, "rows"_a, "x"_a, "x_stride"_a, "gate"_a.none(), "up"_a.none(),
+             "down"_a, "mask"_a, "mask_stride"_a, "gate_bias"_a, "up_bias"_a, "down_bias"_a, "given"_a, "given_stride"_a,
+             "out"_a);
+    m.def("neurons", &neurons, release());
+
+    m.attr("formats") = names(kFormats);
+    m.attr("activations") = names(kActivations);
 }
 
 // Fields that hold addresses are integers in Python.
@@ -134,10 +242,6 @@ void def_enum(nb::class_<C> &cls, const char *name, E C::*field, E last) {
                                                         ", the last is " + std::to_string(static_cast<int>(last)));
                         self.*field = static_cast<E>(value);
                     });
-}
-
-void need(bool holds, const std::string &what) {
-    if (!holds) throw std::invalid_argument(what);
 }
 
 void within(const char *what, int64_t row, int64_t value, int64_t end) {
@@ -160,7 +264,7 @@ struct Decoder {
         const auto linear = [&](const char *name, const DecodeLinear &w, int64_t n, int64_t q) {
             need(w.weight != nullptr && n > 0 && q > 0 && w.n == n && w.q == q,
                  std::string(name) + " must be (" + std::to_string(q) + ", " + std::to_string(n) + ") and have a weight");
-            need(w.kind == Kind::plain || w.scales != nullptr, std::string(name) + " is in blocks without scales");
+            need(w.kind == Format::plain || w.scales != nullptr, std::string(name) + " is in blocks without scales");
             widest = std::max({widest, n, q});
         };
         linear("q", layer.q, width, heads);
@@ -199,7 +303,7 @@ struct Decoder {
             const DecodeLinear *const tables[] = {&ends.embedding, &ends.head};
             for (const DecodeLinear *w : tables)
                 need(w->weight != nullptr && w->n == d && w->q > 0 && !w->by_columns &&
-                         (w->kind == Kind::plain || w->scales != nullptr),
+                         (w->kind == Format::plain || w->scales != nullptr),
                      "a step from ids needs an embedding and a head, both by rows of the layers' width");
             need(ends.norm.weight != nullptr, "a step from ids needs the norm before the head");
         }
@@ -234,7 +338,8 @@ void bind_decode(nb::module_ &m) {
     def_address(linear, "factor", &DecodeLinear::factor);
     def_address(linear, "scales", &DecodeLinear::scales);
     linear.def_rw("scales_stride", &DecodeLinear::scales_stride);
-    def_enum(linear, "kind", &DecodeLinear::kind, Kind::q4_0);
+    linear.def_prop_rw("kind", [](const DecodeLinear &self) { return static_cast<int>(self.kind); },
+                       [](DecodeLinear &self, int value) { self.kind = numbered<Format>("weight format", value, kFormats); });
     linear.def_rw("stride", &DecodeLinear::stride).def_rw("n", &DecodeLinear::n).def_rw("q", &DecodeLinear::q);
     linear.def_rw("rest", &DecodeLinear::rest);
     linear.def_rw("by_columns", &DecodeLinear::by_columns).def_rw("threshold", &DecodeLinear::threshold);
@@ -285,18 +390,7 @@ void bind_decode(nb::module_ &m) {
 NB_MODULE(_cpu, m) {
     table = choose_table();
     using release = nb::call_guard<nb::gil_scoped_release>;
-    m.def("neurons", &neurons, release());
-    m.def("rows", &multiply<false>, release());
-    m.def("columns", &multiply<true>, release());
-    nb::class_<Blocks>(m, "Blocks")
-        .def("__init__", [](Blocks *self, int kind, uintptr_t quants, int64_t quants_stride, uintptr_t scales,
-                            int64_t scales_stride) {
-            new (self) Blocks{static_cast<Kind>(kind), static_cast<const uint8_t *>(pointer(quants)), quants_stride,
-                              static_cast<const uint8_t *>(pointer(scales)), scales_stride};
-        });
-    m.def("block_neurons", &block_neurons, release());
-    m.def("block_rows", &block_multiply<false>, release());
-    m.def("block_columns", &block_multiply<true>, release());
+    bind_products(m);
     m.def("read", [](uintptr_t data, int64_t bytes, int loop, int64_t threads) {
         return table->read(pointer(data), bytes, loop, threads);
     }, release());
@@ -308,6 +402,4 @@ NB_MODULE(_cpu, m) {
     });
     bind_decode(m);
     m.attr("read_loops") = kReadLoops;
-    // In the order of enum Act.
-    m.attr("activations") = nb::make_tuple("relu", "relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity");
 }
