@@ -8,6 +8,7 @@ from moyu.measure.environment import VERSION as __version__
 if TYPE_CHECKING:
     from moyu.calibration.walk import calibrate
     from moyu.engine.applied import Applied, apply
+    from moyu.engine.generate import generate
     from moyu.errors import UserError
     from moyu.integrations.transformers import MoyuConfig
     from moyu.measure.evaluation import evaluate
@@ -26,6 +27,7 @@ __all__ = [
     "apply",
     "calibrate",
     "evaluate",
+    "generate",
     "load",
     "method",
 ]
@@ -39,6 +41,7 @@ _HOMES = {
     "apply": "engine.applied",
     "calibrate": "calibration.walk",
     "evaluate": "measure.evaluation",
+    "generate": "engine.generate",
     "load": "model.loading",
     "method": "methods",
 }

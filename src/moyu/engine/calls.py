@@ -12,8 +12,9 @@ from transformers import LogitsProcessorList
 from transformers.cache_utils import Cache
 
 from moyu.engine import steps
+from moyu.engine.cache import KvCache
 from moyu.engine.memory import SequenceMemory, cache_of, memory_of, remember
-from moyu.engine.rows import rows_of
+from moyu.engine.rows import rows_at, rows_of
 from moyu.engine.session import Pass, PromptEnd, Session
 from moyu.engine.trace import NATIVE, Trace
 from moyu.errors import UserError
@@ -60,9 +61,12 @@ class ForwardCall:
                 "the cache holds a prompt that this plan's memory has not seen (cropped, or filled under no plan or another one)",
                 "run the prompt again with an empty cache",
             )
-        mask = call.get("attention_mask")
         known = memory.columns.get(VALID)
-        rows = rows_of((ids.shape[0], ids.shape[1]), mask, past, boundary, ids.device, known)
+        if isinstance(cache, KvCache) and cache.ragged:
+            rows = rows_at(cache.lengths, boundary, ids.device)
+        else:
+            shape = (ids.shape[0], ids.shape[1])
+            rows = rows_of(shape, call.get("attention_mask"), past, boundary, ids.device, known)
         state = session.new_pass(rows, memory)
         state.past = past
         with session.entered(state):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from moyu.errors import UserError
 from moyu.methods.base import Keep, Refresh
 
 
@@ -19,7 +20,9 @@ class SequenceMemory:
 
     owner: str | None = None  # hash of the plan that filled it
     prompt: int | Tensor | None = None  # columns before this one are dense; (B,) where sequences differ
-    drawing: tuple[Any, int] | None = None  # the running `generate`, and the tokens drawn when it last read a part of the prompt
+    drawing: tuple[Any, int] | None = (
+        None  # the running `generate`, and the tokens drawn when it last read a part of the prompt
+    )
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # method's memory, (B, ...)
     masks: dict[str, Tensor] = field(default_factory=dict)  # frozen masks, (B, n)
     columns: dict[str, Tensor] = field(
@@ -49,6 +52,34 @@ class SequenceMemory:
         slots = slots or (0 if self.tokens is None else len(self.tokens))
         slots = slots or next((len(t) for t in self.columns.values()), 0)
         self.select(torch.arange(slots).repeat_interleave(repeats))
+
+    def joined(self, other: SequenceMemory, own: Tensor, others: Tensor) -> SequenceMemory:
+        """The memory of a cache whose rows, of lengths own (B,), are followed by another's, of lengths others (C,).
+
+        Raises UserError for what only sequences that started together can have.
+        """
+        if self.owner != other.owner:
+            raise UserError("the sequences ran under different plans", "run them in batches of their own")
+        if self.columns or other.columns or self.tokens is not None or self.sites.keys() != other.sites.keys():
+            raise UserError(
+                "what this method keeps of a sequence cannot be put beside another sequence's",
+                "start the rows of a batch together",
+            )
+        borders = [
+            m.prompt if isinstance(m.prompt, Tensor) else torch.full((len(lengths),), m.prompt or 0)
+            for m, lengths in ((self, own), (other, others))
+        ]
+        sites = {
+            key: {name: torch.cat([tensor, other.sites[key][name]]) for name, tensor in memory.items()}
+            for key, memory in self.sites.items()
+        }
+        return SequenceMemory(
+            self.owner,
+            torch.cat(borders),
+            sites=sites,
+            dense_until=max(self.dense_until, other.dense_until),
+            seen=max(self.seen, other.seen),
+        )
 
     def append(self, name: str, past: int, fresh: Tensor, unknown: float) -> Tensor:
         """Columns (B, T, ...) of a call that follows `past` ones: all columns so far; those that no call told are `unknown`."""

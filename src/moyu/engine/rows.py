@@ -72,3 +72,11 @@ def columns_of(mask: Any, columns: int, batch: int) -> Tensor | None:
         if bool((more == told).all()):
             return told.expand(batch, columns)
         told = more
+
+
+def rows_at(lengths: Tensor, boundary: int | Tensor, device: torch.device) -> Rows:
+    """One row a sequence, at the position behind what each holds, lengths (B,); dense before its boundary."""
+    lengths = lengths.to(device)
+    sparse = lengths >= (boundary.to(device) if isinstance(boundary, Tensor) else boundary)
+    slots = torch.arange(len(lengths), device=device)
+    return Rows(slots, lengths, torch.ones_like(sparse), sparse, len(lengths))

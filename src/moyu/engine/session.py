@@ -167,7 +167,9 @@ class Session:
         """
         said = _prompt.get().get(id(self), memory.prompt)
         if isinstance(said, PromptEnd):
-            if memory.drawing is None or memory.drawing[0] is not said or memory.drawing[1] == said.draws:  # still the prompt
+            if (
+                memory.drawing is None or memory.drawing[0] is not said or memory.drawing[1] == said.draws
+            ):  # still the prompt
                 known = plain and said.columns is not None and past < said.columns <= past + fresh
                 said.columns = said.columns if known else past + fresh
                 memory.prompt, memory.drawing = said.columns, (said, said.draws)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from moyu import kernels
+from moyu.engine.cache import KvCache, KvLayer
 from moyu.engine.session import Pass, Session
 from moyu.engine.sites import SiteState
 from moyu.engine.steps.ends import Ends
@@ -73,6 +74,13 @@ class DecodeRun:
         if any(layer.index >= len(known) for layer in self.layers):
             return False
         held = [known[layer.index] for layer in self.layers]
+        if isinstance(cache, KvCache):
+            return all(isinstance(own, KvLayer) and own.is_initialized for own in held) and all(
+                own.buffers[0].shape == own.buffers[1].shape == held[0].buffers[0].shape
+                and own.buffers[0].shape[0] == batch
+                and own.buffers[0].dtype == dtype
+                for own in held
+            )
         room = getattr(cache, "_moyu_room", None)
         if room is not None and room.fits(held, batch, dtype):
             return True
@@ -175,14 +183,15 @@ class DecodeRun:
             self._make()
         built = self._decoder  # held until the step is over, whatever another thread builds meanwhile
         assert built is not None
-        room = _room(cache, self.layers)
+        room = KvRoom(cache, self.layers) if isinstance(cache, KvCache) else _room(cache, self.layers)
         masks = [mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks]
         memory = array("q")
         for where, mask in zip(room.where, masks, strict=True):
             memory.extend(where)
             memory.extend((0, 0, 0) if mask is None else (mask.data_ptr(), mask.stride(0), 0))
-        past = torch.full((room.buffer.shape[1],), room.length)
-        read = run_step(built[0], past, room.capacity, angles, allowed, memory, hidden=hidden, ids=ids, logits=logits)
+        read = run_step(
+            built[0], room.past, room.capacity, angles, allowed, memory, hidden=hidden, ids=ids, logits=logits
+        )
         room.grow_by_one()
         return read
 
@@ -240,6 +249,26 @@ def run_step(
     return decoder.step(step)
 
 
+class KvRoom:
+    """The buffers of MOYU's own cache as the extension takes them, with a place for one more position a row."""
+
+    def __init__(self, cache: KvCache, layers: list[PlainLayer]) -> None:
+        """The cache's layers are all `KvLayer`s of one shape."""
+        self.cache, self.past = cache, cache.lengths
+        held = [cache.layers[layer.index] for layer in layers]
+        for own in held:
+            own.reserve(own.longest + 1)
+        self.capacity = min(own.capacity for own in held)
+        self.where = [
+            tuple(n for buffer in own.buffers for n in (buffer.data_ptr(), buffer.stride(0), buffer.stride(1)))
+            for own in held
+        ]
+
+    def grow_by_one(self) -> None:
+        """One more position of every row is filled."""
+        self.cache.hold(self.past + 1)
+
+
 class _Room:
     """Keys and values of all layers in one buffer (2 L, B, H, more than they hold, D); the cache's own are views of it."""
 
@@ -259,10 +288,18 @@ class _Room:
         ]
         self.views = self._cut()
 
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a copy of the cache has other memory: it makes a room of its own
+
     @property
     def capacity(self) -> int:
         """Positions that the buffer has room for."""
         return self.buffer.shape[3]
+
+    @property
+    def past(self) -> Tensor:
+        """Positions that each row holds, (B,) int64."""
+        return torch.full((self.buffer.shape[1],), self.length)
 
     def fits(self, layers: list[Any], batch: int, dtype: torch.dtype) -> bool:
         """Whether these layers hold what this room gave them, for so many rows of that type."""

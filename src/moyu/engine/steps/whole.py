@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from moyu import kernels
+from moyu.engine.cache import KvCache
 from moyu.engine.memory import SequenceMemory, cache_of, memory_of
-from moyu.engine.rows import MAX_SKIPPING_ROWS
-from moyu.engine.session import Session
+from moyu.engine.rows import MAX_SKIPPING_ROWS, rows_at
+from moyu.engine.session import Pass, Session
 from moyu.engine.steps.run import DecodeRun
 from moyu.engine.trace import NATIVE
+from moyu.methods.base import NOTHING
 
 # What a decode step may be called with; anything else takes the general path.
 _KNOWN = {
@@ -43,24 +45,26 @@ def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[A
     if because is not None or run.ends is None or cache is None or ids is None:
         return None, because
     memory, past = memory_of(cache), int(cache.get_seq_length())
-    given = _given(ids, past, kwargs.get("attention_mask"), kwargs.get("position_ids"))
-    masks = _frozen_masks(run, memory, len(ids))
+    if isinstance(cache, KvCache) and cache.ragged:
+        given = None, cache.lengths
+    else:
+        given = _given(ids, past, kwargs.get("attention_mask"), kwargs.get("position_ids"))
     if given is None:
         return None, "its attention mask or its positions are not those of one more token"
-    if masks is None:
-        return None, "the masks of the prompt are not known for these rows yet"
     if not run.can_append(cache, len(ids), run.dtype):
         return None, "its cache is not one that grows by a token a step"
     if not run.untouched():
         return None, "a module of the model was hooked, replaced or patched after the plan was applied"
+    masks = _known_masks(session, run, memory, len(ids), past)
     allowed, positions = given
-    ends = run.ends
-    angles = None if ends.angles is None else ends.angles.at(past if positions is None else positions, run.dtype)
-    logits = torch.empty((len(ids), 1, ends.head.out_features), dtype=run.dtype)
+    angles = None
+    if run.ends.angles is not None:
+        angles = run.ends.angles.at(past if positions is None else positions, run.dtype)
+    logits = torch.empty((len(ids), 1, run.ends.head.out_features), dtype=run.dtype)
     kernels.count("decode", run.launch(cache, masks, angles, allowed, ids=ids.contiguous(), logits=logits))
     memory.seen = past + 1
     session.traces.note(NATIVE, len(ids))
-    return ends.output(logits=logits, past_key_values=cache), None
+    return run.ends.output(logits=logits, past_key_values=cache), None
 
 
 def _because(
@@ -92,7 +96,8 @@ def _because(
         return "the model's config asks for attentions or hidden states"
     memory, past = memory_of(cache), int(cache.get_seq_length())
     boundary = session.begin(memory, past, 1)
-    if boundary is None or isinstance(boundary, Tensor) or past < boundary:
+    lengths = cache.lengths if isinstance(cache, KvCache) and cache.ragged else torch.tensor(past)
+    if boundary is None or bool((lengths < boundary).any()):
         return "the token belongs to the prompt"
     if memory.owner != session.owner or memory.seen != past:
         return "the cache holds columns that this plan has not seen"
@@ -118,16 +123,21 @@ def _given(
     return mask, positions
 
 
-def _frozen_masks(run: DecodeRun, memory: SequenceMemory, batch: int) -> list[Tensor | None] | None:
-    """Masks that earlier steps have left, one a layer; None where a mask is yet to be chosen."""
+def _known_masks(
+    session: Session, run: DecodeRun, memory: SequenceMemory, batch: int, past: int
+) -> list[Tensor | None]:
+    """Masks that are known before the step, (B, n), one a layer; None where a mask is chosen in the step."""
     masks: list[Tensor | None] = []
+    state: Pass | None = None
     for site in run.sequence_sites:
         mask = None
         if site is not None:
             static = site.method.granularity == "static"
             mask = site.static_mask if static else memory.masks.get(site.site.key)
-            if mask is None or (not static and len(mask) != batch):
-                return None
+            if mask is None:
+                if state is None:
+                    state = session.new_pass(rows_at(torch.full((batch,), past), 0, torch.device("cpu")), memory)
+                mask = site.decide(NOTHING, state.rows, state)
             mask = mask.expand(batch, -1)
         masks.append(mask)
     return masks

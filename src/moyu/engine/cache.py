@@ -1,0 +1,165 @@
+"""MOYU's own cache: keys and values in buffers with room to grow, and a length for every row.
+
+A row's keys and values lie from position 0 on, whatever the other rows hold. So a row can join or leave between two steps,
+a step appends in place, and going back to an earlier position only changes a length. It is a cache of transformers as well:
+a model's own modules can run on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from moyu.errors import UserError
+
+GROW = 256  # positions by which buffers grow at least
+
+
+class KvLayer(DynamicLayer):
+    """Keys and values of one layer, (B, H, capacity, D), of which row r holds the first lengths[r] positions."""
+
+    def __init__(self) -> None:
+        """Empty; the first update says of what shape."""
+        self.lengths = torch.zeros(0, dtype=torch.int64)
+        self.longest = 0
+        self.is_initialized = False
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, H, longest row, D)."""
+        return self.buffers[0][:, :, : self.longest]
+
+    @property
+    def values(self) -> Tensor:
+        """(B, H, longest row, D)."""
+        return self.buffers[1][:, :, : self.longest]
+
+    @property
+    def capacity(self) -> int:
+        """Positions that the buffers have room for."""
+        return self.buffers[0].shape[2]
+
+    def hold(self, lengths: Tensor) -> None:
+        """Row r now holds lengths[r] positions, (B,) int64."""
+        self.lengths, self.longest = lengths, int(lengths.max()) if len(lengths) else 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Buffers for rows like these, (B, H, T, D) each."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.buffers = tuple(
+            t.new_empty(*t.shape[:2], t.shape[2] + GROW, t.shape[3]) for t in (key_states, value_states)
+        )
+        self.hold(torch.zeros(len(key_states), dtype=torch.int64))
+        self.is_initialized = True
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions a row."""
+        if length > self.capacity:
+            longer = length + max(GROW, self.longest // 2)
+            self.buffers = tuple(
+                torch.cat([b, b.new_empty(*b.shape[:2], longer - b.shape[2], b.shape[3])], dim=2) for b in self.buffers
+            )
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (B, H, T, D) to every row; all keys and values, (B, H, longest row, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        fresh = key_states.shape[2]
+        self.reserve(self.longest + fresh)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            if bool((self.lengths == self.longest).all()):
+                buffer[:, :, self.longest : self.longest + fresh] = states
+            else:
+                place = self.lengths[:, None] + torch.arange(fresh)  # (B, T)
+                buffer[torch.arange(len(place))[:, None], :, place] = states.transpose(1, 2)
+        self.hold(self.lengths + fresh)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Of the longest row."""
+        return self.longest
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        self.__init__()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions of every row: so many, given as a negative number, as transformers gives it."""
+        if self.is_initialized:
+            self.hold((self.lengths + tokens_to_remove).clamp(min=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices`, in that order."""
+        if self.is_initialized:
+            self.buffers = tuple(b[indices.to(b.device)] for b in self.buffers)
+            self.hold(self.lengths[indices.cpu()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times in a row."""
+        self.batch_select_indices(torch.arange(len(self.lengths)).repeat_interleave(repeats))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows at `beam_idx`."""
+        self.batch_select_indices(beam_idx)
+
+    def join(self, other: KvLayer) -> None:
+        """Take the rows of another cache's layer behind one's own."""
+        if not self.is_initialized:
+            self.buffers, self.dtype, self.device, self.is_initialized = other.buffers, other.dtype, other.device, True
+            self.hold(other.lengths)
+            return
+        longest = max(self.longest, other.longest)
+        self.reserve(longest)
+        other.reserve(longest)
+        room = min(self.capacity, other.capacity)
+        pairs = zip(self.buffers, other.buffers, strict=True)
+        self.buffers = tuple(torch.cat([a[:, :, :room], b[:, :, :room]]) for a, b in pairs)
+        self.hold(torch.cat([self.lengths, other.lengths]))
+
+
+class KvCache(DynamicCache):
+    """The cache of a generation. Layers that attend to all positions hold a length a row; others are transformers' own."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        """An empty cache for a model of this config."""
+        super().__init__(config=config)
+        self.layers = [KvLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+
+    @property
+    def per_row(self) -> bool:
+        """Whether rows of different lengths can stand in it."""
+        return all(isinstance(layer, KvLayer) for layer in self.layers)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Positions that each row holds, (B,) int64."""
+        return self.layers[0].lengths
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows hold different numbers of positions."""
+        return self.per_row and bool((self.lengths != self.layers[0].longest).any())
+
+    def hold(self, lengths: Tensor) -> None:
+        """Row r now holds lengths[r] positions in every layer, (B,) int64: after a native step, or to go back."""
+        for layer in self.layers:
+            layer.hold(lengths)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions a row in every layer."""
+        for layer in self.layers:
+            layer.reserve(length)
+
+    def join(self, other: KvCache) -> None:
+        """Take the rows of another cache behind one's own; what they remember joins too. UserError where lengths must be equal."""
+        if not (self.per_row and other.per_row):
+            raise UserError(
+                "this model attends in windows or keeps a state, and its rows must have the same length",
+                "start the rows of a batch together, padded on the left",
+            )
+        for own, layer in zip(self.layers, other.layers, strict=True):
+            own.join(layer)

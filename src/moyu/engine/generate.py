@@ -1,0 +1,166 @@
+"""Tokens one after another: prefill, step, draw. The loop that the command line, speculation, timing and a server share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from moyu.engine.applied import Applied
+from moyu.engine.cache import KvCache
+from moyu.engine.memory import memory_of
+from moyu.engine.session import Session
+from moyu.errors import UserError
+from moyu.kernels import Backend
+from moyu.plan import Plan
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module | Session,
+    prompts: Tensor | Sequence[Tensor],
+    plan: Plan | None = None,
+    *,
+    backend: Backend = "auto",
+    strict: bool = False,
+    seed: int | None = None,
+    **settings: Any,
+) -> Iterator[Tensor]:
+    """Yield the next token of every prompt, (B,) int64, until all have ended.
+
+    model: a model, which runs under `plan` (None: dense, on MOYU's kernels), or one with a plan applied already.
+    prompts: ids (B, T) of equal lengths, or a sequence of (T,) of any. settings: whatever the model's generation config has
+    (max_new_tokens, do_sample, temperature, repetition_penalty, eos_token_id, ...); what is not given is the config's own.
+    seed: of the draws; None takes torch's global generator. strict: refuse a step that is not the fastest. A sequence that
+    has ended yields the pad token. The cache, and which implementation of a step ran, are the session's to tell
+    (`Session.traces`).
+
+    Raises UserError for an empty prompt, for settings that are no single draw a step (beams, assistants), and under strict.
+    """
+    rows = [row.reshape(-1) for row in prompts]
+    if not rows or any(len(row) == 0 for row in rows):
+        raise UserError("a prompt has no token", "give at least one token, for example the tokenizer's first")
+    if not isinstance(model, Session) and plan is None and hasattr(model, "moyu_applied"):
+        model = model.moyu_applied  # loaded with its plan
+    manager = nullcontext(model) if isinstance(model, Session) else Applied(model, plan, backend=backend)
+    with manager as session:
+        core: Any = session.model
+        device = next(core.parameters()).device
+        draw = Draw(core, rows, seed, settings)
+        cache = KvCache(core.config.get_text_config(decoder=True))
+        logits = _prefill(session, cache, [row.to(device) for row in rows])
+        while True:
+            tokens, ended = draw(logits)
+            yield tokens
+            if ended:
+                return
+            logits = step(session, cache, tokens.to(device))
+            if strict:
+                session.traces.require_fastest()
+
+
+def _prefill(session: Session, cache: KvCache, rows: list[Tensor]) -> Tensor:
+    """Run the prompts densely and fill `cache`; logits (B, V) behind each. Prompts of different lengths run one by one."""
+    if len({len(row) for row in rows}) == 1:
+        with session.prompt(len(rows[0])):
+            out: Any = session.model(input_ids=torch.stack(rows), past_key_values=cache, use_cache=True)
+        return out.logits[:, -1]
+    made = []
+    for row in rows:
+        own = KvCache(session.model.config.get_text_config(decoder=True))  # pyright: ignore
+        made.append(_prefill(session, own, [row]))
+        join(cache, own)
+    return torch.cat(made)
+
+
+def join(cache: KvCache, other: KvCache) -> None:
+    """Let the rows of `other` take part in the steps of `cache`, behind its own rows."""
+    empty = not len(cache.lengths)
+    memory = memory_of(other) if empty else memory_of(cache).joined(memory_of(other), cache.lengths, other.lengths)
+    cache.join(other)
+    vars(cache)["_moyu_memory"] = memory
+
+
+def leave(cache: KvCache, keep: Tensor) -> None:
+    """Let only the rows at `keep` (M,) int64 take part in the steps to come."""
+    cache.batch_select_indices(keep)
+
+
+def step(session: Session, cache: KvCache, tokens: Tensor) -> Tensor:
+    """One decode step: the next token of every row, (B,) -> logits (B, V)."""
+    kwargs: dict[str, Any] = {"input_ids": tokens[:, None], "past_key_values": cache, "use_cache": True}
+    if cache.ragged:
+        lengths = cache.lengths.to(tokens.device)
+        kwargs["position_ids"] = lengths[:, None]
+        kwargs["attention_mask"] = (
+            torch.arange(int(lengths.max()) + 1, device=tokens.device) <= lengths[:, None]
+        ).long()
+    out: Any = session.model(**kwargs)
+    return out.logits[:, -1]
+
+
+class Draw:
+    """Draws tokens as transformers does for the model's generation config: the same processors and stopping criteria."""
+
+    def __init__(self, model: Any, prompts: list[Tensor], seed: int | None, settings: dict[str, Any]) -> None:
+        """settings: of the generation config, in place of the model's own."""
+        config = copy.deepcopy(model.generation_config)
+        unknown = config.update(**settings)
+        if unknown:
+            raise UserError(f"{', '.join(unknown)}: no setting of a generation", "see transformers.GenerationConfig")
+        if config.num_beams not in (None, 1) or config.num_return_sequences not in (None, 1) or config.penalty_alpha:
+            raise UserError(
+                "beams and several sequences a prompt are not drawn one token at a time",
+                "use the model's own generate() with the plan applied",
+            )
+        longest = max(map(len, prompts))
+        config = _complete(model, config, longest)
+        pad = config.pad_token_id
+        self.pad = 0 if pad is None else int(pad)
+        self.ids = torch.stack(
+            [torch.nn.functional.pad(p.cpu(), (longest - len(p), 0), value=self.pad) for p in prompts]
+        )
+        self.sample = bool(config.do_sample)
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.unfinished = torch.ones(len(prompts), dtype=torch.bool)
+        self.processors = model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=longest,
+            encoder_input_ids=self.ids,
+            prefix_allowed_tokens_fn=None,
+            logits_processor=LogitsProcessorList(),
+            device="cpu",
+            model_kwargs={},
+        )
+        self.criteria = model._get_stopping_criteria(generation_config=config, stopping_criteria=StoppingCriteriaList())
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, bool]:
+        """The next tokens (B,) from logits (B, V), and whether every sequence has ended."""
+        scores = self.processors(self.ids, logits.to("cpu", torch.float32, copy=True))
+        if self.sample:
+            tokens = torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)
+        else:
+            tokens = scores.argmax(-1)
+        tokens = torch.where(self.unfinished, tokens, self.pad)
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+        self.unfinished &= ~self.criteria(self.ids, scores)
+        return tokens, not bool(self.unfinished.any())
+
+
+def _complete(model: Any, config: GenerationConfig, longest: int) -> GenerationConfig:
+    """The config with transformers' defaults, special tokens as tensors, and a maximal length."""
+    limited = config.max_new_tokens is not None or config.max_length is not None
+    config, _ = model._prepare_generation_config(config)
+    model._prepare_special_tokens(config, True, device="cpu")
+    if config.max_new_tokens is not None:
+        config.max_length = longest + config.max_new_tokens
+    elif not limited:
+        config.max_length = longest + 20  # transformers' own default
+    if config.min_new_tokens is not None:
+        config.min_length = longest + config.min_new_tokens
+    return config

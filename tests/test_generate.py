@@ -1,0 +1,162 @@
+"""MOYU's own generation: transformers' text, a row at a time, rows that join and leave."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import moyu
+from moyu import UserError, methods
+from moyu.engine.applied import Applied
+from moyu.engine.cache import KvCache
+from moyu.engine.generate import generate, join, leave, step
+from moyu.measure.windows import Windows
+from tiny import build, tokens
+
+NAMES = ["teal", "griffin", "cats", "popularity"]
+NEW = 12
+
+
+def endless():
+    """A model whose texts have no end of their own."""
+    model = build("llama", torch.float32)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def planned(name):
+    model = endless()
+    plan = moyu.calibrate(model, methods.method(name), Windows(tokens(2, 32), 16), sparsity=0.5, name="tiny")
+    return model, plan
+
+
+def text(model, ids, plan=None, **settings):
+    return torch.stack(list(generate(model, ids, plan, **{"max_new_tokens": NEW, **settings})), 1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", [*NAMES, None])
+def test_greedy_text_is_that_of_transformers_generate(name, backend):
+    model, plan = planned(name) if name else (endless(), None)
+    ids = tokens(2, 9)
+    with Applied(model, plan, backend=backend):
+        wanted = model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[:, 9:]
+    assert torch.equal(text(model, ids, plan, backend=backend), wanted)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.3},
+        {"do_sample": False, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        {"do_sample": False, "suppress_tokens": [3, 17, 40], "min_new_tokens": 5, "eos_token_id": 112},
+        {"do_sample": False, "forced_eos_token_id": 7},
+    ],
+)
+def test_settings_are_those_of_transformers_generate(settings):
+    model, plan = planned("cats")
+    ids = tokens(1, 9)
+    with Applied(model, plan):
+        torch.manual_seed(3)
+        wanted = model.generate(ids, **{"max_new_tokens": NEW, "pad_token_id": 0, **settings})[
+            :, 9:
+        ]
+    torch.manual_seed(3)
+    assert torch.equal(text(model, ids, plan, **settings), wanted)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", [*NAMES, None])
+def test_prompts_of_different_lengths_each_have_the_text_they_have_alone(name, backend):
+    model, plan = planned(name) if name else (endless(), None)
+    prompts = [tokens(1, n)[0] for n in (4, 11, 7)]
+    together = text(model, prompts, plan, backend=backend)
+    for row, prompt in zip(together, prompts, strict=True):
+        assert torch.equal(row, text(model, [prompt], plan, backend=backend)[0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["teal", "griffin"])
+def test_a_row_joins_and_leaves_between_steps(name, backend):
+    """The logits of each row are those of its own run, whoever stands beside it."""
+    model, plan = planned(name)
+    prompts = [tokens(1, n)[0] for n in (5, 9)]
+    steps = torch.randint(3, 120, (2, 6), generator=torch.Generator().manual_seed(5))
+
+    def prefill(session, prompt):
+        cache = KvCache(model.config)
+        with session.prompt(len(prompt)):
+            session.model(input_ids=prompt[None], past_key_values=cache, use_cache=True)
+        return cache
+
+    with Applied(model, plan, backend=backend) as session, torch.no_grad():
+        alone = []
+        for prompt, own in zip(prompts, steps, strict=True):
+            cache = prefill(session, prompt)
+            alone.append([step(session, cache, token[None])[0] for token in own])
+        cache = prefill(session, prompts[0])
+        got = [[step(session, cache, steps[0, t : t + 1])[0] for t in range(2)], []]
+        join(cache, prefill(session, prompts[1]))
+        for t in range(2):
+            logits = step(session, cache, torch.stack([steps[0, 2 + t], steps[1, t]]))
+            got[0].append(logits[0])
+            got[1].append(logits[1])
+        leave(cache, torch.tensor([1]))
+        got[1] += [step(session, cache, steps[1, t : t + 1])[0] for t in range(2, 6)]
+    for own, mixed in zip(alone, got, strict=True):
+        for a, b in zip(own, mixed, strict=False):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert len(got[0]) == 4 and len(got[1]) == 6
+
+
+def test_the_trace_says_which_step_ran_and_strict_refuses_another():
+    from moyu.kernels import cpu
+
+    model, plan = planned("teal")
+    with Applied(model, plan, backend="reference") as session:
+        list(generate(session, tokens(1, 5), max_new_tokens=3))
+        assert "general (back end 'reference' has no native step)" in session.traces.summary()
+        with pytest.raises(UserError, match="reference"):
+            list(generate(session, tokens(1, 5), max_new_tokens=3, strict=True))
+    if cpu.unavailable() is not None:
+        pytest.skip(cpu.unavailable())
+    with Applied(model, plan) as session:
+        list(generate(session, tokens(1, 5), max_new_tokens=3, strict=True))
+        assert session.traces.summary() == "native"
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_cache_that_a_plan_has_seen_is_pickled_and_copied(dense):
+    """Also one of transformers' own classes, which stays what it was; the copy goes on with the same logits."""
+    from transformers import DynamicCache
+
+    model, plan = planned("griffin")
+    ids = tokens(2, 9)
+    with Applied(model, plan) as applied, torch.no_grad():
+        for cache in (DynamicCache(config=model.config), KvCache(model.config)):
+            kind = type(cache)
+            with applied.prompt(9):
+                model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+            assert type(cache) is kind and all(type(c) is kind for c in copies)
+            wanted = [
+                model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(3)
+            ]
+            for other in copies:
+                for t in range(3):
+                    got = model(input_ids=ids[:, t : t + 1], past_key_values=other, use_cache=True).logits
+                    torch.testing.assert_close(got, wanted[t], rtol=1e-4, atol=1e-4)
+
+
+def test_bad_settings_are_one_line():
+    model = endless()
+    for settings, said in (({"num_beams": 4}, "beams"), ({"tempratur": 1.0}, "tempratur")):
+        with pytest.raises(UserError, match=said):
+            text(model, tokens(1, 4), **settings)
+    with pytest.raises(UserError, match="no token"):
+        text(model, torch.zeros(1, 0, dtype=torch.int64))
