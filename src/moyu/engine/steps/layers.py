@@ -57,11 +57,6 @@ class PlainLayer:
         """Every parameter of the layer."""
         return list(self.module.parameters())
 
-    @property
-    def widest(self) -> int:
-        """The largest width of a product."""
-        return max(max(self.block.pieces[n].shape) for n in LINEARS if n in self.block.pieces)
-
     def state(self, **wanted: str) -> SiteState | None:
         """The site that skips `skips`, reads `reads`, or skips columns of `linear`."""
         for state in self.states:

@@ -170,7 +170,7 @@ def _prove(layer: PlainLayer, call: _Call, calls: dict[nn.Module, _Call], where:
         angles = call.kwargs.get("position_embeddings") if layer.rotary else None
         for t in range(tokens):
             now = None if angles is None else tuple(a[0, t : t + 1].float().contiguous() for a in angles)
-            run_step(decoder, t, now, None, keep.memory, y.shape[1], layer.widest, hidden=y[t : t + 1])  # pyright: ignore[reportArgumentType]
+            run_step(decoder, torch.tensor([t]), tokens, now, None, keep.memory, hidden=y[t : t + 1])  # pyright: ignore[reportArgumentType]
         error, size = (float(t.float().norm()) for t in (y - x[0] - expected, expected))
         rounding = torch.finfo(x.dtype).eps * float(x.float().norm())  # of x + expected
         exact = x.dtype == torch.float32 and all(piece.blocks is None for piece in pieces.values())
@@ -188,7 +188,7 @@ class _Room:
             for _ in range(2):
                 self.held.append(x.new_zeros(1, heads, x.shape[1], head_dim))
                 self.memory.extend((self.held[-1].data_ptr(), *self.held[-1].stride()[:2]))
-            self.memory.extend((0, 0) if mask is None else (mask.data_ptr(), 0))
+            self.memory.extend((0, 0, 0) if mask is None else (mask.data_ptr(), 0, 0))
 
 
 def _plain_ends(applied: Applied, layers: list[PlainLayer], calls: dict[nn.Module, _Call]) -> Ends | None:
@@ -239,11 +239,11 @@ def _proved(ends: Ends, layers: list[PlainLayer], ids: Tensor, expected: Tensor)
     decoder.ends = ends.native()
     heads = [layer.block.pieces["k"].shape[0] // layer.head_dim for layer in layers]
     keep = _Room(expected.new_empty(1, ids.shape[1], 1), heads, layers[0].head_dim, None)
-    logits, d, widest = torch.empty_like(expected[0]), ends.embedding.embedding_dim, max(x.widest for x in layers)
-    for t in range(ids.shape[1]):
+    logits, tokens = torch.empty_like(expected[0]), ids.shape[1]
+    for t in range(tokens):
         now = None if ends.angles is None else ends.angles.at(t, expected.dtype)
         token = ids[:, t : t + 1].contiguous()
-        run_step(decoder, t, now, None, keep.memory, d, widest, ids=token, logits=logits[t : t + 1])
+        run_step(decoder, torch.tensor([t]), tokens, now, None, keep.memory, ids=token, logits=logits[t : t + 1])
     error = float((logits - expected[0]).float().norm() / expected.float().norm())
     exact = expected.dtype == torch.float32 and not isinstance(ends.head, QuantisedLinear)
     exact &= all(p.blocks is None for layer in layers for p in layer.block.pieces.values())

@@ -35,8 +35,6 @@ class DecodeRun:
         """`layers` are all decoder layers, in order; `ends` what is around them, where that is plain too."""
         self.applied, self.layers, self.ends = applied, layers, ends
         self.sequence_sites = [layer.sequence_site for layer in layers]
-        self.d = layers[0].block.pieces["q"].shape[1]
-        self.widest = max(layer.widest for layer in layers)
         self._decoder: tuple[Any, list[Tensor]] | None = None  # and what it points to beside the model's parameters
         self._weights: list[Tensor] = []
         self._addresses: list[int] = []
@@ -186,19 +184,9 @@ class DecodeRun:
         memory = array("q")
         for where, mask in zip(room.where, masks, strict=True):
             memory.extend(where)
-            memory.extend((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0)))
-        read = run_step(
-            built[0],
-            room.length,
-            angles,
-            allowed,
-            memory,
-            self.d,
-            self.widest,
-            hidden=hidden,
-            ids=ids,
-            logits=logits,
-        )
+            memory.extend((0, 0, 0) if mask is None else (mask.data_ptr(), mask.stride(0), 0))
+        past = torch.full((room.buffer.shape[1],), room.length)
+        read = run_step(built[0], past, room.capacity, angles, allowed, memory, hidden=hidden, ids=ids, logits=logits)
         room.grow_by_one()
         return read
 
@@ -223,12 +211,11 @@ class _LayerCall:
 
 def run_step(
     decoder: Any,
-    past: int,
+    past: Tensor,
+    capacity: int,
     angles: tuple[Tensor, Tensor] | None,
     allowed: Tensor | None,
     memory: array,
-    d: int,
-    widest: int,
     *,
     hidden: Tensor | None = None,
     ids: Tensor | None = None,
@@ -236,27 +223,25 @@ def run_step(
 ) -> int:
     """One step on `hidden` (B, ..., d) in place, or from `ids` (B, 1) to `logits` (B, 1, V). Returns the bytes read.
 
-    `angles`: cos and sin, (1 or B, width) float32, contiguous; `allowed`: (B, past + 1) uint8, or None = all.
+    `past`: (B,) int64, the positions that each row's keys and values hold, of `capacity` that there is room for; `angles`: cos
+    and sin, (1 or B, width) float32, contiguous; `allowed`: (B, at least past + 1) uint8, or None = all. IndexError for a
+    length or a token id that is out of range.
     """
     data = hidden if logits is None else logits
     assert data is not None
-    return decoder.step(
-        cpu.dtype_code(data.dtype),
-        torch.get_num_threads(),
-        len(data),
-        d,
-        past,
-        0 if angles is None else angles[0].shape[1],
-        widest,
-        0 if hidden is None else hidden.data_ptr(),
-        0 if ids is None else ids.data_ptr(),
-        0 if logits is None else logits.data_ptr(),
-        0 if angles is None else angles[0].data_ptr(),
-        0 if angles is None else angles[1].data_ptr(),
-        0 if angles is None or len(angles[0]) == 1 else angles[0].shape[1],
-        0 if allowed is None else allowed.data_ptr(),
-        memory.buffer_info()[0],
-    )
+    step = cpu.extension().Step()
+    step.dtype, step.rows, step.threads = cpu.dtype_code(data.dtype), len(data), torch.get_num_threads()
+    step.past, step.capacity, step.memory = past.data_ptr(), capacity, memory.buffer_info()[0]
+    if hidden is not None:
+        step.hidden = hidden.data_ptr()
+    if ids is not None and logits is not None:
+        step.ids, step.logits = ids.data_ptr(), logits.data_ptr()
+    if angles is not None:
+        (count, step.rotary), step.cos, step.sin = angles[0].shape, angles[0].data_ptr(), angles[1].data_ptr()
+        step.angles_row = 0 if count == 1 else step.rotary
+    if allowed is not None:
+        step.mask, step.mask_row = allowed.data_ptr(), allowed.stride(0)
+    return decoder.step(step)
 
 
 class _Room:
@@ -278,6 +263,11 @@ class _Room:
         ]
         self.views = self._cut()
 
+    @property
+    def capacity(self) -> int:
+        """Positions that the buffer has room for."""
+        return self.buffer.shape[3]
+
     def fits(self, layers: list[Any], batch: int, dtype: torch.dtype) -> bool:
         """Whether these layers hold what this room gave them, for so many rows of that type."""
         return self.buffer.shape[1] == batch and self.buffer.dtype == dtype and self.holds(layers)
@@ -285,11 +275,7 @@ class _Room:
     def holds(self, layers: list[Any]) -> bool:
         """Whether these layers hold what this room gave them, and it has a place left."""
         held = [t for layer in layers for t in (layer.keys, layer.values)]
-        return (
-            self.length < self.buffer.shape[3]
-            and len(held) == len(self.views)
-            and all(map(operator.is_, held, self.views))
-        )
+        return self.length < self.capacity and len(held) == len(self.views) and all(map(operator.is_, held, self.views))
 
     def grow_by_one(self) -> None:
         """One more position is filled."""

@@ -10,7 +10,9 @@
 namespace {
 
 using moyu::DecodeArgs;
+using moyu::DecodeColumns;
 using moyu::DecodeLayer;
+using moyu::DecodeLevels;
 using moyu::DecodeLinear;
 using moyu::DecodeMemory;
 using moyu::DecodeNorm;
@@ -64,6 +66,17 @@ void rotate(float *head, const float *cos, const float *sin, int64_t width) {
     }
 }
 
+static_assert(moyu::kMostRows <= kRowBlock, "the shares take all rows of a step at once");
+
+// The most positions that a row attends to.
+inline int64_t longest(const DecodeArgs &a) {
+    int64_t most = 0;
+    for (int64_t r = 0; r < a.rows; ++r) most = a.past[r] > most ? a.past[r] : most;
+    return most + 1;
+}
+
+constexpr DecodeColumns kAllDecide = {};
+
 template <class T>
 class Decoding {
   public:
@@ -86,14 +99,14 @@ class Decoding {
             own[t].any = arena.take<uint8_t>(a.widest);
             own[t].kept = arena.take<int32_t>(a.widest);
             own[t].rounded = Rounded::take(arena, a.rows, a.widest);
-            own[t].scores = arena.take<float>(a.past + 1 + kTogether);
+            own[t].scores = arena.take<float>(longest(a) + kTogether);
         }
     }
 
     static int64_t room(const DecodeArgs &a) {
         const int64_t wide = a.rows * round_up(a.widest);
         return 16 * wide + 12 * a.threads * wide + 8 * a.threads +
-               a.threads * (4 * a.rows * a.d + 20 * wide + (a.rows + 5) * a.widest + 4 * (a.past + 1 + kTogether)) +
+               a.threads * (4 * a.rows * a.d + 20 * wide + (a.rows + 5) * a.widest + 4 * (longest(a) + kTogether)) +
                a.threads * Rounded::room(a.rows, a.widest) + kLineBytes * (10 + 14 * a.threads);
     }
 
@@ -111,12 +124,13 @@ class Decoding {
             }
         }
         for (int64_t l = 0; l < a.count; ++l) {
-            attend(a.layers[l], a.memory[l], my, team);
-            feed_forward(a.layers[l], a.memory[l], my, team);
+            const DecodeColumns &columns = a.columns ? a.columns[l] : kAllDecide;
+            attend(a.layers[l], a.memory[l], columns, my, team);
+            feed_forward(a.layers[l], a.memory[l], columns, my, team);
         }
         if (a.ends) {
             load(a.ends->norm, my);
-            start(a.ends->head, my.stored, my, team, static_cast<T *>(a.logits), nullptr);
+            start(a.ends->head, kAllDecide.q, my.stored, my, team, static_cast<T *>(a.logits), nullptr);
         } else if (team.thread == 0) {
             for (int64_t i = 0; i < a.rows * a.d; ++i) narrow(my.hidden[i], static_cast<T *>(a.hidden)[i]);
         }
@@ -170,21 +184,35 @@ class Decoding {
         return {w.kind, at<uint8_t>(w.weight, 0), w.stride, at<uint8_t>(w.scales, 0), w.scales_stride};
     }
 
-    // my.kept = the pieces that a row keeps, by |x_i| * factor_i > threshold in the model's type (as the method computes it).
-    int64_t decide(const DecodeLinear &of, const T *x, int64_t n, Own &my) {
+    // my.mask = what each row keeps, by |x_i| * factor_i > threshold in the model's type (as the method computes it), or as
+    // it is given; my.kept = the pieces that any row keeps. Returns how many.
+    int64_t decide(const DecodeLinear &of, const DecodeLevels &levels, const T *x, int64_t n, Own &my, const Team &team) {
         const float *factor = static_cast<const float *>(of.factor);
         const float threshold = of.threshold;
         for (int64_t r = 0; r < a.rows; ++r) {
             const T *row = x + r * n;
             uint8_t *mask = my.mask + r * n;
+            if (levels.given) {
+                for (int64_t i = 0; i < n; ++i) mask[i] = levels.given[r * levels.given_row + i] != 0;
+                continue;
+            }
             for (int64_t i = 0; i < n && !factor; ++i) mask[i] = fabsf(widen(row[i])) > threshold;
             for (int64_t i = 0; i < n && factor; ++i) mask[i] = rounded<T>(fabsf(widen(row[i])) * factor[i]) > threshold;
         }
+        tell(levels, my.mask, n, n, team);
         return list_kept(my.mask, n, a.rows, n, my.any, my.kept);
     }
 
+    // Lets who asks have the mask (rows, n) that was taken; null = all.
+    void tell(const DecodeLevels &levels, const uint8_t *mask, int64_t stride, int64_t n, const Team &team) const {
+        if (levels.taken == nullptr || team.thread != 0) return;
+        for (int64_t r = 0; r < a.rows; ++r)
+            for (int64_t i = 0; i < n; ++i) levels.taken[r * n + i] = mask == nullptr || mask[r * stride + i] != 0;
+    }
+
     // This thread's part of out (rows, q) = x · Wᵀ: whole outputs, or sums that `finish` brings together.
-    void start(const DecodeLinear &w, const T *x, Own &my, const Team &team, T *out, float *area) {
+    void start(const DecodeLinear &w, const DecodeLevels &levels, const T *x, Own &my, const Team &team, T *out,
+               float *area) {
         LinearArgs args = {a.rows, w.n, w.q, a.threads, x, w.n, w.weight, w.stride, nullptr, 0, w.bias, out};
         const bool in_blocks = w.kind != Kind::plain;
         if (!w.by_columns) {
@@ -194,7 +222,7 @@ class Decoding {
         }
         float *own = area + team.thread * sums_size_of(w);
         clear(own, a.rows, w.q);
-        const int64_t count = decide(w, x, w.n, my);
+        const int64_t count = decide(w, levels, x, w.n, my, team);
         args.mask = my.mask;
         args.mask_stride = w.n;
         if (in_blocks) {
@@ -225,11 +253,12 @@ class Decoding {
         for (int64_t i = 0; i < a.rows * a.d; ++i) my.hidden[i] = rounded<T>(my.hidden[i] + widen(part[i]));
     }
 
-    void attend(const DecodeLayer &layer, const DecodeMemory &memory, Own &my, const Team &team) {
+    void attend(const DecodeLayer &layer, const DecodeMemory &memory, const DecodeColumns &columns, Own &my,
+                const Team &team) {
         load(layer.before_attention, my);
-        start(layer.q, my.stored, my, team, q, sums[0]);
-        start(layer.k, my.stored, my, team, k, sums[1]);
-        start(layer.v, my.stored, my, team, v, sums[2]);
+        start(layer.q, columns.q, my.stored, my, team, q, sums[0]);
+        start(layer.k, columns.k, my.stored, my, team, k, sums[1]);
+        start(layer.v, columns.v, my.stored, my, team, v, sums[2]);
         team.wait();
         if (layer.q.by_columns || layer.k.by_columns || layer.v.by_columns) {
             finish(layer.q, team, q, sums[0]);
@@ -242,7 +271,7 @@ class Decoding {
             attend_group(layer, memory, unit / layer.kv_heads, unit % layer.kv_heads, my);
         team.wait();
         take(y, layer.o.n, my);
-        start(layer.o, y, my, team, v, sums[0]);  // v: the network's first products write q and k without waiting
+        start(layer.o, columns.o, y, my, team, v, sums[0]);  // v: the network's first products write q and k without waiting
         team.wait();
         if (layer.o.by_columns) {
             finish(layer.o, team, v, sums[0]);
@@ -264,11 +293,11 @@ class Decoding {
         T *values = static_cast<T *>(memory.values) + row * memory.values_row + kv_head * memory.values_head;
         const int64_t offset = (row * layer.kv_heads + kv_head) * dim;
         load_head(k + offset, layer.k_norm, layer, row, my.values);
-        for (int64_t i = 0; i < dim; ++i) narrow(my.values[i], keys[a.past * dim + i]);
-        for (int64_t i = 0; i < dim; ++i) values[a.past * dim + i] = v[offset + i];
+        const int64_t past = a.past[row], length = past + 1;
+        for (int64_t i = 0; i < dim; ++i) narrow(my.values[i], keys[past * dim + i]);
+        for (int64_t i = 0; i < dim; ++i) values[past * dim + i] = v[offset + i];
 
-        const int64_t length = a.past + 1;
-        const uint8_t *allowed = a.mask ? a.mask + row * length : nullptr;
+        const uint8_t *allowed = a.mask ? a.mask + row * a.mask_row : nullptr;
         Weights<T> pieces;
         auto point = [&](const T *from, int64_t t) {
             pieces.count = static_cast<int>(length - t < kTogether ? length - t : kTogether);
@@ -302,18 +331,19 @@ class Decoding {
         }
     }
 
-    void feed_forward(const DecodeLayer &layer, const DecodeMemory &memory, Own &my, const Team &team) {
+    void feed_forward(const DecodeLayer &layer, const DecodeMemory &memory, const DecodeColumns &columns, Own &my,
+                      const Team &team) {
         load(layer.before_network, my);
-        if (layer.network == moyu::Network::separate) separate(layer, my, team);
-        else together(layer, memory, my, team);
+        if (layer.network == moyu::Network::separate) separate(layer, columns, my, team);
+        else together(layer, memory.neurons, columns, my, team);
         add(y, my);
     }
 
     // gate, up and down as three products, each with its own columns skipped or none.
-    void separate(const DecodeLayer &layer, Own &my, const Team &team) {
+    void separate(const DecodeLayer &layer, const DecodeColumns &columns, Own &my, const Team &team) {
         const bool gated = layer.gate.weight != nullptr;
-        if (gated) start(layer.gate, my.stored, my, team, q, sums[0]);
-        start(layer.up, my.stored, my, team, k, sums[1]);
+        if (gated) start(layer.gate, columns.gate, my.stored, my, team, q, sums[0]);
+        start(layer.up, columns.up, my.stored, my, team, k, sums[1]);
         team.wait();
         if (layer.up.by_columns || (gated && layer.gate.by_columns)) {
             if (gated) finish(layer.gate, team, q, sums[0]);
@@ -326,7 +356,7 @@ class Decoding {
             for (int64_t i = share.begin; i < share.end; ++i) narrow(widen(v[i]) * widen(k[i]), v[i]);
         team.wait();
         take(v, layer.down.n, my);
-        start(layer.down, v, my, team, y, sums[2]);
+        start(layer.down, columns.down, v, my, team, y, sums[2]);
         team.wait();
         if (layer.down.by_columns) {
             finish(layer.down, team, y, sums[2]);
@@ -342,22 +372,24 @@ class Decoding {
     }
 
     // Neuron by neuron: those of a mask that is known before, or those that gate (or up), computed first, keeps.
-    void together(const DecodeLayer &layer, const DecodeMemory &memory, Own &my, const Team &team) {
+    void together(const DecodeLayer &layer, const DecodeLevels &neurons, const DecodeColumns &columns, Own &my,
+                  const Team &team) {
         const int64_t f = layer.down.n;
         NeuronsArgs args = {a.rows, a.d, f, a.d, a.threads, layer.act, my.stored, a.d, layer.gate.weight, layer.gate.stride,
-                            layer.up.weight, layer.up.stride, layer.down.weight, layer.down.stride, memory.mask,
-                            memory.mask_stride, layer.gate.bias, layer.up.bias, layer.down.bias, nullptr, 0, y};
+                            layer.up.weight, layer.up.stride, layer.down.weight, layer.down.stride, neurons.given,
+                            neurons.given_row, layer.gate.bias, layer.up.bias, layer.down.bias, nullptr, 0, y};
         int64_t count = f;
         const int32_t *kept = nullptr;
         if (layer.network == moyu::Network::neurons) {
-            if (memory.mask) {
-                count = list_kept(memory.mask, memory.mask_stride, a.rows, f, my.any, my.kept);
+            tell(neurons, neurons.given, neurons.given_row, f, team);
+            if (neurons.given) {
+                count = list_kept(neurons.given, neurons.given_row, a.rows, f, my.any, my.kept);
                 kept = my.kept;
             }
         } else {
             const bool gate_first = layer.network == moyu::Network::gate_first;
             const DecodeLinear &first = gate_first ? layer.gate : layer.up;
-            start(first, my.stored, my, team, k, sums[1]);
+            start(first, gate_first ? columns.gate : columns.up, my.stored, my, team, k, sums[1]);
             team.wait();
             T *given = my.stored + a.rows * a.d;
             if (gate_first) open(layer, k, 0, a.rows * f, my, given);
@@ -365,7 +397,7 @@ class Decoding {
             args.given_stride = f;
             (gate_first ? args.gate : args.up) = nullptr;
             (gate_first ? args.gate_bias : args.up_bias) = nullptr;
-            count = decide(layer.down, gate_first ? given : k, f, my);
+            count = decide(layer.down, neurons, gate_first ? given : k, f, my, team);
             kept = my.kept;
             args.mask = my.mask;
             args.mask_stride = f;

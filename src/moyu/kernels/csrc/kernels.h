@@ -88,16 +88,28 @@ struct DecodeLayer {
     float scale;
 };
 
+// Which of n units each row keeps: bytes, 0 = skipped.
+struct DecodeLevels {
+    const uint8_t *given;    // (rows, n) to replay in place of deciding; null = decide
+    int64_t given_row;       // bytes from one row to the next
+    uint8_t *taken;          // (rows, n), contiguous: gets what was kept; null = nobody asks
+};
+
 // What a layer has from its sequences. Python fills it in as an array of 64-bit integers.
 struct DecodeMemory {
-    void *keys;              // (rows, kv_heads, more than past, head_dim), the last two contiguous
+    void *keys;              // (rows, kv_heads, capacity, head_dim), the last two contiguous
     int64_t keys_row, keys_head;
     void *values;
     int64_t values_row, values_head;
-    const uint8_t *mask;     // (rows, f) of Network::neurons, null = all
-    int64_t mask_stride;
+    DecodeLevels neurons;    // (rows, f); Network::neurons does not decide: there, `given` null = all
 };
-static_assert(sizeof(DecodeMemory) == 8 * sizeof(int64_t), "the array of integers that Python fills in");
+static_assert(sizeof(DecodeMemory) == 9 * sizeof(int64_t), "the array of integers that Python fills in");
+
+// The columns that a layer's linears keep, each (rows, its n), where it skips columns. Filled in like DecodeMemory.
+struct DecodeColumns {
+    DecodeLevels q, k, v, o, gate, up, down;
+};
+static_assert(sizeof(DecodeColumns) == 21 * sizeof(int64_t), "the array of integers that Python fills in");
 
 // What comes before and after the layers.
 struct DecodeEnds {
@@ -106,21 +118,31 @@ struct DecodeEnds {
     DecodeLinear head;       // by rows
 };
 
-struct DecodeArgs {
-    int64_t rows, d, threads, past, rotary;  // rotary: width of cos and sin, 0 = no rotary embedding
-    int64_t widest;                          // the largest n or q of a linear
-    void *hidden;                            // (rows, d), contiguous, in and out; null where `ends` is not
-    const DecodeEnds *ends;                  // from token ids to logits; null = from hidden to hidden
-    const int64_t *ids;                      // (rows,)
-    void *logits;                            // (rows, head.q), contiguous, out
-    const float *cos, *sin;                  // (rows, rotary)
-    int64_t angles_row;                      // elements from one row's angles to the next's; 0 = all rows have the same
-    const uint8_t *mask;                     // (rows, past + 1), null = all of the past is attended to
+// One step of `rows` sequences, each of a length of its own. Python fills it in; module.cpp checks it.
+struct DecodeStep {
+    Dtype dtype;
+    int64_t rows, threads;
+    void *hidden;                  // (rows, d), contiguous, in and out; or null, and from `ids` to `logits`:
+    const int64_t *ids;            // (rows,), in [0, vocabulary)
+    void *logits;                  // (rows, vocabulary), contiguous, out
+    const int64_t *past;           // (rows,): positions that a row's keys and values hold; its new ones come after them
+    int64_t capacity;              // positions that there is room for; more than any `past`
+    int64_t rotary;                // width of cos and sin, 0 = no rotary embedding
+    const float *cos, *sin;        // (rows, rotary)
+    int64_t angles_row;            // elements from one row's angles to the next's; 0 = all rows have the same
+    const uint8_t *mask;           // (rows, past + 1): which positions a row attends to; null = all
+    int64_t mask_row;              // bytes from one row to the next
+    const DecodeMemory *memory;    // one a layer
+    const DecodeColumns *columns;  // one a layer; null = every linear decides and nobody asks
+};
+
+struct DecodeArgs : DecodeStep {
+    int64_t d, widest;             // widest: the largest n or q of a layer's linears
+    const DecodeEnds *ends;        // null = from hidden to hidden
     const DecodeLayer *layers;
-    const DecodeMemory *memory;
     int64_t count;
 };
-constexpr int kMostThreads = 256;
+constexpr int kMostThreads = 256, kMostRows = 32;  // of a step
 
 // Each returns the bytes of weights and biases that it read. The arrays are indexed by Dtype.
 struct Table {

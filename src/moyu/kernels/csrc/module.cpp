@@ -8,6 +8,7 @@
 #include <cpuid.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -117,31 +118,105 @@ int64_t block_multiply(int dtype, int64_t threads, int64_t rows, int64_t n, int6
 }
 
 // Fields that hold addresses are integers in Python.
-template <class C>
-void def_address(nb::class_<C> &cls, const char *name, const void *C::*field) {
+template <class C, class P>
+void def_address(nb::class_<C> &cls, const char *name, P *C::*field) {
     cls.def_prop_rw(name, [field](const C &self) { return reinterpret_cast<uintptr_t>(self.*field); },
-                    [field](C &self, uintptr_t value) { self.*field = pointer(value); });
+                    [field](C &self, uintptr_t value) { self.*field = reinterpret_cast<P *>(value); });
+}
+
+// Fields that hold an enum are integers in Python; raises for one that it does not have.
+template <class C, class E>
+void def_enum(nb::class_<C> &cls, const char *name, E C::*field, E last) {
+    cls.def_prop_rw(name, [field](const C &self) { return static_cast<int>(self.*field); },
+                    [field, last, name](C &self, int value) {
+                        if (value < 0 || value > static_cast<int>(last))
+                            throw std::invalid_argument(std::string(name) + " has no value " + std::to_string(value) +
+                                                        ", the last is " + std::to_string(static_cast<int>(last)));
+                        self.*field = static_cast<E>(value);
+                    });
+}
+
+void need(bool holds, const std::string &what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+void within(const char *what, int64_t row, int64_t value, int64_t end) {
+    if (value < 0 || value >= end)
+        throw std::out_of_range(std::string("the ") + what + " of row " + std::to_string(row) + " is " +
+                                std::to_string(value) + ", it must be in [0, " + std::to_string(end) + ")");
 }
 
 // Layers that one step goes through. Immutable once built, so that threads can share it.
 struct Decoder {
     std::vector<DecodeLayer> layers;
-
     DecodeEnds ends{};
+    int64_t d = 0, widest = 0;
 
-    void add(const DecodeLayer &layer) { layers.push_back(layer); }
-    // From `ids` to `logits`, or (where these are 0) from `hidden` to `hidden`.
-    int64_t step(int dtype, int64_t threads, int64_t rows, int64_t d, int64_t past, int64_t rotary, int64_t widest,
-                 uintptr_t hidden, uintptr_t ids, uintptr_t logits, uintptr_t cos, uintptr_t sin, int64_t angles_row,
-                 uintptr_t mask, uintptr_t memory) const {
-        const DecodeArgs args = {rows, d, threads, past, rotary, widest, reinterpret_cast<void *>(hidden),
-                                 ids ? &ends : nullptr, static_cast<const int64_t *>(pointer(ids)),
-                                 reinterpret_cast<void *>(logits), static_cast<const float *>(pointer(cos)),
-                                 static_cast<const float *>(pointer(sin)), angles_row,
-                                 static_cast<const uint8_t *>(pointer(mask)), layers.data(),
-                                 static_cast<const DecodeMemory *>(pointer(memory)),
+    void add(const DecodeLayer &layer) {
+        need(layer.heads > 0 && layer.kv_heads > 0 && layer.head_dim > 0 && layer.heads % layer.kv_heads == 0,
+             "a layer needs heads > 0, a multiple of kv_heads > 0, and head_dim > 0");
+        const int64_t width = layer.q.n, heads = layer.heads * layer.head_dim, kv_heads = layer.kv_heads * layer.head_dim;
+        need(d == 0 || width == d, "all layers of a decoder have the same width");
+        const auto linear = [&](const char *name, const DecodeLinear &w, int64_t n, int64_t q) {
+            need(w.weight != nullptr && n > 0 && q > 0 && w.n == n && w.q == q,
+                 std::string(name) + " must be (" + std::to_string(q) + ", " + std::to_string(n) + ") and have a weight");
+            need(w.kind == Kind::plain || w.scales != nullptr, std::string(name) + " is in blocks without scales");
+            widest = std::max({widest, n, q});
+        };
+        linear("q", layer.q, width, heads);
+        linear("k", layer.k, width, kv_heads);
+        linear("v", layer.v, width, kv_heads);
+        linear("o", layer.o, heads, width);
+        if (layer.gate.weight != nullptr) linear("gate", layer.gate, width, layer.up.q);
+        linear("up", layer.up, width, layer.up.q);
+        linear("down", layer.down, layer.up.q, width);
+        need(layer.before_attention.weight != nullptr && layer.before_network.weight != nullptr,
+             "a layer needs a norm before its attention and one before its network");
+        need(layer.network != Network::gate_first || layer.gate.weight != nullptr, "gate cannot decide where there is none");
+        d = width;
+        layers.push_back(layer);
+    }
+
+    // From `ids` to `logits`, or from `hidden` to `hidden`. Returns the bytes read; raises before it touches memory.
+    int64_t step(const DecodeStep &step) const {
+        check(step);
+        const DecodeArgs args = {step, d, widest, step.ids ? &ends : nullptr, layers.data(),
                                  static_cast<int64_t>(layers.size())};
-        return table->decode[dtype](args);
+        return table->decode[static_cast<int>(step.dtype)](args);
+    }
+
+  private:
+    void check(const DecodeStep &step) const {
+        need(!layers.empty(), "the decoder has no layers");
+        need(step.rows >= 1 && step.rows <= kMostRows,
+             "a step takes 1 to " + std::to_string(kMostRows) + " rows, got " + std::to_string(step.rows));
+        need(step.threads >= 1, "a step needs threads >= 1, got " + std::to_string(step.threads));
+        need(step.past != nullptr && step.memory != nullptr, "a step needs the lengths and the memory of its rows");
+        if (step.ids == nullptr) {
+            need(step.hidden != nullptr, "a step needs ids or hidden states");
+        } else {
+            need(step.logits != nullptr && step.hidden == nullptr, "a step from ids needs logits, and no hidden states");
+            const DecodeLinear *const tables[] = {&ends.embedding, &ends.head};
+            for (const DecodeLinear *w : tables)
+                need(w->weight != nullptr && w->n == d && w->q > 0 && !w->by_columns &&
+                         (w->kind == Kind::plain || w->scales != nullptr),
+                     "a step from ids needs an embedding and a head, both by rows of the layers' width");
+            need(ends.norm.weight != nullptr, "a step from ids needs the norm before the head");
+        }
+        for (int64_t r = 0; r < step.rows; ++r) {
+            within("length", r, step.past[r], step.capacity);
+            if (step.ids != nullptr) within("token id", r, step.ids[r], ends.embedding.q);
+            need(step.mask == nullptr || step.mask_row == 0 || step.mask_row > step.past[r],
+                 "the mask has fewer positions than a row");
+        }
+        need(step.rotary >= 0 && step.rotary % 2 == 0 && step.angles_row >= 0 &&
+                 (step.rotary == 0 || (step.cos != nullptr && step.sin != nullptr)),
+             "rotary is the even width of cos and sin, which must be there, or 0");
+        for (size_t l = 0; l < layers.size(); ++l) {
+            need(step.rotary <= layers[l].head_dim, "cos and sin are wider than the heads");
+            need(step.memory[l].keys != nullptr && step.memory[l].values != nullptr,
+                 "layer " + std::to_string(l) + " has no keys or values");
+        }
     }
 };
 
@@ -159,8 +234,7 @@ void bind_decode(nb::module_ &m) {
     def_address(linear, "factor", &DecodeLinear::factor);
     def_address(linear, "scales", &DecodeLinear::scales);
     linear.def_rw("scales_stride", &DecodeLinear::scales_stride);
-    linear.def_prop_rw("kind", [](const DecodeLinear &self) { return static_cast<int>(self.kind); },
-                       [](DecodeLinear &self, int value) { self.kind = static_cast<Kind>(value); });
+    def_enum(linear, "kind", &DecodeLinear::kind, Kind::q4_0);
     linear.def_rw("stride", &DecodeLinear::stride).def_rw("n", &DecodeLinear::n).def_rw("q", &DecodeLinear::q);
     linear.def_rw("rest", &DecodeLinear::rest);
     linear.def_rw("by_columns", &DecodeLinear::by_columns).def_rw("threshold", &DecodeLinear::threshold);
@@ -174,15 +248,30 @@ void bind_decode(nb::module_ &m) {
     layer.def_rw("down", &DecodeLayer::down).def_rw("heads", &DecodeLayer::heads);
     layer.def_rw("kv_heads", &DecodeLayer::kv_heads).def_rw("head_dim", &DecodeLayer::head_dim);
     layer.def_rw("scale", &DecodeLayer::scale);
-    layer.def_prop_rw("network", [](const DecodeLayer &self) { return static_cast<int>(self.network); },
-                      [](DecodeLayer &self, int value) { self.network = static_cast<Network>(value); });
-    layer.def_prop_rw("act", [](const DecodeLayer &self) { return static_cast<int>(self.act); },
-                      [](DecodeLayer &self, int value) { self.act = static_cast<Act>(value); });
+    def_enum(layer, "network", &DecodeLayer::network, Network::up_first);
+    def_enum(layer, "act", &DecodeLayer::act, Act::identity);
 
     nb::class_<DecodeEnds> ends(m, "Ends");
     ends.def("__init__", [](DecodeEnds *self) { new (self) DecodeEnds{}; });
     ends.def_rw("embedding", &DecodeEnds::embedding).def_rw("norm", &DecodeEnds::norm);
     ends.def_rw("head", &DecodeEnds::head);
+
+    nb::class_<DecodeStep> step(m, "Step");
+    step.def("__init__", [](DecodeStep *self) { new (self) DecodeStep{}; });
+    def_enum(step, "dtype", &DecodeStep::dtype, Dtype::fp16);
+    step.def_rw("rows", &DecodeStep::rows).def_rw("threads", &DecodeStep::threads);
+    def_address(step, "hidden", &DecodeStep::hidden);
+    def_address(step, "ids", &DecodeStep::ids);
+    def_address(step, "logits", &DecodeStep::logits);
+    def_address(step, "past", &DecodeStep::past);
+    step.def_rw("capacity", &DecodeStep::capacity).def_rw("rotary", &DecodeStep::rotary);
+    def_address(step, "cos", &DecodeStep::cos);
+    def_address(step, "sin", &DecodeStep::sin);
+    step.def_rw("angles_row", &DecodeStep::angles_row);
+    def_address(step, "mask", &DecodeStep::mask);
+    step.def_rw("mask_row", &DecodeStep::mask_row);
+    def_address(step, "memory", &DecodeStep::memory);
+    def_address(step, "columns", &DecodeStep::columns);
 
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::init<>())
