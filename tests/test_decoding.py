@@ -420,6 +420,20 @@ def test_casting_and_copying_take_the_new_weights():
         assert torch.equal(ids, expected.generate(tokens(1, 6), max_new_tokens=6, do_sample=False, eos_token_id=None))
 
 
+@pytest.mark.parametrize("token", [-1, 128, 10**9])
+def test_ids_outside_the_vocabulary_raise_and_leave_the_cache_as_it_was(token):
+    model = make("llama")
+    ids = tokens(2, 14)
+    with torch.no_grad(), Applied(model, None) as applied, applied.prompt(WIDE_PROMPT):
+        cache = model(ids[:, :WIDE_PROMPT], past_key_values=DynamicCache(config=model.config)).past_key_values
+        model(ids[:, WIDE_PROMPT : WIDE_PROMPT + 1], past_key_values=cache)
+        with pytest.raises(IndexError, match=f"token id of row 1 is {token}"):
+            model(torch.tensor([[3], [token]]), past_key_values=cache)
+        got = model(ids[:, WIDE_PROMPT + 1 :], past_key_values=cache).logits
+        expected = model(ids, use_cache=False).logits[:, -1:]
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 def test_updated_weights_are_read():
     """Pointers are those of the live parameters: a step after an update in place sees it."""
     model = make("llama")
