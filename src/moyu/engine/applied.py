@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moyu import kernels
 from moyu.engine import runtime, spread, steps
 from moyu.engine.attention import AttentionCall, AttentionLinear
+from moyu.engine.choosers import Known
 from moyu.engine.execution import DenseLinear, ExpertsCall, FfnCall, SiteState
 from moyu.engine.runtime import Chooser, ForwardCall, GenerateCall, Observer, Pass, SequenceMemory, TrainCall
 from moyu.errors import UserError
@@ -136,7 +137,7 @@ class Applied(AbstractContextManager):
     def native_step(self, args: tuple, kwargs: dict[str, Any]) -> Any | None:
         """The model's output for a decode step that is one native call, or None: the general way must be taken."""
         run = self.decode_run
-        watched = self.observer is not None or self.chooser is not None or self.controller is not None
+        watched = self.observer is not None or not isinstance(self.chooser, Known | None) or self.controller is not None
         if run is None or run.ends is None or watched or torch.is_grad_enabled():
             return None
         return steps.whole_step(run, args, kwargs)

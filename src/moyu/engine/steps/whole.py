@@ -114,7 +114,11 @@ def whole_step(run: DecodeRun, args: tuple, kwargs: dict[str, Any]) -> Any | Non
     allowed, positions = given
     angles = None if ends.angles is None else ends.angles.at(past if positions is None else positions, run.dtype)
     logits = torch.empty((len(ids), 1, ends.head.out_features), dtype=run.dtype)
-    kernels.count("decode", run.launch(cache, masks, angles, allowed, ids=ids.contiguous(), logits=logits))
+    levels = None
+    if applied.chooser is not None:
+        shape, mask = (len(ids), 1), kwargs.get("attention_mask")
+        levels = run.levels(applied.chooser, runtime.rows_of(shape, mask, past, boundary, ids.device))
+    kernels.count("decode", run.launch(cache, masks, angles, allowed, levels, ids=ids.contiguous(), logits=logits))
     memory.prompt, memory.seen = boundary, past + 1
     return ends.output(logits=logits, past_key_values=cache)
 
