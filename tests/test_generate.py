@@ -62,9 +62,7 @@ def test_settings_are_those_of_transformers_generate(settings):
     ids = tokens(1, 9)
     with Applied(model, plan):
         torch.manual_seed(3)
-        wanted = model.generate(ids, **{"max_new_tokens": NEW, "pad_token_id": 0, **settings})[
-            :, 9:
-        ]
+        wanted = model.generate(ids, **{"max_new_tokens": NEW, "pad_token_id": 0, **settings})[:, 9:]
     torch.manual_seed(3)
     assert torch.equal(text(model, ids, plan, **settings), wanted)
 

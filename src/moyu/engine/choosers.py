@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,22 @@ from moyu.methods.base import Granularity, Rows, Site
 from moyu.methods.random import uniform
 
 
-class Recorder:
+class Known(ABC):
+    """A chooser whose answer needs nothing of the pass: a native step can serve it.
+
+    It looks at masks and leaves them as they are, or it knows them before anything is computed.
+    """
+
+    @abstractmethod
+    def __call__(self, site: Site, mask: Tensor, rows: Rows, oracle: Callable[[], Tensor]) -> Tensor:
+        """The mask (N, units) that is used. A native step shows what it took, and the answer changes nothing."""
+
+    def known(self, site: Site, rows: Rows) -> Tensor | None:
+        """The masks (N, units) of sparse rows that `__call__` would answer with; None = those it is shown."""
+        return None
+
+
+class Recorder(Known):
     """Keeps every mask by site, slot and position, and what was skipped."""
 
     def __init__(self) -> None:
@@ -28,7 +44,7 @@ class Recorder:
         return mask
 
 
-class Replayer:
+class Replayer(Known):
     """Uses the masks that a Recorder kept, whatever the method would now decide."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -39,11 +55,18 @@ class Replayer:
         """The recorded masks of sparse rows; dense rows as they are."""
         out = mask.clone()
         for n in rows.sparse.nonzero().squeeze(1).tolist():
-            out[n] = self.masks[site.key][int(rows.seq[n]), int(rows.pos[n])]
+            out[n] = self._of(site, rows, n)
         return out
 
+    def known(self, site: Site, rows: Rows) -> Tensor:
+        """The recorded masks."""
+        return torch.stack([self._of(site, rows, n) for n in range(len(rows.seq))])
 
-class Counter:
+    def _of(self, site: Site, rows: Rows, n: int) -> Tensor:
+        return self.masks[site.key][int(rows.seq[n]), int(rows.pos[n])]
+
+
+class Counter(Known):
     """Counts what a pass keeps: per row for the matched baselines, in total for sparsity and bytes."""
 
     def __init__(self, slots: int, positions: int) -> None:

@@ -14,12 +14,14 @@ from transformers.cache_utils import DynamicLayer
 
 from moyu import kernels
 from moyu.engine.cache import KvCache, KvLayer
+from moyu.engine.choosers import Known
 from moyu.engine.session import Pass, Session
 from moyu.engine.sites import SiteState
 from moyu.engine.steps.ends import Ends
 from moyu.engine.steps.layers import PlainLayer
+from moyu.engine.steps.levels import StepLevels
 from moyu.kernels import cpu
-from moyu.methods.base import NOTHING
+from moyu.methods.base import NOTHING, Rows
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 
 GROW = 256  # tokens by which a cache's buffers grow at least
@@ -58,7 +60,7 @@ class DecodeRun:
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if (
             not state.skipping
-            or state.chooser is not None
+            or not isinstance(state.chooser, Known | None)
             or hidden.dim() != 3
             or hidden.shape[1] != 1
             or hidden.dtype != self.dtype
@@ -156,8 +158,13 @@ class DecodeRun:
             angles = tuple(a.reshape(len(a), -1).float() for a in angles)
         allowed = _allowed(kwargs.get("attention_mask"), len(y), int(cache.get_seq_length(self.layers[0].index)))
         masks = [None if site is None else self._mask(site, state) for site in self.sequence_sites]
-        kernels.count("decode", self.launch(cache, masks, angles, allowed, hidden=y))
+        levels = self.levels(state.chooser, state.rows)
+        kernels.count("decode", self.launch(cache, masks, angles, allowed, levels, hidden=y))
         return y
+
+    def levels(self, chooser: Any, rows: Rows) -> StepLevels | None:
+        """What a chooser replays and wants to see in a step of these rows; None where there is none."""
+        return None if chooser is None else StepLevels(self.layers, chooser, rows)
 
     def _mask(self, site: SiteState, state: Pass) -> Tensor:
         frozen = state.memory.masks.get(site.site.key)
@@ -169,6 +176,7 @@ class DecodeRun:
         masks: list[Tensor | None],
         angles: tuple[Tensor, Tensor] | None,
         allowed: Tensor | None,
+        levels: StepLevels | None = None,
         *,
         hidden: Tensor | None = None,
         ids: Tensor | None = None,
@@ -176,8 +184,8 @@ class DecodeRun:
     ) -> int:
         """One step, which appends to the cache: `hidden` (B, 1, d) in place, or from `ids` (B, 1) to `logits` (B, 1, V).
 
-        `masks`: (B, f) a layer, or None where nothing is known before; the others as `run_step` takes them. Returns the
-        bytes read.
+        `masks`: (B, f) a layer, or None where nothing is known before; `levels`: replayed and told afterwards; the others as
+        `run_step` takes them. Returns the bytes read.
         """
         if self._moved():
             self._make()
@@ -186,13 +194,18 @@ class DecodeRun:
         room = KvRoom(cache, self.layers) if isinstance(cache, KvCache) else _room(cache, self.layers)
         masks = [mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks]
         memory = array("q")
-        for where, mask in zip(room.where, masks, strict=True):
-            memory.extend(where)
-            memory.extend((0, 0, 0) if mask is None else (mask.data_ptr(), mask.stride(0), 0))
+        for k, (where, mask) in enumerate(zip(room.where, masks, strict=True)):
+            given, row, taken = (0, 0, 0) if levels is None else levels.neurons[k]
+            if mask is not None and not given:
+                given, row = mask.data_ptr(), mask.stride(0)
+            memory.extend((*where, given, row, taken))
+        columns = None if levels is None else levels.columns
         read = run_step(
-            built[0], room.past, room.capacity, angles, allowed, memory, hidden=hidden, ids=ids, logits=logits
+            built[0], room.past, room.capacity, angles, allowed, memory, columns, hidden=hidden, ids=ids, logits=logits
         )
         room.grow_by_one()
+        if levels is not None:
+            levels.tell()
         return read
 
 
@@ -221,6 +234,7 @@ def run_step(
     angles: tuple[Tensor, Tensor] | None,
     allowed: Tensor | None,
     memory: array,
+    columns: array | None = None,
     *,
     hidden: Tensor | None = None,
     ids: Tensor | None = None,
@@ -229,14 +243,16 @@ def run_step(
     """One step on `hidden` (B, ..., d) in place, or from `ids` (B, 1) to `logits` (B, 1, V). Returns the bytes read.
 
     `past`: (B,) int64, the positions that each row's keys and values hold, of `capacity` that there is room for; `angles`: cos
-    and sin, (1 or B, width) float32, contiguous; `allowed`: (B, at least past + 1) uint8, or None = all. IndexError for a
-    length or a token id that is out of range.
+    and sin, (1 or B, width) float32, contiguous; `allowed`: (B, at least past + 1) uint8, or None = all; `memory` and
+    `columns`: structs DecodeMemory and DecodeColumns of kernels.h. IndexError for a length or a token id out of range.
     """
     data = hidden if logits is None else logits
     assert data is not None
     step = cpu.extension().Step()
     step.dtype, step.rows, step.threads = cpu.dtype_code(data.dtype), len(data), torch.get_num_threads()
     step.past, step.capacity, step.memory = past.data_ptr(), capacity, memory.buffer_info()[0]
+    if columns is not None:
+        step.columns = columns.buffer_info()[0]
     if hidden is not None:
         step.hidden = hidden.data_ptr()
     if ids is not None and logits is not None:

@@ -14,8 +14,9 @@ from transformers.cache_utils import Cache
 
 from moyu import kernels
 from moyu.engine.cache import KvCache
+from moyu.engine.choosers import Known
 from moyu.engine.memory import SequenceMemory, cache_of, memory_of
-from moyu.engine.rows import MAX_SKIPPING_ROWS, rows_at
+from moyu.engine.rows import MAX_SKIPPING_ROWS, rows_at, rows_of
 from moyu.engine.session import Pass, Session
 from moyu.engine.steps.run import DecodeRun
 from moyu.engine.trace import NATIVE
@@ -61,7 +62,14 @@ def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[A
     if run.ends.angles is not None:
         angles = run.ends.angles.at(past if positions is None else positions, run.dtype)
     logits = torch.empty((len(ids), 1, run.ends.head.out_features), dtype=run.dtype)
-    kernels.count("decode", run.launch(cache, masks, angles, allowed, ids=ids.contiguous(), logits=logits))
+    levels = None
+    if session.chooser is not None:
+        if isinstance(cache, KvCache) and cache.ragged:
+            rows = rows_at(cache.lengths, 0, ids.device)
+        else:
+            rows = rows_of((len(ids), 1), kwargs.get("attention_mask"), past, past, ids.device)
+        levels = run.levels(session.chooser, rows)
+    kernels.count("decode", run.launch(cache, masks, angles, allowed, levels, ids=ids.contiguous(), logits=logits))
     memory.seen = past + 1
     session.traces.note(NATIVE, len(ids))
     return run.ends.output(logits=logits, past_key_values=cache), None
@@ -73,7 +81,7 @@ def _because(
     """Why a call is not a decode step that goes from token ids to logits natively; None: it is one."""
     if run.ends is None:
         return "its embedding, final norm or head is not plain"
-    if session.observer is not None or session.chooser is not None or session.controller is not None:
+    if session.observer is not None or not isinstance(session.chooser, Known | None) or session.controller is not None:
         return "somebody watches or decides"
     if torch.is_grad_enabled():
         return "gradients are on"
