@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -25,15 +22,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from equality import DTYPES, assert_near, has_sites, one_pass, padded, rounding, steps_from_one_cache
 from moyu import kernels, methods
 from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
+from moyu.engine.choosers import Recorder
 from moyu.kernels import cpu
 from moyu.measure.windows import Windows
 from moyu.methods.selection import TopK
 from moyu.model import dissect, loading, zoo
 from moyu.plan import Plan
-from test_equality import has_sites, padded
 from tiny import GATED, WIDE, build, tokens
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
@@ -98,16 +96,19 @@ def assert_native(counted):
     assert counted.by_op.get("decode", 0) > 0, "the step was not native"
 
 
-def assert_alike(native, general, counted, by_general, tolerance, *, rounds=False):
-    """The same logits (B, T - P, V) and bytes.
+def assert_alike(native, general, counted, by_general, tolerance=1e-4):
+    """The same logits (B, T - P, V), as decisions of fp32 are, and the same bytes."""
+    error = (native - general).abs().amax() / general.abs().max()
+    assert error <= tolerance
+    assert counted.total == by_general.total
 
-    rounds: the kernels round x to 8 bits. Where two sums differ in their last bit one may round the other way, and what it
-    leaves in the cache stays: then some row must still have a step that is the same, and all are close.
-    """
-    error = (native - general).float().abs().amax(2) / general.float().abs().max()
-    assert (error.min() if rounds else error.max()) <= tolerance
-    assert error.max() <= 3e-2
-    assert counted.total == pytest.approx(by_general.total, rel=2e-3 if rounds else 0)
+
+def assert_steps_equal(model, plan, weights, name="estimate", batch=3):
+    """Native steps under replayed levels are as exact as general ones; where x is rounded to 8 bits, the same."""
+    ids, mask = padded(batch)
+    levels = Recorder()
+    one_pass(model, plan, ids, mask, recorder=levels)
+    steps_from_one_cache(model, plan, ids, mask, levels).check(model, weights, name)
 
 
 def assert_general(counted):
@@ -138,33 +139,28 @@ def test_native_steps_are_the_general_ones(structure, name, batch):
             by_count = plan is not None and any(isinstance(p.rule, TopK) for _, p in plan.parts.values())
             assert by_count or not method.by_magnitude, applied.general_because
             assert method.granularity == "token"
-            return
+            pytest.skip(f"{name} is not native here: {applied.general_because}")
         native, counted = decode(model, applied, ids, mask)
         general, by_general = decode(model, applied, ids, mask, general=True)
     assert_native(counted)
     assert_general(by_general)
-    assert_alike(native, general, counted, by_general, 1e-4, rounds=name == "estimate")
+    if name == "estimate":  # it rounds x to 8 bits, which what is left in the cache may change
+        assert_steps_equal(model, plan, "fp32", batch=batch)
+    else:
+        assert_alike(native, general, counted, by_general)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("rest", [4, 8])
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16, "q8_0"])
+@pytest.mark.parametrize("weights", [*DTYPES, "q8_0"])
 @pytest.mark.parametrize("structure", ["llama-biased", "opt-gelu"])
 def test_skipped_columns_are_read_in_few_bits(structure, weights, rest, batch):
-    in_blocks = isinstance(weights, str)
-    model = make(structure, torch.float32 if in_blocks else weights)
-    if in_blocks:
+    model = make(structure, DTYPES.get(weights, torch.float32))
+    if weights not in DTYPES:
         loading.quantise_model(model, weights)
     plan = plan_for(model, "estimate", rest=rest)
     assert all(p.bias is not None for _, p in plan.parts.values())
-    ids, mask = padded(batch)
-    with Applied(model, plan) as applied:
-        native, counted = decode(model, applied, ids, mask)
-        general, by_general = decode(model, applied, ids, mask, general=True)
-    assert_native(counted)
-    assert_general(by_general)
-    exact = weights in (torch.float32, "q8_0")
-    assert_alike(native, general, counted, by_general, 1e-5 if exact else 7e-3, rounds=True)
+    assert_steps_equal(model, plan, weights, batch=batch)
 
 
 @pytest.mark.parametrize("structure", ["llama-biased", "opt-gelu"])
@@ -183,13 +179,7 @@ def test_sites_with_settings_and_levels_of_their_own(structure, tmp_path):
         assert plan.method_of(site) == own[site.key]
         assert ("rest.quants" in params.buffers) == (own[site.key].knobs()["rest"] > 0)
     assert set(plan.site_knobs) == {"rest=0", "rest=8"} and sum(plan.site_knobs.values()) == len(plan.settings)
-    ids, mask = padded(2)
-    with Applied(model, plan) as applied:
-        native, counted = decode(model, applied, ids, mask)
-        general, by_general = decode(model, applied, ids, mask, general=True)
-    assert_native(counted)
-    assert_general(by_general)
-    assert_alike(native, general, counted, by_general, 1e-5, rounds=True)
+    assert_steps_equal(model, plan, "fp32", batch=2)
 
 
 @pytest.mark.parametrize("name", ["griffin", "cats", "teal"])
@@ -210,51 +200,20 @@ def test_plan_biases_are_native(name):
         native, counted = decode(model, applied, ids, mask)
         general, by_general = decode(model, applied, ids, mask, general=True)
     assert_native(counted)
-    assert_alike(native, general, counted, by_general, 1e-4)
+    assert_alike(native, general, counted, by_general)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", DTYPES)
 @pytest.mark.parametrize("name", zoo.names())
-def test_embedded_models_decode_natively_in_every_type(name, dtype):
-    model = loading.load(name, dtype=dtype).model
+def test_embedded_models_decode_natively_in_every_type(name, weights):
+    model = loading.load(name, dtype=DTYPES[weights]).model
     ids = torch.randint(3, 4000, (2, 40), generator=torch.Generator().manual_seed(0))
     with Applied(model, None) as applied:
         assert applied.general_because is None
         native, counted = decode(model, applied, ids)
         general, _ = decode(model, applied, ids, general=True)
     assert_native(counted)
-    error = (native.float() - general.float()).norm() / general.float().norm()
-    assert error < {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
-
-
-ISA_PROGRAM = """
-import sys
-sys.path.insert(0, sys.argv[2])
-import torch
-from moyu.kernels import cpu
-from test_decoding import Applied, decode, make, plan_for, tokens
-assert cpu.extension().isa() == sys.argv[1]
-for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 3e-3)):
-    for name in ("dense", "teal", "griffin", "cats"):
-        model = make("qwen3", dtype)
-        with Applied(model, None if name == "dense" else plan_for(model, name)) as applied:
-            native, counted = decode(model, applied, tokens(2, 20))
-            assert counted.by_op["decode"] > 0
-            if dtype == torch.float32 or name == "dense":
-                general, _ = decode(model, applied, tokens(2, 20), general=True)
-                assert (native.float() - general.float()).norm() <= tolerance * general.float().norm(), (dtype, name)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
-def test_each_instruction_set_decodes(isa):
-    if isa not in cpu.extension().isas():
-        pytest.skip(f"this CPU or build has no {isa}")
-    environment = os.environ | {"MOYU_ISA": isa, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    program = [sys.executable, "-c", ISA_PROGRAM, isa, os.path.dirname(__file__)]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert_near(native, general, 2**0.5 * rounding(model, weights), "native steps and general ones")
 
 
 def test_generate_natively_gives_the_same_tokens():
@@ -319,13 +278,9 @@ def test_several_threads_of_the_kernel_give_one_result(name):
     model = make("llama")
     torch.set_num_threads(3)
     try:
-        with Applied(model, plan_for(model, name)) as applied:
-            native, counted = decode(model, applied, tokens(2, 30))
-            general, by_general = decode(model, applied, tokens(2, 30), general=True)
+        assert_steps_equal(model, plan_for(model, name), "fp32", name)
     finally:
         torch.set_num_threads(1)
-    assert_native(counted)
-    assert_alike(native, general, counted, by_general, 1e-4, rounds=name == "estimate")
 
 
 # ------------------------------------------------------------------------------------------------- never where it is wrong

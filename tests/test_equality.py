@@ -4,84 +4,33 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 
 import pytest
 import torch
 
 import moyu
+from equality import (
+    LENGTH,
+    PROMPT,
+    QUICK,
+    assert_same_masks,
+    has_sites,
+    one_pass,
+    padded,
+    plan_for,
+    positions,
+    stepwise,
+)
 from fixtures_methods import FIXTURES, Every
 from moyu import kernels, methods
-from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Recorder, Replayer
 from moyu.measure.windows import Windows
 from moyu.model import dissect
 from tiny import build, tokens
 
-PROMPT, LENGTH = 8, 14
 STRUCTURES = ["llama", "opt-relu", "gpt2", "phi3", "mixtral"]
-QUICK = {"lte": {"steps": 2, "block": 12}}  # less training than by default: these tests are not about what was learned
 ALL = {name: methods.method(name, **QUICK.get(name, {})) for name in methods.names()} | FIXTURES
-
-
-def plan_for(model, method, sparsity=0.5, windows=None, **kwargs):
-    windows = windows or Windows(tokens(6, 40), 20)
-    return calibrate(model, method, windows, sparsity=sparsity, name="tiny", **kwargs)
-
-
-def has_sites(model, method):
-    return any(method.sites(b) for b in dissect.dissect(model).all_blocks())
-
-
-def padded(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left padding of a different length in every row."""
-    ids = tokens(batch, LENGTH)
-    mask = torch.ones_like(ids)
-    for row in range(batch):
-        mask[row, :row] = 0
-        ids[row, :row] = 0
-    return ids, mask
-
-
-def positions(mask):
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-@torch.no_grad()
-def one_pass(model, plan, ids, mask, *, recorder=None, chooser=None):
-    with Applied(model, plan, engine="mask") as applied, applied.prompt(PROMPT):
-        with applied.watched(chooser=recorder or chooser):
-            out = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-    return out.logits
-
-
-@torch.no_grad()
-def stepwise(model, plan, ids, mask, *, backend="reference", recorder=None, chooser=None, chunks=1):
-    logits = []
-    with Applied(model, plan, backend=backend) as applied, applied.prompt(PROMPT):
-        with applied.watched(chooser=recorder or chooser):
-            cache = None
-            cuts = [round(i * PROMPT / chunks) for i in range(chunks + 1)] + list(range(PROMPT + 1, LENGTH + 1))
-            for start, stop in itertools.pairwise(cuts):
-                out = model(
-                    ids[:, start:stop],
-                    attention_mask=mask[:, :stop],
-                    position_ids=positions(mask)[:, start:stop],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                cache = out.past_key_values
-                logits.append(out.logits)
-    return torch.cat(logits, 1)
-
-
-def assert_same_masks(a: Recorder, b: Recorder):
-    assert a.masks.keys() == b.masks.keys()
-    assert a.masks
-    for key, masks in a.masks.items():
-        assert masks.keys() == b.masks[key].keys()
-        assert all(torch.equal(mask, b.masks[key][index]) for index, mask in masks.items()), key
 
 
 @pytest.mark.parametrize(

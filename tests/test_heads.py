@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moyu
+from equality import PROMPT, assert_same_masks, one_pass, padded, plan_for, positions, stepwise
 from fixtures_methods import FIXTURES
 from moyu import kernels
 from moyu.engine.applied import Applied
@@ -14,7 +15,6 @@ from moyu.engine.rows import MAX_SKIPPING_ROWS
 from moyu.measure import accounting
 from moyu.measure.windows import Windows
 from moyu.model import dissect
-from test_equality import PROMPT, assert_same_masks, one_pass, padded, plan_for, positions, stepwise
 from tiny import build, tokens
 
 HEADS = FIXTURES["heads"]

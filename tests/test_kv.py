@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moyu
+from equality import LENGTH, PROMPT, assert_same_masks, one_pass, padded, plan_for, stepwise
 from moyu import kernels, methods
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter, Recorder, Replayer
@@ -16,7 +17,6 @@ from moyu.measure.windows import Windows
 from moyu.methods.base import KV_POLICIES
 from moyu.model import dissect
 from moyu.plan import Plan
-from test_equality import LENGTH, PROMPT, assert_same_masks, one_pass, padded, plan_for, stepwise
 from tiny import build, tokens
 
 OTHERS = [policy for policy in KV_POLICIES if policy != "full"]

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import moyu
+from equality import plan_for
 from moyu import methods
 from moyu.commands import cli, pipeline
 from moyu.engine.applied import Applied
@@ -27,7 +28,6 @@ from moyu.engine.speculation import (
     speculate,
 )
 from moyu.model.dissect import dissect
-from test_equality import plan_for
 from tiny import GATED, WIDE, build, tokens
 
 weights = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=5, max_size=5).filter(lambda w: sum(w) > 0.1)

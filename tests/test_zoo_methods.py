@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moyu
+from equality import QUICK, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 from moyu import kernels, methods
 from moyu.commands import pipeline
 from moyu.engine.applied import Applied
@@ -13,7 +14,6 @@ from moyu.engine.choosers import Counter, Recorder
 from moyu.measure.windows import Windows
 from moyu.model import loading, zoo
 from moyu.research.training import VOCABULARY
-from test_equality import QUICK, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 from tiny import tokens
 
 ALWAYS = {"cats", "griffin", "teal", "deja-vu", "estimate"}  # on swiglu; the others are slow together: seconds each

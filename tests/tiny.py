@@ -31,6 +31,7 @@ def _opt(activation: str) -> PreTrainedModel:
 
 BUILDERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, **GATED)),
+    "sharp": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, **GATED, attention_bias=True, mlp_bias=True)),
     "reglu": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, **GATED, hidden_act="relu")),
     "opt-relu": lambda: _opt("relu"),
     "opt-gelu": lambda: _opt("gelu"),
@@ -43,7 +44,10 @@ BUILDERS = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
-    """A tiny model with weights large enough that its logits differ between tokens."""
+    """A tiny model with weights large enough that its logits differ between tokens.
+
+    "sharp": attention that looks at few positions, and biases as large as what they are added to, so that no constant is idle.
+    """
     torch.manual_seed(seed)
     model = BUILDERS[name]().eval()
     for parameter in model.parameters():
@@ -51,6 +55,11 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTr
             torch.nn.init.normal_(parameter, std=0.1)
         else:
             parameter.data += 0.02 * torch.randn_like(parameter)
+    for key, parameter in model.named_parameters() if name == "sharp" else ():
+        if key.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter.data.mul_(2.5)
+        elif key.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
     return model.to(dtype)
 
 

@@ -10,6 +10,7 @@ import torch
 from small_block import case
 
 import moyu
+from equality import PROMPT, has_sites, one_pass, padded, plan_for, stepwise
 from moyu import methods
 from moyu.calibration import compensation
 from moyu.calibration.walk import calibrate
@@ -18,7 +19,6 @@ from moyu.measure.windows import Windows
 from moyu.methods.selection import select
 from moyu.model import dissect
 from moyu.plan import Plan
-from test_equality import PROMPT, has_sites, one_pass, padded, plan_for, stepwise
 from tiny import build, tokens
 
 HELD_OUT = Windows(tokens(12, 40, seed=5), 20)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 import moyu
+from equality import LENGTH, PROMPT, QUICK, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 from moyu import kernels, methods
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter, Recorder
@@ -19,7 +20,6 @@ from moyu.measure.windows import Windows
 from moyu.methods.selection import Threshold, TopK
 from moyu.model import dissect
 from moyu.plan import Plan
-from test_equality import LENGTH, PROMPT, QUICK, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 from tiny import build, tokens
 
 VARIANTS = {
@@ -80,7 +80,7 @@ def test_sparsity_zero_is_dense_to_the_bit(name):
     ids, mask = padded(2)
     plan = plan_for(model, method, sparsity=0.0)
     with torch.no_grad(), Applied(model, None, engine="mask") as applied, applied.prompt(PROMPT):
-        from test_equality import positions
+        from equality import positions
 
         dense = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
     assert torch.equal(one_pass(model, plan, ids, mask)[mask.bool()], dense[mask.bool()])

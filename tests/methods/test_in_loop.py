@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import moyu
+from equality import plan_for
 from moyu import methods
 from moyu.commands import cli, pipeline
 from moyu.measure.windows import Windows
@@ -17,7 +18,6 @@ from moyu.methods import selection
 from moyu.methods.lte import Lte
 from moyu.methods.selection import Soft
 from moyu.plan import Plan
-from test_equality import plan_for
 from tiny import build, tokens
 
 

@@ -11,13 +11,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import moyu
+from equality import plan_for
 from moyu import methods
 from moyu.commands import cli, pipeline
 from moyu.measure.foresight import foresight
 from moyu.measure.windows import Windows
 from moyu.methods import routers
 from moyu.plan import Plan
-from test_equality import plan_for
 from tiny import build, tokens
 
 
