@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moyu.engine.applied import Applied
+from moyu.measure.windows import Windows
 from moyu.methods import selection
 from moyu.methods.base import Acts, Method, Site, SiteParams
 from moyu.model import dissect
-
-if TYPE_CHECKING:
-    from moyu.measure.windows import Windows
-    from moyu.model.anatomy import Anatomy, Block
-    from moyu.plan import Plan
+from moyu.model.anatomy import Anatomy, Block
+from moyu.plan import Plan
 
 BINS = 256  # of the histogram whose peak is a candidate centre
 

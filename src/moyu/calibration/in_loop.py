@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,12 @@ from torch.nn import functional
 from moyu.calibration.compensation import log_probs
 from moyu.engine.applied import Applied
 from moyu.engine.execution import SiteState
+from moyu.measure.windows import Windows
 from moyu.methods import selection
 from moyu.methods.base import Rows, Site
 from moyu.methods.selection import Soft, Threshold
-
-if TYPE_CHECKING:
-    from moyu.measure.windows import Windows
-    from moyu.model.anatomy import Anatomy
-    from moyu.plan import Plan
+from moyu.model.anatomy import Anatomy
+from moyu.plan import Plan
 
 BATCH = 4  # windows a step
 RATE = 5e-3  # Adam's, of routers

@@ -622,7 +622,7 @@ def trinity(
 ) -> None:
     """The scoreboard: quality, speed and applicability of every method at equal bytes, quantising beside; resumable."""
     from moyu.commands import pipeline
-    from moyu.reporting import scoreboard
+    from moyu.reporting import scoreboard, write_scoreboard
     from moyu.research import trinity as board
 
     try:
@@ -637,7 +637,7 @@ def trinity(
     pipeline.check_writable(out)
     with _progress() as stage:
         rows = board.run(asked, out, stage)
-    scoreboard.write(rows, out)
+    write_scoreboard(rows, out)
     if as_json:
         _print(rows, True)
         return

@@ -10,6 +10,7 @@ from jinja2 import Environment as Jinja
 from jinja2 import PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from moyu import records
 from moyu.errors import UserError
 from moyu.records import (
     Cell,
@@ -31,9 +32,9 @@ from moyu.reporting.groups import quality_groups, speed_groups, task_groups
 from moyu.weights.files import atomic_write_text
 
 
-def render(records: Iterable[Record]) -> str:
+def render(rows: Iterable[Record]) -> str:
     """The page; UserError where there is nothing to report."""
-    rows = list(records)
+    rows = list(rows)
     if not rows:
         raise UserError("there are no records to report", "make some with `moyu run`")
     jinja = Jinja(
@@ -47,9 +48,17 @@ def render(records: Iterable[Record]) -> str:
     return jinja.get_template("report.html.j2").render(**view(rows))
 
 
-def write_report(records: Iterable[Record], path: Path) -> None:
+def write_report(rows: Iterable[Record], path: Path) -> None:
     """Write the page, whole or not at all. UserError where there is nothing to report."""
-    atomic_write_text(path, render(records))
+    atomic_write_text(path, render(rows))
+
+
+def write_scoreboard(rows: Sequence[Record], out: Path) -> None:
+    """Write a scoreboard's records, tables, plot and page into a folder."""
+    records.write(out / "records.jsonl", rows)
+    atomic_write_text(out / "trinity.md", scoreboard.markdown(rows) + "\n")
+    atomic_write_text(out / "trinity.svg", scoreboard.plot([r for r in rows if isinstance(r, Cell)]) + "\n")
+    write_report(rows, out / "report.html")
 
 
 def view(rows: Sequence[Record]) -> dict[str, Any]:

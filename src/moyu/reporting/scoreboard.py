@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from markupsafe import Markup
 
@@ -14,7 +13,6 @@ from moyu.records import Cell, Speed
 from moyu.reporting import claims
 from moyu.reporting.charts import Canvas, Linear, Log
 from moyu.reporting.columns import NONE, fixed, gain, number, percent, times
-from moyu.weights.files import atomic_write_text
 
 ROUNDING = "quantise"
 NOT_RUN = "not run"
@@ -69,16 +67,6 @@ def _text(found: Sequence[Board]) -> str:
         lines = ["| " + " | ".join(line) + " |" for line in [board.head, ["---"] * len(board.head), *board.lines]]
         parts.append("\n".join([f"**{board.title}.** {board.caption}", "", *lines]))
     return "\n\n".join(parts)
-
-
-def write(rows: Sequence[records.Record], out: Path) -> None:
-    """Records, tables, plot and report of a scoreboard into a folder."""
-    from moyu.reporting.page import write_report  # which shows these tables
-
-    records.write(out / "records.jsonl", rows)
-    atomic_write_text(out / "trinity.md", markdown(rows) + "\n")
-    atomic_write_text(out / "trinity.svg", plot([r for r in rows if isinstance(r, Cell)]) + "\n")
-    write_report(rows, out / "report.html")
 
 
 def place(cell: Cell) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moyu import records
+from moyu.reporting import scoreboard
 from moyu.research.studies.root_cause import SERIES
 
 LARGER = "-100m"  # behind the name of an embedded model: its larger sibling
@@ -73,8 +74,6 @@ def sections(
     embedded: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, str]:
     """The generated parts of docs/evidence.md by the name of their marker."""
-    from moyu.reporting import scoreboard
-
     return {
         "trained": trained(larger, embedded),
         "on the way": on_the_way(larger),

@@ -28,7 +28,7 @@ JOBS = 2
 
 def names() -> list[str]:
     """Every type that can be asked for."""
-    from moyu.research.coverage import shrinking
+    from moyu.research.coverage import shrinking  # torch and transformers; reading records does without
 
     return shrinking.names()
 

@@ -12,8 +12,10 @@ import numpy as np
 
 from moyu import methods
 from moyu.measure.statistics import Interval
+from moyu.model.dissect import dissect
 from moyu.research.studies.base import Observed, Setup, Study
 from moyu.research.studies.verdicts import Condition, Finding
+from moyu.research.training import build
 
 KINDS: dict[str, dict[str, str]] = {  # family -> panel
     "threshold": {
@@ -105,9 +107,6 @@ def panels(families: dict[str, str] | None = None) -> list[dict[str, Any]]:
 
 def skips(members: list[str]) -> list[str]:
     """What the members skip on a gated network, from the sites they declare."""
-    from moyu.model.dissect import dissect
-    from moyu.research.training import build
-
     if not members:
         return []
     block = dissect(build("swiglu", 0).eval()).blocks[1]

@@ -35,6 +35,8 @@ from moyu.measure.evaluation import bits_per_byte
 from moyu.measure.text import scored_bytes
 from moyu.model import loading, zoo
 from moyu.model.zoo import corpus
+from moyu.research.studies import root_cause
+from moyu.research.studies.subject import Subject
 from moyu.weights.files import atomic_write_text
 
 VOCABULARY = 4096
@@ -149,9 +151,6 @@ def watch(model: PreTrainedModel, data: Path) -> list[list[float]]:
 
     On a copy in float32, so that training goes on as if nobody had looked.
     """
-    from moyu.research.studies import root_cause
-    from moyu.research.studies.subject import Subject
-
     twin = copy.deepcopy(model).float().eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
     windows = _ids(data / "test.bin")[: WATCHED * LENGTH].view(-1, LENGTH)
