@@ -66,20 +66,10 @@ class Trial:
         change = self.walk.output(self.index, self.products) - self.clean
         return change[:, self.walk.windows.prompt :].float()
 
-    def lost(self, levels: Mapping[str, float]) -> Tensor:
-        """How far the output at these levels is from the one without masks, (B, T - P)."""
-        self.attach(levels)
-        return self.change().norm(dim=-1)
-
     def error(self, levels: Mapping[str, float]) -> float:
-        """The mean square of `lost`."""
-        return float(self.lost(levels).square().mean())
-
-    def share(self, levels: Mapping[str, float], stream: bool) -> float:
-        """The mean of `lost` over what the block adds, or over what it hands on."""
-        whole = self.clean if stream else self.clean - self.walk.sparse
-        whole = whole[:, self.walk.windows.prompt :].float().norm(dim=-1)
-        return float((self.lost(levels) / whole.clamp(min=1e-12)).mean())
+        """The mean squared norm of the change at these levels."""
+        self.attach(levels)
+        return float(self.change().norm(dim=-1).square().mean())
 
 
 @torch.no_grad()

@@ -287,8 +287,8 @@ def calibrate(
     allocation: Annotated[
         str,
         typer.Option(
-            help="how sites and blocks divide the sparsity (token-level methods): uniform, greedy, search, search-up, "
-            "search-down, search-random, cett, cett-stream, sensitivity or fisher; the better of it and uniform is taken"
+            help="how sites divide the sparsity (token-level methods): uniform, greedy, search or fisher; the better of it "
+            "and uniform is taken"
         ),
     ] = "uniform",
     dense_layers: DenseLayers = None,

@@ -1,0 +1,447 @@
+"""The kinds of records: their fields, and the rules that tie fields together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+ROUNDING = 1e-6  # float32 means leave [0, 1] by less than this
+
+
+def _settle(value: Any) -> Any:
+    if isinstance(value, float) and -ROUNDING <= value <= 1 + ROUNDING:
+        return min(max(value, 0.0), 1.0)
+    return value
+
+
+Fraction = Annotated[float, Field(ge=0, le=1), BeforeValidator(_settle)]
+Positive = Annotated[float, Field(gt=0)]
+Natural = Annotated[float, Field(ge=0)]  # nats, bits, bytes: never negative
+Perplexity = Annotated[float, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Protocol(_Model):
+    """How quality was scored."""
+
+    prompt: Count = Field(description="P: positions below it are dense, the rest sparse and scored")
+    window: Annotated[int, Field(ge=1)] = Field(description="T: tokens of a window")
+    table: Literal["main", "token"] = Field(description="`main`: prompt dense, for every method; `token`: prompt = 0")
+
+
+class Stamped(_Model):
+    """What every record carries."""
+
+    commit: str | None = Field(default=None, description="git hash of the checkout the package ran from")
+    dirty: bool | None = Field(default=None, description="whether the package's files differed from that commit")
+    versions: dict[str, str] = Field(description="moyu, torch, transformers, python")
+    device: str = Field(min_length=1, description="processor or accelerator")
+    threads: Annotated[int, Field(ge=1)] = Field(description="threads of torch")
+    dtype: str | None = Field(default=None, description="type of the weights")
+    seed: int | None = Field(default=None, description="seed of everything random")
+    date: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)$", description="ISO 8601, UTC")
+    notes: list[str] = Field(default=[], description="what a reader of the numbers must know")
+
+
+class ModelRecord(Stamped):
+    """A record about one model."""
+
+    model: str = Field(min_length=1, description="name, or path, of the model")
+    weights: Literal["trained", "random"] = Field(description="random weights have a speed and no quality")
+    weight_format: str | None = Field(
+        default=None,
+        description="how linears are kept: `q8_0`, `q4_0`, or null: as numbers of `dtype`, which is what they compute in",
+    )
+    protocol: Protocol | None = Field(default=None, description="how quality was scored, see below")
+    corpus: dict[str, Any] | None = Field(default=None, description="fingerprint of the text")
+
+
+class KvBytes(_Model):
+    """Keys and values at one length of context."""
+
+    context: Count = Field(description="tokens in the cache; may exceed what the model was made for")
+    bytes: Count = Field(description="bytes of keys and values that a decode step then reads, batch 1")
+
+
+class Search(_Model):
+    """How a budget became a sparsity target: the most that kept it on the validation part."""
+
+    max_ppl_increase: Positive = Field(description="rise of perplexity allowed, 0.01 is 1 %")
+    ppl_increase: float = Field(description="rise reached, on the text that decided")
+    corpus: dict[str, Any] = Field(description="fingerprint of the text that decided, another one than is reported on")
+
+
+class MethodRecord(ModelRecord):
+    """A record about one method on one model."""
+
+    method: str = Field(min_length=1, description="name in the registry; `dense` where nothing is skipped")
+    family: str | None = Field(default=None, description="family of the method")
+    granularity: str | None = Field(default=None, description="what one mask serves: token, sequence, static")
+    plan: str | None = Field(default=None, description="hash of the plan")
+    simulated: bool = Field(description="true: units were masked; false: their bytes were not read")
+    target_sparsity: Fraction | None = Field(default=None, description="fraction of units to skip, as asked")
+    target_byte_fraction: Fraction | None = Field(default=None, description="byte fraction, as asked")
+    realized_sparsity: Fraction | None = Field(default=None, description="fraction of units skipped, as measured")
+    byte_fraction: Positive | None = Field(
+        default=None, description="bytes a step reads over the dense model's; above 1: more added than skipped"
+    )
+    ideal_byte_fraction: Positive | None = Field(
+        default=None, description="the same for a method without a skipping kernel"
+    )
+    kv_policy: str | None = Field(
+        default=None, min_length=1, description="`full`: every key and value is kept and read"
+    )
+    kv_bytes: list[KvBytes] = Field(default=[], description="bytes of the KV cache, apart from the weights', see below")
+
+    @model_validator(mode="after")
+    def _cache(self) -> Self:
+        contexts, sizes = [k.context for k in self.kv_bytes], [k.bytes for k in self.kv_bytes]
+        if contexts != sorted(set(contexts)) or sizes != sorted(sizes):
+            raise ValueError("kv_bytes must list growing contexts, whose bytes do not shrink")
+        if self.kv_policy not in (None, "full") and not self.kv_bytes:
+            raise ValueError(f"kv_bytes is missing: KV policy {self.kv_policy!r} reads others than the full cache's")
+        return self
+
+
+def _refuse_random(record: MethodRecord, what: str) -> None:
+    if record.weights == "random":
+        raise ValueError(f"weights are random: no {what} is recorded for them")
+
+
+def _check_numbers(record: MethodRecord, names: tuple[str, ...]) -> None:
+    """A record has all of these numbers, or a status that says why it has none."""
+    status, given = record.status, [n for n in names if getattr(record, n) is not None]
+    if status is None and len(given) < len(names):
+        raise ValueError(f"{', '.join(n for n in names if n not in given)} missing, and no status says why")
+    if status is not None and given:
+        raise ValueError(f"status {status!r} and {', '.join(given)} exclude each other")
+
+
+class Environment(Stamped):
+    """The machine and the command of a run."""
+
+    kind: Literal["environment"]
+    platform: str = Field(description="operating system and architecture")
+    cores: Annotated[int, Field(ge=1)] = Field(description="cores the process may use")
+    command: str | None = Field(default=None, description="command line that made the records")
+
+
+class LayerNeed(_Model):
+    """Over-activation of one layer."""
+
+    layer: Count = Field(description="from 0")
+    neurons: Annotated[int, Field(ge=1)] = Field(description="neurons of its FFN")
+    needed_mean: Fraction = Field(description="fraction of neurons needed for CETT 0.2, mean over tokens")
+    needed_p95: Fraction = Field(description="the same, 95th percentile over tokens")
+    exact_zero_share: Fraction = Field(description="share of activations that are exactly zero")
+
+
+class PositionNeed(_Model):
+    """Over-activation at a range of positions."""
+
+    position_bucket: Count = Field(description="first position of the range")
+    needed_mean: Fraction = Field(description="fraction of neurons needed for CETT 0.2, mean over layers and tokens")
+
+
+class Profile(ModelRecord):
+    """Over-activation of the dense model."""
+
+    kind: Literal["profile"]
+    layers: list[LayerNeed] = Field(description="one a layer, see below")
+    token_curve: list[PositionNeed] = Field(default=[], description="one a range of positions, see below")
+
+
+class Quality(MethodRecord):
+    """Quality of one plan on held-out text."""
+
+    kind: Literal["quality"]
+    status: str | None = Field(
+        default=None, pattern=r"^n/a \(.+\)$", description="`n/a (floor 0.82)` instead of numbers"
+    )
+    tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="scored tokens")
+    ppl_dense: Perplexity | None = Field(default=None, description="perplexity a token of the dense model")
+    ppl: Perplexity | None = Field(default=None, description="perplexity a token with skipping")
+    bits_per_byte_dense: Natural | None = Field(default=None, description="bits a byte of text, dense")
+    bits_per_byte: Natural | None = Field(default=None, description="bits a byte of text, with skipping")
+    kl: Natural | None = Field(default=None, description="KL(dense || sparse), nats a token")
+    top1_agreement: Fraction | None = Field(
+        default=None, description="scored tokens with the same most likely next token"
+    )
+    ppl_unquantised: Perplexity | None = Field(
+        default=None, description="`ppl_dense` before the weights were quantised"
+    )
+    kl_quantising: Natural | None = Field(
+        default=None,
+        description="KL(dense before quantising || dense), nats a token: the loss of quantising; `kl` is that of skipping",
+    )
+    ppl_random: Perplexity | None = Field(default=None, description="matched random: same sites, same counts")
+    kl_random: Natural | None = Field(default=None, description="KL of the matched random")
+    ppl_oracle: Perplexity | None = Field(default=None, description="matched oracle: same sites, same counts")
+    kl_oracle: Natural | None = Field(default=None, description="KL of the matched oracle")
+    sparsity_by_layer: list[Fraction] = Field(default=[], description="realized sparsity of each layer")
+    floor: Natural | None = Field(default=None, description="least byte fraction the method can reach on this model")
+    compensation: bool | str = Field(
+        default=False, description="what gives back a part of what is skipped: a bias, a centre"
+    )
+    search: Search | None = Field(
+        default=None, description="how the target was found where a budget was asked for, see below"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        _refuse_random(self, "quality")
+        _check_numbers(self, ("tokens", "ppl_dense", "ppl", "kl", "top1_agreement", "realized_sparsity"))
+        return self
+
+
+class Speed(MethodRecord):
+    """Decoding speed of one plan beside the dense model, timed in one process."""
+
+    kind: Literal["speed"]
+    context: str = Field(min_length=1, description="`model itself`, or the name of a shape")
+    tok_s: Positive = Field(description="tokens a second with skipping")
+    tok_s_dense: Positive = Field(description="tokens a second of the dense baseline")
+    tok_s_kernels: Positive | None = Field(
+        default=None, description="tokens a second of dense on MOYU's kernels, same run"
+    )
+    speedup: Positive = Field(description="tok_s / tok_s_dense")
+    speedup_limit: Positive = Field(description="by bytes: 1 / byte_fraction")
+    gb_s: Positive = Field(description="weight bytes read a second, 10^9")
+    gb_s_dense: Positive | None = Field(default=None, description="the same for dense")
+    read_ceiling_gb_s: Positive = Field(description="best measured streaming read")
+    ceiling_share: Positive = Field(description="gb_s / read_ceiling_gb_s; above 1 the weights came from a cache")
+    step_bytes: Positive | None = Field(default=None, description="bytes of weights that a token reads")
+    peak_bytes: Count | None = Field(default=None, description="peak memory of the process")
+    prompt_tokens: Count | None = Field(default=None, description="tokens of the prompt")
+    first_token_s: Positive | None = Field(default=None, description="seconds to the first new token after it")
+    first_token_s_dense: Positive | None = Field(default=None, description="the same for dense")
+    p20: Positive = Field(description="seconds a token, 20th percentile")
+    p50: Positive = Field(description="the median")
+    p80: Positive = Field(description="80th percentile")
+    backend: str = Field(min_length=1, description="back end of the kernels, instruction set, threads")
+    batch: Annotated[int, Field(ge=1)] = Field(default=1, description="sequences decoded at once")
+    layers: Annotated[int, Field(ge=1)] | None = Field(default=None, description="layers of the timed model")
+    dense_baseline: str = Field(min_length=1, description="what dense is")
+
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        if self.simulated:
+            raise ValueError("a masked run reads every byte: simulated must be false in a speed record")
+        if abs(self.speedup * self.tok_s_dense / self.tok_s - 1) > 0.01:
+            raise ValueError(
+                f"speedup {self.speedup:.3g} is not tok_s / tok_s_dense = {self.tok_s / self.tok_s_dense:.3g}"
+            )
+        if not self.p20 <= self.p50 <= self.p80:
+            raise ValueError(f"p20 {self.p20:.3g}, p50 {self.p50:.3g} and p80 {self.p80:.3g} are not in order")
+        return self
+
+
+class Correction(_Model):
+    """The dense model's part in a text that a plan drafted."""
+
+    rule: Literal["lossless", "sirius"] = Field(description="which drafts stay")
+    drafts: Count = Field(description="tokens that are drafted before dense looks at them")
+    temperature: float = Field(ge=0, description="0 is greedy")
+    acceptance: Fraction = Field(description="accepted of the drafts that were looked at")
+    tokens_per_pass: float = Field(ge=0, description="new tokens a dense pass")
+    margin: float | None = Field(
+        default=None, description="at the first token that differs from dense: its two largest logits apart"
+    )
+
+
+class Generation(MethodRecord):
+    """Greedy text, dense and sparse, after one prompt."""
+
+    kind: Literal["generation"]
+    prompt: str = Field(description="text before the new tokens")
+    dense_text: str = Field(description="new text of the dense model")
+    sparse_text: str = Field(description="new text with skipping")
+    dense_tokens: list[str] = Field(description="one string a token")
+    sparse_tokens: list[str] = Field(description="one string a token")
+    first_difference: Count | None = Field(default=None, description="index of the first token that differs")
+    new_tokens: Count = Field(description="length of the sparse text")
+    first_token_s_dense: Positive | None = Field(default=None, description="seconds to the first new token, dense")
+    first_token_s: Positive | None = Field(default=None, description="the same with the plan applied")
+    tok_s_dense: Positive | None = Field(default=None, description="tokens a second after the first, dense")
+    tok_s: Positive | None = Field(default=None, description="the same with the plan applied; one run, not a benchmark")
+    correction: Correction | None = Field(
+        default=None, description="where dense corrected what the plan drafted, see below"
+    )
+
+    @model_validator(mode="after")
+    def _trained(self) -> Self:
+        _refuse_random(self, "text")
+        return self
+
+
+class Kernel(Stamped):
+    """Read rate of one kernel."""
+
+    kind: Literal["kernel"]
+    op: str = Field(min_length=1, description="name of the operator")
+    shape: list[int] = Field(description="of its weights")
+    kept: Fraction = Field(description="fraction of units read")
+    gb_s: Positive = Field(description="weight bytes read a second, 10^9")
+    read_ceiling_gb_s: Positive = Field(description="best measured streaming read")
+    share: Positive = Field(description="gb_s / read_ceiling_gb_s")
+    backend: str | None = Field(default=None, description="back end, instruction set, threads")
+
+
+class Condition(_Model):
+    """One condition of a claim."""
+
+    name: str = Field(min_length=1, description="of the condition")
+    meaning: str = Field(description="of the number")
+    rule: str = Field(description="stated before the study ran")
+    verdict: Literal["HOLDS", "FAILS", "INCONCLUSIVE"] = Field(description="by the rule")
+    value: float | None = Field(default=None, description="estimate")
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(default=None, description="95 %")
+    units: Count | None = Field(default=None, description="independent units, usually documents")
+    power: Fraction | None = Field(default=None, description="to see the smallest effect of interest")
+
+
+class Control(_Model):
+    """What had to be true of the instrument."""
+
+    name: str = Field(min_length=1, description="of the control")
+    meaning: str = Field(description="of the number")
+    rule: str = Field(description="limit, stated before the study ran")
+    value: float | None = Field(default=None, description="as measured")
+    passed: bool = Field(description="where false, the study is inconclusive")
+
+
+class Study(Stamped):
+    """Verdict on one claim."""
+
+    kind: Literal["study"]
+    name: str = Field(min_length=1, description="of the claim")
+    verdict: Literal["HOLDS", "FAILS", "INCONCLUSIVE"] = Field(description="of the study")
+    effect: float | None = Field(default=None, description="size of the effect, in the study's unit")
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        default=None, description="of the effect, 95 %"
+    )
+    model: str | None = Field(default=None, description="model that was studied")
+    claim: str = Field(default="", description="in one sentence")
+    prediction: str = Field(default="", description="what must be seen if it is true")
+    refutation: str = Field(default="", description="what would refute it")
+    quick: bool = Field(default=False, description="a smoke test, too small for its verdict to count")
+    conditions: list[Condition] = Field(default=[], description="the first gives effect and interval, see below")
+    controls: list[Control] = Field(default=[], description="see below")
+    nulls: dict[str, float] = Field(default={}, description="what chance, popularity or an untrained model reach")
+    details: dict[str, Any] = Field(default={}, description="secondary numbers and the series of figures")
+    seconds: Natural | None = Field(default=None, description="that it took, parts kept from before not counted")
+
+
+class Cell(MethodRecord):
+    """One cell of the scoreboard: a method on a model, at a byte fraction or at a sparsity."""
+
+    kind: Literal["cell"]
+    status: str | None = Field(
+        default=None, pattern=r"^n/a \(.+\)$", description="`n/a (floor 0.82)` instead of numbers"
+    )
+    quick: bool = Field(default=False, description="a smoke test, too small to be read")
+    weight_bits: Positive = Field(description="bits a weight of a block takes, its share of a scale included")
+    byte_fraction_16: Positive | None = Field(
+        default=None,
+        description="bytes a step reads over those of the dense model in 16 bits; `byte_fraction`: in these bits",
+    )
+    floor: Natural | None = Field(default=None, description="least byte fraction the method can reach, in these bits")
+    knobs: dict[str, Any] = Field(default={}, description="settings of the method, chosen on the validation part")
+    site_knobs: dict[str, int] = Field(default={}, description="how many sites have which settings of their own")
+    documents: Count | None = Field(default=None, description="documents of held-out text, a window each")
+    tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="scored tokens")
+    ppl_dense: Perplexity | None = Field(default=None, description="perplexity a token of the dense model in 16 bits")
+    ppl: Perplexity | None = Field(default=None, description="perplexity a token")
+    kl: Natural | None = Field(default=None, description="KL(dense in 16 bits || this), nats a token")
+    kl_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        default=None, description="95 %, over documents"
+    )
+    top1_agreement: Fraction | None = Field(
+        default=None, description="scored tokens with the same most likely next token"
+    )
+    ppl_unquantised: Perplexity | None = Field(
+        default=None, description="`ppl_dense` before the weights were quantised"
+    )
+    kl_quantising: Natural | None = Field(
+        default=None,
+        description="KL(dense before quantising || dense), nats a token: the loss of quantising; `kl` is that of skipping",
+    )
+    kl_random: Natural | None = Field(default=None, description="KL of the matched random")
+    kl_oracle: Natural | None = Field(default=None, description="KL of the matched oracle")
+    by_document: dict[str, list[float]] = Field(
+        default={}, description="means of each document, for paired intervals: kl, nll, and those of random and oracle"
+    )
+    fit_s: Natural | None = Field(default=None, description="seconds that calibrating and training took")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        _check_numbers(self, ("documents", "tokens", "ppl_dense", "ppl", "kl", "byte_fraction", "byte_fraction_16"))
+        return self
+
+
+CoverageStatus = Literal["taken", "partly", "dense", "no network", "does not build", "fails"]
+
+
+class Coverage(Stamped):
+    """Whether an architecture is taken."""
+
+    kind: Literal["coverage"]
+    architecture: str = Field(min_length=1, description="model type in transformers")
+    taken: bool = Field(description="whether MOYU takes it")
+    reason: str = Field(default="", description="why not, or what was checked")
+    status: CoverageStatus | None = Field(
+        default=None, description="`no network`: none in it; `partly`: some of its networks"
+    )
+    class_name: str | None = Field(default=None, description="class that was built")
+    networks: str | None = Field(
+        default=None, description="kinds of feed-forward networks that were proved, with their numbers"
+    )
+    attention: str | None = Field(
+        default=None, description="kinds of attention that were proved, with their numbers and heads"
+    )
+    checks: list[str] = Field(default=[], description="kernel shapes that were checked, and generation")
+    left: list[str] = Field(default=[], description="parameters of feed-forward networks, by their names, left dense")
+    gaps: list[str] = Field(default=[], description="layers left dense and why")
+    seconds: Natural | None = Field(default=None, description="that it took")
+
+
+class Task(MethodRecord):
+    """A metric of a task of lm-evaluation-harness under one plan, dense beside it on the same documents."""
+
+    kind: Literal["task"]
+    asked: str = Field(min_length=1, description="task, group or tag that was asked for; what is skipped is its mean")
+    task: str = Field(min_length=1, description="task, or group, that the metric is of")
+    metric: str = Field(min_length=1, description="name, and the filter of answers where there is one")
+    higher_is_better: bool | None = Field(default=None, description="as the task says")
+    samples: Annotated[int, Field(ge=1)] = Field(description="documents")
+    shots: Count | None = Field(default=None, description="examples before each")
+    sparse_positions: Annotated[int, Field(ge=1)] = Field(
+        description="positions of all tasks asked for at which units were skipped; a dense run has none"
+    )
+    value: float = Field(description="of the metric, under the plan")
+    stderr: Natural | None = Field(default=None, description="its standard error over documents")
+    value_dense: float = Field(description="of the metric, dense")
+    stderr_dense: Natural | None = Field(default=None, description="its standard error over documents")
+    difference_stderr: Natural | None = Field(
+        default=None, description="standard error of value - value_dense, by pairs of the same document"
+    )
+    harness: str = Field(min_length=1, description="lm-eval and its version")
+
+    @model_validator(mode="after")
+    def _trained(self) -> Self:
+        _refuse_random(self, "task")
+        return self
+
+
+KINDS = (Environment, Profile, Quality, Speed, Generation, Kernel, Study, Cell, Task, Coverage)
+Record = Environment | Profile | Quality | Speed | Generation | Kernel | Study | Cell | Task | Coverage
+
+
+def kind_of(model: type[BaseModel]) -> str:
+    """The name of a kind of records, as it stands in their field `kind`."""
+    return get_args(model.model_fields["kind"].annotation)[0]
