@@ -25,7 +25,7 @@ from moyu.records.schema import (
 
 
 def schema_markdown() -> str:
-    """The fields of every kind, as the tables of docs/records.md."""
+    """The fields of every kind of record, as the tables of docs/records.md."""
     shared = [
         ("Every record", Stamped),
         ("A record about a model", ModelRecord),
@@ -46,7 +46,7 @@ def schema_markdown() -> str:
 
 
 def _section(title: str, model: type[BaseModel]) -> str:
-    """A heading, what the fields come on top of, and a row for each field of the model itself."""
+    """A heading, the fields that it extends, and one row per field of its own."""
     schema = model.model_json_schema()
     base = {ModelRecord: "a record about a model", MethodRecord: "a record about a method", Stamped: "every record"}
     above = next((f" The fields of {base[b]}, and:" for b in model.__mro__[1:] if b in base), "")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-ROUNDING = 1e-6  # float32 means leave [0, 1] by less than this
+ROUNDING = 1e-6  # a float32 mean can fall outside [0, 1] by at most this
 
 
 def _settle(value: Any) -> Any:
@@ -35,9 +35,9 @@ class Protocol(_Model):
 
 
 class Stamped(_Model):
-    """What every record carries."""
+    """Fields of every record."""
 
-    commit: str | None = Field(default=None, description="git hash of the checkout the package ran from")
+    commit: str | None = Field(default=None, description="git hash of the checkout that the package ran from")
     dirty: bool | None = Field(default=None, description="whether the package's files differed from that commit")
     versions: dict[str, str] = Field(description="moyu, torch, transformers, python")
     device: str = Field(min_length=1, description="processor or accelerator")
@@ -45,7 +45,7 @@ class Stamped(_Model):
     dtype: str | None = Field(default=None, description="type of the weights")
     seed: int | None = Field(default=None, description="seed of everything random")
     date: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)$", description="ISO 8601, UTC")
-    notes: list[str] = Field(default=[], description="what a reader of the numbers must know")
+    notes: list[str] = Field(default=[], description="caveats for the reader of the numbers")
 
 
 class ModelRecord(Stamped):
@@ -55,7 +55,7 @@ class ModelRecord(Stamped):
     weights: Literal["trained", "random"] = Field(description="random weights have a speed and no quality")
     weight_format: str | None = Field(
         default=None,
-        description="how linears are kept: `q8_0`, `q4_0`, or null: as numbers of `dtype`, which is what they compute in",
+        description="how linears are stored: `q8_0`, `q4_0`, or null for numbers of type `dtype`; they compute in `dtype`",
     )
     protocol: Protocol | None = Field(default=None, description="how quality was scored, see below")
     corpus: dict[str, Any] | None = Field(default=None, description="fingerprint of the text")
@@ -64,16 +64,16 @@ class ModelRecord(Stamped):
 class KvBytes(_Model):
     """Keys and values at one length of context."""
 
-    context: Count = Field(description="tokens in the cache; may exceed what the model was made for")
-    bytes: Count = Field(description="bytes of keys and values that a decode step then reads, batch 1")
+    context: Count = Field(description="tokens in the cache; may exceed the model's own limit")
+    bytes: Count = Field(description="bytes of keys and values that a decode step reads then, batch 1")
 
 
 class Search(_Model):
-    """How a budget became a sparsity target: the most that kept it on the validation part."""
+    """How a budget became a sparsity target: the largest sparsity within the budget on the validation text."""
 
-    max_ppl_increase: Positive = Field(description="rise of perplexity allowed, 0.01 is 1 %")
-    ppl_increase: float = Field(description="rise reached, on the text that decided")
-    corpus: dict[str, Any] = Field(description="fingerprint of the text that decided, another one than is reported on")
+    max_ppl_increase: Positive = Field(description="allowed rise of perplexity; 0.01 is 1 %")
+    ppl_increase: float = Field(description="rise of perplexity on the text that decided")
+    corpus: dict[str, Any] = Field(description="fingerprint of the text that decided, which is not the one reported on")
 
 
 class MethodRecord(ModelRecord):
@@ -81,17 +81,20 @@ class MethodRecord(ModelRecord):
 
     method: str = Field(min_length=1, description="name in the registry; `dense` where nothing is skipped")
     family: str | None = Field(default=None, description="family of the method")
-    granularity: str | None = Field(default=None, description="what one mask serves: token, sequence, static")
+    granularity: str | None = Field(
+        default=None, description="what shares one mask: `token`, `sequence`, or `static` (all text)"
+    )
     plan: str | None = Field(default=None, description="hash of the plan")
-    simulated: bool = Field(description="true: units were masked; false: their bytes were not read")
+    simulated: bool = Field(description="true: units were masked; false: units were skipped, and their bytes not read")
     target_sparsity: Fraction | None = Field(default=None, description="fraction of units to skip, as asked")
     target_byte_fraction: Fraction | None = Field(default=None, description="byte fraction, as asked")
     realized_sparsity: Fraction | None = Field(default=None, description="fraction of units skipped, as measured")
     byte_fraction: Positive | None = Field(
-        default=None, description="bytes a step reads over the dense model's; above 1: more added than skipped"
+        default=None,
+        description="bytes that a step reads over the dense model's; above 1 if a plan adds more bytes than it skips",
     )
     ideal_byte_fraction: Positive | None = Field(
-        default=None, description="the same for a method without a skipping kernel"
+        default=None, description="the byte fraction that a method without a skipping kernel would have with one"
     )
     kv_policy: str | None = Field(
         default=None, min_length=1, description="`full`: every key and value is kept and read"
@@ -152,8 +155,8 @@ class Profile(ModelRecord):
     """Over-activation of the dense model."""
 
     kind: Literal["profile"]
-    layers: list[LayerNeed] = Field(description="one a layer, see below")
-    token_curve: list[PositionNeed] = Field(default=[], description="one a range of positions, see below")
+    layers: list[LayerNeed] = Field(description="one per layer, see below")
+    token_curve: list[PositionNeed] = Field(default=[], description="one per range of positions, see below")
 
 
 class Quality(MethodRecord):
@@ -164,11 +167,11 @@ class Quality(MethodRecord):
         default=None, pattern=r"^n/a \(.+\)$", description="`n/a (floor 0.82)` instead of numbers"
     )
     tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="scored tokens")
-    ppl_dense: Perplexity | None = Field(default=None, description="perplexity a token of the dense model")
-    ppl: Perplexity | None = Field(default=None, description="perplexity a token with skipping")
-    bits_per_byte_dense: Natural | None = Field(default=None, description="bits a byte of text, dense")
-    bits_per_byte: Natural | None = Field(default=None, description="bits a byte of text, with skipping")
-    kl: Natural | None = Field(default=None, description="KL(dense || sparse), nats a token")
+    ppl_dense: Perplexity | None = Field(default=None, description="perplexity per token of the dense model")
+    ppl: Perplexity | None = Field(default=None, description="perplexity per token with skipping")
+    bits_per_byte_dense: Natural | None = Field(default=None, description="bits per byte of text, dense")
+    bits_per_byte: Natural | None = Field(default=None, description="bits per byte of text, with skipping")
+    kl: Natural | None = Field(default=None, description="KL(dense || sparse), nats per token")
     top1_agreement: Fraction | None = Field(
         default=None, description="scored tokens with the same most likely next token"
     )
@@ -177,7 +180,7 @@ class Quality(MethodRecord):
     )
     kl_quantising: Natural | None = Field(
         default=None,
-        description="KL(dense before quantising || dense), nats a token: the loss of quantising; `kl` is that of skipping",
+        description="KL(dense before quantising || dense), nats per token: the loss from quantising; `kl` is the loss from skipping",
     )
     ppl_random: Perplexity | None = Field(default=None, description="matched random: same sites, same counts")
     kl_random: Natural | None = Field(default=None, description="KL of the matched random")
@@ -186,11 +189,9 @@ class Quality(MethodRecord):
     sparsity_by_layer: list[Fraction] = Field(default=[], description="realized sparsity of each layer")
     floor: Natural | None = Field(default=None, description="least byte fraction the method can reach on this model")
     compensation: bool | str = Field(
-        default=False, description="what gives back a part of what is skipped: a bias, a centre"
+        default=False, description="compensation for skipped units: a bias, a centre; false without"
     )
-    search: Search | None = Field(
-        default=None, description="how the target was found where a budget was asked for, see below"
-    )
+    search: Search | None = Field(default=None, description="how the target was found for a budget, see below")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -204,29 +205,29 @@ class Speed(MethodRecord):
 
     kind: Literal["speed"]
     context: str = Field(min_length=1, description="`model itself`, or the name of a shape")
-    tok_s: Positive = Field(description="tokens a second with skipping")
-    tok_s_dense: Positive = Field(description="tokens a second of the dense baseline")
+    tok_s: Positive = Field(description="tokens per second with skipping")
+    tok_s_dense: Positive = Field(description="tokens per second of the dense baseline")
     tok_s_kernels: Positive | None = Field(
-        default=None, description="tokens a second of dense on MOYU's kernels, same run"
+        default=None, description="tokens per second of the dense model on MOYU's kernels, in the same run"
     )
     speedup: Positive = Field(description="tok_s / tok_s_dense")
-    speedup_limit: Positive = Field(description="by bytes: 1 / byte_fraction")
-    gb_s: Positive = Field(description="weight bytes read a second, 10^9")
+    speedup_limit: Positive = Field(description="the speed-up that the bytes allow: 1 / byte_fraction")
+    gb_s: Positive = Field(description="gigabytes of weights read per second")
     gb_s_dense: Positive | None = Field(default=None, description="the same for dense")
-    read_ceiling_gb_s: Positive = Field(description="best measured streaming read")
-    ceiling_share: Positive = Field(description="gb_s / read_ceiling_gb_s; above 1 the weights came from a cache")
-    step_bytes: Positive | None = Field(default=None, description="bytes of weights that a token reads")
+    read_ceiling_gb_s: Positive = Field(description="best measured rate of streaming reads, gigabytes per second")
+    ceiling_share: Positive = Field(description="gb_s / read_ceiling_gb_s; above 1 if weights came from a CPU cache")
+    step_bytes: Positive | None = Field(default=None, description="bytes of weights read per token")
     peak_bytes: Count | None = Field(default=None, description="peak memory of the process")
     prompt_tokens: Count | None = Field(default=None, description="tokens of the prompt")
-    first_token_s: Positive | None = Field(default=None, description="seconds to the first new token after it")
+    first_token_s: Positive | None = Field(default=None, description="seconds from the prompt to the first new token")
     first_token_s_dense: Positive | None = Field(default=None, description="the same for dense")
-    p20: Positive = Field(description="seconds a token, 20th percentile")
+    p20: Positive = Field(description="seconds per token, 20th percentile")
     p50: Positive = Field(description="the median")
     p80: Positive = Field(description="80th percentile")
     backend: str = Field(min_length=1, description="back end of the kernels, instruction set, threads")
     batch: Annotated[int, Field(ge=1)] = Field(default=1, description="sequences decoded at once")
     layers: Annotated[int, Field(ge=1)] | None = Field(default=None, description="layers of the timed model")
-    dense_baseline: str = Field(min_length=1, description="what dense is")
+    dense_baseline: str = Field(min_length=1, description="the dense baseline")
 
     @model_validator(mode="after")
     def _measured(self) -> Self:
@@ -242,23 +243,23 @@ class Speed(MethodRecord):
 
 
 class Correction(_Model):
-    """The dense model's part in a text that a plan drafted."""
+    """How the dense model corrected a text that a plan drafted."""
 
-    rule: Literal["lossless", "sirius"] = Field(description="which drafts stay")
-    drafts: Count = Field(description="tokens that are drafted before dense looks at them")
-    temperature: float = Field(ge=0, description="0 is greedy")
-    acceptance: Fraction = Field(description="accepted of the drafts that were looked at")
-    tokens_per_pass: float = Field(ge=0, description="new tokens a dense pass")
+    rule: Literal["lossless", "sirius"] = Field(description="the rule by which drafts are accepted")
+    drafts: Count = Field(description="drafted tokens per check by the dense model")
+    temperature: float = Field(ge=0, description="temperature of sampling; 0 is greedy")
+    acceptance: Fraction = Field(description="accepted fraction of the checked drafts")
+    tokens_per_pass: float = Field(ge=0, description="new tokens per dense pass")
     margin: float | None = Field(
-        default=None, description="at the first token that differs from dense: its two largest logits apart"
+        default=None, description="gap between the two largest dense logits at the first token that differs"
     )
 
 
 class Generation(MethodRecord):
-    """Greedy text, dense and sparse, after one prompt."""
+    """Greedy text after one prompt, dense and sparse."""
 
     kind: Literal["generation"]
-    prompt: str = Field(description="text before the new tokens")
+    prompt: str = Field(description="text of the prompt")
     dense_text: str = Field(description="new text of the dense model")
     sparse_text: str = Field(description="new text with skipping")
     dense_tokens: list[str] = Field(description="one string a token")
@@ -267,10 +268,10 @@ class Generation(MethodRecord):
     new_tokens: Count = Field(description="length of the sparse text")
     first_token_s_dense: Positive | None = Field(default=None, description="seconds to the first new token, dense")
     first_token_s: Positive | None = Field(default=None, description="the same with the plan applied")
-    tok_s_dense: Positive | None = Field(default=None, description="tokens a second after the first, dense")
+    tok_s_dense: Positive | None = Field(default=None, description="tokens per second after the first, dense")
     tok_s: Positive | None = Field(default=None, description="the same with the plan applied; one run, not a benchmark")
     correction: Correction | None = Field(
-        default=None, description="where dense corrected what the plan drafted, see below"
+        default=None, description="how the dense model corrected the plan's drafts, see below"
     )
 
     @model_validator(mode="after")
@@ -284,10 +285,10 @@ class Kernel(Stamped):
 
     kind: Literal["kernel"]
     op: str = Field(min_length=1, description="name of the operator")
-    shape: list[int] = Field(description="of its weights")
+    shape: list[int] = Field(description="shape of its weights")
     kept: Fraction = Field(description="fraction of units read")
-    gb_s: Positive = Field(description="weight bytes read a second, 10^9")
-    read_ceiling_gb_s: Positive = Field(description="best measured streaming read")
+    gb_s: Positive = Field(description="gigabytes of weights read per second")
+    read_ceiling_gb_s: Positive = Field(description="best measured rate of streaming reads, gigabytes per second")
     share: Positive = Field(description="gb_s / read_ceiling_gb_s")
     backend: str | None = Field(default=None, description="back end, instruction set, threads")
 
@@ -295,46 +296,48 @@ class Kernel(Stamped):
 class Condition(_Model):
     """One condition of a claim."""
 
-    name: str = Field(min_length=1, description="of the condition")
-    meaning: str = Field(description="of the number")
-    rule: str = Field(description="stated before the study ran")
-    verdict: Literal["HOLDS", "FAILS", "INCONCLUSIVE"] = Field(description="by the rule")
-    value: float | None = Field(default=None, description="estimate")
-    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(default=None, description="95 %")
+    name: str = Field(min_length=1, description="name of the condition")
+    meaning: str = Field(description="meaning of the number")
+    rule: str = Field(description="the rule, stated before the study ran")
+    verdict: Literal["HOLDS", "FAILS", "INCONCLUSIVE"] = Field(description="verdict by the rule")
+    value: float | None = Field(default=None, description="the estimate")
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        default=None, description="its 95 % interval"
+    )
     units: Count | None = Field(default=None, description="independent units, usually documents")
-    power: Fraction | None = Field(default=None, description="to see the smallest effect of interest")
+    power: Fraction | None = Field(default=None, description="power to see the smallest effect of interest")
 
 
 class Control(_Model):
-    """What had to be true of the instrument."""
+    """A check of the instrument itself."""
 
-    name: str = Field(min_length=1, description="of the control")
-    meaning: str = Field(description="of the number")
-    rule: str = Field(description="limit, stated before the study ran")
-    value: float | None = Field(default=None, description="as measured")
-    passed: bool = Field(description="where false, the study is inconclusive")
+    name: str = Field(min_length=1, description="name of the control")
+    meaning: str = Field(description="meaning of the number")
+    rule: str = Field(description="the limit, stated before the study ran")
+    value: float | None = Field(default=None, description="the measured number")
+    passed: bool = Field(description="if false, the study is inconclusive")
 
 
 class Study(Stamped):
-    """Verdict on one claim."""
+    """The verdict on one claim."""
 
     kind: Literal["study"]
-    name: str = Field(min_length=1, description="of the claim")
-    verdict: Literal["HOLDS", "FAILS", "INCONCLUSIVE"] = Field(description="of the study")
+    name: str = Field(min_length=1, description="name of the claim")
+    verdict: Literal["HOLDS", "FAILS", "INCONCLUSIVE"] = Field(description="verdict of the study")
     effect: float | None = Field(default=None, description="size of the effect, in the study's unit")
     interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        default=None, description="of the effect, 95 %"
+        default=None, description="95 % interval of the effect"
     )
     model: str | None = Field(default=None, description="model that was studied")
-    claim: str = Field(default="", description="in one sentence")
-    prediction: str = Field(default="", description="what must be seen if it is true")
-    refutation: str = Field(default="", description="what would refute it")
+    claim: str = Field(default="", description="the claim in one sentence")
+    prediction: str = Field(default="", description="the observation to expect if the claim is true")
+    refutation: str = Field(default="", description="the observation that would refute it")
     quick: bool = Field(default=False, description="a smoke test, too small for its verdict to count")
     conditions: list[Condition] = Field(default=[], description="the first gives effect and interval, see below")
     controls: list[Control] = Field(default=[], description="see below")
-    nulls: dict[str, float] = Field(default={}, description="what chance, popularity or an untrained model reach")
+    nulls: dict[str, float] = Field(default={}, description="values of chance, popularity or an untrained model")
     details: dict[str, Any] = Field(default={}, description="secondary numbers and the series of figures")
-    seconds: Natural | None = Field(default=None, description="that it took, parts kept from before not counted")
+    seconds: Natural | None = Field(default=None, description="duration, without parts reused from earlier runs")
 
 
 class Cell(MethodRecord):
@@ -344,22 +347,24 @@ class Cell(MethodRecord):
     status: str | None = Field(
         default=None, pattern=r"^n/a \(.+\)$", description="`n/a (floor 0.82)` instead of numbers"
     )
-    quick: bool = Field(default=False, description="a smoke test, too small to be read")
-    weight_bits: Positive = Field(description="bits a weight of a block takes, its share of a scale included")
+    quick: bool = Field(default=False, description="a smoke test, too small for its numbers to count")
+    weight_bits: Positive = Field(description="bits per weight of a block, with its share of a scale")
     byte_fraction_16: Positive | None = Field(
         default=None,
-        description="bytes a step reads over those of the dense model in 16 bits; `byte_fraction`: in these bits",
+        description="bytes that a step reads over the dense model's in 16 bits; `byte_fraction` is over the dense model's in `weight_bits`",
     )
-    floor: Natural | None = Field(default=None, description="least byte fraction the method can reach, in these bits")
+    floor: Natural | None = Field(
+        default=None, description="least byte fraction that the method can reach, in `weight_bits`"
+    )
     knobs: dict[str, Any] = Field(default={}, description="settings of the method, chosen on the validation part")
-    site_knobs: dict[str, int] = Field(default={}, description="how many sites have which settings of their own")
-    documents: Count | None = Field(default=None, description="documents of held-out text, a window each")
+    site_knobs: dict[str, int] = Field(default={}, description="number of sites by the settings of their own")
+    documents: Count | None = Field(default=None, description="documents of held-out text, one window of each")
     tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="scored tokens")
-    ppl_dense: Perplexity | None = Field(default=None, description="perplexity a token of the dense model in 16 bits")
-    ppl: Perplexity | None = Field(default=None, description="perplexity a token")
-    kl: Natural | None = Field(default=None, description="KL(dense in 16 bits || this), nats a token")
+    ppl_dense: Perplexity | None = Field(default=None, description="perplexity per token of the dense model in 16 bits")
+    ppl: Perplexity | None = Field(default=None, description="perplexity per token")
+    kl: Natural | None = Field(default=None, description="KL(dense in 16 bits || this), nats per token")
     kl_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        default=None, description="95 %, over documents"
+        default=None, description="95 % interval over documents"
     )
     top1_agreement: Fraction | None = Field(
         default=None, description="scored tokens with the same most likely next token"
@@ -369,14 +374,14 @@ class Cell(MethodRecord):
     )
     kl_quantising: Natural | None = Field(
         default=None,
-        description="KL(dense before quantising || dense), nats a token: the loss of quantising; `kl` is that of skipping",
+        description="KL(dense before quantising || dense), nats per token: the loss from quantising; `kl` is the loss from skipping",
     )
     kl_random: Natural | None = Field(default=None, description="KL of the matched random")
     kl_oracle: Natural | None = Field(default=None, description="KL of the matched oracle")
     by_document: dict[str, list[float]] = Field(
-        default={}, description="means of each document, for paired intervals: kl, nll, and those of random and oracle"
+        default={}, description="means per document, for paired intervals: kl and nll, also of random and oracle"
     )
-    fit_s: Natural | None = Field(default=None, description="seconds that calibrating and training took")
+    fit_s: Natural | None = Field(default=None, description="seconds of calibration and training")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -388,47 +393,43 @@ CoverageStatus = Literal["taken", "partly", "dense", "no network", "does not bui
 
 
 class Coverage(Stamped):
-    """Whether an architecture is taken."""
+    """Whether MOYU supports an architecture."""
 
     kind: Literal["coverage"]
     architecture: str = Field(min_length=1, description="model type in transformers")
-    taken: bool = Field(description="whether MOYU takes it")
-    reason: str = Field(default="", description="why not, or what was checked")
+    taken: bool = Field(description="whether MOYU supports it")
+    reason: str = Field(default="", description="the reason why not, or what was proved")
     status: CoverageStatus | None = Field(
-        default=None, description="`no network`: none in it; `partly`: some of its networks"
+        default=None, description="`no network`: it has none; `partly`: some of its networks are supported"
     )
-    class_name: str | None = Field(default=None, description="class that was built")
-    networks: str | None = Field(
-        default=None, description="kinds of feed-forward networks that were proved, with their numbers"
-    )
-    attention: str | None = Field(
-        default=None, description="kinds of attention that were proved, with their numbers and heads"
-    )
+    class_name: str | None = Field(default=None, description="class of the model that was checked")
+    networks: str | None = Field(default=None, description="kinds of proved feed-forward networks, with their counts")
+    attention: str | None = Field(default=None, description="kinds of proved attention, with their counts and heads")
     checks: list[str] = Field(default=[], description="kernel shapes that were checked, and generation")
-    left: list[str] = Field(default=[], description="parameters of feed-forward networks, by their names, left dense")
-    gaps: list[str] = Field(default=[], description="layers left dense and why")
-    seconds: Natural | None = Field(default=None, description="that it took")
+    left: list[str] = Field(default=[], description="names of parameters of feed-forward networks that stay dense")
+    gaps: list[str] = Field(default=[], description="layers that stay dense, with the reason")
+    seconds: Natural | None = Field(default=None, description="duration of the check")
 
 
 class Task(MethodRecord):
-    """A metric of a task of lm-evaluation-harness under one plan, dense beside it on the same documents."""
+    """A metric of a task of lm-evaluation-harness under one plan, and dense on the same documents."""
 
     kind: Literal["task"]
-    asked: str = Field(min_length=1, description="task, group or tag that was asked for; what is skipped is its mean")
-    task: str = Field(min_length=1, description="task, or group, that the metric is of")
-    metric: str = Field(min_length=1, description="name, and the filter of answers where there is one")
-    higher_is_better: bool | None = Field(default=None, description="as the task says")
+    asked: str = Field(min_length=1, description="task, group or tag that was asked for; sparsity is a mean over it")
+    task: str = Field(min_length=1, description="task or group that the metric belongs to")
+    metric: str = Field(min_length=1, description="name of the metric, with the filter of answers if there is one")
+    higher_is_better: bool | None = Field(default=None, description="whether a larger value is better, by the task")
     samples: Annotated[int, Field(ge=1)] = Field(description="documents")
-    shots: Count | None = Field(default=None, description="examples before each")
+    shots: Count | None = Field(default=None, description="examples before each document")
     sparse_positions: Annotated[int, Field(ge=1)] = Field(
-        description="positions of all tasks asked for at which units were skipped; a dense run has none"
+        description="positions at which units were skipped, over all tasks asked for (a dense run has none)"
     )
-    value: float = Field(description="of the metric, under the plan")
+    value: float = Field(description="value of the metric under the plan")
     stderr: Natural | None = Field(default=None, description="its standard error over documents")
-    value_dense: float = Field(description="of the metric, dense")
+    value_dense: float = Field(description="value of the metric, dense")
     stderr_dense: Natural | None = Field(default=None, description="its standard error over documents")
     difference_stderr: Natural | None = Field(
-        default=None, description="standard error of value - value_dense, by pairs of the same document"
+        default=None, description="standard error of value - value_dense, paired by document"
     )
     harness: str = Field(min_length=1, description="lm-eval and its version")
 

@@ -23,7 +23,7 @@ FILE = "records.jsonl"  # beside a plan: what was measured of it
 
 
 def stamp(**fields: Any) -> Record:
-    """A record of these fields and what every record carries; ValueError names the field that is wrong."""
+    """A record of these fields and the fields of every record. Raises ValueError, which names the wrong field."""
     import torch  # seconds; reading and reporting records does without
 
     base = {
@@ -42,7 +42,7 @@ def _adapter() -> TypeAdapter[Any]:
 
 
 def validate(fields: Any) -> Record:
-    """A record from plain values; ValueError like ``quality.kl must be >= 0, not -1.0``."""
+    """A record from plain values. Raises ValueError like ``quality.kl must be >= 0, not -1.0``."""
     try:
         return _adapter().validate_python(fields)
     except ValidationError as error:
@@ -74,24 +74,24 @@ def _problem(error: Any) -> str:
 
 def _line(record: Record) -> bytes:
     plain = record.model_dump(mode="python")
-    validate(plain)  # a record made around the checks does not reach a file
+    validate(plain)  # a record that was built without checks must not reach a file
     return json.dumps({"kind": plain.pop("kind"), **plain}, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
-    """Write all records, or leave the old file as it was: ValueError for a wrong record, OSError from the disk."""
+    """Write all records, or leave the old file as it was. Raises ValueError for a wrong record, OSError from the disk."""
     atomic_write_bytes(path, b"".join(_line(r) for r in records))
 
 
 def append(path: Path, record: Record) -> None:
-    """Add one whole line, synced to disk. UserError where the last line is truncated; an OSError leaves no part."""
+    """Append one line and sync it to disk. Raises UserError if the last line is truncated; an OSError leaves no partial line."""
     line = _line(record)
     with open(path, "ab+", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         if before:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                read(path)  # raises where the last line is not whole
+                read(path)  # raises UserError if the last line is truncated
                 line = b"\n" + line
         try:
             if file.write(line) < len(line):
@@ -103,7 +103,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a file; UserError like ``records.jsonl:12: quality.kl must be >= 0, not -1.0``."""
+    """All records of a file. Raises UserError like ``records.jsonl:12: quality.kl must be >= 0, not -1.0``."""
     return list(_parse(path))
 
 
