@@ -1,4 +1,4 @@
-"""What a reader sees: one HTML page, and the same tables in the terminal."""
+"""Reports: one HTML page, and the same tables in the terminal."""
 
 from moyu.reporting.page import render, write_report, write_scoreboard
 from moyu.reporting.terminal import tables

@@ -16,7 +16,7 @@ SHOWN = ("exact zeros", "near zero", "participation", "lowers the loss", "impuri
 def trained(larger: Mapping[str, Mapping[str, Any]], embedded: Mapping[str, Mapping[str, Any]]) -> str:
     """A line a model, from the training.json of both sizes."""
     lines = [
-        "| model | parameters | tokens | bits a byte, held out | at random initialisation | on shuffled words |",
+        "| model | parameters | tokens | bits per byte, held out | at random initialisation | on shuffled words |",
         "|---|---|---|---|---|---|",
     ]
     for name, facts in ((n, f) for size in (embedded, larger) for n, f in size.items()):

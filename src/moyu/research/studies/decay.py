@@ -40,7 +40,7 @@ class Decay(Study):
         "Own and other masks are equivalent (0.01 nats, kappa_J 0.01): then inertia is popularity; or the excess halves."
     )
     conditions: ClassVar = (
-        Condition("own mask", "nats a token that another prompt's mask costs more", "above", 0.0, 0.01),
+        Condition("own mask", "nats per token that another prompt's mask costs more", "above", 0.0, 0.01),
         Condition("own overlap", "kappa_J of the own prompt's set less another's, first 8 tokens", "above", 0.0, 0.01),
         Condition("slow decay", "that excess over the last quarter, over the first", "above", 0.5, 0.1),
     )

@@ -240,7 +240,7 @@ class ByteModel:
         return grams, counts, contexts, np.stack([totals, kinds])
 
     def bits(self, text: str) -> float:
-        """Bits a byte of a text."""
+        """Bits per byte of a text."""
         probability = np.full(len(text.encode()) - self.ORDER + 1, 1 / 256)
         for order, (grams, counts, contexts, sizes) in enumerate(self.tables, 1):
             own = self._grams(text, order)
@@ -258,7 +258,7 @@ def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.nda
 
 
 def cross_perplexity(names: Sequence[str], texts: int, size: int = 4000) -> np.ndarray:
-    """Bits a byte of a model of domain i on each held-out document of domain j: (D, D, texts).
+    """Bits per byte of a model of domain i on each held-out document of domain j: (D, D, texts).
 
     The model reads `texts` documents, cut to `size` bytes; the documents it is held against are others.
     """

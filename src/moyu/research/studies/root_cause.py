@@ -52,7 +52,7 @@ class RootCause(Study):
     )
     conditions: ClassVar = (
         Condition(
-            "force at initialisation", "G summed over the last layer's neurons, nats a token", "above", 0.0, 0.01
+            "force at initialisation", "G summed over the last layer's neurons, nats per token", "above", 0.0, 0.01
         ),
         Condition("share", "share of the last layer's activations that raise the loss", "above", 0.5, 0.002),
         Condition("labels", "that share with permuted labels less with true ones", "within", 0.0, 0.01),

@@ -286,7 +286,7 @@ def evidence(
     test: Tensor,
     shuffled: Tensor,
 ) -> dict[str, float]:
-    """Bits a byte of a trained model on held-out ids, beside what it was before training and on shuffled words."""
+    """Bits per byte of a trained model on held-out ids, beside what it was before training and on shuffled words."""
     return {
         "held_out": measure(model, tokenizer, test),
         "random_initialisation": measure(untrained, tokenizer, test),
@@ -298,7 +298,7 @@ def evidence(
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, windows: int = EVIDENCE_WINDOWS
 ) -> float:
-    """Bits a byte on the first `windows` windows of ids (n,), over the scored tokens and their bytes.
+    """Bits per byte on the first `windows` windows of ids (n,), over the scored tokens and their bytes.
 
     A document's <bos> has no bytes and is not scored.
     """
