@@ -238,9 +238,7 @@ def _bars(
         if x(value) - left > len(text) * CHARACTER + 12:
             canvas.text(x(value) - 6, y + tall / 2 + 4, text, "end", "inside")
         else:
-            clear = (
-                x(mark) if 0 <= x(mark) - x(value) < len(text) * CHARACTER + 12 else x(value)
-            )  # clear of the mark
+            clear = x(mark) if 0 <= x(mark) - x(value) < len(text) * CHARACTER + 12 else x(value)  # clear of the mark
             canvas.text(clear + 6, y + tall / 2 + 4, text)
     return canvas.svg()
 

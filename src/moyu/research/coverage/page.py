@@ -1,4 +1,4 @@
-"""The coverage table as a page: written from records, never by hand."""
+"""The page docs/coverage.md, generated from records."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TITLES = {
 
 
 def share(records: Sequence[Coverage]) -> tuple[int, int]:
-    """Types taken, and types that build and have a feed-forward network."""
+    """The number of supported types, and of types that build and have a feed-forward network."""
     counted = [r for r in records if r.status not in ("does not build", "no network")]
     return sum(r.taken for r in counted), len(counted)
 

@@ -1,7 +1,6 @@
-"""Figure 1, drawn from the registry: the four kinds of dynamic activation and who belongs to which.
+"""Figure 1, drawn from the registry: the four kinds of dynamic activation and their methods.
 
-A panel says where the selector sits, what trains it, at what granularity it decides and what it skips; every word of it is
-what the methods declare of themselves.
+A panel shows where the selector sits, what trains it, its granularity and what it skips, all as the methods declare it.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ KINDS: dict[str, dict[str, str]] = {  # family -> panel
         "trained": "nothing: the prompt decides",
     },
 }
-OUTSIDE = ("static", "reference", "own")  # nulls, bounds and what the paper does not know
+OUTSIDE = ("static", "reference", "own")  # nulls, bounds and methods outside the paper
 
 
 class Figure1(Study):
@@ -76,7 +75,7 @@ class Figure1(Study):
         return Finding(
             {
                 "methods placed": Interval(placed, placed, placed, len(families)),
-                # What the registry lacks may exist elsewhere: an empty kind widens the interval to the top.
+                # A kind that is empty here may have methods elsewhere, so it widens the interval to the top.
                 "kinds filled": Interval(filled, filled, 1.0, len(KINDS)),
             },
             nulls={"kinds that a random family would fill": 1 / len(KINDS)},
@@ -88,7 +87,7 @@ class Figure1(Study):
 
 
 def panels(families: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """One panel a kind: what it declares, its members, granularities and what they skip; of the registry, or as given."""
+    """One panel per kind: its declaration, members, granularities and what they skip; of the registry or as given."""
     families = {r["method"]: r["family"] for r in methods.table()} if families is None else families
     out = []
     for family, words in KINDS.items():

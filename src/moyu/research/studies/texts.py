@@ -1,4 +1,4 @@
-"""The texts of the studies are of different kinds: the condition on which every contrast between domains rests."""
+"""Are the texts of the studies of different kinds? Every contrast between domains depends on it."""
 
 from __future__ import annotations
 
