@@ -238,7 +238,7 @@ def test_missing_metadata_are_named(place, key):
 
 
 WRONG = {
-    "architecture": ({"general.architecture": "bloom"}, {}, "architecture is 'bloom', MOYU supports llama"),
+    "architecture": ({"general.architecture": "bloom"}, {}, "architecture is 'bloom'; MOYU supports llama"),
     "a part": ({"split.count": 3}, {}, "llama-gguf-split --merge"),
     "experts": ({"llama.expert_count": 8}, {}, "routed experts"),
     "type": ({"llama.block_count": "two"}, {}, "llama.block_count is 'two', of the wrong type"),
@@ -250,7 +250,7 @@ WRONG = {
     "epsilon": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, {}, "epsilon is nan, not a positive number"),
     "odd heads": ({"llama.attention.key_length": 15}, {}, "heads are 15 wide"),
     "partial rotation": ({"llama.rope.dimension_count": 8}, {}, "rope.dimension_count is 8, but heads are 16 wide"),
-    "scaling": ({"llama.rope.scaling.type": "longrope"}, {}, "'longrope', MOYU supports linear, yarn"),
+    "scaling": ({"llama.rope.scaling.type": "longrope"}, {}, "'longrope'; MOYU supports linear, yarn"),
     "no token": ({"tokenizer.ggml.bos_token_id": 128}, {}, "bos_token_id is 128, in a vocabulary of 128"),
     "missing": ({}, {"blk.1.attn_q.weight": None}, "no tensor for model.layers.1.self_attn.q_proj.weight"),
     "no embedding": ({}, {"token_embd.weight": None}, "no tensor token_embd.weight"),
