@@ -7,21 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from moyu.records.schema import (
-    KINDS,
-    Condition,
-    Control,
-    Correction,
-    KvBytes,
-    LayerNeed,
-    MethodRecord,
-    ModelRecord,
-    PositionNeed,
-    Protocol,
-    Search,
-    Stamped,
-    kind_of,
-)
+from moyu.records import parts
+from moyu.records.schema import KINDS, MethodRecord, ModelRecord, Stamped, kind_of
 
 
 def schema_markdown() -> str:
@@ -32,17 +19,17 @@ def schema_markdown() -> str:
         ("A record about a method", MethodRecord),
     ]
     kinds = [(f"`{kind_of(k)}`", k) for k in KINDS]
-    parts = [
-        ("`protocol`", Protocol),
-        ("`kv_bytes` of a record about a method", KvBytes),
-        ("`search` of `quality`", Search),
-        ("`correction` of `generation`", Correction),
-        ("`layers` of `profile`", LayerNeed),
-        ("`token_curve` of `profile`", PositionNeed),
-        ("`conditions` of `study`", Condition),
-        ("`controls` of `study`", Control),
+    objects = [
+        ("`protocol`", parts.Protocol),
+        ("`kv_bytes` of a record about a method", parts.KvBytes),
+        ("`search` of `quality`", parts.Search),
+        ("`correction` of `generation`", parts.Correction),
+        ("`layers` of `profile`", parts.LayerNeed),
+        ("`token_curve` of `profile`", parts.PositionNeed),
+        ("`conditions` of `study`", parts.Condition),
+        ("`controls` of `study`", parts.Control),
     ]
-    return "\n".join(_section(title, model) for title, model in shared + kinds + parts)
+    return "\n".join(_section(title, model) for title, model in shared + kinds + objects)
 
 
 def _section(title: str, model: type[BaseModel]) -> str:

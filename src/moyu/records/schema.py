@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-ROUNDING = 1e-6  # a float32 mean can fall outside [0, 1] by at most this
-
-
-def _settle(value: Any) -> Any:
-    if isinstance(value, float) and -ROUNDING <= value <= 1 + ROUNDING:
-        return min(max(value, 0.0), 1.0)
-    return value
-
-
-Fraction = Annotated[float, Field(ge=0, le=1), BeforeValidator(_settle)]
-Positive = Annotated[float, Field(gt=0)]
-Natural = Annotated[float, Field(ge=0)]  # nats, bits, bytes: never negative
-Perplexity = Annotated[float, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class Protocol(_Model):
-    """How quality was scored."""
-
-    prompt: Count = Field(description="P: positions below it are dense, the rest sparse and scored")
-    window: Annotated[int, Field(ge=1)] = Field(description="T: tokens of a window")
-    table: Literal["main", "token"] = Field(description="`main`: prompt dense, for every method; `token`: prompt = 0")
+from moyu.records.parts import (
+    Amount,
+    Condition,
+    Control,
+    Correction,
+    Count,
+    Fraction,
+    Interval,
+    KvBytes,
+    LayerNeed,
+    Natural,
+    Perplexity,
+    PositionNeed,
+    Positive,
+    Protocol,
+    Search,
+    Strict,
+    Verdict,
+)  # fmt: skip
 
 
-class Stamped(_Model):
+class Stamped(Strict):
     """Fields of every record."""
 
     commit: str | None = Field(default=None, description="git hash of the checkout that the package ran from")
     dirty: bool | None = Field(default=None, description="whether the package's files differed from that commit")
     versions: dict[str, str] = Field(description="moyu, torch, transformers, python")
     device: str = Field(min_length=1, description="processor or accelerator")
-    threads: Annotated[int, Field(ge=1)] = Field(description="threads of torch")
+    threads: Amount = Field(description="threads of torch")
     dtype: str | None = Field(default=None, description="type of the weights")
     seed: int | None = Field(default=None, description="seed of everything random")
     date: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)$", description="ISO 8601, UTC")
@@ -59,21 +52,6 @@ class ModelRecord(Stamped):
     )
     protocol: Protocol | None = Field(default=None, description="how quality was scored, see below")
     corpus: dict[str, Any] | None = Field(default=None, description="fingerprint of the text")
-
-
-class KvBytes(_Model):
-    """Keys and values at one length of context."""
-
-    context: Count = Field(description="tokens in the cache; may exceed the model's own limit")
-    bytes: Count = Field(description="bytes of keys and values that a decode step reads then, batch 1")
-
-
-class Search(_Model):
-    """How a budget became a sparsity target: the largest sparsity within the budget on the validation text."""
-
-    max_ppl_increase: Positive = Field(description="allowed rise of perplexity; 0.01 is 1 %")
-    ppl_increase: float = Field(description="rise of perplexity on the text that decided")
-    corpus: dict[str, Any] = Field(description="fingerprint of the text that decided, which is not the one reported on")
 
 
 class MethodRecord(ModelRecord):
@@ -130,25 +108,8 @@ class Environment(Stamped):
 
     kind: Literal["environment"]
     platform: str = Field(description="operating system and architecture")
-    cores: Annotated[int, Field(ge=1)] = Field(description="cores the process may use")
+    cores: Amount = Field(description="cores the process may use")
     command: str | None = Field(default=None, description="command line that made the records")
-
-
-class LayerNeed(_Model):
-    """Over-activation of one layer."""
-
-    layer: Count = Field(description="from 0")
-    neurons: Annotated[int, Field(ge=1)] = Field(description="neurons of its FFN")
-    needed_mean: Fraction = Field(description="fraction of neurons needed for CETT 0.2, mean over tokens")
-    needed_p95: Fraction = Field(description="the same, 95th percentile over tokens")
-    exact_zero_share: Fraction = Field(description="share of activations that are exactly zero")
-
-
-class PositionNeed(_Model):
-    """Over-activation at a range of positions."""
-
-    position_bucket: Count = Field(description="first position of the range")
-    needed_mean: Fraction = Field(description="fraction of neurons needed for CETT 0.2, mean over layers and tokens")
 
 
 class Profile(ModelRecord):
@@ -166,7 +127,7 @@ class Quality(MethodRecord):
     status: str | None = Field(
         default=None, pattern=r"^n/a \(.+\)$", description="`n/a (floor 0.82)` instead of numbers"
     )
-    tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="scored tokens")
+    tokens: Amount | None = Field(default=None, description="scored tokens")
     ppl_dense: Perplexity | None = Field(default=None, description="perplexity per token of the dense model")
     ppl: Perplexity | None = Field(default=None, description="perplexity per token with skipping")
     bits_per_byte_dense: Natural | None = Field(default=None, description="bits per byte of text, dense")
@@ -225,8 +186,8 @@ class Speed(MethodRecord):
     p50: Positive = Field(description="the median")
     p80: Positive = Field(description="80th percentile")
     backend: str = Field(min_length=1, description="back end of the kernels, instruction set, threads")
-    batch: Annotated[int, Field(ge=1)] = Field(default=1, description="sequences decoded at once")
-    layers: Annotated[int, Field(ge=1)] | None = Field(default=None, description="layers of the timed model")
+    batch: Amount = Field(default=1, description="sequences decoded at once")
+    layers: Amount | None = Field(default=None, description="layers of the timed model")
     dense_baseline: str = Field(min_length=1, description="the dense baseline")
 
     @model_validator(mode="after")
@@ -240,19 +201,6 @@ class Speed(MethodRecord):
         if not self.p20 <= self.p50 <= self.p80:
             raise ValueError(f"p20 {self.p20:.3g}, p50 {self.p50:.3g} and p80 {self.p80:.3g} are not in order")
         return self
-
-
-class Correction(_Model):
-    """How the dense model corrected a text that a plan drafted."""
-
-    rule: Literal["lossless", "sirius"] = Field(description="the rule by which drafts are accepted")
-    drafts: Count = Field(description="drafted tokens per check by the dense model")
-    temperature: float = Field(ge=0, description="temperature of sampling; 0 is greedy")
-    acceptance: Fraction = Field(description="accepted fraction of the checked drafts")
-    tokens_per_pass: float = Field(ge=0, description="new tokens per dense pass")
-    margin: float | None = Field(
-        default=None, description="gap between the two largest dense logits at the first token that differs"
-    )
 
 
 class Generation(MethodRecord):
@@ -293,41 +241,14 @@ class Kernel(Stamped):
     backend: str | None = Field(default=None, description="back end, instruction set, threads")
 
 
-class Condition(_Model):
-    """One condition of a claim."""
-
-    name: str = Field(min_length=1, description="name of the condition")
-    meaning: str = Field(description="meaning of the number")
-    rule: str = Field(description="the rule, stated before the study ran")
-    verdict: Literal["HOLDS", "FAILS", "INCONCLUSIVE"] = Field(description="verdict by the rule")
-    value: float | None = Field(default=None, description="the estimate")
-    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        default=None, description="its 95 % interval"
-    )
-    units: Count | None = Field(default=None, description="independent units, usually documents")
-    power: Fraction | None = Field(default=None, description="power to see the smallest effect of interest")
-
-
-class Control(_Model):
-    """A check of the instrument itself."""
-
-    name: str = Field(min_length=1, description="name of the control")
-    meaning: str = Field(description="meaning of the number")
-    rule: str = Field(description="the limit, stated before the study ran")
-    value: float | None = Field(default=None, description="the measured number")
-    passed: bool = Field(description="if false, the study is inconclusive")
-
-
 class Study(Stamped):
     """The verdict on one claim."""
 
     kind: Literal["study"]
     name: str = Field(min_length=1, description="name of the claim")
-    verdict: Literal["HOLDS", "FAILS", "INCONCLUSIVE"] = Field(description="verdict of the study")
+    verdict: Verdict = Field(description="verdict of the study")
     effect: float | None = Field(default=None, description="size of the effect, in the study's unit")
-    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        default=None, description="95 % interval of the effect"
-    )
+    interval: Interval | None = Field(default=None, description="95 % interval of the effect")
     model: str | None = Field(default=None, description="model that was studied")
     claim: str = Field(default="", description="the claim in one sentence")
     prediction: str = Field(default="", description="the observation to expect if the claim is true")
@@ -359,13 +280,11 @@ class Cell(MethodRecord):
     knobs: dict[str, Any] = Field(default={}, description="settings of the method, chosen on the validation part")
     site_knobs: dict[str, int] = Field(default={}, description="number of sites by the settings of their own")
     documents: Count | None = Field(default=None, description="documents of held-out text, one window of each")
-    tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="scored tokens")
+    tokens: Amount | None = Field(default=None, description="scored tokens")
     ppl_dense: Perplexity | None = Field(default=None, description="perplexity per token of the dense model in 16 bits")
     ppl: Perplexity | None = Field(default=None, description="perplexity per token")
     kl: Natural | None = Field(default=None, description="KL(dense in 16 bits || this), nats per token")
-    kl_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        default=None, description="95 % interval over documents"
-    )
+    kl_interval: Interval | None = Field(default=None, description="95 % interval over documents")
     top1_agreement: Fraction | None = Field(
         default=None, description="scored tokens with the same most likely next token"
     )
@@ -419,9 +338,9 @@ class Task(MethodRecord):
     task: str = Field(min_length=1, description="task or group that the metric belongs to")
     metric: str = Field(min_length=1, description="name of the metric, with the filter of answers if there is one")
     higher_is_better: bool | None = Field(default=None, description="whether a larger value is better, by the task")
-    samples: Annotated[int, Field(ge=1)] = Field(description="documents")
+    samples: Amount = Field(description="documents")
     shots: Count | None = Field(default=None, description="examples before each document")
-    sparse_positions: Annotated[int, Field(ge=1)] = Field(
+    sparse_positions: Amount = Field(
         description="positions at which units were skipped, over all tasks asked for (a dense run has none)"
     )
     value: float = Field(description="value of the metric under the plan")

@@ -13,18 +13,8 @@ from markupsafe import Markup
 from moyu import records
 from moyu.errors import UserError
 from moyu.records import (
-    Cell,
-    Coverage,
-    Environment,
-    Generation,
-    Kernel,
-    MethodRecord,
-    ModelRecord,
-    Profile,
-    Quality,
-    Record,
-    Study,
-)
+    Cell, Coverage, Environment, Generation, Kernel, MethodRecord, ModelRecord, Profile, Quality, Record, Study,
+)  # fmt: skip
 from moyu.reporting import columns, figures, paper, scoreboard, summary
 from moyu.reporting.differences import marked
 from moyu.reporting.figures import Figure

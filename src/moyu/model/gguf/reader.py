@@ -24,18 +24,8 @@ MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT, LARGEST_ALIGNMENT = 32, 1 << 16  # the default, and the largest that is accepted
 FLOAT32, STRING, ARRAY = 6, 8, 9  # types of metadata; the others are numbers
 NUMBERS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
 # More than any model has, and few enough that a file with false counts is read quickly.
 MOST = {"pairs of metadata": 1 << 16, "tensors": 1 << 17, "strings in arrays": 1 << 22}
 LONGEST_KEY, LONGEST_NAME, MOST_DIMENSIONS = 65535, 64, 4  # bytes, bytes: limits of the format and of ggml
