@@ -13,7 +13,17 @@ from markupsafe import Markup
 from moyu import records
 from moyu.errors import UserError
 from moyu.records import (
-    Cell, Coverage, Environment, Generation, Kernel, MethodRecord, ModelRecord, Profile, Quality, Record, Study,
+    Cell,
+    Coverage,
+    Environment,
+    Generation,
+    Kernel,
+    MethodRecord,
+    ModelRecord,
+    Profile,
+    Quality,
+    Record,
+    Study,
 )  # fmt: skip
 from moyu.reporting import columns, figures, paper, scoreboard, summary
 from moyu.reporting.differences import marked
