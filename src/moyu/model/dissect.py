@@ -150,7 +150,7 @@ def _rows(block: Block, calls: list[Call]) -> torch.Size:
     return torch.Size(next(c.x.shape[:-1] for c in calls if c.module is up))
 
 
-_WITHOUT = "no linear takes what earlier linears of its module make, by a formula or by the module alone"
+_WITHOUT = "no linear takes an input that follows from earlier linears, by a known formula or by the module itself"
 
 
 def _chosen(dense_layers: tuple[int, ...], depth: int) -> set[int]:

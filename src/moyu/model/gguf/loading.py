@@ -75,7 +75,7 @@ def _names(file: File, empty: nn.Module, architecture: Architecture) -> dict[str
         if entry.shape != tuple(like.shape):
             raise told.refuse(f"{entry.name} has shape {entry.shape}, but the metadata say {tuple(like.shape)}")
         if len(entry.shape) == 1 and entry.kind in KINDS:
-            raise told.refuse(f"{entry.name} is {entry.kind}, only matrices may be quantised")
+            raise told.refuse(f"{entry.name} is {entry.kind}, but only matrices may be quantised")
     if left := found.keys() - wanted.keys():
         raise told.refuse(f"a {told.architecture} model has no tensor {found[min(left)]!r}")
     return found

@@ -99,12 +99,12 @@ class _Reading:
 
     def file(self) -> File:
         if self.take(4, "the magic") != MAGIC:
-            self.refuse(f"a GGUF file begins with {MAGIC.decode()}, but this one with {bytes(self.mapped[:4])!r}", 0)
+            self.refuse(f"a GGUF file begins with {MAGIC.decode()}, but this file with {bytes(self.mapped[:4])!r}", 0)
         version = self.number(4, "the version")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
             self.refuse(
-                "the file is big-endian, but this reader supports little-endian only" if swapped else f"version {version} of "
+                "the file is big-endian, but this reader supports little-endian only" if swapped else f"the file has version {version} of "
                 f"the format, but this reader supports {' and '.join(map(str, VERSIONS))}",
                 4, "convert it again with a current llama.cpp",
             )  # fmt: skip
