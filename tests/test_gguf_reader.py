@@ -134,7 +134,7 @@ LARGE = 2**64 - 1
 MALFORMED = {
     "empty": (b"", "is empty"),
     "magic": (b"GGML" + WHOLE[4:], "byte 0: a GGUF file begins with GGUF"),
-    "version": (WHOLE[:4] + struct.pack("<I", 1) + WHOLE[8:], "byte 4: version 1"),
+    "version": (WHOLE[:4] + struct.pack("<I", 1) + WHOLE[8:], "byte 4: the file has version 1"),
     "big-endian": (WHOLE[:4] + struct.pack(">I", 3) + WHOLE[8:], "byte 4: the file is big-endian"),
     "tensors": (parts.head(LARGE, 0), "byte 8: 18446744073709551615 tensors"),
     "more tensors than described": (with_tensors(count=3, size=0), "byte 24: the name of a tensor is empty"),

@@ -37,7 +37,7 @@ def leading(scores: Tensor, share: float = SHARE) -> Tensor:
     return top_sets(scores, max(1, round(share * scores.shape[-1]))) & (scores > 0)
 
 
-class _Taps:
+class _AllTaps:
     """An observer that keeps some taps of every layer."""
 
     def __init__(self, taps: Sequence[Tap]) -> None:
@@ -116,7 +116,7 @@ class Subject:
         parts = []
         with Applied(self.model, None, engine="mask", anatomy=self.anatomy) as applied, applied.prompt(tokens.shape[1]):
             for index, part in enumerate(tokens.split(batch)):
-                observer = _Taps([tap])
+                observer = _AllTaps([tap])
                 device = self.model.device
                 extra = {} if positions is None else {"position_ids": positions.split(batch)[index].to(device)}
                 with applied.watched(observer=observer):
@@ -132,7 +132,7 @@ class Subject:
         fed = tokens.to(self.model.device)
         with Applied(self.model, None, engine="mask", anatomy=self.anatomy) as applied, applied.prompt(tokens.shape[1]):
             for t in range(tokens.shape[1]):
-                observer = _Taps(["mid"])
+                observer = _AllTaps(["mid"])
                 with applied.watched(observer=observer):
                     output = self.model(input_ids=fed[:, t : t + 1], past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
