@@ -28,7 +28,10 @@ from moyu import Applied, UserError, calibrate, load, methods
 from moyu.measure import accounting
 from moyu.measure.windows import Windows
 from moyu.model import loading, zoo
-from moyu.model.gguf import load_model, read
+from moyu.model.architectures import ARCHITECTURES
+from moyu.model.architectures.base import LAYER, Architecture, rope
+from moyu.model.gguf.loading import load_model
+from moyu.model.gguf.reader import read
 from tiny import IDS, tokens
 
 WIDE = {
@@ -155,6 +158,30 @@ def test_gemma_2(place):
         torch.testing.assert_close(loaded(ids).logits, expected(ids).logits)
 
 
+def test_a_new_architecture_is_one_object_and_one_line(place, monkeypatch):
+    """A Llama whose file has another name for one norm, adds 0.5 to the weights of norms and keeps rows in their own order."""
+    toy = Architecture(
+        "toy",
+        config=lambda told: {"model_type": "llama", "rope_parameters": rope(told)},
+        layer={("first_norm" if name == "attn_norm" else name): module for name, module in LAYER.items()},
+        norms_from=0.5,
+    )
+    model = build("llama")
+    said = {key.replace("llama", "toy"): value for key, value in parts.metadata_of(model).items()}
+    said["general.architecture"] = "toy"
+    content = {}
+    for parameter, weight in model.named_parameters():
+        value = weight + 0.5 if parameter.endswith("norm.weight") else weight
+        name = parts.name_of(parameter).replace("attn_norm", "first_norm")
+        content[name] = ("F32", tuple(weight.shape), parts.stored(value, "F32"))
+    with pytest.raises(UserError, match="architecture is 'toy'"):
+        load_model(read(write(place, said, content)))
+    monkeypatch.setitem(ARCHITECTURES, toy.name, toy)
+    loaded = load_model(read(write(place, said, content)))
+    ids = tokens(2, 12)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
 SCALING = {
     "linear": ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}),
     "yarn": (
@@ -206,30 +233,30 @@ NEEDED = [k for k in SAID if "kv" not in k and "key_length" not in k and "freq_b
 
 @pytest.mark.parametrize("key", ["general.architecture", *NEEDED])
 def test_missing_metadata_are_named(place, key):
-    with pytest.raises(UserError, match=f"the metadata lacks {key}"):
+    with pytest.raises(UserError, match=f"the metadata lack {key}"):
         load_model(read(write(place, {k: v for k, v in SAID.items() if k != key}, HELD)))
 
 
 WRONG = {
-    "architecture": ({"general.architecture": "bloom"}, {}, "architecture is 'bloom', MOYU takes llama"),
+    "architecture": ({"general.architecture": "bloom"}, {}, "architecture is 'bloom'; MOYU supports llama"),
     "a part": ({"split.count": 3}, {}, "llama-gguf-split --merge"),
     "experts": ({"llama.expert_count": 8}, {}, "routed experts"),
     "type": ({"llama.block_count": "two"}, {}, "llama.block_count is 'two', of the wrong type"),
     "differing": ({"llama.feed_forward_length": np.array([96, 64], "<i4")}, {}, "differs between layers"),
     "zero": ({"llama.attention.head_count": 0}, {}, "head_count is 0, not in 1"),
-    "layers": ({"llama.block_count": 2**31 - 1}, {}, "block_count is 2147483647, and there are tensors of 2 layers"),
-    "width": ({"llama.embedding_length": 2**31 - 1}, {}, "has shape|no model of transformers"),
-    "heads": ({"llama.attention.head_count": 2**30}, {}, "no model of transformers|has shape"),
-    "epsilon": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, {}, "epsilon is nan, no positive number"),
+    "layers": ({"llama.block_count": 2**31 - 1}, {}, "block_count is 2147483647, but the file has tensors of 2 layers"),
+    "width": ({"llama.embedding_length": 2**31 - 1}, {}, "has shape|makes no model"),
+    "heads": ({"llama.attention.head_count": 2**30}, {}, "makes no model|has shape"),
+    "epsilon": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, {}, "epsilon is nan, not a positive number"),
     "odd heads": ({"llama.attention.key_length": 15}, {}, "heads are 15 wide"),
-    "partial rotation": ({"llama.rope.dimension_count": 8}, {}, "rope.dimension_count is 8, and heads are 16 wide"),
-    "scaling": ({"llama.rope.scaling.type": "longrope"}, {}, "'longrope', MOYU takes linear, yarn"),
+    "partial rotation": ({"llama.rope.dimension_count": 8}, {}, "rope.dimension_count is 8, but heads are 16 wide"),
+    "scaling": ({"llama.rope.scaling.type": "longrope"}, {}, "'longrope'; MOYU supports linear, yarn"),
     "no token": ({"tokenizer.ggml.bos_token_id": 128}, {}, "bos_token_id is 128, in a vocabulary of 128"),
     "missing": ({}, {"blk.1.attn_q.weight": None}, "no tensor for model.layers.1.self_attn.q_proj.weight"),
     "no embedding": ({}, {"token_embd.weight": None}, "no tensor token_embd.weight"),
     "left over": ({}, {"blk.1.attn_r.weight": HELD["output_norm.weight"]}, "has no tensor 'blk.1.attn_r.weight'"),
-    "shape": ({}, {"blk.1.attn_q.weight": HELD["blk.1.attn_k.weight"]}, r"shape \(32, 64\), and the metadata say \(64, 64\)"),
-    "a norm of blocks": ({}, {"output_norm.weight": ("Q8_0", (64,), bytes(68))}, "only matrices are taken in blocks"),
+    "shape": ({}, {"blk.1.attn_q.weight": HELD["blk.1.attn_k.weight"]}, r"shape \(32, 64\), but the metadata say \(64, 64\)"),
+    "a norm of blocks": ({}, {"output_norm.weight": ("Q8_0", (64,), bytes(68))}, "only matrices may be quantised"),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import gguf_files as parts
 from moyu import UserError
-from moyu.model.gguf import read
+from moyu.model.gguf.reader import read
 
 SOUND = {"general.architecture": "llama", "a": 3, "words": ["x", "yz"], "numbers": np.arange(3, dtype="<i4")}
 TENSORS = {
@@ -134,7 +134,7 @@ LARGE = 2**64 - 1
 MALFORMED = {
     "empty": (b"", "is empty"),
     "magic": (b"GGML" + WHOLE[4:], "byte 0: a GGUF file begins with GGUF"),
-    "version": (WHOLE[:4] + struct.pack("<I", 1) + WHOLE[8:], "byte 4: version 1"),
+    "version": (WHOLE[:4] + struct.pack("<I", 1) + WHOLE[8:], "byte 4: the file has version 1"),
     "big-endian": (WHOLE[:4] + struct.pack(">I", 3) + WHOLE[8:], "byte 4: the file is big-endian"),
     "tensors": (parts.head(LARGE, 0), "byte 8: 18446744073709551615 tensors"),
     "more tensors than described": (with_tensors(count=3, size=0), "byte 24: the name of a tensor is empty"),
@@ -159,10 +159,10 @@ MALFORMED = {
     "no dimensions": (with_tensors(parts.description("w", (), 0, 0)), "w has 0 dimensions"),
     "many dimensions": (with_tensors(parts.text("w") + struct.pack("<I", 2**31)), "w has 2147483648 dimensions"),
     "no rows": (with_tensors(parts.description("w", (0, 32), 0, 0)), r"w has shape \(0, 32\)"),
-    "a broken block": (with_tensors(parts.description("w", (2, 48), 8, 0)), "rows are blocks of 32"),
-    "another type": (with_tensors(parts.description("w", (2, 256), 12, 0)), "w is Q4_K, MOYU takes.*llama-quantize --pure"),
+    "a broken block": (with_tensors(parts.description("w", (2, 48), 8, 0)), "rows are made of blocks of 32"),
+    "another type": (with_tensors(parts.description("w", (2, 256), 12, 0)), "w is Q4_K; MOYU supports.*llama-quantize --pure"),
     "no type": (with_tensors(parts.description("w", (2, 256), 77, 0)), "w is of type 77"),
-    "misaligned": (with_tensors(parts.description("w", (2, 32), 0, 8)), "offset 8, no multiple of 32"),
+    "misaligned": (with_tensors(parts.description("w", (2, 32), 0, 8)), "offset 8, not a multiple of 32"),
     "overflowing": (with_tensors(parts.description("w", (LARGE, LARGE, LARGE, 2**62), 0, 0)), "w would end at byte"),
     "no name": (with_tensors(parts.description("", (2, 2), 0, 0)), "the name of a tensor is empty"),
     "offset beyond": (with_tensors(parts.description("w", (2, 2), 0, LARGE - 31)), "w would end at byte"),

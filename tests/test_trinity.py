@@ -17,7 +17,7 @@ from moyu.calibration.budget import Reader, plan_for_bytes, solve, ways
 from moyu.commands import pipeline
 from moyu.measure.storage import Storage
 from moyu.methods.estimate import Estimate, factors
-from moyu.reporting import scoreboard
+from moyu.reporting import scoreboard, write_scoreboard
 from moyu.research import trinity
 
 
@@ -76,7 +76,7 @@ def test_tables_and_report(quick, tmp_path):
     _, _, rows = quick
     text = scoreboard.markdown(rows)
     assert "n/a (floor 0.64)" in text and "| quantise |" in text
-    scoreboard.write(rows, tmp_path)
+    write_scoreboard(rows, tmp_path)
     assert records.read(tmp_path / "records.jsonl") == rows
     page = (tmp_path / "report.html").read_text()
     assert "Scoreboard" in page and "swiglu, weights of 4.5 bits, at equal bytes" in page

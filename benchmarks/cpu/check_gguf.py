@@ -25,7 +25,8 @@ from moyu import kernels, records
 from moyu.engine.applied import Applied
 from moyu.measure.text import windows_for
 from moyu.model import loading
-from moyu.model.gguf import load_model, read
+from moyu.model.gguf.loading import load_model
+from moyu.model.gguf.reader import read
 
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0")
 WINDOW, PROMPT, NEW = 256, 32, 64  # tokens: of text that is scored, of a greedy prompt, after it

@@ -33,7 +33,8 @@ from moyu.engine.applied import Applied
 from moyu.measure import accounting
 from moyu.measure.windows import Windows
 from moyu.model import dissect, loading
-from moyu.model.gguf import load_model, read
+from moyu.model.gguf.loading import load_model
+from moyu.model.gguf.reader import read
 from moyu.plan import Plan
 
 PROMPT, TURNS = 32, 24

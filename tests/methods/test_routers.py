@@ -98,7 +98,7 @@ def test_foresight_of_blocks_and_experts():
 @pytest.mark.parametrize("name", ["cats", "griffin", "popularity"])
 def test_foresight_of_what_foresees_nothing_is_refused(name):
     model = build("llama")
-    with pytest.raises(moyu.UserError, match="foresees no neurons"):
+    with pytest.raises(moyu.UserError, match="predicts no neurons"):
         foresight(model, plan_for(model, methods.method(name)), Windows(tokens(2, 40), 20))
 
 

@@ -153,7 +153,7 @@ def test_warnings_name_what_must_be_known():
     said = " ".join(warnings([*full(), quality(METHODS[1], kl=0.99)]))
     assert "popularity, cats at 51.2% on swiglu: KL above 0.5" in said
     assert "cats at 51.2% on swiglu: no better than its matched random" in said
-    assert "swiglu reads 46 MB a token" in said and "skipping is slower than dense" in said
+    assert "swiglu reads 46 MB per token" in said and "skipping is slower than dense" in said
     fast = speed(METHODS[0], tok_s=1000.0, speedup=1000 / 172, ceiling_share=1.2)
     assert "faster than its bytes allow" in " ".join(warnings([fast]))
     assert "so the rest is not from skipping" in headline([fast])[0]

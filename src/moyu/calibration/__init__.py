@@ -1,1 +1,1 @@
-"""From text to a plan."""
+"""From text to a plan: layers in order, budgets, compensation, routers in the loop."""

@@ -1,14 +1,12 @@
-"""Budgets across the sites of a plan: how much of a model's target sparsity each site gives.
+"""How the sites of a plan divide the target sparsity of a model.
 
-uniform      the same everywhere.
-greedy       inside each block, starting from nothing, the site whose next step moves the block's output least is stepped, until
-             the block's weights are skipped to the target (TEAL, arXiv 2408.14690).
-search       blocks by a search with Parzen densities on held-out KL, greedy inside each (WAS); `search-up` and `search-down` keep
-             the blocks' levels growing or falling with depth, `search-random` draws as many blindly.
-cett         every block at the level that changes what it adds by the same share; `cett-stream`: what it hands on.
-sensitivity  least sum of the losses that each block causes alone: equal slopes on their convex hulls.
-fisher       the same of sites, whose losses come from one backward pass and a second order (`moyu.calibration.fisher`).
-A site's weight in the mean is the size of its own matrices, so grouped keys and values count what they hold.
+uniform  the same level at every site.
+greedy   within each layer, start from nothing and step the site whose next step changes the layer's output least, until the
+         layer reaches the target (TEAL, arXiv 2408.14690).
+search   levels of layers by a search with Parzen densities on held-out KL; greedy within each layer (WAS).
+fisher   the least sum of losses over sites, which are estimated to second order (`moyu.calibration.fisher`).
+
+The target is a mean over sites, weighted by the size of a site's own matrices.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from moyu.calibration.fisher import Point, curves, divide, name_of
+from moyu.calibration.fisher import curves, divide, name_of
 from moyu.calibration.trials import Trial, each_layer, separable, weights
 from moyu.calibration.walk import Progress, calibrate
 from moyu.errors import UserError
@@ -34,28 +32,25 @@ from moyu.model import dissect
 from moyu.model.anatomy import Anatomy
 from moyu.plan import Plan
 
-ALLOCATIONS = (
-    "uniform", "greedy", "search", "search-up", "search-down", "search-random", "cett", "cett-stream", "sensitivity", "fisher",
-)  # fmt: skip
-STEP = 0.05  # of a block's mean weight a site
-MOST = 0.95  # sparsity of a site, at most
-GRID = (0.0, 0.2, 0.4, 0.6, 0.8, MOST)  # levels at which a block's error is measured
-TRIALS = 50  # of a search over blocks
-SPREAD, WIDTH = 0.15, 0.08  # of its first draws, and of its kernels, in sparsity
+ALLOCATIONS = ("uniform", "greedy", "search", "fisher")
+STEP = 0.05  # of a greedy path, in units of a layer's mean weight per site
+MOST = 0.95  # the largest sparsity of a site
+TRIALS = 50  # of a search over layers
+SPREAD, WIDTH = 0.15, 0.08  # standard deviation of a search's first draws and of its kernels, in sparsity
 
 
 def mean(levels: Mapping[Any, float], shares: Mapping[Any, float]) -> float:
-    """The sparsity of all weights: sum of N p over sum of N."""
+    """The mean level, weighted by shares that sum to 1."""
     return sum(shares[key] * level for key, level in levels.items())
 
 
 def climb(
     shares: Mapping[str, float], target: float, error: Callable[[Mapping[str, float]], float], step: float = STEP
 ) -> list[dict[str, float]]:
-    """Greedy levels from nothing to a mean of `target`, step by step: shares by site, the error of levels by site.
+    """The path of greedy levels from nothing to a mean of `target`.
 
-    A step is `step` of the block's mean weight a site: sites with small matrices take larger ones, as a step costs every site
-    the same number of weights. Raises UserError where `target` is above what all sites can give.
+    shares: each site's share of the weights. error: of levels by site. step: each step skips the same number of weights, so
+    that a site with small matrices takes larger steps. Raises UserError if `target` is above MOST.
     """
     if target > MOST:
         raise UserError(f"a sparsity of {target} leaves a greedy search no choice", f"ask for at most {MOST}")
@@ -76,17 +71,17 @@ def climb(
 
 
 def at(path: Sequence[Mapping[str, float]], shares: Mapping[str, float], target: float) -> dict[str, float]:
-    """The levels on a path whose mean is `target`, between two of its points."""
+    """The levels whose mean is `target`, interpolated on a path."""
     means = [mean(levels, shares) for levels in path]
     return {key: float(np.interp(target, means, [levels[key] for levels in path])) for key in shares}
 
 
-# --------------------------------------------------------------------------------------------------------- across blocks
+# --------------------------------------------------------------------------------------------------------- across layers
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is divided, and what decides."""
+class Division:
+    """A sparsity to divide: the model and method, the text to fit on, and the text that decides between allocations."""
 
     model: nn.Module
     method: Method
@@ -101,7 +96,7 @@ class Task:
 
     @cached_property
     def sites(self) -> dict[int, list[Site]]:
-        """Of each layer that has any."""
+        """The sites of each layer that has any."""
         found: dict[int, list[Site]] = {}
         for block in self.anatomy.all_blocks():
             for site in self.method.sites(block):
@@ -110,39 +105,35 @@ class Task:
 
     @cached_property
     def shares(self) -> dict[int, float]:
-        """The share of each layer's sites in all weights."""
+        """Each layer's share of the weights of all sites."""
         sizes = {layer: sum(s.units * s.unit_bytes for s in sites) for layer, sites in self.sites.items()}
         return {layer: size / sum(sizes.values()) for layer, size in sizes.items()}
 
     def plan(self, levels: Mapping[str, float] | None) -> Plan:
-        """The plan of such levels; None: uniform."""
+        """The plan with these levels; None is uniform."""
         return calibrate(
             self.model, self.method, self.windows, sparsity=self.sparsity, levels=levels, anatomy=self.anatomy,
             **self.options,
         )  # fmt: skip
 
     def kl(self, plan: Plan, windows: Windows) -> float:
-        """Mean KL from dense."""
+        """Mean KL from the dense model."""
         return float(evaluate(self.model, plan, windows, matched=False, anatomy=self.anatomy).method.kl.mean())
 
-    def flat(self, blocks: Mapping[int, float]) -> dict[str, float]:
-        """Levels of sites from those of blocks."""
-        return {site.key: level for layer, level in blocks.items() for site in self.sites[layer]}
-
     def paths(self, target: float, step: float) -> dict[int, list[dict[str, float]]]:
-        """The greedy path of each block up to `target`."""
+        """The greedy path of each layer up to `target`."""
         found = {}
 
-        def visit(block: Trial, shares: dict[str, float]) -> dict[str, float]:
-            found[block.index] = climb(shares, target, block.error, step)
-            return at(found[block.index], shares, self.sparsity)
+        def visit(trial: Trial, shares: dict[str, float]) -> dict[str, float]:
+            found[trial.index] = climb(shares, target, trial.error, step)
+            return at(found[trial.index], shares, self.sparsity)
 
         each_layer(self.model, self.method, self.windows, visit, self.anatomy, self.progress)
         return found
 
 
 def solved(shape: Callable[[float], dict[int, float]], shares: Mapping[int, float], target: float) -> dict[int, float]:
-    """The levels of blocks, from a family that grows with its number in [-1, 1], whose mean is `target`; by bisection."""
+    """The levels of layers whose mean is `target`, by bisection; shape: levels that grow with a number in [-1, 1]."""
     low, high = -1.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -150,23 +141,22 @@ def solved(shape: Callable[[float], dict[int, float]], shares: Mapping[int, floa
     return shape(high)
 
 
-def greedy(task: Task) -> dict[str, float]:
-    """Levels by site key, each block at the target."""
+def greedy(task: Division) -> dict[str, float]:
+    """Levels by site key, with each layer at the target."""
     return {key: level for path in task.paths(task.sparsity, task.step).values() for key, level in path[-1].items()}
 
 
-def search(task: Task, order: str) -> dict[str, float]:
-    """Levels by site key: blocks as KL on every second deciding window says, greedy inside; order "", "up", "down", "random".
+def search(task: Division) -> dict[str, float]:
+    """Levels by site key: layers as KL on every second deciding window says, greedy within each. Starts from equal layers.
 
-    A tree-structured Parzen search in one leaf: draw near the better quarter of the trials, and take the draw whose density
-    among them is largest over that among the others. Starts from equal blocks.
+    A tree-structured Parzen search with one leaf: draw near the better quarter of the trials, then take the draw with the
+    largest ratio of its density among these to its density among the others.
     """
     paths, layers = task.paths(MOST, max(task.step, 0.1)), list(task.sites)
     deciding = dataclasses.replace(task.deciding, tokens=task.deciding.tokens[::2])
     draw = np.random.default_rng(int(task.options.get("seed", 0)))
 
     def levels(profile: np.ndarray) -> dict[str, float]:
-        profile = {"up": np.sort(profile), "down": -np.sort(-profile)}.get(order, profile)
         shape = lambda c: {k: min(max(task.sparsity + z + c, 0.0), MOST) for k, z in zip(layers, profile, strict=True)}  # noqa: E731
         blocks = solved(shape, task.shares, task.sparsity)
         return {k: v for i in layers for k, v in at(paths[i], weights(task.sites[i]), blocks[i]).items()}
@@ -174,7 +164,7 @@ def search(task: Task, order: str) -> dict[str, float]:
     tried: list[tuple[float, np.ndarray]] = []
     for trial in range(task.trials):
         fresh = draw.normal(0, SPREAD, len(layers)) if trial else np.zeros(len(layers))
-        if order != "random" and trial >= max(4, task.trials // 5):
+        if trial >= max(4, task.trials // 5):
             ranked = [profile for _, profile in sorted(tried, key=lambda t: t[0])]
             good, rest = ranked[: max(2, trial // 4)], ranked[max(2, trial // 4) :]
             drawn = [good[draw.integers(len(good))] + draw.normal(0, WIDTH, len(layers)) for _ in range(24)]
@@ -186,46 +176,13 @@ def search(task: Task, order: str) -> dict[str, float]:
 
 
 def _density(point: np.ndarray, centres: Sequence[np.ndarray]) -> float:
-    """Log of a mean of equal Gaussians, up to a constant."""
+    """Log of a mean of Gaussians of one width, up to a constant."""
     exponents = [-float(np.square(point - c).sum()) / (2 * WIDTH**2) for c in centres]
     return float(np.logaddexp.reduce(exponents)) - math.log(len(centres))
 
 
-def equalised(task: Task, stream: bool) -> dict[str, float]:
-    """Levels by site key at which every block loses one share of what it adds, or of what it hands on."""
-    lost: dict[int, list[float]] = {}
-
-    def visit(block: Trial, shares: dict[str, float]) -> dict[str, float]:
-        found = [block.share(dict.fromkeys(shares, level), stream) for level in GRID]
-        lost[block.index] = list(np.maximum.accumulate(found))  # a larger level may lose less: the safe side
-        return dict.fromkeys(shares, task.sparsity)
-
-    each_layer(task.model, task.method, task.windows, visit, task.anatomy, task.progress)
-    most = max(curve[-1] for curve in lost.values())
-    shape = lambda c: {i: float(np.interp((1 + c) / 2 * most, curve, GRID)) for i, curve in lost.items()}  # noqa: E731
-    return task.flat(solved(shape, task.shares, task.sparsity))
-
-
-def sensitivity(task: Task) -> tuple[dict[str, float], float]:
-    """Levels by site key of least summed loss, each block's KL measured with it alone sparse, and that sum."""
-    deciding = dataclasses.replace(task.deciding, tokens=task.deciding.tokens[::2])
-    losses_of: dict[int, list[float]] = {}
-    for done, layer in enumerate(task.sites):
-        nothing = dict.fromkeys(task.sites, 0.0)
-        losses = [task.kl(task.plan(task.flat({**nothing, layer: p})), deciding) for p in GRID[1:]]
-        losses_of[layer] = losses
-        if task.progress:
-            task.progress(done + 1, len(task.sites))
-    points = {
-        layer: [Point(level, level * task.shares[layer], loss) for level, loss in zip(GRID[1:], curve, strict=True)]
-        for layer, curve in losses_of.items()
-    }
-    taken = divide(points, task.sparsity)
-    return task.flat({layer: point.level for layer, point in taken.items()}), sum(p.cost for p in taken.values())
-
-
-def second_order(task: Task) -> tuple[dict[str, float], float]:
-    """Levels by site key of least summed loss, which `moyu.calibration.fisher` foresees, and that sum."""
+def second_order(task: Division) -> tuple[dict[str, float], float]:
+    """Levels by site key with the least sum of losses, as `moyu.calibration.fisher` estimates them, and that sum."""
     shares = weights(s for sites in task.sites.values() for s in sites)
 
     def worth(plan: Plan, skipped: float, levels: Mapping[str, float]) -> float:
@@ -255,11 +212,10 @@ def calibrate_allocated(
     progress: Progress | None = None,
     **options: Any,
 ) -> Plan:
-    """The better of an allocation and uniform, by KL on `deciding` windows; which one is in the plan's calibration.
+    """A plan with an allocation or with uniform levels, whichever has less KL on `deciding`; the plan's calibration says which.
 
-    Where the allocation itself looks at deciding windows, it sees every second one, and the others choose.
-    options: those of `calibrate`. Raises UserError for an allocation that there is not, and for a method that knows no
-    token-level target.
+    A search looks at every second deciding window itself; then the others choose. options: of `calibrate`. Raises UserError
+    for an unknown allocation, and for a method without a token-level target.
     """
     check(allocation)
     if method.granularity != "token" or not method.solves_target or method.joint:
@@ -267,27 +223,22 @@ def calibrate_allocated(
     if not 0 <= sparsity <= MOST:
         raise UserError(f"a sparsity of {sparsity} cannot be divided", f"ask for one in [0, {MOST}]")
     anatomy = anatomy or dissect.dissect(model)
-    alone = allocation not in ("uniform", "sensitivity")
-    if alone and not separable(model, windows, anatomy):
+    divided = allocation != "uniform"
+    if divided and not separable(model, windows, anatomy):
         raise UserError("the layers of this model cannot be run alone, one after another", "allocate uniformly")
-    if alone and any(s.source_layer != s.layer for b in anatomy.all_blocks() for s in method.sites(b)):
-        raise UserError(f"method {method.name!r} looks ahead, to other layers", "allocate uniformly, or by sensitivity")
-    task = Task(model, method, windows, deciding, sparsity, anatomy, step, trials, progress, options)
+    if divided and any(s.source_layer != s.layer for b in anatomy.all_blocks() for s in method.sites(b)):
+        raise UserError(f"method {method.name!r} looks ahead, to other layers", "allocate uniformly")
+    task = Division(model, method, windows, deciding, sparsity, anatomy, step, trials, progress, options)
     found, about = {}, {}
-    kind, _, order = allocation.partition("-")
-    if kind == "greedy":
+    if allocation == "greedy":
         found = greedy(task)
-    elif kind == "search":
-        found = search(task, order)
-    elif kind == "cett":
-        found = equalised(task, stream=order == "stream")
-    elif kind == "sensitivity":
-        found, about["summed_kl"] = sensitivity(task)
-    elif kind == "fisher":
+    elif allocation == "search":
+        found = search(task)
+    elif allocation == "fisher":
         found, about["summed_kl"] = second_order(task)
-    halved = kind in ("search", "sensitivity") and len(deciding.tokens) > 1
+    halved = allocation == "search" and len(deciding.tokens) > 1
     choosing = dataclasses.replace(deciding, tokens=deciding.tokens[1::2]) if halved else deciding
-    levels = {"uniform": None, **({} if allocation == "uniform" else {allocation: found})}
+    levels = {"uniform": None} | ({allocation: found} if divided else {})
     plans = {name: task.plan(own) for name, own in levels.items()}
     errors = {name: task.kl(plan, choosing) for name, plan in plans.items()}
     chosen = min(errors, key=lambda name: errors[name])
@@ -297,6 +248,6 @@ def calibrate_allocated(
 
 
 def check(allocation: str) -> None:
-    """Refuse an allocation that there is not."""
+    """Raises UserError for an unknown allocation."""
     if allocation not in ALLOCATIONS:
         raise UserError(f"--allocation must not be {allocation!r}", f"one of {', '.join(ALLOCATIONS)}")

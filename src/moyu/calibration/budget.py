@@ -1,8 +1,9 @@
-"""From a byte fraction to a plan: how much is skipped, and with which settings, so that a step reads just so much.
+"""From a byte fraction to a plan: find the sparsity and the settings with which a step reads that fraction.
 
-What a plan itself makes a step read depends on the plan, so the sparsity is solved for again with what was found; a method
-with several ways to spend the same bytes says which, and the one with the least KL on the validation part is taken. A method
-that divides a budget gives every site the settings and the sparsity with which the bytes cost least (`moyu.calibration.fisher`).
+A plan adds bytes of its own (biases, routers), which depend on the sparsity; so we calibrate, measure the added bytes, and
+solve for the sparsity again. If a method can spend the same bytes in several ways, the way with the least KL on the
+validation text is used. A method that divides budgets gives each site its own settings and sparsity, so that the total
+loss is least (`moyu.calibration.fisher`).
 """
 
 from __future__ import annotations
@@ -32,25 +33,25 @@ from moyu.model.anatomy import Anatomy, Block
 from moyu.plan import Plan
 from moyu.weights.blocks import KIND_BITS
 
-PROBE = 2  # calibration windows that are enough to learn what a plan adds
+PROBE = 2  # calibration windows, enough to measure the bytes that a plan adds
 ROUNDS = 4
-CLOSE = 1e-3  # of the dense step's bytes
-TRIAL = 4  # windows, of calibration and of validation, that settings are compared on
-SLACK = 5e-3  # of the dense step's bytes, between what was asked for and what calibration text makes a step read
-LEAST = 1e-3  # sparsity; at 0 not even exact zeros are skipped
+CLOSE = 1e-3  # change of the added bytes that ends the search, as a fraction of the dense step's bytes
+TRIAL = 4  # windows of calibration and of validation text on which settings are compared
+SLACK = 5e-3  # allowed difference between the asked and the measured byte fraction
+LEAST = 1e-3  # the least sparsity; at 0 not even exact zeros are skipped
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Bytes that a decode step reads of a model whose weights are kept in `storage`."""
+    """Counts the bytes that a decode step reads of a model whose weights are stored in `storage`."""
 
     model: nn.Module
     anatomy: Anatomy
-    storage: Storage | None = None  # None: as they are in the model
+    storage: Storage | None = None  # None: as in the model
 
     @property
     def bits(self) -> int:
-        """Bits of a weight, its scale aside; where weights are of several kinds, the most."""
+        """Bits per weight without scales; the most, if formats differ."""
         if self.storage is not None:
             return self.storage.bits
         kept = [p.blocks for b in self.anatomy.all_blocks() for p in b.pieces.values()]
@@ -58,7 +59,7 @@ class Reader:
 
     @property
     def planes(self) -> bool:
-        """Whether the storage, which no kernel reads, gives the first bits of a weight without the others."""
+        """Whether the first bits of a weight can be read without the rest. Simulated storage can do that; no kernel reads it."""
         return self.storage is not None and self.storage.bits < 16
 
     def dense(self) -> float:
@@ -73,9 +74,9 @@ class Reader:
         return accounting.skippable_bytes(self.model, self.anatomy, sites) * self.share
 
     def added(self, plan: Plan, copies: Mapping[int, int] | None = None) -> float:
-        """Bytes that the plan itself makes a step read; under a storage matrices count as it keeps them, the rest in 16 bits.
+        """Bytes that a step reads of the plan itself. With a storage, matrices count as stored and the rest in 16 bits.
 
-        copies: of a plan for some layers, how many layers each of them stands for.
+        copies: for a plan of some layers only, the number of layers that each of them represents.
         """
         total, share = 0.0, accounting.shares(self.anatomy)
         for site, params in plan.parts.values():
@@ -89,7 +90,7 @@ class Reader:
         return total
 
     def kept(self, plan: Plan) -> Plan:
-        """The plan with its matrices as the storage keeps them, groups along their longer side."""
+        """The plan with its matrices rounded as the storage rounds them, groups along their longer side."""
         if self.storage is None or self.storage.bits == 16:
             return plan
 
@@ -107,22 +108,22 @@ class Reader:
         return dataclasses.replace(plan, parts=parts)
 
     def skipped(self, byte_fraction: float, plan: Plan) -> float:
-        """Bytes of skipped units, from the byte fraction that an evaluation found on the weights as they are."""
+        """Bytes skipped per step, recovered from an evaluation's byte fraction."""
         total = accounting.dense_step_bytes(self.model, self.anatomy)
         added = accounting.added_bytes(plan, self.anatomy)
         return (total + added - byte_fraction * total) * self.share
 
     def byte_fraction(self, byte_fraction: float, plan: Plan) -> float:
-        """An evaluation's byte fraction, for weights as they are, as one of this storage's dense step."""
+        """The byte fraction in this storage, from an evaluation's byte fraction on the weights as in the model."""
         return (self.dense() + self.added(plan) - self.skipped(byte_fraction, plan)) / self.dense()
 
     def floor(self, plan: Plan) -> float:
-        """The least byte fraction of a method that adds what this plan adds."""
+        """The least byte fraction of a plan's method: all units skipped, and the plan's own bytes added."""
         return (self.dense() + self.added(plan) - self.skippable(plan.method)) / self.dense()
 
     @property
     def share(self) -> float:
-        """Bytes of a stored weight over those it has in the model."""
+        """Bytes of a stored weight over its bytes in the model."""
         if self.storage is None:
             return 1.0
         return self.storage.weight_bits / 8 / next(self.model.parameters()).element_size()
@@ -139,30 +140,30 @@ def _sixteen(params: SiteParams) -> SiteParams:
 
 
 def _matrices(method: Method, params: SiteParams) -> list[Tensor]:
-    """What a plan adds in weights of its own."""
+    """The matrices among a site's parameters."""
     own = [b for n, b in params.buffers.items() if n in method.matrices]
     return [*own, *([] if params.basis is None else [params.basis]), *(params.low_rank or ())]
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to spend bytes: here a method with its settings, at one sparsity everywhere."""
+    """One way to spend bytes: a method with its settings, at the same sparsity everywhere."""
 
     reader: Reader
     method: Method
-    options: Mapping[str, Any]  # of `calibrate`, beside the sparsity
+    options: Mapping[str, Any]  # of `calibrate`, without the sparsity
 
     def start(self, windows: Windows, byte_fraction: float) -> float:
-        """The sparsity to begin with; OutOfReach below the method's floor."""
+        """The sparsity to start with. Raises OutOfReach below the method's floor."""
         return solve(self.reader, self.method, windows, byte_fraction, **self.options)
 
     def floor(self, plan: Plan) -> float:
-        """The least byte fraction of this way, whose plan adds what `plan` adds."""
+        """The least byte fraction of this way, with the bytes that `plan` adds."""
         return self.reader.floor(plan)
 
     @property
     def slope(self) -> float:
-        """About how the byte fraction follows the sparsity."""
+        """The approximate change of the byte fraction per sparsity."""
         return -self.reader.skippable(self.method) / self.reader.dense()
 
     def plan(self, windows: Windows, sparsity: float, progress: Progress | None) -> Plan:
@@ -176,18 +177,18 @@ class Way:
 
 @dataclass(frozen=True)
 class Divided(Way):
-    """Settings with the same sites, of which each site takes its own, at a sparsity of its own.
+    """Each site has settings and a sparsity of its own; all settings have the same sites.
 
-    What stands for the sparsity of a `Way` is the part of a dense step's bytes that is saved.
+    In place of a `Way`'s sparsity stands the fraction of a dense step's bytes that is saved.
     """
 
     choices: Sequence[Method]
-    windows: Windows  # calibration text that says what sites cost
+    windows: Windows  # calibration text, to measure the loss of each site
     progress: Progress | None = None
 
     @cached_property
     def curves(self) -> dict[str, list[fisher.Point]]:
-        """The bytes that sites save, and what they cost."""
+        """The bytes that each site saves and the loss that it causes, by level and settings."""
         reader = self.reader
 
         def worth(plan: Plan, skipped: float, levels: Mapping[str, float]) -> float:
@@ -236,10 +237,10 @@ class Divided(Way):
 def ways(
     reader: Reader, method: Method, windows: Windows, progress: Progress | None = None, **options: Any
 ) -> list[Way]:
-    """The ways of a method to spend bytes; what it learns from `windows` of calibration text serves every byte fraction.
+    """The ways in which a method can spend bytes. The same ways serve every byte fraction.
 
-    A method whose knobs are not its usual ones keeps them. Budgets are not divided where layers cannot be run alone, nor with
-    compensations, which come after. options: those of `calibrate`, beside the sparsity.
+    windows: calibration text. options: of `calibrate`, without the sparsity. If knobs are set, only these settings are used.
+    Budgets are not divided if layers cannot run alone, or if a compensation follows.
     """
     settings = method.settings_for(reader.bits, reader.planes) if method == type(method)() else (method,)
     compensated = options.get("bias") or options.get("centre")
@@ -260,9 +261,10 @@ def plan_for_bytes(
     reference: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """A plan under which a step reads `byte_fraction` of the dense one, of the best way; OutOfReach below every floor.
+    """A plan under which a step reads `byte_fraction` of the dense step's bytes, by the best way.
 
-    reference: log-probabilities of `split.validation` to compare ways by, where not those of this model.
+    reference: log-probabilities of `split.validation` to compare ways with, if not this model's. Raises OutOfReach below the
+    floor of every way.
     """
     if len(ways) == 1:
         return _solved(ways[0], split.calibration, byte_fraction, progress)
@@ -272,7 +274,7 @@ def plan_for_bytes(
     known = None if reference is None else reference[:TRIAL]
     for way in ways:
         model, trains = way.reader.model, way.method.trains
-        try:  # the larger a router, the more text it takes
+        try:  # large routers need all of the text
             plan = _solved(way, split.calibration if trains else few, byte_fraction)
         except OutOfReach as error:
             refused = error if refused is None or error.floor < refused.floor else refused
@@ -289,11 +291,11 @@ def plan_for_bytes(
 
 
 def _solved(way: Way, windows: Windows, byte_fraction: float, progress: Progress | None = None) -> Plan:
-    """By what a plan counts, then by what it makes a step read: exact zeros come on top, and units are not of one size.
+    """The plan of one way: start from the bytes that the plan counts, then correct by the bytes that a step really reads.
 
-    Of the plans that read no more than was asked for, the one that skips least: where zeros are skipped on top, reading need
-    not fall with what a plan skips. Where all read more, the nearest. A method that trains has its share from its loss or
-    its counts, and would train again for each correction.
+    Both differ, because exact zeros are skipped too and units differ in size. Among the plans that read no more than asked,
+    the one with the least sparsity is used (with exact zeros, more sparsity need not mean fewer bytes); if all read more, the
+    nearest. A method that trains is not corrected, because it would have to train again.
     """
     reader, method = way.reader, way.method
     sparsity = way.start(windows, byte_fraction)
@@ -321,10 +323,10 @@ def _solved(way: Way, windows: Windows, byte_fraction: float, progress: Progress
 
 
 def solve(reader: Reader, method: Method, windows: Windows, byte_fraction: float, **options: Any) -> float:
-    """The sparsity at which a step reads `byte_fraction` of `reader.dense()`, what the plan adds counted in.
+    """The sparsity at which a step reads `byte_fraction` of `reader.dense()`, including the bytes that the plan adds.
 
-    What a layer's part adds depends on sizes and sparsity alone, so one layer of each kind is fitted.
-    windows: calibration text, of which the first few say what a plan adds. OutOfReach below the method's floor.
+    The added bytes of a layer depend on sizes and sparsity alone, so one layer of each kind is fitted, on the first windows of
+    calibration text. Raises OutOfReach below the method's floor.
     """
     probe = dataclasses.replace(windows, tokens=windows.tokens[:PROBE])
     total, skippable = reader.dense(), reader.skippable(method)
@@ -339,14 +341,14 @@ def solve(reader: Reader, method: Method, windows: Windows, byte_fraction: float
         if abs(found - added - slope * sparsity) < CLOSE * total:
             break
         if seen is not None and seen[0] != sparsity:
-            slope = (found - seen[1]) / (sparsity - seen[0])  # what is added is nearly linear in what is skipped
+            slope = (found - seen[1]) / (sparsity - seen[0])  # added bytes are nearly linear in the sparsity
         seen, added = (sparsity, found), found - slope * sparsity
         sparsity = solve_bytes(skippable - slope, total, added, byte_fraction)
     return sparsity
 
 
 def kinds(anatomy: Anatomy, method: Method) -> dict[int, int]:
-    """The first layer of each kind, and how many there are of it: alike are layers whose sites and weights have one size."""
+    """The first layer of each kind and the number of its kind. Layers are of one kind if their sites and weights have equal sizes."""
     first: dict[Any, int] = {}
     counts: dict[int, int] = {}
     for layer in range(len(anatomy.layers)):

@@ -1,33 +1,30 @@
-"""What gives back a part of what a mask takes away: a bias, a centre, a learned bias. They go with any method.
+"""Compensation: a bias, a centre or a learned bias that recovers a part of a mask's error. Each works with any method.
 
-All act on sparse rows only and are off unless asked for.
+All act on sparse rows only and are off by default.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moyu.engine.applied import Applied
+from moyu.measure.windows import Windows
 from moyu.methods import selection
 from moyu.methods.base import Acts, Method, Site, SiteParams
 from moyu.model import dissect
+from moyu.model.anatomy import Anatomy, Block
+from moyu.plan import Plan
 
-if TYPE_CHECKING:
-    from moyu.measure.windows import Windows
-    from moyu.model.anatomy import Anatomy, Block
-    from moyu.plan import Plan
-
-BINS = 256  # of the histogram whose peak is a candidate centre
+BINS = 256  # of the histogram whose peak is a candidate for the centre
 
 
 def targets(site: Site) -> tuple[str, ...]:
-    """The linears whose outputs miss what a site skips."""
+    """The linears whose outputs lack a site's skipped units."""
     if site.skips == "columns":
         return site.linears
     return ("down",) if site.skips in ("rows", "neurons") else site.linears[-1:]
@@ -36,7 +33,7 @@ def targets(site: Site) -> tuple[str, ...]:
 def correction(block: Block, site: Site, params: SiteParams, missing: Tensor) -> Tensor:
     """Closed-form bias b = W E[v - S(v)], the b that minimises E ||W v - W S(v) - b||^2: missing (n,) -> (q,).
 
-    `missing` is the mean of what the mask takes, in the basis of the mask; what a low-rank path gives back is left out.
+    missing: mean of the masked values, in the basis of the mask. The part that a low-rank path recovers is subtracted.
     """
     if params.basis is not None:
         missing = params.basis.to(missing) @ missing
@@ -44,7 +41,7 @@ def correction(block: Block, site: Site, params: SiteParams, missing: Tensor) ->
 
 
 def _lost(weight: Tensor, params: SiteParams, missing: Tensor) -> Tensor:
-    """What an output lacks of missing inputs, (N, n) -> (N, q)."""
+    """The outputs' error for missing inputs, (N, n) -> (N, q)."""
     lost = missing @ weight.to(missing).t()
     if params.low_rank is not None:
         outer, inner = (t.to(missing) for t in params.low_rank)
@@ -58,12 +55,12 @@ def _lost(weight: Tensor, params: SiteParams, missing: Tensor) -> Tensor:
 def centred(method: Method, site: Site, acts: Acts, target: float, bias: bool) -> SiteParams:
     """Fit a site of columns on v - c, S(v) = mask * (v - c) + c (SCAP, arXiv 2412.07174), with the best c for the site.
 
-    c is 0, the median of each channel, or the peak of the pooled density: the one with the least error of the output on
-    every second window, fitted on the others. bias: the error's mean does not count, because a bias will correct it.
+    c is 0, the median of each channel, or the peak of the pooled density. Each is fitted on every second window; the one with
+    the least output error on the others is used. bias: the mean of the error is ignored, because a bias will correct it.
     """
     fitting, held_out = (_windows(acts, acts.rows.seq % 2 == parity) for parity in (0, 1))
     if not len(fitting.met(site.reads)) or not len(held_out.met(site.reads)):
-        return method.fit(site, acts, target)  # too little text to choose by
+        return method.fit(site, acts, target)  # too little text to choose
     best, least = None, float("inf")
     for centre in _centres(fitting.met(site.reads)):
         params = _fit_around(method, site, fitting, target, centre)
@@ -74,7 +71,7 @@ def centred(method: Method, site: Site, acts: Acts, target: float, bias: bool) -
 
 
 def _centres(x: Tensor) -> list[Tensor | None]:
-    """Candidates for rows (N, n): nothing, medians (n,), the density's peak in every channel (n,)."""
+    """Candidates for rows (N, n): none, the medians (n,), the peak of the pooled density (n,)."""
     pooled = x.float().flatten()
     low, high = selection.quantile(pooled, 0.01), selection.quantile(pooled, 0.99)
     counts = torch.histc(pooled, BINS, low, high)
@@ -91,13 +88,13 @@ def _fit_around(method: Method, site: Site, acts: Acts, target: float, centre: T
 
 
 def _windows(acts: Acts, chosen: Tensor) -> Acts:
-    """The rows where `chosen` (N,) is True."""
+    """The rows at which `chosen` (N,) is True."""
     dense, sparse = ({tap: x[chosen] for tap, x in taps.items()} for taps in (acts.dense, acts.sparse))
     return dataclasses.replace(acts, dense=dense, sparse=sparse, rows=acts.rows.take(chosen.nonzero().squeeze(1)))
 
 
 def _error(method: Method, site: Site, params: SiteParams, acts: Acts, bias: bool) -> float:
-    """Mean squared error of the outputs that a site's mask causes on the sparse rows of `acts`."""
+    """Mean squared output error of a site's mask on the sparse rows of `acts`."""
     v = acts.met(site.reads)
     v = v if params.centre is None else v - params.centre
     v = v if params.basis is None else v @ params.basis.to(v)
@@ -126,8 +123,8 @@ def learn(
 ) -> Plan:
     """A plan with learned biases (SPON, arXiv 2512.12744): z = W S(v) + W alpha at every skipping linear.
 
-    Only the alphas (n,) are trained, with Adam at `rate`, on KL(dense || sparse) of the sparse positions of `windows`.
-    They start from what the plan has: from its closed-form biases where it was calibrated with them.
+    Only the alphas (n,) are trained, with Adam at `rate`, on KL(dense || sparse) at the sparse positions of `windows`. The
+    learned biases are added to those that the plan already has.
     """
     anatomy = anatomy or dissect.dissect(model)
     frozen = [p for p in model.parameters() if p.requires_grad]
@@ -165,21 +162,21 @@ def learn(
 
 
 class _Learned:
-    """The learned input alpha of each linear that a site skips in, and the bias that they make."""
+    """The learned inputs alpha of a site's linears, and the bias that follows from them."""
 
     def __init__(self, block: Block, state) -> None:
-        """`state` is the SiteState whose parameters the model runs with."""
+        """state: the SiteState with whose parameters the model runs."""
         self.state, self.start = state, state.params.bias
         self.weights = [block.pieces[n].weight.detach() for n in targets(state.site)]
         self.alphas = [nn.Parameter(torch.zeros_like(w[0], dtype=_at_least_float(w.dtype))) for w in self.weights]
 
     def bias(self) -> Tensor:
-        """Sum of the plan's own bias and W alpha, (q,)."""
+        """The plan's own bias plus W alpha, (q,)."""
         made = torch.cat([w.to(a) @ a for w, a in zip(self.weights, self.alphas, strict=True)])
         return made if self.start is None else self.start.to(made) + made
 
     def update(self) -> None:
-        """Let the model run with the alphas as they are."""
+        """Let the model run with the present alphas."""
         self.state.params = dataclasses.replace(self.state.params, bias=self.bias())
 
 

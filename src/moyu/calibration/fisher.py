@@ -1,10 +1,10 @@
-"""What an error at a layer costs, to second order, and how to save bytes where each costs least.
+"""The loss that skipping causes at each site, to second order, and the division of a budget with the least total loss.
 
-KL of a model from itself with an error e at one of its values is e' F e / 2 to second order, where F = E[g g'] is the Fisher
-information: g the gradient of log p of tokens that the model itself draws. Of the values here, the outputs of layers, F is
-its diagonal, from one backward pass over calibration text, and e is what a site's skipping changes with all else dense. Costs
-of sites then add up, and a budget is spent best where the next byte costs the same at all of them (Lagrange; Shoham and
-Gersho 1988 for bits). Diagonal Fisher as what pruning costs: LeCun, Denker and Solla 1990, Theis et al. (arXiv 1801.05787).
+To second order, perturbing a layer's output by e costs KL = e' F e / 2, where F = E[g g'] is the Fisher information and g the
+gradient of log p for tokens drawn from the model itself. We use the diagonal of F at each layer's output, from one backward
+pass over calibration text; e is the change caused by one site's skipping with all else dense. Costs of sites add up. The
+total is least if the next byte costs the same at every site (Lagrange; Shoham and Gersho 1988 for bits). The diagonal Fisher
+as the cost of pruning: LeCun, Denker and Solla 1990, Theis et al. (arXiv 1801.05787).
 """
 
 from __future__ import annotations
@@ -28,32 +28,34 @@ from moyu.methods.base import Method, Site
 from moyu.model.anatomy import Anatomy
 from moyu.plan import Plan
 
-LEVELS = (0.001, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 0.999)  # sparsities that a site is tried at
-TOKENS = 512  # that it is tried on
-STEP = 0.01  # of the sparsities between them
+LEVELS = (0.001, 0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 0.999)  # sparsities at which each site is tried
+TOKENS = 512  # of calibration text, for these trials
+STEP = 0.01  # between interpolated sparsities
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A site at a level: what it saves, in units of the budget, and the nats a token that it costs."""
+    """A site at a level: its saving in units of the budget, and its cost in nats per token."""
 
     level: float
     saved: float
     cost: float
-    method: Method | None = None  # with the knobs that it has here; None: nothing is skipped, or there is one choice
+    method: Method | None = (
+        None  # the method with the knobs of this point; None: nothing is skipped, or there is only one choice
+    )
 
 
 DENSE = Point(0.0, 0.0, 0.0)
 
 
 def curvature(model: nn.Module, windows: Windows, anatomy: Anatomy, seed: int = 0) -> dict[int, Tensor]:
-    """The diagonal of the Fisher information at each layer's output, (d,) by layer, a sparse token of `windows`."""
+    """The diagonal of the Fisher information at each layer's output, (d,) by layer, per sparse token of `windows`."""
     generator, found = torch.Generator().manual_seed(seed), dict[int, Tensor]()
     outputs: list[Tensor] = []
     embedding = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     hooks = [layer.register_forward_hook(lambda m, a, o: outputs.append(first(o))) for layer in anatomy.layers]
-    # A gradient there even where weights have none.
+    # The embedding's output needs a gradient even if no weight does.
     hooks.append(embedding.register_forward_hook(lambda m, a, o: o.detach().requires_grad_()))
     try:
         for window in windows.tokens.split(1):
@@ -74,7 +76,9 @@ def curvature(model: nn.Module, windows: Windows, anatomy: Anatomy, seed: int = 
     return found
 
 
-Worth = Callable[[Plan, float, Mapping[str, float]], float]  # of a trial's plan, bytes it skips a token, and its levels
+Worth = Callable[
+    [Plan, float, Mapping[str, float]], float
+]  # saving by a trial's plan, its skipped bytes per token and its levels
 
 
 @torch.no_grad()
@@ -88,9 +92,9 @@ def curves(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, list[Point]]:
-    """What each site saves and costs under each of `choices`, by `name_of`: tried at LEVELS, and interpolated between them.
+    """Savings and costs of each site under each of `choices`, by `name_of`: measured at LEVELS, interpolated between them.
 
-    All choices have the same sites. The experts of a layer go together, as one site. Layers must be `trials.separable`.
+    All choices must have the same sites. The experts of a layer count as one site. Layers must be `trials.separable`.
     """
     fisher, tried = curvature(model, windows, anatomy, seed), dict[tuple[str, Method], list[Point]]()
 
@@ -118,9 +122,9 @@ def curves(
 
 
 def interpolated(points: Sequence[Point]) -> list[Point]:
-    """Points of one choice, and those at every STEP between them: savings in proportion, costs by their roots.
+    """The points of one choice, and points at every STEP between: savings are linear, and so are the roots of costs.
 
-    An error grows about in proportion to the sparsity, so its cost is about a square.
+    An error is about proportional to the sparsity, so its cost is about a square.
     """
     tried = [p.level for p in points]
     levels = np.union1d(tried, np.arange(min(tried), max(tried), STEP))
@@ -131,16 +135,16 @@ def interpolated(points: Sequence[Point]) -> list[Point]:
 
 
 def name_of(site: Site) -> str:
-    """The key of a site; one for all routed experts of its layer."""
+    """The key of a site. All routed experts of a layer share one."""
     routed = site.expert is not None and site.expert >= 0
     return f"experts of {dataclasses.replace(site, expert=None).key}" if routed else site.key
 
 
 def divide(found: Mapping[Key, Sequence[Point]], saved: float) -> dict[Key, Point]:
-    """Of each site, the point at which all together save `saved` and cost least; fewer save less than was asked.
+    """One point for each site, so that together they save `saved` at the least cost; less, if the sites cannot save that much.
 
-    Each site's points are replaced by their lower convex hull, then its cheapest pieces, by cost over what they save, are taken
-    first. The last one is taken in part: between two levels of one choice, or at a level of the second choice.
+    Each site's points are reduced to their lower convex hull. Segments of all hulls are then taken by cost per saving, cheapest
+    first. The last segment is taken in part: between two levels of one choice, or at a level of the second choice.
     """
     pieces = []
     for key, points in found.items():
@@ -157,10 +161,10 @@ def divide(found: Mapping[Key, Sequence[Point]], saved: float) -> dict[Key, Poin
 
 
 def _hull(points: Sequence[Point]) -> list[Point]:
-    """From nothing on, the points with the least cost for what they save or for more, convex."""
+    """The lower convex hull of cost over saving, from the dense point on."""
     hull = [DENSE]
     for point in sorted(points, key=lambda p: (p.saved, -p.cost)):
-        if point.saved <= 0 or not math.isfinite(point.cost):  # an overflow says nothing
+        if point.saved <= 0 or not math.isfinite(point.cost):  # skip overflows
             continue
         while hull[-1].saved == point.saved or (len(hull) > 1 and _slope(*hull[-2:]) >= _slope(hull[-1], point)):
             hull.pop()
@@ -169,7 +173,7 @@ def _hull(points: Sequence[Point]) -> list[Point]:
 
 
 def _between(a: Point, b: Point, saved: float, points: Sequence[Point]) -> Point:
-    """The point of b's choice that saves so much: on the line from a where both are of one choice."""
+    """The point of b's choice that saves `saved`. It lies on the line from a if both are of one choice."""
     line = [a, b]
     if a.method is not b.method and a is not DENSE:
         line = sorted([DENSE, *(p for p in points if p.method is b.method)], key=lambda p: p.saved)

@@ -1,7 +1,7 @@
-"""Routers in the loop: trained through the model's own loss, all layers together, with the masks in place (RIDA).
+"""Routers trained in the loop: through the model's own loss, all layers together, with their masks in place (RIDA).
 
-Two stages. Stage 1: soft gates, and a multiplier that dual ascent moves until the target share of units is skipped. Stage 2:
-routers frozen, gates hard; where weights are tuned as well, they adapt to what is really skipped.
+Stage 1 trains with soft gates; dual ascent moves a multiplier until the target fraction of units is skipped. Stage 2 freezes
+the routers and makes the gates hard; if weights are tuned too, they adapt to the hard gates.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,18 @@ from torch.nn import functional
 from moyu.calibration.compensation import log_probs
 from moyu.engine.applied import Applied
 from moyu.engine.sites import SiteState
+from moyu.measure.windows import Windows
 from moyu.methods import selection
 from moyu.methods.base import Rows, Site
 from moyu.methods.selection import Soft, Threshold
+from moyu.model.anatomy import Anatomy
+from moyu.plan import Plan
 
-if TYPE_CHECKING:
-    from moyu.measure.windows import Windows
-    from moyu.model.anatomy import Anatomy
-    from moyu.plan import Plan
-
-BATCH = 4  # windows a step
-RATE = 5e-3  # Adam's, of routers
-WEIGHT_RATE = 2e-4  # of tuned weights
-ASCENT = 2.0  # of the multiplier a step, for each unit of sparsity that is missing
-ROUNDS, CLOSE = 6, 2e-3  # of the search for the threshold, and how near the share skipped must come
+BATCH = 4  # windows per step
+RATE = 5e-3  # Adam's rate for routers
+WEIGHT_RATE = 2e-4  # for tuned weights
+ASCENT = 2.0  # of the multiplier, per step and missing sparsity
+ROUNDS, CLOSE = 6, 2e-3  # of the search for the threshold, and the tolerance of its sparsity
 
 
 def train(
@@ -45,10 +43,10 @@ def train(
     anatomy: Anatomy | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """The plan with routers trained in the loop for a target sparsity; the same result at every call.
+    """The plan with routers trained in the loop for a target sparsity. The result is deterministic.
 
-    The task is KL(dense || sparse) of the sparse positions on a frozen model. tune: the feed-forward weights learn too, in
-    place, on the text's own likelihood; afterwards the plan fits these weights only.
+    The loss is KL(dense || sparse) at the sparse positions of a frozen model. tune: train the feed-forward weights too, in
+    place, on the likelihood of the text; afterwards the plan fits these weights only.
     """
     parameters = list(model.parameters())
     asked = [p.requires_grad for p in parameters]
@@ -73,7 +71,7 @@ def train(
 
 
 def _parts(windows: Windows) -> tuple[Windows, Windows]:
-    """What routers learn from, and a quarter of the windows for the threshold: gates of text that was learned lie apart."""
+    """Windows to train on, and a quarter of them held out for the threshold: gates differ on text that was trained on."""
     held = max(1, len(windows.tokens) // 4)
     learned = max(1, len(windows.tokens) - held)
     first, last = windows.tokens[:learned], windows.tokens[-held:]
@@ -81,7 +79,7 @@ def _parts(windows: Windows) -> tuple[Windows, Windows]:
 
 
 class _Gates:
-    """A chooser that keeps the gates or masks of sparse rows, and leaves them as they are."""
+    """A chooser that stores the gates or masks of sparse rows without changing them."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
@@ -100,7 +98,7 @@ def _soft(
     steps: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Stage 1. Leaves trained routers in the states, as plain tensors of the model's type."""
+    """Stage 1. Afterwards the states hold the trained routers, as plain tensors of the model's type."""
     before: list[Mapping[str, Tensor]] = [state.params.buffers for state in states]
     learned = [{n: nn.Parameter(t.float().clone()) for n, t in buffers.items()} for buffers in before]
     for state, buffers in zip(states, learned, strict=True):
@@ -130,7 +128,7 @@ def _soft(
 
 
 def _hard(applied: Applied, weights: list[nn.Parameter], windows: Windows, steps: int) -> None:
-    """Stage 2 of tuned weights: what is skipped is really skipped."""
+    """Stage 2, for tuned weights: train with hard gates."""
     optimiser = torch.optim.Adam(weights, lr=WEIGHT_RATE / 2)
     for step in range(steps // 2):
         loss = _task(applied, _batch(applied, windows, step), windows.prompt, None, tuned=True)
@@ -141,9 +139,9 @@ def _hard(applied: Applied, weights: list[nn.Parameter], windows: Windows, steps
 
 @torch.no_grad()
 def _threshold(applied: Applied, states: list[SiteState], windows: Windows, sparsity: float) -> float:
-    """One gate value for all layers and windows, under which the target share of units is skipped.
+    """The gate value below which the target fraction of units is skipped, for all layers and windows.
 
-    A quantile of the soft gates, then of more or fewer of them: under hard masks later layers see other inputs.
+    Start from a quantile of the soft gates and correct it, because later layers see other inputs under hard masks.
     """
     soft = _seen(applied, states, windows, Soft())
     share, best, nearest = sparsity, 0.0, math.inf
@@ -159,7 +157,7 @@ def _threshold(applied: Applied, states: list[SiteState], windows: Windows, spar
 
 
 def _seen(applied: Applied, states: list[SiteState], windows: Windows, rule: Soft | Threshold) -> Tensor:
-    """Gates, or masks, of all layers on the windows' sparse positions."""
+    """Gates or masks of all layers at the sparse positions of the windows."""
     for state in states:
         state.params = dataclasses.replace(state.params, rule=rule)
     gates = _Gates()
@@ -170,7 +168,7 @@ def _seen(applied: Applied, states: list[SiteState], windows: Windows, rule: Sof
 
 
 def _task(applied: Applied, tokens: Tensor, prompt: int, gates: _Gates | None, *, tuned: bool) -> Tensor:
-    """The loss on the sparse positions: the text's own where weights learn, else the distance from dense."""
+    """The loss at the sparse positions: of the text itself if weights are tuned, else KL from the dense model."""
     model: Any = applied.model
     with applied.prompt(prompt), applied.watched(chooser=gates):
         sparse = log_probs(model, tokens, prompt)  # (B (T - P), V)
@@ -183,7 +181,7 @@ def _task(applied: Applied, tokens: Tensor, prompt: int, gates: _Gates | None, *
 
 
 def _tuned(applied: Applied) -> list[nn.Parameter]:
-    """The weights of the feed-forward networks, asked for gradients."""
+    """The weights of the feed-forward networks, with gradients switched on."""
     found = {id(p): p for c in applied.ffns for piece in c.block.pieces.values() if (p := _weight(piece)) is not None}
     attention = {id(p) for call in applied.linears for p in call.piece.module.parameters()}
     chosen = [p for key, p in found.items() if key not in attention]

@@ -1,4 +1,4 @@
-"""What a model activates on a text: token windows, quantiles and norms, in bounded memory."""
+"""Profile a dense model's activations on a text: quantiles, norms and needed neurons, in bounded memory."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from moyu.model.anatomy import Anatomy, Block
 from moyu.weights.files import atomic_write_bytes
 
 QUANTILES = 101
-GRID = 64  # steps of the per-token search for the neurons needed
-TAU = 0.2  # the CETT at which "needed" is measured
+GRID = 64  # steps of each token's search for the needed neurons
+TAU = 0.2  # the CETT up to which the other neurons may be dropped
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One layer on the profiled tokens."""
+    """The profile of one layer."""
 
     layer: int
     neurons: int
     exact_zero_share: float
-    needed: Tensor  # (N,) fraction of neurons a token needs for CETT <= TAU
+    needed: Tensor  # (N,) fraction of neurons that each token needs for CETT <= TAU
     positions: Tensor  # (N,) position of each of these tokens
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The windows that calibration will use, and what the model did on them."""
+    """The windows for calibration, and the dense model's activations on them."""
 
     windows: Windows
     layers: list[LayerProfile]
@@ -49,7 +49,7 @@ class Profile:
     norms: Mapping[str, Tensor] = field(default_factory=dict)  # "layer0.mid" -> (n,) root mean square of each channel
 
     def needed_by_position(self, buckets: int = 8) -> list[tuple[int, float]]:
-        """Mean needed fraction over layers, for `buckets` ranges of positions: (first position, fraction)."""
+        """The needed fraction, mean over layers, for `buckets` ranges of positions: (first position, fraction)."""
         length = self.windows.tokens.shape[1]
         edges = torch.linspace(0, length, buckets + 1).long().tolist()
         needed = torch.cat([p.needed for p in self.layers])
@@ -82,7 +82,7 @@ class Profile:
 
     @classmethod
     def load(cls, folder: Path) -> Profile:
-        """Read a profile; UserError for one that is missing or truncated."""
+        """Read a profile. Raises UserError if it is missing or truncated."""
         again = "make it again with `moyu profile`"
         try:
             header = json.loads((folder / "profile.json").read_text())
@@ -111,7 +111,7 @@ class Profile:
 
 
 class _Sketch:
-    """An observer with bounded memory: evenly spaced tokens of each tap."""
+    """An observer with bounded memory: it keeps evenly spaced tokens of each tap."""
 
     def __init__(self, blocks: Mapping[int, Block], tokens: int) -> None:
         self.blocks, self.tokens = blocks, tokens
@@ -140,9 +140,9 @@ class _Sketch:
 
 
 def needed(mid: Tensor, down: Tensor, tau: float = TAU) -> Tensor:
-    """Fraction of neurons each token needs so that dropping the rest keeps its CETT at or below `tau`: (N, f) -> (N,).
+    """Fraction of neurons that each token needs: dropping the rest keeps its CETT at or below `tau`. (N, f) -> (N,).
 
-    The search runs on the running maximum over a grid of `GRID` counts, because CETT is not monotone.
+    The search uses the running maximum over a grid of `GRID` counts, because CETT is not monotone.
     """
     norms = down.float().norm(dim=0)
     out = []
@@ -164,7 +164,7 @@ def profile(
     anatomy: Anatomy | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Profile:
-    """Run the model densely over at most 8 of the windows and sketch every tap from at most `tokens` positions."""
+    """Run the dense model on at most 8 windows and profile every tap at up to `tokens` positions."""
     anatomy = anatomy or dissect.dissect(model)
     sketch = _Sketch({b.layer: b for b in anatomy.blocks if b.has_ffn}, tokens)
     some = windows.tokens[:8]

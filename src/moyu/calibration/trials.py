@@ -1,4 +1,4 @@
-"""One layer at a time, run again and again at other levels: what a trial changes at the layer's output."""
+"""Trials of one layer at a time: run it at many levels and measure the change of its output."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from moyu.methods.base import Method, Site, SiteParams
 from moyu.model.anatomy import Anatomy, Block
 from moyu.plan import Plan
 
-TOKENS = 1024  # calibration tokens that trials look at, at most
+TOKENS = 1024  # the most calibration tokens of a trial
 
 
 def weights(sites: Iterable[Site]) -> dict[str, float]:
-    """The share of each site's weights in all of them, by key."""
+    """Each site's share of the weights of all sites, by key."""
     sizes = {site.key: site.units * site.unit_bytes for site in sites}
-    total = sum(sizes.values()) or 1  # units of less than a line of memory save nothing
+    total = sum(sizes.values()) or 1  # units smaller than a cache line save nothing
     return {key: size / total for key, size in sizes.items()}
 
 
 class Trial:
-    """The sites of one layer at any levels: fitted once a level, on the layer's activations without masks of its own.
+    """The sites of one layer at any levels. Each is fitted once per level, on the layer's activations without its own masks.
 
-    Products that a trial does not change are kept from the trials before.
+    Products of linears that a trial does not change are reused from earlier trials.
     """
 
     def __init__(self, walk: Walk, index: int, method: Method, sites: list[tuple[Block, Site]]) -> None:
-        """The layer `index`, whose sites are `sites`, behind the layers that `walk` has passed."""
+        """walk: must have advanced to the layer `index`. sites: of this layer."""
         self.walk, self.index, self.method, self.sites = walk, index, method, sites
         walk.attach(index, Plan(method, {}, {}))
         seen = walk.observe(index, walk.sparse), walk.observe(index, walk.dense)
@@ -42,11 +42,13 @@ class Trial:
         acts = {site.key: acts_of(tensors[id(block)], site, *seen) for block, site in sites}
         self.acts = {key: own for key, own in acts.items() if own is not None}
         self.fits: dict[tuple[str, float, Method], SiteParams] = {}
-        in_order = not any((site.expert or 0) < 0 for _, site in sites)  # a second network follows the first
+        in_order = not any(
+            (site.expert or 0) < 0 for _, site in sites
+        )  # not with a second network, which follows the first
         self.products = Products([s for _, s in sites]) if in_order else None
 
     def attach(self, levels: Mapping[str, float], method: Method | None = None) -> Plan:
-        """Let the layer run at these levels, of `method` where it is not the usual one; what it runs is returned."""
+        """Let the layer run at these levels, of `method` or of the usual method. Returns the plan of the layer."""
         method, parts = method or self.method, {}
         for _, site in self.sites:
             level = levels[site.key]
@@ -62,29 +64,19 @@ class Trial:
         return plan
 
     def change(self) -> Tensor:
-        """The layer's output less the one without its masks, at sparse positions, (B, T - P, d) float32."""
+        """The layer's output minus its output without masks, at sparse positions, (B, T - P, d) float32."""
         change = self.walk.output(self.index, self.products) - self.clean
         return change[:, self.walk.windows.prompt :].float()
 
-    def lost(self, levels: Mapping[str, float]) -> Tensor:
-        """How far the output at these levels is from the one without masks, (B, T - P)."""
-        self.attach(levels)
-        return self.change().norm(dim=-1)
-
     def error(self, levels: Mapping[str, float]) -> float:
-        """The mean square of `lost`."""
-        return float(self.lost(levels).square().mean())
-
-    def share(self, levels: Mapping[str, float], stream: bool) -> float:
-        """The mean of `lost` over what the block adds, or over what it hands on."""
-        whole = self.clean if stream else self.clean - self.walk.sparse
-        whole = whole[:, self.walk.windows.prompt :].float().norm(dim=-1)
-        return float((self.lost(levels) / whole.clamp(min=1e-12)).mean())
+        """The mean squared norm of the change at these levels."""
+        self.attach(levels)
+        return float(self.change().norm(dim=-1).square().mean())
 
 
 @torch.no_grad()
 def separable(model: nn.Module, windows: Windows, anatomy: Anatomy) -> bool:
-    """Whether layers can be run alone: a simple chain of hidden states (B, T, d)."""
+    """Whether layers can run alone: they must be a simple chain of hidden states (B, T, d)."""
     with Applied(model, None, engine="mask", anatomy=anatomy, check=False) as applied:
         walk = Walk(applied, dataclasses.replace(windows, tokens=windows.tokens[:1]))
         return walk.chain is not None and walk.dense.shape[:-1] == walk.tokens.shape
@@ -100,10 +92,10 @@ def each_layer(
     progress: Progress | None = None,
     tokens: int = TOKENS,
 ) -> None:
-    """Visit layers in order, on at most so many tokens, or half as many behind a long prompt.
+    """Visit layers in order, on at most `tokens` tokens, or on half as many after a long prompt.
 
-    `visit` is handed the share of each site's weights in those of its layer, and gives the levels that later layers' inputs
-    are sparsified at.
+    visit: takes a trial and each site's share of its layer's weights; returns the levels of this layer while later layers are
+    visited.
     """
     count, length = max(1, tokens // windows.tokens.shape[1]), max(tokens, windows.prompt + tokens // 2)
     windows = dataclasses.replace(windows, tokens=windows.tokens[:count, :length])
@@ -114,7 +106,7 @@ def each_layer(
             if sites:
                 trial = Trial(walk, index, method, sites)
                 trial.attach(visit(trial, weights(s for _, s in sites)))
-                del trial  # before the next layer's is made
+                del trial  # to free its memory before the next layer
             walk.advance(index)
             if progress:
                 progress(index + 1, len(anatomy.layers))

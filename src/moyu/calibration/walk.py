@@ -1,7 +1,7 @@
-"""From text to a plan: blocks in order, each fitted on what it will meet.
+"""From text to a plan: layers in order, each fitted on the inputs that it will get.
 
-Each layer is walked with two streams of hidden states, the dense model's and the one whose earlier sites are already
-sparsified; only the current layer's activations are held.
+Two streams of hidden states go through each layer: the dense model's, and one behind layers that are already sparse. Only
+the current layer's activations are held in memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]  # (layers done, layers)
 
 
 class _Taps:
-    """An observer that keeps every tap and decision of one layer, and what later layers look at."""
+    """An observer that keeps all taps and decisions of one layer, and the taps that later layers read."""
 
     def __init__(self, layer: int, ahead: dict[tuple[int, Tap], Tensor], wanted: set[tuple[int, Tap]]) -> None:
         self.layer, self.ahead, self.wanted = layer, ahead, wanted
@@ -83,21 +83,21 @@ def calibrate(
     layers: Collection[int] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Fit `method` to `model` for a target sparsity in [0, 1): fraction of units skipped at every site.
+    """Fit `method` to `model` for a target sparsity in [0, 1): the fraction of units skipped at every site.
 
     bias: add the closed-form correction W E[v - S(v)] at every site (off by default).
     centre: let masks of columns act on v - c, with the c of `compensation.centred` (off by default).
-    levels: sparsity of each site by its key, instead of the same everywhere (`moyu.calibration.allocation`).
-    settings: the method with other knobs, by the key of the site that has them.
-    layers: the ones to fit, all unless given; the others stay dense, and a `joint` method is not trained through the loss.
-    Raises UserError where the model offers no site to this method, or none to what was asked.
+    levels: the sparsity of each site by its key, instead of one for all (`moyu.calibration.allocation`).
+    settings: the method with other knobs, by the key of the site that uses them.
+    layers: the layers to fit (default: all); others stay dense, and a `joint` method is not trained through the loss.
+    Raises UserError if the model has no site for this method, or none for what was asked.
     """
     if not 0 <= sparsity < 1:
         raise UserError(f"sparsity must be in [0, 1), not {sparsity}", "0.5 skips half of the units")
     anatomy = anatomy or dissect.dissect(model)
     if any(b.spread for b in anatomy.all_blocks()):
         raise UserError(
-            "weights are spread over processes (DTensor), and methods are fitted to whole ones",
+            "weights are spread over processes (DTensor), but calibration needs whole weights",
             "calibrate on one process and apply the plan here",
         )
     blocks = [[b for b in anatomy.all_blocks() if b.layer == i] for i in range(len(anatomy.layers))]
@@ -156,7 +156,7 @@ def calibrate(
 
 
 def _kv_bytes(model: nn.Module, plan: Plan, windows: Windows, anatomy: Anatomy) -> list[dict[str, int]]:
-    """What the plan's KV policy leaves a step to read of the cache, by how often heads are kept on the calibration text."""
+    """Bytes of the cache that a step reads under the plan's KV policy, with heads kept as often as on the calibration text."""
     use = HeadUse()
     with torch.no_grad(), Applied(model, plan, engine="mask", anatomy=anatomy, check=False) as applied:
         with applied.prompt(windows.prompt), applied.watched(chooser=use):
@@ -169,14 +169,14 @@ def _fit_layer(
     index: int,
     blocks: list[Block],
     draft: Plan,
-    parts: dict[str, tuple[Site, SiteParams]],  # of the draft, and filled here
+    parts: dict[str, tuple[Site, SiteParams]],  # of the draft; filled here
     sparsity: float,
     bias: bool,
     centre: bool,
     levels: Mapping[str, float],
 ) -> None:
     sites = [(block, site) for block in blocks for site in draft.method.sites(block)]
-    dense = walk.observe(index, walk.dense)  # also the taps that later layers look at
+    dense = walk.observe(index, walk.dense)  # also stores the taps that later layers read
     taps_used = sorted({s.reads for _, s in sites}, key=TAPS.index)
     stages = [("attn_in",), ("q_latent", "kv_latent"), ("heads",), ("mlp_in", "gate", "up"), ("mid",)]
     for stage in stages:
@@ -213,7 +213,7 @@ Tensors = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 
 
 def tensors_of(block: Block) -> Tensors:
-    """Weights and biases of a block's linears, by name; of blocks of few bits a copy."""
+    """Weights and biases of a block's linears, by name; copies if they are quantised."""
     weights = {n: p.weight.detach() for n, p in block.pieces.items()}
     return weights, {n: p.bias.detach() for n, p in block.pieces.items() if p.bias is not None}
 
@@ -221,32 +221,32 @@ def tensors_of(block: Block) -> Tensors:
 def acts_of(
     tensors: Tensors, site: Site, seen: _Taps, dense: _Taps, ahead: tuple[Tensor, Tensor] | None = None
 ) -> Acts | None:
-    """What two walks of its layer have seen of a site, beside its block's tensors; `ahead`: its tap where another layer has it.
+    """A site's activations from both streams, with its block's tensors; ahead: its taps, if it reads another layer's.
 
-    None for an expert that the text never routes to: nothing is known of it, it stays dense.
+    None for an expert to which no token of the text is routed. It stays dense.
     """
     sparse_taps, rows = seen.acts(site.expert)
     dense_taps, dense_rows = dense.acts(site.expert)
     if rows is None or not bool((rows.sparse & rows.valid).any()):
         return None
     if dense_rows is None or len(dense_rows.seq) != len(rows.seq):
-        dense_taps = sparse_taps  # routing differs between the streams: fit on what will be met
+        dense_taps = sparse_taps  # routing differs between the streams: fit on the sparse one
     if ahead is not None:
         dense_taps[site.reads], sparse_taps[site.reads] = ahead
     return Acts(dense_taps, sparse_taps, rows, *tensors)
 
 
 class Walk:
-    """Runs single layers on two streams of hidden states: the dense model's, and the one behind sparsified layers.
+    """Runs single layers on two streams of hidden states: the dense model's, and the one behind sparse layers.
 
-    Where the layers are no simple chain, the whole model runs each time.
+    If the layers are not a simple chain, the whole model runs each time.
     """
 
     def __init__(self, applied: Applied, windows: Windows) -> None:
         self.applied, self.windows = applied, windows
         self.layers = applied.anatomy.layers
         self.kwargs: list[tuple[tuple, dict]] = []
-        self.dense_taps: dict[tuple[int, Tap], Tensor] = {}  # of earlier layers, for sites that look ahead
+        self.dense_taps: dict[tuple[int, Tap], Tensor] = {}  # of earlier layers, for sites that read them
         self.sparse_taps: dict[tuple[int, Tap], Tensor] = {}
         model = applied.model
         device = next(model.parameters()).device
@@ -266,7 +266,7 @@ class Walk:
         self.chain = chain if chain.holds else None
         self.dense = self.sparse = chain.start if chain.holds else self.tokens
         if not chain.holds:
-            self.sparse = self.tokens.clone()  # only to tell the streams apart
+            self.sparse = self.tokens.clone()  # a copy, so that the two streams are different objects
 
     def _run(
         self,
@@ -290,7 +290,7 @@ class Walk:
             return first(self.layers[index](*args, **kwargs))
 
     def observe(self, index: int, hidden: Tensor) -> _Taps:
-        """Taps and decisions of one layer; sites that are attached to it act beyond the prompt."""
+        """Taps and decisions of one layer. Its attached sites act behind the prompt."""
         dense = self.chain is None and hidden is self.dense
         wanted = self.applied.lookahead if self.chain is None else set()
         taps = _Taps(index, self.dense_taps if dense else self.sparse_taps, wanted)
@@ -298,25 +298,25 @@ class Walk:
         return taps
 
     def output(self, index: int, products: Products | None = None) -> Tensor:
-        """Hidden states (B, T, d) behind the layer, on the sparse stream and with the sites that are attached to it.
+        """The layer's output (B, T, d) on the sparse stream, with its attached sites.
 
-        products: of runs before, for one that changes a few sites.
+        products: of earlier runs, for a run that changes a few sites.
         """
         if self.chain is None:
             raise UserError(
-                "the layers of this model are no simple chain, so none can be run alone", "allocate uniformly"
+                "the layers of this model are not a simple chain, so none can run alone", "allocate uniformly"
             )
         return self._run(index, self.sparse, self.windows.prompt, None, products)
 
     def attach(self, index: int, plan: Plan) -> None:
-        """Give the layer's executors the sites fitted so far."""
+        """Attach the plan's sites to the layer's executors."""
         for call in (*self.applied.ffns, *self.applied.linears, *self.applied.attentions):
             if call.block.layer == index:
                 own = [p for p in plan.parts.values() if (p[0].layer, p[0].expert) == (index, call.block.expert)]
                 call.attach([SiteState(site, params, plan.method_of(site)) for site, params in own])
 
     def advance(self, index: int) -> None:
-        """Move both streams behind the layer."""
+        """Run the layer on both streams, with its attached sites on the sparse one."""
         if self.chain is None:
             return
         sparse = self._run(index, self.sparse, self.windows.prompt, None)
@@ -325,24 +325,24 @@ class Walk:
 
 
 def first(output: Any) -> Any:
-    """A module's output, or the first of several."""
+    """A module's output, or the first of several outputs."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 class _Chain:
-    """Watches one forward: whether each layer runs once, in order, on what the layer before it returned."""
+    """Watches one forward pass: does each layer run once, in order, on the output of the layer before it?"""
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self.calls: list[tuple[tuple, dict]] = []
         self.start: Tensor = torch.empty(0)
         self.holds = True
         self._layers, self._last = list(layers), torch.empty(0)
-        self._beside: set[int] = set()  # what the last layer returned besides: a second stream, in a chain of two
+        self._beside: set[int] = set()  # further outputs of the last layer: in a model with two streams, the second one
         self._handles = [layer.register_forward_pre_hook(self._before, with_kwargs=True) for layer in layers]
         self._handles += [layer.register_forward_hook(self._after) for layer in layers]
 
     def remove(self) -> None:
-        """Stop watching; a chain that ended early does not hold."""
+        """Stop watching. A chain that ended early does not hold."""
         for handle in self._handles:
             handle.remove()
         self.holds = self.holds and len(self.calls) == len(self._layers)
@@ -367,9 +367,9 @@ class _Chain:
 
 
 def solve_bytes(skippable: float, total: float, added: float, byte_fraction: float) -> float:
-    """The sparsity at which a decode step reads `byte_fraction` of `total` bytes; UserError below the method's floor.
+    """The sparsity at which a decode step reads `byte_fraction` of `total` bytes. Raises OutOfReach below the floor.
 
-    skippable: bytes of all units of all sites; added: what the plan itself makes a step read.
+    skippable: bytes of all units of all sites. added: bytes of the plan itself.
     """
     over = total + added - byte_fraction * total
     if over >= skippable:

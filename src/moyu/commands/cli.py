@@ -287,8 +287,8 @@ def calibrate(
     allocation: Annotated[
         str,
         typer.Option(
-            help="how sites and blocks divide the sparsity (token-level methods): uniform, greedy, search, search-up, "
-            "search-down, search-random, cett, cett-stream, sensitivity or fisher; the better of it and uniform is taken"
+            help="how sites divide the sparsity (token-level methods): uniform, greedy, search or fisher; the better of it "
+            "and uniform is taken"
         ),
     ] = "uniform",
     dense_layers: DenseLayers = None,
@@ -622,7 +622,7 @@ def trinity(
 ) -> None:
     """The scoreboard: quality, speed and applicability of every method at equal bytes, quantising beside; resumable."""
     from moyu.commands import pipeline
-    from moyu.reporting import scoreboard
+    from moyu.reporting import scoreboard, write_scoreboard
     from moyu.research import trinity as board
 
     try:
@@ -637,7 +637,7 @@ def trinity(
     pipeline.check_writable(out)
     with _progress() as stage:
         rows = board.run(asked, out, stage)
-    scoreboard.write(rows, out)
+    write_scoreboard(rows, out)
     if as_json:
         _print(rows, True)
         return

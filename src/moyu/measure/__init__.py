@@ -1,1 +1,1 @@
-"""Text, quality, bytes and speed."""
+"""Measurements: quality, bytes and speed, and the text that they use."""

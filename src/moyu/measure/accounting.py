@@ -1,4 +1,4 @@
-"""Bytes that one decode step reads: the currency in which methods are compared."""
+"""Bytes that one decode step reads: the measure by which methods are compared."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ KV_CONTEXTS = (0, 2048, 8192)
 def dense_step_bytes(model: nn.Module, anatomy: Anatomy) -> float:
     """Bytes of parameters that one dense decode step reads at batch 1, context excluded.
 
-    All linears, norms and biases; of routed experts only the routed ones; the head once even if tied; one row of every
-    embedding table.
+    All linears, norms and biases; only the experts that a token is routed to; the head once even if tied; one row of each
+    embedding.
     """
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     top = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
@@ -42,15 +42,15 @@ def dense_step_bytes(model: nn.Module, anatomy: Anatomy) -> float:
 
 
 def count_weights(model: nn.Module) -> int:
-    """Parameters of a model, those that are kept as blocks included; tied ones once."""
+    """Parameters of a model, quantised ones included; tied ones count once."""
     kept = {m.quants.data_ptr(): m for m in model.modules() if isinstance(m, QuantisedLinear | QuantisedEmbedding)}
     return sum(p.numel() for p in model.parameters()) + sum(math.prod(m.blocks.shape) for m in kept.values())
 
 
 def added_bytes(plan: Plan, anatomy: Anatomy) -> float:
-    """Bytes that a plan makes a step read beyond the model's: biases, bases, low-rank parts, thresholds, scores.
+    """Bytes that a step reads of the plan itself: biases, bases, low-rank parts, thresholds, scores.
 
-    Of experts, those of the ones that a token is routed to.
+    Only the experts that a token is routed to count.
     """
     share = shares(anatomy)
     return sum(
@@ -61,14 +61,14 @@ def added_bytes(plan: Plan, anatomy: Anatomy) -> float:
 
 
 def floor(model: nn.Module, anatomy: Anatomy, method: Method) -> float:
-    """The least byte fraction that skipping every unit of every site of `method` leaves."""
+    """The least byte fraction of a method: every unit of every site is skipped."""
     sites = [s for b in anatomy.all_blocks() for s in method.sites(b)]
     total = dense_step_bytes(model, anatomy)
     return (total - skippable_bytes(model, anatomy, sites)) / total
 
 
 def block_bytes(model: nn.Module, anatomy: Anatomy) -> float:
-    """Bytes of all linears of the blocks, experts weighted by how many of them a token is routed to."""
+    """Bytes of all linears of the blocks; an expert counts by the fraction of experts that a token is routed to."""
     share = shares(anatomy)
     return sum(
         piece.nbytes * share.get((block.layer, block.expert), 1.0)
@@ -78,13 +78,13 @@ def block_bytes(model: nn.Module, anatomy: Anatomy) -> float:
 
 
 def skippable_bytes(model: nn.Module, anatomy: Anatomy, sites: Iterable[Site]) -> float:
-    """Bytes of all units of the sites, experts weighted by how many of them a token is routed to."""
+    """Bytes of all units of the sites; an expert counts by the fraction of experts that a token is routed to."""
     share = shares(anatomy)
     return sum(s.units * s.unit_bytes * share.get((s.layer, s.expert), 1.0) for s in sites)
 
 
 def shares(anatomy: Anatomy) -> dict[tuple[int, int | None], float]:
-    """Of each routed expert, the part of its layer's experts that a token is routed to."""
+    """For each routed expert, the fraction of its layer's experts that a token is routed to."""
     return {(b.layer, b.expert): e.share for e in anatomy.experts for b in e.blocks}
 
 
@@ -94,11 +94,12 @@ def kv_bytes(
 ) -> list[dict[str, int]]:
     """Bytes of keys and values that a decode step reads after each of `KV_CONTEXTS` tokens, batch 1, by the KV policy.
 
-    Measured on the cache of one token. A layer with a sliding window of W tokens reads at most W - 1; states of
-    recurrent layers, which do not grow, are not counted.
-    use: how often each unit of heads is kept, (units,) by layer; all of the context comes from steps under the plan. Then a
-    step reads what its kept heads attend to: with `hole` only tokens at which the head was kept (as if its uses were
-    independent), else all of them; `recompute` reads an input for each key and value that it makes up for, at most.
+    Measured on the cache of one token. A layer with a sliding window of W tokens reads at most W - 1. States of recurrent
+    layers do not grow and are not counted.
+    use: for each layer, how often each unit of heads is kept, (units,); the whole context comes from steps under the plan. A
+    step then reads the cache of the heads that it keeps. With the policy `hole` this is only the tokens at which the head was
+    kept (as if a head's uses were independent), else all tokens. `recompute` also reads, at most, one input per missing key
+    and value.
     """
     ids = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     layers = model(input_ids=ids, use_cache=True).past_key_values.layers

@@ -1,4 +1,4 @@
-"""Decoding speed: one process, variants alternating, against transformers' own loop and the measured read ceiling."""
+"""Decoding speed: one process, alternating variants, beside transformers' own loop and the measured read ceiling."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moyu.plan import Plan
 
 @dataclass
 class Timing:
-    """Seconds of single decode steps, and what a step read."""
+    """Seconds of single decode steps, and the bytes that a step reads."""
 
     seconds: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)  # seconds to the first token, prompt included
@@ -35,24 +35,24 @@ class Timing:
     sparsity_by_layer: list[float] = field(default_factory=list)
 
     def quantile(self, share: float) -> float:
-        """Seconds a token at a quantile in (0, 1)."""
+        """Seconds per token at a quantile in (0, 1)."""
         cuts = statistics.quantiles(self.seconds, n=100, method="inclusive")
         return cuts[round(share * 100) - 1]
 
     @property
     def tokens_per_second(self) -> float:
-        """From the median step."""
+        """Tokens per second of the median step."""
         return 1.0 / self.quantile(0.5)
 
     @property
     def gb_s(self) -> float:
-        """Gigabytes of weights a second, counted from what must be read."""
+        """Gigabytes of weights read per second, by the bytes that a step must read."""
         return self.step_bytes / self.quantile(0.5) / 1e9
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Variants timed in one run beside transformers' eager loop. The variant of no plan, "dense", runs on MOYU's kernels."""
+    """Variants timed in one run beside transformers' eager loop. "dense" is the variant without a plan, on MOYU's kernels."""
 
     eager: Timing
     variants: dict[str, Timing]
@@ -73,10 +73,10 @@ def compare(
     anatomy: Anatomy | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Time `tokens` greedy steps after `prompt` (B, P): eager, dense, and a variant a plan, in turn, `rounds` times.
+    """Time `tokens` greedy steps after `prompt` (B, P): eager, dense and one variant per plan, in turn, `rounds` times.
 
-    All are the same weights in one process, with the read loops timed in between. Raises UserError for an empty prompt or
-    no tokens.
+    All use the same weights in one process; read loops are timed in between. Raises UserError for an empty prompt or fewer
+    than 2 tokens.
     """
     if prompt.shape[1] < 1 or tokens < 2:
         raise UserError("nothing to time", "use a prompt of at least 1 token and at least 2 new tokens")
@@ -101,7 +101,7 @@ def compare(
 
 
 def _time(timing: Timing, model: nn.Module, prompt: Tensor, tokens: int) -> None:
-    """Add the seconds of the prompt and of each greedy decode step; the first step, which warms up, is left out."""
+    """Time the prompt and each greedy decode step. The first step is a warm-up and does not count."""
     start = time.perf_counter()
     output = model(input_ids=prompt, use_cache=True)
     cache = output.past_key_values
@@ -116,7 +116,7 @@ def _time(timing: Timing, model: nn.Module, prompt: Tensor, tokens: int) -> None
 
 
 def _count(applied: Applied, model: nn.Module, prompt: Tensor, timing: Timing, total: float, plan: Plan | None) -> None:
-    """What a step skips, counted on a few untimed steps."""
+    """Count the bytes that a step skips, on 4 untimed steps."""
     timing.step_bytes = total
     if plan is None:
         return

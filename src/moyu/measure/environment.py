@@ -1,4 +1,4 @@
-"""Where a number comes from: code, versions and machine, found out once a process."""
+"""Where a number comes from: code, versions and machine, determined once per process."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ except PackageNotFoundError:  # running from a source tree that was never instal
 
 @cache
 def environment() -> dict[str, Any]:
-    """Commit and dirty flag (None outside a checkout), versions and device: what every record carries."""
+    """Commit and dirty flag (None outside a checkout), versions and device, for every record."""
     commit, dirty = checkout(PACKAGE)
     versions = {"moyu": VERSION, "python": platform.python_version()}
     for package in ("torch", "transformers"):
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # vendored or patched out: say nothing rather than something wrong
+        except PackageNotFoundError:  # vendored or patched out: leave it out rather than be wrong
             continue
     return {"commit": commit, "dirty": dirty, "versions": versions, "device": _processor()}
 
 
 def device_name(device: Any) -> str:
-    """What a record calls a torch device: the accelerator's name, else the processor's."""
+    """The name of a torch device in records: the accelerator's, or the processor's."""
     import torch
 
     device = torch.device(device)
@@ -39,16 +39,16 @@ def device_name(device: Any) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Operating system and the cores this process may use."""
+    """The operating system and the cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return {"platform": f"{platform.system()} {platform.machine()}", "cores": cores}
 
 
 def checkout(folder: Path) -> tuple[str | None, bool | None]:
-    """Hash of the commit that tracks `folder`, and whether anything in it differs; (None, None) where git tracks none.
+    """Hash of the commit that tracks `folder`, and whether files in it differ; (None, None) if git does not track it.
 
-    An installed copy inside someone else's repository is not tracked by it, and gets no hash.
+    A copy installed inside another repository is not tracked by it and gets no hash.
     """
     if not _git(folder, "ls-files", "."):
         return None, None

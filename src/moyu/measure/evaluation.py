@@ -1,4 +1,4 @@
-"""Quality under a protocol: positions before P dense, positions from P on sparse and scored."""
+"""Quality under a protocol: positions before P are dense, positions from P on are sparse and scored."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from moyu.plan import Plan
 
 @dataclass(frozen=True)
 class Scores:
-    """Per scored token, (B, T - P - 1) each, float32."""
+    """One value per scored token, (B, T - P - 1), float32."""
 
     nll: Tensor  # nats
     kl: Tensor  # KL(dense || sparse), nats
-    agree: Tensor  # bool, same top-1
+    agree: Tensor  # bool, the same most likely token
 
     @property
     def perplexity(self) -> float:
@@ -35,7 +35,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Quality:
-    """A method's quality on held-out windows; `simulated` masks, every scored position sparse."""
+    """The quality of a plan on held-out windows. Units are masked, not skipped; every scored position is sparse."""
 
     dense: Scores
     method: Scores
@@ -49,12 +49,12 @@ class Quality:
     text_bytes: int | None  # bytes of the scored tokens
 
     def bits_per_byte(self, scores: Scores) -> float | None:
-        """Bits a byte of text under `scores`, one of this object's; None where the bytes are not known."""
+        """Bits per byte of text under one of this object's scores; None if the bytes are unknown."""
         return None if self.text_bytes is None else bits_per_byte(float(scores.nll.double().sum()), self.text_bytes)
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:
-    """Summed negative log-likelihood of some tokens over the bytes of exactly these tokens, in bits."""
+    """Bits per byte: the summed negative log-likelihood of tokens over the bytes of the same tokens."""
     return nats / math.log(2) / text_bytes
 
 
@@ -73,8 +73,8 @@ def evaluate(
 ) -> Quality:
     """Evaluate a plan on windows (B, T) with boundary P = windows.prompt.
 
-    text_bytes: bytes of the scored tokens (`moyu.measure.text.scored_bytes`), for bits a byte.
-    reference: log-probabilities (B, T - P - 1, V) of the dense model to compare with (`predict`), where it is not this one.
+    text_bytes: bytes of the scored tokens (`moyu.measure.text.scored_bytes`), for bits per byte.
+    reference: log-probabilities (B, T - P - 1, V) to compare with (`predict`), if not those of this model run dense.
     matched: also run the matched random and the matched oracle (same sites, same counts per site and row).
     Raises UserError for a sequence-level method with P = 0 and for windows without a scored position.
     """
@@ -130,12 +130,12 @@ def evaluate(
 
 @torch.no_grad()
 def predict(model: nn.Module, windows: Windows, batch: int = 16) -> Tensor:
-    """Log-probabilities (B, T - P - 1, V) that a model gives to the scored tokens, nothing skipped."""
+    """Log-probabilities (B, T - P - 1, V) of a dense model at the scored tokens."""
     return torch.cat([_log_probs(model, tokens, windows.prompt) for tokens in windows.tokens.split(batch)])
 
 
 def score(reference: Tensor, log_probs: Tensor, windows: Windows) -> Scores:
-    """What `predict` gave for two models, the second held against the first."""
+    """Scores of one model's log-probabilities against a reference; both come from `predict`."""
     return _score(reference, log_probs, windows.tokens[:, windows.prompt + 1 :])
 
 

@@ -1,4 +1,4 @@
-"""How well a method finds the neurons that matter before they are computed, on text that it has not seen."""
+"""How well a method predicts, on unseen text, which neurons matter before they are computed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from moyu.plan import Plan
 def foresight(
     model: nn.Module, plan: Plan, windows: Windows, *, batch: int = 8, anatomy: Anatomy | None = None
 ) -> dict[int, Grade]:
-    """Grades of a plan's scores, a layer: recall, AUROC and captured mass |a_j| ||w_j|| on the sparse positions of `windows`.
+    """Grade a plan's scores by layer: recall, AUROC and captured mass |a_j| ||w_j|| on the sparse positions of `windows`.
 
-    Of plans that choose whole neurons, blocks of them, or heads, at every token (routers, proxies); a head's mass is the norm
-    of what it adds to the output, and a layer with both kinds has the mean of their grades. The model runs under the
-    plan, so that layers are graded on the inputs that they meet. Raises UserError for other plans.
+    The plan must select whole neurons, groups of neurons or heads at every token (routers, proxies); UserError for others. The
+    mass of a head is the norm of its contribution to the output. A layer with neurons and heads gets the mean of both grades.
+    The model runs under the plan, so that each layer is graded on the inputs it would get.
     """
     judged = [part for part in plan.parts.values() if part[0].skips in ("neurons", "heads")]
     if plan.method.granularity != "token" or not judged:
-        raise UserError(f"method {plan.method.name!r} foresees no neurons", "grade one that does, such as 'deja-vu'")
+        raise UserError(
+            f"method {plan.method.name!r} predicts no neurons", "grade a method that does, such as 'deja-vu'"
+        )
     anatomy = anatomy or dissect.dissect(model)
     observer = _Grader(plan, anatomy)
     with Applied(model, plan, engine="mask", anatomy=anatomy) as applied, applied.watched(observer=observer):
@@ -40,14 +42,14 @@ def foresight(
 
 
 def _mean(grades: list[tuple[int, Grade]]) -> Grade:
-    """The mean of (rows, grade) by rows."""
+    """The mean grade, weighted by rows."""
     rows = sum(count for count, _ in grades)
     fields = ("recall", "auroc", "captured", "ideal")
     return Grade(**{f: sum(count * getattr(g, f) for count, g in grades) / rows for f in fields})
 
 
 class _Grader:
-    """An observer that grades each layer as soon as its neurons are known."""
+    """An observer that grades each layer once its neurons are computed."""
 
     def __init__(self, plan: Plan, anatomy: Anatomy) -> None:
         self.plan = plan

@@ -1,7 +1,7 @@
-"""Intervals, equivalence and power, from numpy, scipy and statsmodels: nothing of this is ours to write.
+"""Intervals, equivalence and power, with numpy, scipy and statsmodels.
 
-A document is the unit that is independent: intervals resample documents, paired across arms. "No effect" is only ever said
-by equivalence, and every interval comes with the power it had.
+Documents are the independent units: intervals resample documents, paired across arms. "No effect" is only concluded from a
+test of equivalence, and every interval is reported with its power.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def bootstrap(
 ) -> Interval:
     """Percentile bootstrap over the first axis: units (n, ...) -> the interval of `statistic` (default: the mean).
 
-    `statistic` maps the resampled units (n, ...) to a number; arms that belong together are columns of one unit, so that
-    pairs stay pairs. Units that are not finite are left out; ValueError where fewer than two remain.
+    statistic: maps resampled units (n, ...) to a number. Paired arms are columns of one unit, so that pairs stay together.
+    Units that are not finite are left out. Raises ValueError if fewer than two remain.
     """
     data = np.asarray(units, dtype=np.float64)
     data = data[np.isfinite(data.reshape(len(data), -1)).all(1)]
     if len(data) < 2:
         raise ValueError(f"{len(data)} units cannot be resampled")
     picks = np.random.default_rng(seed).integers(0, len(data), (resamples, len(data)))
-    if statistic is None:  # all resamples at once: a scoreboard takes a thousand intervals
+    if statistic is None:  # all resamples at once, because a scoreboard needs a thousand intervals
         means = data.reshape(len(data), -1).mean(1)
         value, draws = float(means.mean()), means[picks].mean(1)
     else:
@@ -61,7 +61,7 @@ def bootstrap(
 
 
 def power(error: float, effect: float) -> float:
-    """Chance that a 95 % interval of this standard error excludes 0 when the true effect is `effect` (two-sided)."""
+    """The probability that a 95 % interval with this standard error excludes 0 if the true effect is `effect` (two-sided)."""
     if error <= 0:
         return 1.0
     critical = float(stats.norm.ppf(0.5 + LEVEL / 2))
@@ -74,7 +74,7 @@ def equivalent(interval: Interval, margin: float, centre: float = 0.0) -> bool:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, for families such as layers."""
+    """Holm's adjusted p-values, for a family of tests such as one per layer."""
     from statsmodels.stats.multitest import multipletests  # a second to import
 
     adjusted: Any = multipletests(list(p_values), method="holm")[1]
@@ -88,7 +88,7 @@ def kendall(a: Any, b: Any) -> float:
 
 
 def pairwise_spearman(rows: Any) -> float:
-    """Mean Spearman correlation over all pairs of rows: (n, m) -> number. Constant rows have none and are left out."""
+    """Mean Spearman correlation over all pairs of rows: (n, m) -> number. Constant rows are left out."""
     data = np.asarray(rows, dtype=np.float64)
     data = data[data.std(1) > 0]
     if len(data) < 2:
@@ -101,9 +101,9 @@ def pairwise_spearman(rows: Any) -> float:
 
 
 def half_life(positions: Any, values: Any) -> float:
-    """Positions until an exponential A exp(-t / tau) through `values` has halved; inf where it does not fall.
+    """Positions until a fitted exponential A exp(-t / tau) has halved; inf if it does not fall.
 
-    Least squares on the logarithm of the positive values; nan where fewer than three are.
+    Least squares on the logarithm of the positive values; nan if there are fewer than three.
     """
     t, v = np.asarray(positions, dtype=np.float64), np.asarray(values, dtype=np.float64)
     kept = v > 0
@@ -118,7 +118,7 @@ def mixed_model(
 ) -> dict[str, Interval]:
     """Fixed effects of a linear mixed model with a random intercept for `group` and for each of `crossed`.
 
-    formula: like ``recall ~ log2_domains * activation``; columns: one sequence a variable. Names are statsmodels'.
+    formula: like ``recall ~ log2_domains * activation``; columns: one sequence per variable. Result names are statsmodels'.
     """
     import warnings
 
@@ -128,7 +128,7 @@ def mixed_model(
     frame: Any = pd.DataFrame(dict(columns))
     parts = {name: f"0 + C({name})" for name in crossed if frame[name].nunique() > 1}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # boundary estimates of a variance are no error of the fixed effects
+        warnings.simplefilter("ignore")  # a variance estimated at its boundary does not invalidate the fixed effects
         fitted = smf.mixedlm(formula, frame, groups=frame[group], vc_formula=parts or None).fit(method="lbfgs")
     bounds = fitted.conf_int(alpha=1 - LEVEL)
     units = int(frame[group].nunique())

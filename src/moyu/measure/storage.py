@@ -1,4 +1,4 @@
-"""A model whose weights are kept in fewer bits: what it computes, and the bytes that a step of it reads."""
+"""A model with weights stored in few bits: its outputs, and the bytes that a step reads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from moyu.measure import accounting
 from moyu.model.anatomy import Anatomy
 from moyu.weights.few_bits import GROUP, SCALE_BITS, rounded
 
-HEAD_BITS = 8  # of the head and of a plan's own matrices, the least: below, they spoil what the blocks keep
+HEAD_BITS = (
+    8  # the least for the head and for a plan's own matrices: with fewer bits their error exceeds that of the blocks
+)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How weights are kept: the blocks' linears, and the head, in `bits` (16: as they are), the rest in 16 bits.
+    """How weights are stored: linears of the blocks and the head in `bits` (16: unchanged), the rest in 16 bits.
 
-    Raises ValueError for bits that are neither 16 nor in 1 .. 8.
+    Raises ValueError if bits are neither 16 nor in 1 .. 8.
     """
 
     bits: int = 16
@@ -32,20 +34,20 @@ class Storage:
 
     @property
     def weight_bits(self) -> float:
-        """Bits a weight of a block takes, its share of a scale included."""
+        """Bits per weight of a block, with its share of a scale."""
         return stored_bits(self.bits)
 
     @property
     def head(self) -> Storage:
-        """How the head is kept, and what a plan has in matrices."""
+        """How the head and the matrices of a plan are stored."""
         return Storage(max(self.bits, HEAD_BITS))
 
     def kept(self, weight: Tensor) -> Tensor:
-        """A weight (q, n) as `bits` keep it, in its own type; groups along the rows."""
+        """A weight (q, n) rounded to `bits`, in its own type; groups lie along the rows."""
         return weight if self.bits == 16 else rounded(weight, self.bits)
 
     def kept_bytes(self, rows: int, columns: int) -> float:
-        """Bytes of a weight (rows, columns) that is kept so: its codes, and a scale for every group, the last one of a row too."""
+        """Bytes of a stored weight (rows, columns): codes, and one scale per group; a last, shorter group has one too."""
         scales = 0 if self.bits == 16 else rows * math.ceil(columns / GROUP)
         return rows * columns * self.bits / 8 + scales * SCALE_BITS / 8
 
@@ -60,16 +62,16 @@ class Storage:
 
 
 def stored_bits(bits: int) -> float:
-    """Bits a weight takes in `bits`, its share of a scale included."""
+    """Bits per weight stored in `bits`, with its share of a scale."""
     return float(bits) if bits == 16 else bits + SCALE_BITS / GROUP
 
 
 @contextmanager
 @torch.no_grad()
 def stored(model: nn.Module, anatomy: Anatomy, storage: Storage) -> Iterator[None]:
-    """The model computes with the weights that `storage` keeps; afterwards it has its own again.
+    """Let the model compute with rounded weights; on exit it has its own again.
 
-    Groups lie along what a skipped unit leaves out of the feed-forward network: rows of gate and up, columns of down.
+    Groups lie along the units that a feed-forward network skips: rows of gate and up, columns of down.
     """
     if storage.bits == 16:
         yield

@@ -1,4 +1,4 @@
-"""Text to token windows: a user's file, or the zoo's own held-out corpus."""
+"""From text to token windows: a user's file, or the zoo's corpus."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from moyu.measure.windows import Windows
 from moyu.model import zoo
 from moyu.model.loading import Loaded
 
-# Parts of a user's text: name, what it is of the whole, and where it ends.
+# Parts of a user's text: name, position in words, and end as a fraction.
 PARTS = (("calibration", "first half", 1 / 2), ("validation", "third quarter", 3 / 4), ("test", "last quarter", 1.0))
 
 
 @dataclass(frozen=True)
 class Split:
-    """Windows that share no text: plans are fitted on the first part, chosen on the second, reported on the third."""
+    """Three sets of windows without common text: plans are fitted on the first, chosen on the second, reported on the third."""
 
     calibration: Windows
     validation: Windows
@@ -41,10 +41,10 @@ def windows_for(
     test: int,
     seed: int = 0,
 ) -> Split:
-    """Windows for a model: from the parts of `file`, else from the splits of the zoo's corpus.
+    """Windows for a model, from the parts of `file`, or from the splits of the zoo's corpus without a file.
 
-    calibration, test: windows of these parts, fewer where the text ends; as many for validation as for test.
-    Raises UserError where the text is missing or empty, or a part of it is shorter than one window.
+    calibration, test: the most windows of these parts; validation has as many as test. Raises UserError if the text is
+    missing or empty, or if one of its parts is shorter than a window.
     """
     limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -66,7 +66,7 @@ def windows_for(
 
 
 def read_text(file: Path) -> str:
-    """A user's text; UserError where it cannot be read or is empty."""
+    """A user's text. Raises UserError if it cannot be read or is empty."""
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -105,7 +105,7 @@ def _windows(
     source: Mapping[str, Any],
     seed: int,
 ) -> Windows:
-    """`count` windows (fewer where the text ends), spread over the documents, each beginning with BOS where there is one."""
+    """At most `count` windows, drawn from all documents. Each begins with BOS if the tokenizer has one."""
     tokenizer = loaded.tokenizer
     bos = tokenizer.bos_token_id
     step = length - (bos is not None)
@@ -127,9 +127,9 @@ def _windows(
 
 
 def scored_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, prompt: int) -> int:
-    """UTF-8 bytes of the tokens (B, T) that positions from `prompt` on predict; special tokens have none.
+    """UTF-8 bytes of the tokens (B, T) that positions from `prompt` on predict. Special tokens have no bytes.
 
-    Tokens are decoded behind the one before them: alone, some tokenizers strip the space that the first begins with.
+    Tokens are decoded together with the token before them, because some tokenizers strip a leading space.
     """
 
     def size(ids: Tensor) -> int:

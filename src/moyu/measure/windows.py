@@ -1,4 +1,4 @@
-"""Text as windows of tokens, with what they came from."""
+"""Windows of tokens, with the source of their text."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Windows:
-    """Calibration or evaluation text as token windows."""
+    """Text for calibration or evaluation, as windows of tokens."""
 
     tokens: Tensor  # (B, T) int64
     prompt: int  # positions before this one are dense
     source: Mapping[str, Any] = field(default_factory=dict)  # fingerprint of the text
-    documents: tuple[int, ...] = ()  # of each window, where it is known: the unit that intervals resample
+    documents: tuple[int, ...] = ()  # the document of each window, if known: intervals resample documents

@@ -1,4 +1,4 @@
-"""What surgery finds in a model: logical linears, feed-forward networks and attention of each layer, routed experts."""
+"""What dissecting finds in a model: logical linears, the feed-forward networks and attention of each layer, routed experts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from moyu.weights.blocks import Blocks
 
 
 def is_foreign(weight: Tensor) -> bool:
-    """Whether a tensor is a quantiser's own kind and says which values it stands for; then its module computes with it."""
+    """Whether a tensor is of a quantiser's own type with a `dequantize`. Only its module can compute with it."""
     return type(weight) not in (Tensor, nn.Parameter) and type(weight).dequantize is not Tensor.dequantize
 
 
 def stored_bytes(weight: Tensor) -> int:
-    """Bytes of memory that a tensor takes, of what a quantiser keeps for it where it is quantised."""
+    """Bytes of memory of a tensor; for a quantised one, of all that its quantiser stores."""
     if not is_foreign(weight):
         return weight.numel() * weight.element_size()
     names, _ = weight.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
@@ -31,7 +31,7 @@ def stored_bytes(weight: Tensor) -> int:
 
 @dataclass(eq=False)
 class Piece:
-    """One logical linear of a block: `rows` of a module's parameter, seen as (out, in)."""
+    """One logical linear of a block: the outputs `rows` of a module's parameter, seen as (out, in)."""
 
     module: nn.Module
     parameter: str = "weight"
@@ -42,7 +42,7 @@ class Piece:
 
     @property
     def weight(self) -> Tensor:
-        """The live weight, (out, in), a view of the parameter; where it is quantised, a copy of the values it stands for."""
+        """The live weight, (out, in): a view of the parameter, or a dequantised copy if it is quantised."""
         weight = getattr(self.module, self.parameter)
         weight = weight.dequantize() if self.foreign else weight
         weight = weight if self.expert is None else weight[self.expert]
@@ -50,7 +50,7 @@ class Piece:
 
     @property
     def blocks(self) -> Blocks | None:
-        """The live weight where it is kept as blocks; `weight` then makes a copy of it."""
+        """The live weight if it is stored as blocks, else None. `weight` then returns a copy."""
         return self.module.blocks if isinstance(self.module, QuantisedLinear) else None
 
     @property
@@ -66,12 +66,12 @@ class Piece:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The type to compute in."""
         return self.module.like.dtype if isinstance(self.module, QuantisedLinear) else self.weight.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight, scales included."""
+        """Bytes of the weight, with its scales."""
         if self.foreign:
             weight = getattr(self.module, self.parameter)
             return stored_bytes(weight) * self.shape[0] // weight.shape[0]
@@ -79,12 +79,12 @@ class Piece:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that skipping a row saves."""
+        """Bytes saved per skipped row."""
         return self.nbytes // self.shape[0]
 
     @property
     def column_bytes(self) -> int:
-        """Bytes that skipping a column saves; of blocks, whose scales belong to 32 columns, those of its quants."""
+        """Bytes saved per skipped column. Of blocks only quants count, because 32 columns share a scale."""
         blocks = self.blocks
         return self.nbytes // self.shape[1] if blocks is None else blocks.column_bytes
 
@@ -95,11 +95,11 @@ class Piece:
         if bias is None:
             return None
         bias = bias if self.expert is None else bias[self.expert]
-        return bias[self.rows].contiguous()  # where gate and up take turns: a copy of f numbers
+        return bias[self.rows].contiguous()  # a copy of f numbers if gate and up alternate
 
     @property
     def foreign(self) -> bool:
-        """Whether only the module's own forward can compute with the weight."""
+        """Whether the weight is of another library's quantiser, so that only the module's own forward can compute with it."""
         return not isinstance(self.module, QuantisedLinear) and is_foreign(getattr(self.module, self.parameter))
 
     @property
@@ -109,36 +109,36 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        """Whether this is the module's whole weight, so that its storage may be laid out anew."""
+        """Whether this is the module's whole weight. Only then may its storage be laid out again."""
         return self.expert is None and self.rows == slice(None)
 
     @property
     def has_columns(self) -> bool:
-        """Whether a column of it can lie in one piece; not where gate and up take turns in one linear."""
+        """Whether a column can be contiguous in memory; it cannot if gate and up alternate in one linear."""
         return self.rows.step in (None, 1)
 
     def store(self, weight: Tensor) -> None:
-        """Point the parameter at `weight` (out, in), keeping its identity."""
+        """Point the parameter at `weight` (out, in). The parameter object stays the same."""
         parameter = getattr(self.module, self.parameter)
         before, parameter.data = parameter.data, weight.t() if self.transposed else weight
         mapped.let_go(before)
 
 
 class Middle(Protocol):
-    """Values of a network's neurons as its own module makes them, where no kernel's formula does."""
+    """The step from gate and up to `down`'s input, computed by the network's own module because no kernel has its formula."""
 
     def __call__(self, x: Tensor, gate: Tensor | None, up: Tensor) -> Tensor:
-        """x (N, d), gate and up (N, f) -> what `down` takes, (N, f)."""
+        """x (N, d), gate and up (N, f) -> the input of `down`, (N, f)."""
         ...
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The linears whose forward stands aside while the module runs for its middle alone."""
+        """The linears that are stubbed out while the module runs for its middle alone."""
         ...
 
 
 def product(piece: Piece, x: Tensor) -> Tensor:
-    """x @ W.T + b of a logical linear, (N, in) -> (N, out); by its module's class where the weight is quantised."""
+    """x @ W.T + b of a logical linear, (N, in) -> (N, out). A foreign quantised weight is run by its module's class."""
     if piece.foreign:
         return type(piece.module).forward(piece.module, x)[..., piece.rows]
     return nn.functional.linear(x, piece.weight, piece.bias)
@@ -146,10 +146,10 @@ def product(piece: Piece, x: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Attention:
-    """The linears of one attention, and its heads where they were proved.
+    """The linears of one attention, and its heads if they were proved.
 
-    Pieces are q, k, v, or all in qkv (or only q, where another layer has the others); behind a latent q_a and q_b, kv_a and
-    kv_b; a gate g of its own; o.
+    Pieces are q, k and v, or all in qkv, or q alone if another layer has the others; with latents q_a and q_b, kv_a and kv_b;
+    the attention's own gate g; and o.
     """
 
     pieces: dict[str, Piece]
@@ -160,21 +160,21 @@ class Attention:
 
 @dataclass(eq=False)
 class Block:
-    """What one decoder layer offers: a feed-forward network (or one expert of it) and its attention's linears."""
+    """The prunable part of one decoder layer: a feed-forward network (or one expert of it) and the attention's linears."""
 
     layer: int
     pieces: dict[str, Piece]  # of an attention (see `Attention`), and gate, up, down
-    act: str | None = None  # activation of the feed-forward network, where kernels have it
+    act: str | None = None  # activation of the feed-forward network, if kernels have it
     expert: int | None = None  # of routed ones; -1, -2, ... are further dense networks of the layer
     host: nn.Module | None = None  # the module whose forward is the whole network; None: inline in the layer
-    middle: Middle | None = None  # instead of act
-    cuts: bool = False  # whether that middle makes many neurons exactly 0, by the gate alone where there is one
-    heads: int = 0  # of queries; 0: they were not proved
+    middle: Middle | None = None  # used instead of act
+    cuts: bool = False  # whether the middle makes many neurons exactly 0; the gate alone decides if there is one
+    heads: int = 0  # query heads; 0: not proved
     kv_heads: int = 0  # groups of heads that share keys and values
-    head_rows: Tensor | None = None  # (heads, r) outputs of the query's linear that nobody needs without the head
+    head_rows: Tensor | None = None  # (heads, r) outputs of the query's linear that are used by that head alone
 
     def attend(self, attention: Attention) -> None:
-        """Take an attention as this block's."""
+        """Add an attention to this block."""
         self.pieces |= attention.pieces
         self.heads, self.kv_heads, self.head_rows = attention.heads, attention.kv_heads, attention.head_rows
 
@@ -185,7 +185,7 @@ class Block:
 
     @property
     def spread(self) -> bool:
-        """Whether weights of it are spread over processes."""
+        """Whether some of its weights are spread over processes."""
         return any(p.spread for p in self.pieces.values())
 
     @property
@@ -201,46 +201,46 @@ class Block:
 
 @dataclass(eq=False)
 class Experts:
-    """A module that runs routed experts kept as 3-D parameters; its blocks are one an expert."""
+    """A module that runs routed experts stored as 3-D parameters, with one block per expert."""
 
     layer: int
     module: nn.Module
     blocks: list[Block]
-    routed: int = 1  # experts that a row is routed to
-    rest: str = "nothing"  # what a row gets for an index beyond the experts: "nothing", or itself ("identity")
+    routed: int = 1  # experts per row
+    rest: str = "nothing"  # the output for an index beyond the experts: "nothing" is 0, "identity" the row itself
 
     @property
     def share(self) -> float:
-        """The part of its experts that a row is routed to."""
+        """The fraction of the experts that a row is routed to."""
         return self.routed / len(self.blocks)
 
 
 @dataclass(eq=False)
 class Anatomy:
-    """All that surgery found in a model."""
+    """All that dissecting found in a model."""
 
     layers: nn.ModuleList
     blocks: list[Block]
     experts: list[Experts]
-    gaps: list[str]  # what stays dense and why
+    gaps: list[str]  # parts that stay dense, with the reason
     further: list[Block] = field(default_factory=list)  # dense networks beside the first of their layer
-    dense_layers: tuple[int, ...] = ()  # left alone as asked
+    dense_layers: tuple[int, ...] = ()  # left dense on request
 
     @property
     def foreign(self) -> str:
-        """The kinds of quantised weights among the linears, by name; "" where all are plain."""
+        """Type names of the foreign quantised weights among the linears; "" if all are plain."""
         pieces = [p for b in self.all_blocks() for p in b.pieces.values()]
         return ", ".join(sorted({type(getattr(p.module, p.parameter)).__name__ for p in pieces if p.foreign}))
 
     def all_blocks(self) -> Iterator[Block]:
-        """Every block, routed experts included, in layer order."""
+        """Every block, with those of routed experts, in layer order."""
         for block in self.blocks:
             yield block
             yield from (b for b in self.further if b.layer == block.layer)
             yield from (b for e in self.experts if e.layer == block.layer for b in e.blocks)
 
     def attention(self) -> str:
-        """The kinds of attention that were proved, with how many there are and with their heads."""
+        """The kinds of attention that were proved, with their counts and heads."""
         kinds: Counter[str] = Counter()
         for block in (*self.blocks, *self.further):
             if "o" in block.pieces:

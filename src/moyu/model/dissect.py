@@ -1,8 +1,8 @@
-"""Taking a model apart, and laying its weights out: the only place that edits modules' weights.
+"""Dissect a model: find the feed-forward networks, attention and experts of each layer by data flow, never by names.
 
-A structure is found by what flows through it, never by names: the model runs once on a few tokens, every linear's input
-and output is kept, and a feed-forward network is three (or two) linears for which `down`'s input *is*
-`act(gate) * up` (or `act(up)`) in numbers. What cannot be proved stays dense and is named.
+The model runs once on a few tokens, and the input and output of every linear are kept. A feed-forward network is three (or
+two) linears for which `down`'s input is `act(gate) * up` (or `act(up)`) in numbers. Parts that cannot be proved stay dense
+and are reported.
 """
 
 from __future__ import annotations
@@ -12,18 +12,13 @@ from torch import Tensor, nn
 
 from moyu.errors import UserError
 from moyu.model.anatomy import Anatomy, Block
+from moyu.model.calls import Adapters, Call, is_linear_call, obstacle
 from moyu.model.experts import find_experts
-from moyu.model.networks import (
-    Adapters,
-    Call,
-    find_networks,
-    is_linear_call,
-    obstacle,
-)
+from moyu.model.networks import find_networks
 from moyu.model.queries import find_attentions
 
 PROBE_TOKENS = 6
-PROBE_BATCH = 2  # of as many sequences, so that rows in another order than the tokens' are noticed
+PROBE_BATCH = 2  # sequences; with one alone, rows in another order than the tokens' would go unnoticed
 DEPTHS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers")
 
 
@@ -33,20 +28,20 @@ def text_config(model: nn.Module):
 
 
 def _setting(config: object, name: str) -> object:
-    """A value of a configuration; None where it has none, or one a layer and refuses to say it for all."""
+    """A value of a configuration; None if it has none, or if values differ between layers and reading one raises."""
     try:
         return getattr(config, name, None)
-    except Exception:  # transformers' own kind of error, which the oldest supported version has not
+    except Exception:  # of a class that the oldest supported transformers does not have
         return None
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers: of the lists that run for tokens, as long as the model is deep, the one with most parameters."""
+    """The decoder layers: among the module lists that run for tokens and are as long as the model is deep, the largest."""
     return _called_stacks(model)[0][1]
 
 
 def _called_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList, list[list[Call]]]]:
-    """The lists of layers that run for tokens, with what was called in each layer; the decoder's own list first."""
+    """The lists of layers that run for tokens, with the calls inside each layer. The decoder's own list comes first."""
     stacks = _stacks(model)
     calls = iter(_probe(model, [(f"{n}.{i}", layer) for n, stack in stacks.items() for i, layer in enumerate(stack)]))
     found = [(name, stack, [next(calls) for _ in stack]) for name, stack in stacks.items()]
@@ -63,7 +58,7 @@ def _called_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList, list[list
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of modules that are in no other list."""
+    """The module lists that are not inside another list."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{n}.") for n in found):
@@ -75,7 +70,7 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
     """Find and prove every block of a causal LM. Runs the model once on a few tokens.
 
-    dense_layers: layers to leave alone; -1 is the last. Raises UserError where nothing can be taken, with the reasons.
+    dense_layers: layers to leave dense; -1 is the last. Raises UserError, with the reasons, if no network is found.
     """
     stacks = _called_stacks(model)
     main = stacks[0][1]
@@ -83,7 +78,7 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
     layers = [(f"{name}.{i}", layer) for name, stack, _ in stacks for i, layer in enumerate(stack)]
     calls = [seen for _, _, each in stacks for seen in each]
     anatomy = Anatomy(nn.ModuleList(layer for _, layer in layers), [], [], [], dense_layers=tuple(sorted(left)))
-    taken: set[int] = set()  # a module that several layers share belongs to the first of them
+    taken: set[int] = set()  # a module shared by several layers belongs to the first of them
     last = len(main)
     for index, (place, _) in enumerate(layers):
         if index in left:
@@ -141,7 +136,7 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
 
 
 def _heads(model: nn.Module) -> int:
-    """Query heads as the configuration says; 0 where it does not."""
+    """Query heads by the configuration; 0 if it does not tell."""
     heads = _setting(text_config(model), "num_attention_heads")
     return heads if isinstance(heads, int) else 0
 
@@ -150,16 +145,16 @@ _ROWS = (torch.Size((PROBE_BATCH, PROBE_TOKENS // PROBE_BATCH)), torch.Size((PRO
 
 
 def _rows(block: Block, calls: list[Call]) -> torch.Size:
-    """The rows that a network ran on in the probe, as its linears were given them."""
+    """The shape of the rows that a network ran on in the probe."""
     up = block.pieces["up"].module
     return torch.Size(next(c.x.shape[:-1] for c in calls if c.module is up))
 
 
-_WITHOUT = "no linear takes what earlier linears of its module make, by a formula or by the module alone"
+_WITHOUT = "no linear takes an input that follows from earlier linears, by a known formula or by the module itself"
 
 
 def _chosen(dense_layers: tuple[int, ...], depth: int) -> set[int]:
-    """Layers by number, from the end where negative; UserError for one that is not there."""
+    """Layers by number, negative ones counted from the end. Raises UserError for a layer that does not exist."""
     for layer in dense_layers:
         if not -depth <= layer < depth:
             raise UserError(f"there is no layer {layer} to leave dense", f"the model has layers 0 to {depth - 1}")
@@ -167,7 +162,7 @@ def _chosen(dense_layers: tuple[int, ...], depth: int) -> set[int]:
 
 
 def _probe(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[list[Call]]:
-    """Every leaf and inner module call inside each layer, in the order of completion."""
+    """All calls of modules inside each layer, in the order in which they returned."""
     calls: list[list[Call]] = [[] for _ in layers]
     handles = []
     for index, (place, layer) in enumerate(layers):
@@ -175,7 +170,7 @@ def _probe(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[list[C
 
             def record(module, inputs, kwargs, output, index=index, name=name):
                 tensors = (*inputs, *kwargs.values())
-                kept = output.clone() if isinstance(output, Tensor) else output  # a layer may add to it in place
+                kept = output.clone() if isinstance(output, Tensor) else output  # a later module may change it in place
                 calls[index].append(Call(name, module, tensors, kept, tuple(kwargs)))
 
             handles.append((module, record))
@@ -188,7 +183,7 @@ def _probe(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[list[C
     )
     training = model.training
     try:
-        # Handles only now: is_linear() refuses modules that carry hooks of others.
+        # Hooks are set only here, because is_linear() refuses modules that carry other hooks.
         registered = [m.register_forward_hook(r, with_kwargs=True) for m, r in handles]
         model.eval()
         with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Routed experts kept as 3-D parameters of one module: found by shape, proved by what the module computes.
+"""Routed experts stored as 3-D parameters of one module: found by shape, proved by the module's output.
 
-An expert is a feed-forward network on the rows that are routed to it. How the module is told the routing is one row of
-`routing`; how it makes the middle is a formula, or its own gate function (the interface of transformers' experts).
+An expert is a feed-forward network on the rows that are routed to it. `routing` reads the routing from the module's inputs.
+The middle of an expert is a known formula or the module's own gate function (the interface of transformers' experts).
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from torch.distributed.tensor import DTensor
 
 from moyu import kernels
 from moyu.model.anatomy import Block, Experts, Piece, product
-from moyu.model.networks import SPLITS, WIDE, Call, close, discrepancy, gates, paired
+from moyu.model.calls import Call, close, discrepancy
+from moyu.model.middles import SPLITS, gates, paired
+from moyu.model.networks import WIDE
 
-# How skipped routing is told: an index at or beyond the number of experts is nothing, or the row itself.
+# The output for an index at or beyond the number of experts: 0, or the row itself.
 RESTS = ("nothing", "identity")
 
 
 class GateMiddle:
-    """The middle of an expert by its module's own gate function on gate and up in one tensor, or by its activation."""
+    """The middle of an expert: its module's gate function on gate and up in one tensor, or the activation without a gate."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], split: str | None) -> None:
-        """`split` is a name in SPLITS, None where there is no gate."""
+        """split: a name in SPLITS; None without a gate."""
         self.function, self.split = function, split
 
     @property
@@ -43,7 +45,7 @@ class GateMiddle:
 
 
 def find_experts(layer: int, calls: list[Call]) -> tuple[list[Experts], list[str]]:
-    """Every module of a layer that runs experts kept as 3-D parameters, proved; and the reasons for those that are not."""
+    """The proved modules of a layer that run experts stored as 3-D parameters, and the reasons why others are not proved."""
     found: list[Experts] = []
     gaps: list[str] = []
     for call in calls:
@@ -53,7 +55,7 @@ def find_experts(layer: int, calls: list[Call]) -> tuple[list[Experts], list[str
         first = sum(len(e.blocks) for e in found)
         if not isinstance(call.output, Tensor) or not call.inputs or not isinstance(call.x, Tensor):
             gaps.append(
-                f"layer {layer}: {call.name.rpartition('.')[2]} keeps 3-D parameters and is not called like experts"
+                f"layer {layer}: {call.name.rpartition('.')[2]} has 3-D parameters but is not called like experts"
             )
             continue
         if any(isinstance(p, DTensor) for p in stacks.values()):
@@ -63,7 +65,7 @@ def find_experts(layer: int, calls: list[Call]) -> tuple[list[Experts], list[str
         if experts is None:
             what = " and ".join(f"{n} {tuple(p.shape)}" for n, p in stacks.items())
             gaps.append(
-                f"layer {layer}: {call.name.rpartition('.')[2]} ({what}) is no weighted sum of feed-forward networks"
+                f"layer {layer}: {call.name.rpartition('.')[2]} ({what}) does not compute a weighted sum of feed-forward networks"
             )
         else:
             found.append(experts)
@@ -71,7 +73,7 @@ def find_experts(layer: int, calls: list[Call]) -> tuple[list[Experts], list[str
 
 
 def _candidates(layer: int, first: int, call: Call, stacks: dict[str, nn.Parameter]) -> Iterator[Experts]:
-    """What the parameters could be by their shapes, (E, out, in) or (E, in, out)."""
+    """The roles that the parameters could have by their shapes, (E, out, in) or (E, in, out)."""
     width = call.x.shape[-1]
 
     def piece(name: str, expert: int, transposed: bool, rows: slice = slice(None)) -> Piece:
@@ -119,7 +121,7 @@ def _candidates(layer: int, first: int, call: Call, stacks: dict[str, nn.Paramet
 
 
 def _prove(experts: Experts, call: Call) -> Experts | None:
-    """The experts with the middle for which the module computes their weighted sum, on what it saw and on wider values."""
+    """The experts with the middle whose weighted sum equals the module's output, on the probe and on wider values, or None."""
     told = routing(experts, call.inputs)
     if told is None:
         return None
@@ -131,7 +133,7 @@ def _prove(experts: Experts, call: Call) -> Experts | None:
     try:
         with torch.no_grad():
             wide = call.module(*(call.x * scale, *call.inputs[1:]))
-    except Exception:  # its caller passes more than tensors: what it saw has to do
+    except Exception:  # its caller passes more than tensors: the values of the probe must suffice
         wide = None
 
     def error(run: Callable[[Block, Tensor], Tensor]) -> float | None:
@@ -167,7 +169,7 @@ def _prove(experts: Experts, call: Call) -> Experts | None:
 
 
 def _own(module: Any, block: Block) -> Iterator[GateMiddle]:
-    """The module's own gate function, or activation, where it has one and the block pairs gate and up as it does."""
+    """The module's own gate function (activation, without a gate), if it has one that pairs gate and up as the block does."""
     if not block.gated:
         if callable(getattr(module, "act_fn", None)):
             yield GateMiddle(module.act_fn, None)
@@ -190,7 +192,7 @@ def _own(module: Any, block: Block) -> Iterator[GateMiddle]:
 
 
 def routing(experts: Experts, inputs: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(rows (N, d), index (N, k), weights (N, k)) of a call of the module, however its caller tells them."""
+    """Rows (N, d), expert indices (N, k) and weights (N, k) of a call, from any of three known interfaces; None for others."""
     tensors = [t for t in inputs if isinstance(t, Tensor)]
     if len(tensors) != len([t for t in inputs if t is not None]) or not tensors:
         return None
@@ -201,7 +203,7 @@ def routing(experts: Experts, inputs: tuple) -> tuple[Tensor, Tensor, Tensor] | 
     everyone = torch.arange(count, device=hidden.device).expand(len(hidden), -1)
     if len(tensors) == 2 and tensors[1].is_floating_point() and tensors[1].numel() == len(hidden) * count:
         return hidden, everyone, tensors[1].reshape(len(hidden), count)
-    if len(tensors) == 1 and len(hidden) % count == 0:  # the rows of one expert after those of another, weighted before
+    if len(tensors) == 1 and len(hidden) % count == 0:  # rows ordered by expert and already weighted
         index = torch.arange(count, device=hidden.device).repeat_interleave(len(hidden) // count)[:, None]
         return (
             hidden,
@@ -219,13 +221,13 @@ def plain_ffn(block: Block, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tenso
 
 
 def own_ffn(block: Block, x: Tensor, middle: GateMiddle) -> Tensor:
-    """The same with a middle."""
+    """The network of a block with a middle of its own, (N, d) -> (N, d)."""
     gate = product(block.pieces["gate"], x) if block.gated else None
     return product(block.pieces["down"], middle(x, gate, product(block.pieces["up"], x)))
 
 
 def run_experts(experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor, run) -> Tensor:
-    """Weighted sum of routed experts: hidden (N, d), index and weights (N, k); `run(block, x, token)` is one expert."""
+    """Weighted sum of routed experts (N, d): hidden (N, d), index and weights (N, k); `run(block, x, token)` runs one expert."""
     out = torch.zeros_like(hidden)
     for expert, block in enumerate(experts.blocks):
         token, place = (index == expert).nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""How the weights of a model's pieces lie in memory: the pieces of a neuron side by side, columns contiguous, or packed."""
+"""The memory layout of a model's weights: pieces of a neuron side by side, contiguous columns, or packed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Layout = Literal["neuron_major", "input_major"]
 
 
 def lay_out(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
-    """Store the pieces of a neuron side by side: one (f, k, d) storage, every parameter a strided view of it.
+    """Store the k pieces of each neuron side by side: one (f, k, d) storage, and every parameter a strided view of it.
 
-    `roles` says whether neuron j is row j or column j of the piece. One piece with the role "column" is `input_major`.
-    Values do not change. Pieces that are part of a parameter (fused gates, experts) only have rows or columns made contiguous.
+    roles: whether neuron j is row j or column j of each piece. One piece with the role "column" is `input_major`. Values do not
+    change. If a piece is a part of a parameter (fused gates, experts), its rows or columns are made contiguous and no more.
     """
     if any(p.blocks for p in pieces):
         _lay_out_blocks(pieces, roles)
@@ -49,10 +49,10 @@ def lay_out(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
 
 
 def _lay_out_blocks(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
-    """The same for weights in blocks: a row with its scales behind it; the scales of columns, which 32 share, stay apart."""
+    """The same for weights in blocks. A row is followed by its scales; 32 columns share scales, so these are stored apart."""
     modules = [p.module for p in pieces if isinstance(p.module, QuantisedLinear)]
     if len(modules) < len(pieces):
-        for piece, role in zip(pieces, roles, strict=True):  # some are no blocks: each by itself
+        for piece, role in zip(pieces, roles, strict=True):  # some are not blocks: lay out each by itself
             if not is_laid_out(piece, role):
                 lay_out([piece], [role])
         return
@@ -61,7 +61,7 @@ def _lay_out_blocks(pieces: list[Piece], roles: list[Literal["row", "column"]]) 
     sizes = [[t.shape[1] * t.element_size() for t in part] for part in parts]
     width = sum(map(sum, sizes))
     width += width % 2  # scales are 16 bits wide
-    width += 64 if width % 2048 == 0 else 0  # records of whole pages would meet in the same places of a cache
+    width += 64 if width % 2048 == 0 else 0  # neurons of whole pages would fall into the same cache sets
     storage = _empty((len(planes[0].quants), width), parts[0][0].view(torch.uint8))
     start = 0
     for module, blocks, part, widths in zip(modules, planes, parts, sizes, strict=True):
@@ -89,7 +89,7 @@ def _plane(piece: Piece, role: str) -> Tensor:
 
 
 def is_laid_out(piece: Piece, role: Literal["row", "column"]) -> bool:
-    """Whether a kernel can read the piece's rows (columns) as contiguous memory."""
+    """Whether the piece's rows (columns) are contiguous in memory, as kernels need them."""
     if piece.blocks is not None:
         return (piece.blocks.order == "rows") == (role == "row")
     weight = piece.weight

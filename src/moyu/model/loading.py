@@ -23,7 +23,8 @@ from transformers import (
 from transformers.utils import logging
 
 from moyu.errors import UserError
-from moyu.model import gguf, zoo
+from moyu.model import zoo
+from moyu.model.gguf import loading as gguf
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 from moyu.weights import mapped
 from moyu.weights.blocks import KINDS, Blocks, Kind, quantise
@@ -46,9 +47,9 @@ class Loaded:
 def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None = None, device: str = "cpu") -> Loaded:
     """Load a causal LM for inference, onto `device`.
 
-    name: a zoo name (`moyu zoo`), a local folder, a GGUF file, or a hub id. Raises UserError where there is none.
-    dtype: "float32", "bfloat16", "float16", or "auto": float32 for the small embedded models and for GGUF files of blocks, else
-    the checkpoint's own. Blocks of a GGUF file stay as they are, whatever the type that is computed in.
+    name: a zoo name (`moyu zoo`), a local folder, a GGUF file, or a hub id. Raises UserError if there is no such model.
+    dtype: the type to compute in, "float32", "bfloat16", "float16" or "auto", which is float32 for the small embedded models
+    and for quantised GGUF files, else the checkpoint's own. Quantised weights of a GGUF file stay as they are.
     """
     embedded = name in zoo.names()
     if isinstance(dtype, str) and dtype != "auto":
@@ -90,7 +91,7 @@ def _device(name: str) -> torch.device:
 
 
 def check_weights(weights: str | None) -> None:
-    """Refuse a name of weights that there is none of (UserError)."""
+    """Raises UserError for an unknown name of weights."""
     if weights is not None and weights not in WEIGHTS:
         near = difflib.get_close_matches(weights, WEIGHTS, n=1, cutoff=0.0)[0]
         raise UserError(f"no weights {weights!r}", f"did you mean {near!r}? there are {', '.join(WEIGHTS)}")
@@ -98,11 +99,11 @@ def check_weights(weights: str | None) -> None:
 
 @torch.no_grad()
 def quantise_model(model: PreTrainedModel, kind: Kind) -> None:
-    """Keep every linear and the token embedding as blocks, in place and one at a time: no second copy is held.
+    """Store every linear and the token embedding as blocks, in place. Weights go one at a time, so no second copy is held.
 
     A tied head shares the embedding's blocks.
     """
-    done: dict[Tensor, Blocks] = {}  # by parameter: a tied one is quantised once
+    done: dict[Tensor, Blocks] = {}  # by parameter, so that a tied one is quantised once
     table = model.get_input_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -120,7 +121,7 @@ def quantise_model(model: PreTrainedModel, kind: Kind) -> None:
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of a published model, to be filled with random weights: for speed, never for quality."""
+    """Widths of a published model, for random weights: they measure speed, never quality."""
 
     config: Any
     layers: int
@@ -176,7 +177,7 @@ def random_model(
         model: PreTrainedModel = kind(config).to(dtype)  # pyright: ignore
     model = model.to_empty(device=device)
     generator = torch.Generator().manual_seed(seed)
-    # One block of normal numbers, read from a different offset for each tensor: drawing billions of them takes minutes.
+    # Each tensor reads one table of normal numbers from its own offset, because drawing billions takes minutes.
     noise = (torch.randn(2**22, generator=generator) * 0.02).to(device, dtype)
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if "norm" in name:
@@ -188,7 +189,7 @@ def random_model(
             part = flat[start : start + noise.numel()]
             part.copy_(rolled[: part.numel()])
     model.tie_weights()
-    # to_empty() leaves the rotary buffers unset; they are made from the configuration alone.
+    # to_empty() leaves the rotary buffers unset. They follow from the configuration alone.
     for module in model.modules():
         if hasattr(module, "inv_freq"):
             with torch.device(device):

@@ -1,10 +1,10 @@
 """Attention among the calls of a layer, proved in numbers: its module runs again with one linear's output changed.
 
-A *query* weighs earlier tokens, and nothing else does this: changed at one token it changes that token alone; at the
-first token, where there is one thing to weigh, each head keeps its direction, and later it need not; where it is 0, weights
-are equal rather than nothing, which tells it from the read-out of a recurrent mixer. Linears that reach later tokens are keys and
-values; values are those without which nothing is left. Heads are proved the same way: rows of some heads change these
-and, bit for bit, no others.
+A linear is the *query* if four things hold. A change at one token changes that token alone. At the first token, where there
+is only one value to weigh, the output of each head keeps its direction. At the second token it does not. A query of 0 gives
+equal weights, not an output of 0 (this tells it from the read-out of a recurrent mixer). Linears whose changes reach later
+tokens are keys and values; without values the output is 0. Heads are proved the same way: changing the outputs of some
+heads changes these heads and, bit for bit, no others.
 """
 
 from __future__ import annotations
@@ -16,53 +16,54 @@ import torch
 from torch import Tensor, nn
 
 from moyu.model.anatomy import Attention, Piece
-from moyu.model.networks import WIDE, Call, close
+from moyu.model.calls import Call, close
+from moyu.model.networks import WIDE
 
 
-class Rows(NamedTuple):
-    """Which outputs of a linear are the query's."""
+class QueryOutputs(NamedTuple):
+    """The outputs of a linear that belong to the query."""
 
-    weigh: Tensor  # (H, r) the query of each head
-    belong: Tensor  # (H, r') all that nobody needs without the head: its query, and its gate where they share a linear
-    values: Tensor | None  # (K, r'') values of each group of heads, where the linear holds those too
+    weigh: Tensor  # (H, r) query of each head
+    belong: Tensor  # (H, r') outputs used by one head alone: its query, and its gate if they share a linear
+    values: Tensor | None  # (K, r'') values of each group of heads, if the linear holds them too
 
 
-def _in_order(outputs: int, heads: int, size: int) -> Rows:
+def _in_order(outputs: int, heads: int, size: int) -> QueryOutputs:
     all_of, groups = torch.arange(outputs).view(-1, size), (outputs // size - heads) // 2
-    return Rows(all_of[:heads], all_of[:heads], all_of[heads + groups :])
+    return QueryOutputs(all_of[:heads], all_of[:heads], all_of[heads + groups :])
 
 
-def _by_group(outputs: int, heads: int, size: int) -> Rows:
+def _by_group(outputs: int, heads: int, size: int) -> QueryOutputs:
     groups = (outputs // size - heads) // 2
     each = torch.arange(outputs).view(groups, heads // groups + 2, size)
     query = each[:, :-2].reshape(heads, size)
-    return Rows(query, query, each[:, -1])
+    return QueryOutputs(query, query, each[:, -1])
 
 
-def _in_four_parts(outputs: int, heads: int, size: int) -> Rows:
+def _in_four_parts(outputs: int, heads: int, size: int) -> QueryOutputs:
     parts = torch.arange(outputs).view(4, 3, heads // 4, size)
     query = parts[:, 0].reshape(heads, size)
-    return Rows(query, query, parts[:, 1].reshape(heads, size))
+    return QueryOutputs(query, query, parts[:, 1].reshape(heads, size))
 
 
-def _gate_by_head(outputs: int, heads: int, size: int) -> Rows:
+def _gate_by_head(outputs: int, heads: int, size: int) -> QueryOutputs:
     each = torch.arange(outputs).view(heads, -1)
-    return Rows(each[:, :-size], each, None)
+    return QueryOutputs(each[:, :-size], each, None)
 
 
-def _gates_after(outputs: int, heads: int, size: int) -> Rows:
+def _gates_after(outputs: int, heads: int, size: int) -> QueryOutputs:
     query, gates = torch.arange(outputs).split([outputs - heads * size, heads * size])
     query = query.view(heads, -1)
-    return Rows(query, torch.cat([query, gates.view(heads, -1)], dim=1), None)
+    return QueryOutputs(query, torch.cat([query, gates.view(heads, -1)], dim=1), None)
 
 
-def _alone(outputs: int, heads: int, size: int) -> Rows:
-    each = torch.arange(outputs).view(1 if outputs % heads else heads, -1)  # a latent need not know of heads
-    return Rows(each, each, None)
+def _alone(outputs: int, heads: int, size: int) -> QueryOutputs:
+    each = torch.arange(outputs).view(1 if outputs % heads else heads, -1)  # a latent may have no heads
+    return QueryOutputs(each, each, None)
 
 
-# How the outputs of one linear are told apart, given H heads of `size` values: the first that is proved. One row a structure.
-ARRANGEMENTS: dict[str, Callable[[int, int, int], Rows]] = {
+# Known arrangements of the outputs of one linear, given H heads of `size` values. The first one that is proved is used.
+ARRANGEMENTS: dict[str, Callable[[int, int, int], QueryOutputs]] = {
     "queries": _alone,
     "queries, keys, values": _in_order,
     "queries, key, value of each group": _by_group,
@@ -75,10 +76,10 @@ ARRANGEMENTS: dict[str, Callable[[int, int, int], Rows]] = {
 def find_attentions(
     calls: list[Call], linears: list[Call], heads: int, shape: torch.Size, around: Mapping[int, nn.Module]
 ) -> tuple[list[Attention], str | None]:
-    """Every attention of a layer, and why there is none where linears look like one.
+    """Every attention of a layer; or none and, if linears look like one, the reason.
 
-    linears: those of `calls` that are no network's. heads: of queries, as the configuration says (0: it does not).
-    shape: (B, T) of the tokens. around: what stands around a linear and adds to what it gives, by the linear's id.
+    linears: those of `calls` that belong to no network. heads: query heads by the configuration (0: unknown). shape: (B, T) of
+    the tokens. around: the wrapper that adds to a linear's output, by the linear's id.
     """
     free, found = _firsts(linears), []
     reasons: dict[tuple[int, ...], str] = {}  # by the linears that were tried
@@ -101,12 +102,12 @@ def find_attentions(
         try:
             attention = _Trial(host, own, readers, heads, shape, around).attention()
             why = "none of them weighs earlier tokens as a query does"
-        except Exception as error:  # a module that cannot run again as it ran
+        except Exception as error:  # the module cannot run again outside its layer
             attention, why = None, f"their module does not run again alone ({type(error).__name__})"
         finally:
             host.module.train(training)
         if attention is not None and any(p.spread for p in attention.pieces.values()):
-            attention = Attention(attention.pieces)  # each process has heads of its own
+            attention = Attention(attention.pieces)  # without heads: each process has some of them
         if attention is None:
             reasons[key] = f"{names}: {why}"
             continue
@@ -125,7 +126,7 @@ def _firsts(calls: list[Call]) -> dict[int, Call]:
 
 
 class _Trial:
-    """One module that may be an attention: run again with outputs of its linears changed, up to what its last linear takes."""
+    """One module that may be an attention. It runs again with changed outputs of its linears; its last linear's input is read."""
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class _Trial:
         shape: torch.Size,
         around: Mapping[int, nn.Module],
     ) -> None:
-        """`linears` in the order they ran; `readers` are those that take the module's input."""
+        """linears: in the order in which they ran. readers: those that take the module's input."""
         self.host, self.linears, self.readers, self.shape, self.around = host, linears, readers, shape, around
         self.out = linears[-1]
         width = self.out.x.shape[-1]
@@ -146,7 +147,7 @@ class _Trial:
         self.before = self.run(None, None)  # (B, T, H size)
 
     def run(self, call: Call | None, change: Callable[[Tensor], None] | None) -> Tensor:
-        """What `o` takes, (B, T, H size), where `change` edits what a linear gives, (B, T, n)."""
+        """The input of `o`, (B, T, H size), after `change` has edited a linear's output (B, T, n)."""
         seen: list[Tensor] = []
 
         def edited(module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class _Trial:
         return seen[0].reshape(*self.shape, -1)
 
     def noisy(self, call: Call, rows: Tensor) -> Tensor:
-        """What `o` takes with noise on outputs of a linear at the first two tokens."""
+        """The input of `o` with noise on some outputs of a linear at the first two tokens."""
         reach, outputs = max(WIDE, 2 * float(call.y.float().std())), rows.flatten()
 
         def change(y: Tensor) -> None:
@@ -178,7 +179,7 @@ class _Trial:
         return self.run(call, change)
 
     def without(self, call: Call, rows: Tensor) -> Tensor:
-        """What `o` takes with 0 for outputs of a linear."""
+        """The input of `o` with some outputs of a linear set to 0."""
 
         def change(y: Tensor) -> None:
             y[..., rows.flatten()] = 0
@@ -186,7 +187,7 @@ class _Trial:
         return self.run(call, change)
 
     def weighs(self, call: Call, rows: Tensor) -> bool:
-        """Whether outputs of a linear are queries."""
+        """Whether some outputs of a linear are queries."""
         before, after = self.before, self.noisy(call, rows)
         return (
             self.local(after)
@@ -196,18 +197,18 @@ class _Trial:
         )
 
     def local(self, after: Tensor) -> bool:
-        """Whether what was done to the first two tokens reached no later one."""
+        """Whether a change at the first two tokens reached no later token."""
         return torch.equal(after[:, 2:], self.before[:, 2:])
 
     def directions(self, x: Tensor) -> Tensor:
-        """Each head's part of (B, T, H size) at length 1, (B, T, H, size)."""
-        each = x.double().unflatten(-1, (self.heads, self.size))  # a sink may leave next to nothing of a head
+        """Each head's part of x (B, T, H size), normalised to length 1: (B, T, H, size)."""
+        each = x.double().unflatten(-1, (self.heads, self.size))  # an attention sink can make a head's output tiny
         return nn.functional.normalize(each, dim=-1, eps=1e-100).to(x.dtype)
 
     def belongs(self, call: Call, rows: Tensor) -> bool:
-        """Whether row j of `rows` (parts, r) changes part j of the heads alone: some are changed, the others must not move."""
+        """Whether row j of `rows` (parts, r) changes part j of the heads alone: a third is changed, the others must stay equal."""
         parts = len(rows)
-        chosen = torch.arange(parts, device=self.before.device) % 3 == 0  # in both halves, in odd and even places
+        chosen = torch.arange(parts, device=self.before.device) % 3 == 0  # in both halves, at odd and at even places
         after = self.noisy(call, rows[chosen.cpu()])
         same = (after == self.before).unflatten(-1, (parts, -1)).all(-1)[:, 1:]  # (B, T - 1, parts)
         return bool(same[..., ~chosen].all()) and not bool(same[:, 0][:, chosen].any())
@@ -215,7 +216,7 @@ class _Trial:
     # ----------------------------------------------------------------------------------------------------------- the roles
 
     def attention(self) -> Attention | None:
-        """The attention that this is, or None."""
+        """The attention that this module computes, or None."""
         latents = [c for c in self.linears[:-1] if c not in self.readers]
         first, behind = (
             next(((c, r) for c in calls if (r := self.arranged(c))), None) for calls in (self.readers, latents)
@@ -228,7 +229,7 @@ class _Trial:
             pieces["q_a" if behind else "q" if rows.values is None else "qkv"] = first[0].piece()
         if behind is not None:
             pieces["q_b"] = query.piece()
-        aside = "g" if first else "q_a"  # a linear that reaches no later token and weighs nothing by itself
+        aside = "g" if first else "q_a"  # the role of a linear that reaches no later token and is not a query
         spread: dict[str, Call] = {}
         others = [c for c in self.linears[:-1] if all(p.module is not c.module for p in pieces.values())]
         after = {id(c.module): self.noisy(c, torch.arange(c.y.shape[-1])) for c in others}
@@ -236,7 +237,7 @@ class _Trial:
         for call in others:
             moved = after[id(call.module)]
             if torch.equal(moved, self.before):
-                continue  # it chooses among tokens, of which there are too few here
+                continue  # it selects tokens, and the probe has too few for a selection
             every = torch.arange(call.y.shape[-1])
             if not self.local(moved):
                 needed = not self.without(call, every).any()
@@ -254,19 +255,19 @@ class _Trial:
         values = spread.get("kv_b") or spread.get("v")
         return Attention(pieces, self.heads, self.groups(query, rows, values), rows.belong if whole else None)
 
-    def arranged(self, call: Call) -> Rows | None:
-        """The first arrangement of a linear's outputs in which the query's weigh."""
+    def arranged(self, call: Call) -> QueryOutputs | None:
+        """The first arrangement of a linear's outputs under which its query outputs pass as queries, or None."""
         for arrange in ARRANGEMENTS.values():
             try:
                 rows = arrange(call.y.shape[-1], self.heads, self.size)
-            except (RuntimeError, ZeroDivisionError):  # it has another number of outputs
+            except (RuntimeError, ZeroDivisionError):  # the arrangement does not fit the number of outputs
                 continue
             if rows.weigh.numel() and self.weighs(call, rows.weigh):
                 return rows
         return None
 
-    def groups(self, query: Call, rows: Rows, values: Call | None) -> int:
-        """Into how many groups values divide the heads: the most that is proved; all heads are always one."""
+    def groups(self, query: Call, rows: QueryOutputs, values: Call | None) -> int:
+        """The number of groups of heads that share values: the largest that is proved, at least 1."""
         if rows.values is not None:
             return len(rows.values) if len(rows.values) > 1 and self.belongs(query, rows.values) else 1
         if values is None:

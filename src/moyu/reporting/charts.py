@@ -1,4 +1,4 @@
-"""Inline SVG: scales, marks and labels. Colours are classes of the style sheet, so that both modes have their own."""
+"""Inline SVG: scales, marks and labels. Colours are classes of the style sheet, which defines them for light and dark mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LINE = 13.0
 
 @dataclass(frozen=True)
 class Linear:
-    """Values to pixels, evenly."""
+    """A linear scale from values to pixels."""
 
     low: float
     high: float
@@ -35,7 +35,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Log:
-    """Values to pixels by their logarithm; what lies below the domain is drawn on its edge."""
+    """A logarithmic scale from values to pixels. Values below the domain are drawn at its edge."""
 
     low: float
     high: float
@@ -80,12 +80,12 @@ class Canvas:
         )  # fmt: skip
 
     def dot(self, x: float, y: float, style: str, radius: float = 4.5, hint: str = "") -> None:
-        """A circle; it keeps labels away."""
+        """A circle. Labels avoid it."""
         self.taken.append((x - radius, y - radius, x + radius, y + radius))
         self._add('<circle class="{}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>', style, x, y, radius, hint)
 
     def diamond(self, x: float, y: float, style: str, radius: float = 5.0, hint: str = "") -> None:
-        """A square on its corner; it keeps labels away."""
+        """A square on its corner. Labels avoid it."""
         self.taken.append((x - radius, y - radius, x + radius, y + radius))
         corners = " ".join(
             f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in ((0, -radius), (radius, 0), (0, radius), (-radius, 0))
@@ -97,7 +97,7 @@ class Canvas:
         self._add('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>', style, x, y, anchor, text)
 
     def label(self, x: float, y: float, text: str, gap: float = 9.0, style: str = "") -> None:
-        """Text beside a mark, where it covers the least of what is drawn already."""
+        """Text beside a mark, placed so that it covers as little as possible."""
         width = len(text) * CHARACTER
         places = [(x + gap, y + 4, "start")]
         for lift in (0, -1, 1, -2, 2, -3, 3):
@@ -126,7 +126,7 @@ class Canvas:
         self.parts.append(Markup(template).format(*(f"{v:.1f}" if isinstance(v, float) else v for v in values)))
 
     def svg(self) -> Markup:
-        """The whole image, with a description for those who cannot see it."""
+        """The whole image, with its description for screen readers."""
         head = Markup('<svg role="img" viewBox="0 0 {} {}" aria-label="{}">').format(
             self.width, self.height, self.description
         )

@@ -1,10 +1,11 @@
-"""What a scoreboard's cells say about three claims, by paired intervals over documents.
+"""Test three claims on the cells of a scoreboard, with paired intervals over documents.
 
 order      matched oracle <= method <= matched random, in perplexity, on 16-bit weights;
 routers    every trained router beats static popularity, in perplexity, at equal bytes;
-estimate   has the least KL of all methods at every byte fraction that was asked for, and below 4 bits less than rounding.
-A claim is refuted in a cell where the interval of the difference lies on the wrong side of 0, and shown where it lies on the
-right side; in between nothing is said. A "≤" is also shown by losses that are the same on every document.
+estimate   has the least KL of all methods at every target byte fraction, and less KL than rounding below 4 bits.
+
+A cell shows a claim if the interval of the difference lies on the claim's side of 0, and refutes it if it lies on the other
+side; else the cell is open. A "≤" is also shown by losses that are equal on every document.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from moyu.records import Cell
 
 RESAMPLES = 1000
 ROUNDING, NULL, OWN = "quantise", "popularity", "estimate"
-NAMED = 3  # refutations that a table names
+NAMED = 3  # the most refutations that a table names
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One comparison: the mean difference over documents, positive where the claim says so, with its 95 % interval."""
+    """One comparison: the mean difference over documents with its 95 % interval. Positive supports the claim."""
 
     claim: str
     cell: Cell
@@ -32,13 +33,13 @@ class Verdict:
 
     @property
     def holds(self) -> bool | None:
-        """True: shown; False: refuted; None: neither."""
+        """True: shown. False: refuted. None: open."""
         same = "≤" in self.claim and self.low == self.high == 0
         return True if self.low > 0 or same else False if self.high < 0 else None
 
 
 def verdicts(cells: Sequence[Cell]) -> list[Verdict]:
-    """Every comparison that the cells allow."""
+    """All comparisons that the cells allow."""
     return [*_order(cells), *_routers(cells), *_estimate(cells)]
 
 
@@ -46,13 +47,13 @@ def _order(cells: Sequence[Cell]) -> Iterator[Verdict]:
     for cell in cells:
         own = cell.by_document
         if cell.method in (ROUNDING, "random", "oracle") or "nll_random" not in own:
-            continue  # of these two, one of the comparisons is with themselves
+            continue  # random and oracle would be compared with themselves
         yield _compare("oracle ≤ method", cell, "matched oracle", own["nll"], own["nll_oracle"])
         yield _compare("method ≤ random", cell, "matched random", own["nll_random"], own["nll"])
 
 
 def _routers(cells: Sequence[Cell]) -> Iterator[Verdict]:
-    from moyu.methods import method_class  # torch; only where cells are judged
+    from moyu.methods import method_class  # imports torch, which takes seconds; only needed with cells
 
     for cell in cells:
         if cell.method == ROUNDING or not method_class(cell.method).trains:
@@ -81,7 +82,7 @@ def _estimate(cells: Sequence[Cell]) -> Iterator[Verdict]:
 
 
 def _rivals(cells: Sequence[Cell], cell: Cell) -> Iterator[Cell]:
-    """Other methods that were measured at what `cell` was asked to read."""
+    """Cells of other methods with the same model, weights and target byte fraction."""
     if cell.target_byte_fraction is None or cell.kl is None:
         return
     for other in cells:
@@ -93,14 +94,14 @@ def _rivals(cells: Sequence[Cell], cell: Cell) -> Iterator[Cell]:
 
 
 def _compare(claim: str, cell: Cell, against: str, worse: Sequence[float], better: Sequence[float]) -> Verdict:
-    from moyu.measure.statistics import bootstrap  # scipy; only where cells are judged
+    from moyu.measure.statistics import bootstrap  # imports scipy, which takes seconds; only needed with cells
 
     found = bootstrap([a - b for a, b in zip(worse, better, strict=True)], resamples=RESAMPLES)
     return Verdict(claim, cell, against, found.value, found.low, found.high)
 
 
 def lines(cells: Sequence[Cell]) -> list[list[str]]:
-    """A line a claim: its name, on how many cells it is shown, undecided and refuted, and the largest refutations by name."""
+    """One line per claim: its name, the number of cells that show, leave open and refute it, and the largest refutations."""
     found: dict[str, list[Verdict]] = {}
     for verdict in verdicts(cells):
         found.setdefault(verdict.claim, []).append(verdict)

@@ -1,4 +1,4 @@
-"""The columns of the tables, written once for the page, its glossary and the terminal."""
+"""The columns of the tables, defined once for the page, its glossary and the terminal."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """A column: what it is under (`group`), its title, and the text of a record's cell."""
+    """A column: the heading above it (`group`), its title, and the text of a record's cell."""
 
     group: str
     title: str
     text: Callable[[Any], str]
-    short: str = ""  # group and title in one, for the terminal; none: for the page only
+    short: str = ""  # group and title in one, for the terminal; "": not in the terminal
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """At least `digits` significant digits, never an exponent below a million."""
+    """At least `digits` significant digits; an exponent only from a million on and below 0.0001."""
     if value is None:
         return NONE
     if value != 0 and (abs(value) >= 1e6 or abs(value) < 1e-4):
@@ -35,12 +35,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def fixed(value: float | None, digits: int = 2) -> str:
-    """A number with so many decimals."""
+    """A number with `digits` decimals."""
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
 def percent(value: float | None) -> str:
-    """A fraction in percent, with a decimal where it has one."""
+    """A fraction in percent, with one decimal if it is not whole."""
     if value is None:
         return NONE
     return f"{value:.0%}" if abs(value * 100 - round(value * 100)) < 0.05 else f"{value:.1%}"
@@ -62,12 +62,12 @@ def times(value: float | None) -> str:
 
 
 def gain(record: Speed) -> float:
-    """Speed over dense on the same kernels, over the dense baseline where those were not timed: what skipping gives."""
+    """The speed-up from skipping: over dense on the same kernels, or over the dense baseline if those were not timed."""
     return record.speedup if record.tok_s_kernels is None else record.tok_s / record.tok_s_kernels
 
 
 def label(record: Quality | Speed) -> str:
-    """The method, and what compensates."""
+    """The method and its compensation."""
     if isinstance(record, Speed) and record.method == "dense" and record.tok_s_kernels is not None:
         return "dense, kernels"
     if not isinstance(record, Quality) or not record.compensation:
@@ -76,7 +76,7 @@ def label(record: Quality | Speed) -> str:
 
 
 def target(record: Quality) -> str:
-    """What was asked for: a sparsity or a byte fraction."""
+    """The target: a sparsity or a byte fraction."""
     if record.target_byte_fraction is not None:
         return f"{record.target_byte_fraction:.2f} of bytes"
     return percent(record.target_sparsity)
@@ -91,32 +91,32 @@ QUALITY = (
     Column("Perplexity", "sparse", lambda r: number(r.ppl), "ppl"),
     Column("Perplexity", "random", lambda r: number(r.ppl_random), "ppl\nrandom"),
     Column("Perplexity", "oracle", lambda r: number(r.ppl_oracle), "ppl\noracle"),
-    Column("KL, nats a token", "sparse", lambda r: fixed(r.kl, 3), "KL"),
-    Column("KL, nats a token", "random", lambda r: fixed(r.kl_random, 3), "KL\nrandom"),
-    Column("KL, nats a token", "oracle", lambda r: fixed(r.kl_oracle, 3), "KL\noracle"),
+    Column("KL, nats per token", "sparse", lambda r: fixed(r.kl, 3), "KL"),
+    Column("KL, nats per token", "random", lambda r: fixed(r.kl_random, 3), "KL\nrandom"),
+    Column("KL, nats per token", "oracle", lambda r: fixed(r.kl_oracle, 3), "KL\noracle"),
     Column("Top-1", "agreement", lambda r: tenths(r.top1_agreement), "top-1"),
 )
 
 SPEED = (
     Column("Units skipped", "realised", lambda r: tenths(r.realized_sparsity), "realised"),
     Column("Bytes read", "fraction", lambda r: fixed(r.byte_fraction), "bytes"),
-    Column("Bytes read", "MB a token", lambda r: number(r.step_bytes and r.step_bytes / 1e6), "MB"),
-    Column("Tokens a second", "dense", lambda r: number(r.tok_s_dense), "tok/s\ndense"),
-    Column("Tokens a second", "sparse", lambda r: number(r.tok_s), "tok/s"),
+    Column("Bytes read", "MB per token", lambda r: number(r.step_bytes and r.step_bytes / 1e6), "MB"),
+    Column("Tokens per second", "dense", lambda r: number(r.tok_s_dense), "tok/s\ndense"),
+    Column("Tokens per second", "sparse", lambda r: number(r.tok_s), "tok/s"),
     Column("Speed-up", "measured", lambda r: times(r.speedup), "speed-up"),
     Column("Speed-up", "from skipping", lambda r: times(r.tok_s_kernels and gain(r)), "from\nskipping"),
     Column("Speed-up", "limit by bytes", lambda r: times(r.speedup_limit), "limit"),
     Column("Weight reading", "GB/s", lambda r: number(r.gb_s), "GB/s"),
     Column("Weight reading", "of ceiling", lambda r: f"{r.ceiling_share:.0%}", "of\nceiling"),
-    Column("Milliseconds a token", "median", lambda r: number(r.p50 * 1e3), "ms"),
-    Column("Milliseconds a token", "p20 to p80", lambda r: f"{number(r.p20 * 1e3)} to {number(r.p80 * 1e3)}"),
+    Column("Milliseconds per token", "median", lambda r: number(r.p50 * 1e3), "ms"),
+    Column("Milliseconds per token", "p20 to p80", lambda r: f"{number(r.p20 * 1e3)} to {number(r.p80 * 1e3)}"),
     Column("First token, ms", "dense", lambda r: number(r.first_token_s_dense and r.first_token_s_dense * 1e3)),
     Column("First token, ms", "sparse", lambda r: number(r.first_token_s and r.first_token_s * 1e3), "first\ntoken"),
 )
 
 
 def used(columns: Sequence[Column], rows: Sequence[Record]) -> list[Column]:
-    """The columns that hold anything."""
+    """The columns that are not empty."""
     return [c for c in columns if any(c.text(r) != NONE for r in rows)]
 
 

@@ -12,7 +12,7 @@ from moyu.records import Generation
 
 
 def marked(record: Generation) -> tuple[Markup, Markup]:
-    """Dense and sparse text, with `<mark>` around the tokens that differ, from the first difference on."""
+    """Dense and sparse text, with `<mark>` around the tokens that differ."""
     dense, sparse = _pieces(record.dense_tokens, record.dense_text), _pieces(record.sparse_tokens, record.sparse_text)
     same = SequenceMatcher(None, dense, sparse, autojunk=False)
     out: list[list[Markup]] = [[], []]
@@ -24,5 +24,5 @@ def marked(record: Generation) -> tuple[Markup, Markup]:
 
 
 def _pieces(tokens: Sequence[str], text: str) -> list[str]:
-    """The tokens where they make up the text (a character may span several tokens), else its words."""
+    """The tokens if they add up to the text (a character may span several tokens), else its words."""
     return list(tokens) if "".join(tokens) == text else re.findall(r"\s+|\S+", text)

@@ -1,4 +1,4 @@
-"""The report's figures, each from its records; no figure where there are none."""
+"""The figures of the report. Each is None without records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Colours = Mapping[str, int]  # method -> class c0 .. c7
 
 @dataclass(frozen=True)
 class Figure:
-    """An image and what it shows."""
+    """An image with title and caption."""
 
     title: str
     caption: str
@@ -35,7 +35,7 @@ def colours(methods: Sequence[str]) -> dict[str, int]:
 
 
 def quality(rows: Sequence[Quality], palette: Colours) -> Figure | None:
-    """KL against byte fraction, a point a row, its matched random and oracle hollow."""
+    """KL against byte fraction, one point per record; matched random and oracle are hollow."""
     rows = [r for r in rows if r.kl is not None and (r.byte_fraction or r.ideal_byte_fraction)]
     levels = [v for r in rows for v in (r.kl, r.kl_random, r.kl_oracle) if v]
     if not levels:
@@ -44,7 +44,7 @@ def quality(rows: Sequence[Quality], palette: Colours) -> Figure | None:
     bytes_read = [_bytes(r) for r in rows]
     left = min(math.floor(min(bytes_read) * 20) / 20 - 0.02, 0.9)
     spoken = [(label(r), f"{number(r.kl)} at {fixed(_bytes(r))}") for r in rows]
-    canvas = Canvas(WIDTH, 330.0, said("KL a token against byte fraction", spoken))
+    canvas = Canvas(WIDTH, 330.0, said("KL per token against byte fraction", spoken))
     x = Linear(left, max(1.0, *bytes_read) + 0.005, LEFT, WIDTH - RIGHT)
     y = Log(10 ** math.floor(math.log10(lowest)), 10 ** math.ceil(math.log10(highest)), 330.0 - BOTTOM, TOP)
     axes(
@@ -54,7 +54,7 @@ def quality(rows: Sequence[Quality], palette: Colours) -> Figure | None:
         "fraction of the dense model's bytes read",
         y,
         [(v, f"{v:g}") for v in y.ticks()],
-        "KL, nats a token",
+        "KL, nats per token",
     )
     canvas.line(LEFT, y(KL_CLOSE), WIDTH - RIGHT, y(KL_CLOSE), "reference")
     _sweeps(canvas, rows, x, y, palette)
@@ -78,7 +78,7 @@ def quality(rows: Sequence[Quality], palette: Colours) -> Figure | None:
             5.5,
             f"{label(r)}: KL {number(r.kl)} at {fixed(_bytes(r))}",
         )
-    first = {label(r): r for r in sorted(rows, key=_bytes, reverse=True)}  # a sweep is labelled once, at its left end
+    first = {label(r): r for r in sorted(rows, key=_bytes, reverse=True)}  # a sweep gets one label, at its left end
     for r in first.values():
         canvas.label(x(_bytes(r)), y(r.kl or 0.0), label(r))
     return Figure(
@@ -184,14 +184,14 @@ def needed_by_position(profile: Profile) -> Figure | None:
 
 
 def read_rate(rows: Sequence[Speed]) -> Figure:
-    """Weight bytes read a second beside the read ceiling."""
+    """Weight bytes read per second, beside the read ceiling."""
     ceiling = max(r.read_ceiling_gb_s for r in rows)
     dense = next((r.gb_s_dense for r in rows if r.gb_s_dense is not None), None)
     bars = [(label(r), "bar", r.gb_s, number(r.gb_s), r.read_ceiling_gb_s)
             for r in rows if r.method != "dense" or r.tok_s_kernels is not None]  # fmt: skip
     if dense is not None:
         bars = [("dense", "bar dense", dense, number(dense), ceiling), *bars]
-    svg = _bars(bars, "GB of weights a second", "Weight reading in GB/s beside the read ceiling")
+    svg = _bars(bars, "GB of weights per second", "Weight reading in GB/s beside the read ceiling")
     return Figure(
         "Weight reading against the read ceiling", "Bar: GB/s reached. Mark: the best streaming read measured.", svg
     )
@@ -217,7 +217,7 @@ def speedup(rows: Sequence[Speed]) -> Figure | None:
 def _bars(
     bars: Sequence[tuple[str, str, float, str, float]], unit: str, description: str, *, one: bool = False
 ) -> Markup:
-    """A bar a row: name, colour, value, its text, and the mark it is held against."""
+    """Horizontal bars. Each has a name, colour, value, the value as text, and a mark to compare with."""
     left = min(150.0, max(len(b[0]) for b in bars) * CHARACTER + 14)
     tall, top = 30.0, 8.0
     bottom = top + tall * len(bars)
@@ -238,13 +238,13 @@ def _bars(
         if x(value) - left > len(text) * CHARACTER + 12:
             canvas.text(x(value) - 6, y + tall / 2 + 4, text, "end", "inside")
         else:
-            clear = x(mark) if 0 <= x(mark) - x(value) < len(text) * CHARACTER + 12 else x(value)  # not across the mark
+            clear = x(mark) if 0 <= x(mark) - x(value) < len(text) * CHARACTER + 12 else x(value)  # clear of the mark
             canvas.text(clear + 6, y + tall / 2 + 4, text)
     return canvas.svg()
 
 
 def said(what: str, values: Sequence[tuple[str, str]]) -> str:
-    """A figure in words."""
+    """The description of a figure for screen readers."""
     return f"{what}: {'; '.join(f'{name} {value}' for name, value in values)}"
 
 

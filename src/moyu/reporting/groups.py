@@ -1,4 +1,4 @@
-"""Records that may share a table: same model, same protocol, masked apart from skipped, trained apart from random."""
+"""Groups of records that may share a table. Masked and skipped, trained and random never share one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Group:
 
 
 def quality_groups(records: Iterable[Record]) -> list[Group]:
-    """Quality rows by model, protocol, dtype and whether they are simulated, in the order of the records."""
+    """Quality records by model, protocol, dtype and whether they are simulated, in their order."""
     found: dict[Any, list[Quality]] = {}
     for r in records:
         if isinstance(r, Quality):
@@ -30,12 +30,12 @@ def quality_groups(records: Iterable[Record]) -> list[Group]:
 
 
 def without_prompt(record: Quality) -> bool:
-    """Whether a row is of the second table: every position sparse, for token-level methods."""
+    """Whether a record belongs to the second table, where every position is sparse (token-level methods)."""
     return record.protocol is not None and record.protocol.table == "token"
 
 
 def speed_groups(records: Iterable[Record]) -> list[Group]:
-    """Speed rows by model, context, dtype, device and back end, in the order of the records."""
+    """Speed records by model, context, dtype, device and back end, in their order."""
     found: dict[Any, list[Speed]] = {}
     for r in records:
         if isinstance(r, Speed):
@@ -46,7 +46,7 @@ def speed_groups(records: Iterable[Record]) -> list[Group]:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks of one model: a line a metric, a column a plan."""
+    """Tasks of one model: one line per metric, one column per plan."""
 
     title: str
     caption: str
@@ -55,7 +55,7 @@ class Tasks:
 
 
 def task_groups(records: Iterable[Record]) -> list[Tasks]:
-    """Tasks by model, dtype and harness, in the order of the records; dense and every plan side by side."""
+    """Tasks by model, dtype and harness, in their order; dense and every plan side by side."""
     found: dict[Any, list[Task]] = {}
     for r in records:
         if isinstance(r, Task):
@@ -88,7 +88,7 @@ def _tasks(rows: list[Task]) -> Tasks:
     how = ", ".join(f"{m} {tenths(s)}" for m, s in skipped.items())
     return Tasks(
         f"Tasks of {rows[0].model} by {rows[0].harness}, simulated by masking",
-        f"Value ± standard error over documents. Contexts dense, what is scored sparse; units skipped: {how}.",
+        f"Value ± standard error over documents. Contexts are dense, scored positions sparse; units skipped: {how}.",
         heads,
         cells,
     )
@@ -116,7 +116,7 @@ def _quality_caption(rows: list[Quality]) -> str:
         )
     bits = next((r.bits_per_byte_dense for r in scored if r.bits_per_byte_dense is not None), None)
     if bits is not None:
-        parts.append(f"dense: {number(bits)} bits a byte")
+        parts.append(f"dense: {number(bits)} bits per byte")
     if first.dtype:
         parts.append(first.dtype)
     return "; ".join(parts) + "." if parts else ""

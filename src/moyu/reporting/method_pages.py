@@ -1,4 +1,4 @@
-"""The head of a method's page in docs/methods: what the method declares, what it skips and costs, from the registry."""
+"""The head of a method's page in docs/methods: what the method declares, what it skips and what it costs, from the registry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moyu.kernels import activation
 from moyu.methods.base import READS, Acts, Method, Rows, Site, Tap
 from moyu.model.anatomy import Block, Piece
 
-WIDTH, NEURONS = 256, 688  # of the embedded models, whose block the shares are of
+WIDTH, NEURONS = 256, 688  # of the embedded models; shares are of such a block
 ROWS = 32
 HEAD = r"(<!-- head: [^\n]*-->\n).*?(<!-- /head -->)"
 EMPTY = """# `{name}`
@@ -43,14 +43,14 @@ def head(name: str) -> str:
 
 
 def skipped(name: str) -> str:
-    """The kind of sites of a method: what a gated network's blocks, else a plain one's, read and skip."""
+    """The sites of a method: what they read and skip in a gated network or, if nothing, in a plain one."""
     method = methods.method(name)
     found = (_skips(method, {act: _block(act, gated) for act in ("silu", "relu")}) for gated in (True, False))
     return next((text for text in found if text != "nothing"), "nothing")
 
 
 def write(folder: Path) -> None:
-    """Write the heads of all pages; a page that is missing is begun."""
+    """Write the heads of all pages; start pages that are missing."""
     for name in methods.names():
         page = folder / f"{name}.md"
         text = page.read_text() if page.exists() else EMPTY.format(name=name)
@@ -72,7 +72,7 @@ def _needs(method: Method) -> str:
 
 
 def _skips(method: Method, blocks: dict[str, Block]) -> str:
-    """What a block's sites read and skip; the same for every activation, or the one it is for."""
+    """What a block's sites read and skip; marked if this holds for ReLU only."""
     found = {act: _phrases(method, method.sites(block)) for act, block in blocks.items()}
     if found["silu"]:
         return found["silu"]
@@ -80,7 +80,7 @@ def _skips(method: Method, blocks: dict[str, Block]) -> str:
 
 
 def _phrases(method: Method, sites: Sequence[Site]) -> str:
-    """`reads` → what is skipped, by what is read."""
+    """`tap` → skipped rows and columns, for each tap."""
     found = []
     for reads in dict.fromkeys(site.reads for site in sites):
         same = [site for site in sites if site.reads == reads]
@@ -101,7 +101,7 @@ def _most(method: Method, kind: str, blocks: dict[str, Block]) -> str:
 
 
 def _added(method: Method, block: Block) -> str:
-    """Bytes that the plan itself makes a step read at 50 %, of the block's weights."""
+    """Bytes that a step reads of the plan itself at 50 %, over the block's."""
     if method.family == "reference":
         return "its choice is free: a reference"
     total = 0
@@ -113,7 +113,7 @@ def _added(method: Method, block: Block) -> str:
 
 
 def _block(act: str, gated: bool) -> Block:
-    """A block with the embedded models' widths in bfloat16, and random weights."""
+    """A block of the embedded models' widths with random bfloat16 weights."""
     shapes = {n: (WIDTH, WIDTH) for n in "qkvo"} | {"up": (NEURONS, WIDTH), "down": (WIDTH, NEURONS)}
     if gated:
         shapes["gate"] = (NEURONS, WIDTH)
@@ -131,7 +131,7 @@ def _bytes(block: Block) -> int:
 
 @torch.no_grad()
 def _acts(block: Block) -> Acts:
-    """Random inputs of a gated block and what its network makes of them; every second row is sparse."""
+    """Activations of a gated block on random inputs; every second row is sparse."""
     generator = torch.Generator().manual_seed(0)
     taps: dict[Tap, Tensor] = {
         READS[name]: torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.bfloat16) for name in ("q", "o", "up")

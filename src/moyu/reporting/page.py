@@ -1,4 +1,4 @@
-"""One self-contained HTML page from records: no script, no network, one file to send."""
+"""One self-contained HTML page from records, without scripts or network access."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jinja2 import Environment as Jinja
 from jinja2 import PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from moyu import records
 from moyu.errors import UserError
 from moyu.records import (
     Cell,
@@ -23,7 +24,7 @@ from moyu.records import (
     Quality,
     Record,
     Study,
-)
+)  # fmt: skip
 from moyu.reporting import columns, figures, paper, scoreboard, summary
 from moyu.reporting.differences import marked
 from moyu.reporting.figures import Figure
@@ -31,9 +32,9 @@ from moyu.reporting.groups import quality_groups, speed_groups, task_groups
 from moyu.weights.files import atomic_write_text
 
 
-def render(records: Iterable[Record]) -> str:
-    """The page; UserError where there is nothing to report."""
-    rows = list(records)
+def render(rows: Iterable[Record]) -> str:
+    """The page as HTML. Raises UserError without records."""
+    rows = list(rows)
     if not rows:
         raise UserError("there are no records to report", "make some with `moyu run`")
     jinja = Jinja(
@@ -47,13 +48,21 @@ def render(records: Iterable[Record]) -> str:
     return jinja.get_template("report.html.j2").render(**view(rows))
 
 
-def write_report(records: Iterable[Record], path: Path) -> None:
-    """Write the page, whole or not at all. UserError where there is nothing to report."""
-    atomic_write_text(path, render(records))
+def write_report(rows: Iterable[Record], path: Path) -> None:
+    """Write the page, whole or not at all. Raises UserError without records."""
+    atomic_write_text(path, render(rows))
+
+
+def write_scoreboard(rows: Sequence[Record], out: Path) -> None:
+    """Write a scoreboard's records, tables, plot and page into a folder."""
+    records.write(out / "records.jsonl", rows)
+    atomic_write_text(out / "trinity.md", scoreboard.markdown(rows) + "\n")
+    atomic_write_text(out / "trinity.svg", scoreboard.plot([r for r in rows if isinstance(r, Cell)]) + "\n")
+    write_report(rows, out / "report.html")
 
 
 def view(rows: Sequence[Record]) -> dict[str, Any]:
-    """What the template shows."""
+    """The variables of the template."""
     palette = figures.colours([r.method for r in rows if isinstance(r, Quality)])
     quality, speed = [], []
     for group in quality_groups(rows):
@@ -76,7 +85,7 @@ def view(rows: Sequence[Record]) -> dict[str, Any]:
         "quality": quality,
         "speed": speed,
         "tasks": task_groups(rows),
-        "scoreboard": scoreboard.boards(rows),
+        "scoreboard": scoreboard.tables(rows),
         "scoreboard_plot": scoreboard.plot(cells) if (cells := [r for r in rows if isinstance(r, Cell)]) else None,
         "profiles": [(p, _there([figures.needed_by_layer(p), figures.needed_by_position(p)])) for p in profiles],
         "prompts": _prompts([r for r in rows if isinstance(r, Generation)]),
@@ -90,7 +99,7 @@ def view(rows: Sequence[Record]) -> dict[str, Any]:
 
 
 def environment(rows: Sequence[Record]) -> list[tuple[str, str]]:
-    """Where the records come from; several values where they differ."""
+    """Where the records come from. Values that differ between records are all listed."""
 
     def values(found: Iterable[Any], between: str = ", ") -> str:
         return between.join(dict.fromkeys(str(v) for v in found if v is not None))
@@ -114,7 +123,7 @@ def environment(rows: Sequence[Record]) -> list[tuple[str, str]]:
 
 
 def _cache(record: MethodRecord) -> str:
-    """What a step reads of keys and values, by context."""
+    """Bytes of keys and values that a step reads, by context."""
     sizes = ", ".join(f"{k.bytes / 1e6:,.0f} MB at {k.context:,}" for k in record.kv_bytes)
     return f"{record.model}, policy {record.kv_policy}: {sizes} tokens of context"
 
@@ -132,7 +141,7 @@ def _span(dates: Sequence[str]) -> str:
 
 
 def _prompts(rows: Sequence[Generation]) -> list[tuple[str, str, list[tuple[Generation, Markup, Markup]]]]:
-    """Generations by model and prompt: model, prompt, (record, dense, sparse)."""
+    """Generations by model and prompt, each with its dense and sparse text."""
     found: dict[tuple[str, str], list[tuple[Generation, Markup, Markup]]] = {}
     for r in rows:
         found.setdefault((r.model, r.prompt), []).append((r, *marked(r)))
@@ -140,7 +149,7 @@ def _prompts(rows: Sequence[Generation]) -> list[tuple[str, str, list[tuple[Gene
 
 
 def _corpora(rows: Sequence[Record]) -> list[tuple[str, str]]:
-    """Each text once: what it was used for, and its fingerprint."""
+    """Each text once: the kinds of records that used it, and its fingerprint."""
     found: dict[str, dict[str, None]] = {}
     for r in rows:
         if isinstance(r, ModelRecord) and r.corpus:

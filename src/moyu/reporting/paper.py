@@ -1,4 +1,4 @@
-"""The report's section on the paper: verdicts, its two figures redrawn, and sparsity emerging in training."""
+"""The report's section on the paper: verdicts, the paper's two figures redrawn, and how sparsity emerges in training."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ FED = {"PAR": "parallel", "SEQ-KV": "one by one with a cache", "SEQ-ISO": "each 
 
 @dataclass(frozen=True)
 class Paper:
-    """What the section shows."""
+    """The content of the section."""
 
     line: str
     verdicts: list[Study]
     figures: list[Figure]
-    domains: Mapping[str, Any] | None  # names and bits a byte, from the study of the texts
+    domains: Mapping[str, Any] | None  # names of domains and bits per byte, from the study of the texts
 
 
 def section(rows: Sequence[Study]) -> Paper | None:
-    """The section of these records; None where there are none."""
+    """The section of these records; None without records."""
     if not rows:
         return None
     figures: list[Figure | None] = []
@@ -56,7 +56,7 @@ def section(rows: Sequence[Study]) -> Paper | None:
 
 
 def headline(rows: Sequence[Study]) -> str:
-    """How many claims hold, fail and stay open, each by name: bad news as plain as good."""
+    """The claims that hold, fail and stay open, with counts and names."""
     parts = []
     for verdict, verb in (("HOLDS", "hold"), ("FAILS", "fail"), ("INCONCLUSIVE", "stay open")):
         found: dict[str, list[str]] = {}
@@ -70,13 +70,13 @@ def headline(rows: Sequence[Study]) -> str:
 
 
 def taxonomy(row: Study) -> Figure | None:
-    """Figure 1: a panel a kind, as the methods declared themselves when the study ran."""
+    """Figure 1, one panel per kind, as methods declared themselves when the study ran."""
     panels = row.details.get("panels", [])
     return kinds_drawing(panels) if panels else None
 
 
 def kinds_drawing(panels: Sequence[Mapping[str, Any]]) -> Figure:
-    """Figure 1 of these panels."""
+    """Figure 1 with these panels."""
     tall = 176.0
     canvas = Canvas(
         WIDTH, tall * len(panels), said("Kinds of dynamic activation", [(p["kind"], p["selector"]) for p in panels])
@@ -106,7 +106,7 @@ def kinds_drawing(panels: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def heat_maps(row: Study) -> list[Figure | None]:
-    """Figure 2: tokens x neurons, an image for each sampling and feeding, with its flocking."""
+    """Figure 2: tokens x neurons, one image per sampling and feeding, with its flocking."""
     maps, measures = row.details.get("heat maps", {}), row.details.get("measures", {})
     layer = row.details.get("layer of the heat maps")
     out: list[Figure | None] = []
@@ -126,7 +126,7 @@ def heat_maps(row: Study) -> list[Figure | None]:
 
 
 def heat(lines: Sequence[str], description: str) -> Markup:
-    """An image of digits 0 to 9; runs of one level are one piece."""
+    """A heat map from digits 0 to 9. Neighbouring cells of one level are drawn as one shape."""
     tall = 4.0
     canvas = Canvas(WIDTH, tall * len(lines), description)
     wide = WIDTH / max(len(line) for line in lines)
@@ -155,16 +155,16 @@ def losses(row: Study) -> Figure | None:
     series = {name: [(k, v) for k, v in zip(kept, values, strict=True)] for name, values in curves.items()}
     return _curves(
         f"Loss against neurons kept, {row.model}",
-        "Loss over dense's when every layer keeps so many: the best of each token (dynamic), the most used ones (static), random.",
+        "Loss over dense's if every layer keeps this fraction: each token's best neurons (dynamic), the most used (static), random ones.",
         series,
         "fraction of neurons kept",
         "loss over dense",
-        named_at=len(kept) // 4,  # they meet at the end
+        named_at=len(kept) // 4,  # the curves meet at the end
     )
 
 
 def fading(row: Study) -> Figure | None:
-    """Overlap of a prompt's set with later tokens."""
+    """Overlap of a prompt's set with the sets of later tokens."""
     series = {
         who: list(enumerate(row.details[f"kappa_J {who} by distance"]))
         for who in ("own", "other")
@@ -172,7 +172,7 @@ def fading(row: Study) -> Figure | None:
     }
     return _curves(
         f"A prompt's set and later tokens, {row.model}",
-        "Chance-corrected overlap with each later token's set: of the text's own prompt, and of another one.",
+        "Chance-corrected overlap with each later token's set, for the text's own prompt and for another prompt.",
         series,
         "tokens behind the prompt",
         "kappa_J",
@@ -180,14 +180,14 @@ def fading(row: Study) -> Figure | None:
 
 
 def emergence(row: Study) -> list[Figure | None]:
-    """Sparsity in training, a curve an activation function."""
+    """Sparsity in training, one curve per activation function."""
     steps, names = row.details.get("steps", []), row.details.get("series", [])
     arm = f", {row.details.get('main arm')}"
     curves = {k.removesuffix(arm): v for k, v in row.details.get("curves", {}).items() if k.endswith(arm)}
     what = {
         "exact zeros": ("Exact zeros in training", "Share of neuron values that are exactly 0, mean over layers and seeds."),
-        "near zero": ("Neurons not needed, in training", "Share of neurons a token can drop at CETT 0.2, mean over layers and seeds."),
-        "force": ("The force in training", "G summed over a layer's neurons: nats a token that removing them would save to first order."),
+        "near zero": ("Neurons not needed, in training", "Share of neurons that a token can drop at CETT 0.2, mean over layers and seeds."),
+        "force": ("The force in training", "G summed over a layer's neurons: nats per token saved by removing them, to first order."),
     }  # fmt: skip
     out = []
     for series, (title, caption) in what.items():
@@ -208,7 +208,7 @@ def _curves(
     log: bool = False,
     named_at: int = -1,
 ) -> Figure | None:
-    """A curve a name; `named_at`: the point of each that carries its name."""
+    """One curve per name. named_at: the point at which a curve is labelled."""
     points = [p for line in series.values() for p in line]
     if not points:
         return None

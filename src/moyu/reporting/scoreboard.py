@@ -1,11 +1,10 @@
-"""The scoreboard as tables and a plot: quality at equal bytes and at equal sparsity, speed, applicability, Pareto front."""
+"""The scoreboard as tables and a plot: quality at equal bytes and equal sparsity, speed, applicability, Pareto front."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from markupsafe import Markup
 
@@ -14,7 +13,6 @@ from moyu.records import Cell, Speed
 from moyu.reporting import claims
 from moyu.reporting.charts import Canvas, Linear, Log
 from moyu.reporting.columns import NONE, fixed, gain, number, percent, times
-from moyu.weights.files import atomic_write_text
 
 ROUNDING = "quantise"
 NOT_RUN = "not run"
@@ -28,8 +26,8 @@ STYLE = Markup(
 
 
 @dataclass(frozen=True)
-class Board:
-    """A table: its title, what must be known to read it, its head, and its lines."""
+class ScoreTable:
+    """A table: title, caption, head and lines."""
 
     title: str
     caption: str
@@ -37,8 +35,8 @@ class Board:
     lines: list[list[str]]
 
 
-def boards(rows: Iterable[records.Record]) -> list[Board]:
-    """Every table of the cells and timings among `rows`; none where there are no cells."""
+def tables(rows: Iterable[records.Record]) -> list[ScoreTable]:
+    """All tables of the cells and timings among `rows`; none without cells."""
     rows = list(rows)
     cells = [r for r in rows if isinstance(r, Cell)]
     if not cells:
@@ -52,18 +50,18 @@ def boards(rows: Iterable[records.Record]) -> list[Board]:
 
 
 def markdown(rows: Iterable[records.Record]) -> str:
-    """The tables as text."""
-    return _text(boards(rows))
+    """The tables as Markdown."""
+    return _text(tables(rows))
 
 
 def brief(rows: Iterable[records.Record]) -> str:
-    """The tables at equal bytes of the first model, as text."""
-    found = [b for b in boards(rows) if b.title.endswith("at equal bytes")]
+    """The tables at equal bytes of the first model, as Markdown."""
+    found = [b for b in tables(rows) if b.title.endswith("at equal bytes")]
     model = found[0].title.partition(",")[0] if found else ""
     return _text([b for b in found if b.title.startswith(f"{model},")])
 
 
-def _text(found: Sequence[Board]) -> str:
+def _text(found: Sequence[ScoreTable]) -> str:
     parts = []
     for board in found:
         lines = ["| " + " | ".join(line) + " |" for line in [board.head, ["---"] * len(board.head), *board.lines]]
@@ -71,25 +69,15 @@ def _text(found: Sequence[Board]) -> str:
     return "\n\n".join(parts)
 
 
-def write(rows: Sequence[records.Record], out: Path) -> None:
-    """Records, tables, plot and report of a scoreboard into a folder."""
-    from moyu.reporting.page import write_report  # which shows these tables
-
-    records.write(out / "records.jsonl", rows)
-    atomic_write_text(out / "trinity.md", markdown(rows) + "\n")
-    atomic_write_text(out / "trinity.svg", plot([r for r in rows if isinstance(r, Cell)]) + "\n")
-    write_report(rows, out / "report.html")
-
-
 def place(cell: Cell) -> float | None:
-    """Where a method's KL lies between its matched random (0) and its matched oracle (1), by logarithm."""
+    """The place of a method's KL between its matched random (0) and its matched oracle (1), on a log scale."""
     if not cell.kl or not cell.kl_random or not cell.kl_oracle or cell.kl_random <= cell.kl_oracle:
         return None
     return math.log(cell.kl_random / cell.kl) / math.log(cell.kl_random / cell.kl_oracle)
 
 
 def front(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells of one model that no other one beats in bytes and in KL, fewest bytes first."""
+    """The Pareto front of one model: cells that no other beats in both bytes and KL, fewest bytes first."""
     best: list[Cell] = []
     for cell in sorted((c for c in cells if c.kl is not None), key=lambda c: (c.byte_fraction_16, c.kl)):
         if not best or (cell.kl or 0) < (best[-1].kl or 0):
@@ -97,8 +85,8 @@ def front(cells: Sequence[Cell]) -> list[Cell]:
     return best
 
 
-def _at_bytes(model: str, cells: list[Cell], low: bool) -> Board | None:
-    """KL of every method at each byte fraction; `low`: on 4-bit weights."""
+def _at_bytes(model: str, cells: list[Cell], low: bool) -> ScoreTable | None:
+    """KL of every method at each byte fraction. low: on 4-bit weights, else on 16-bit weights."""
     own = [c for c in cells if (c.weight_bits < 16) == low and c.method != ROUNDING and c.target_sparsity is None]
     targets = sorted({c.target_byte_fraction for c in own if c.target_byte_fraction is not None}, reverse=True)
     if not targets:
@@ -128,33 +116,33 @@ def _at_bytes(model: str, cells: list[Cell], low: bool) -> Board | None:
     bits = next((c.weight_bits for c in own), 16)
     head = ["method", *(f"{fixed(t)} ({fixed(t * scale)} of 16 bits)" if low else fixed(t) for t in targets), "place"]
     dense = next((c.ppl_dense for c in own if c.ppl_dense), None)
-    return Board(
+    return ScoreTable(
         f"{model}, weights of {bits:g} bits, at equal bytes",
-        "KL from the dense model in 16 bits, nats a token, with its 95 % interval over documents, by the fraction of the "
-        f"dense step's bytes that is read; dense perplexity {number(dense)}. Quantise: the most bits that fit. Place: "
-        "between matched random (0 %) and matched oracle (100 %), by logarithm, at the fewest bytes reached.",
+        "KL from the dense model in 16 bits, nats per token, with its 95 % interval over documents. Columns: the fraction of the dense "
+        f"step's bytes that is read. Dense perplexity: {number(dense)}. Quantise: rounding to the most bits that fit. Place: between "
+        "matched random (0 %) and matched oracle (100 %) on a log scale, at the fewest bytes reached.",
         head if not low else [h for h in head if h != "place"],
         lines if not low else [line[:-1] for line in lines],
     )
 
 
 def _native_only(cells: list[Cell]) -> bool:
-    """Whether a method was only asked for what it skips by itself."""
+    """Whether a method was run only at its own sparsity, without a target."""
     return all(c.target_byte_fraction is None for c in cells)
 
 
-def _claims(cells: list[Cell]) -> list[Board]:
-    """What the cells say about the order of methods."""
+def _claims(cells: list[Cell]) -> list[ScoreTable]:
+    """The table of claims."""
     found = claims.lines(cells)
     if not found:
         return []
     return [
-        Board(
+        ScoreTable(
             "What the cells show",
-            "Cells in which the 95 % interval of a paired difference over documents lies on the claim's side of 0 (shown), on "
-            "both sides (open) or on the other side (refuted). Order and routers by log-perplexity, the rest by KL; order on "
-            "16-bit weights.",
-            ["claim", "shown", "open", "refuted", "refuted by, difference in nats a token"],
+            "Numbers of cells in which the 95 % interval of a paired difference over documents lies on the claim's side of 0 "
+            "(shown), on both sides (open) or on the other side (refuted). Order and routers are compared by log-perplexity, "
+            "the rest by KL; order on 16-bit weights.",
+            ["claim", "shown", "open", "refuted", "refuted by (difference in nats per token)"],
             found,
         )
     ]
@@ -162,14 +150,14 @@ def _claims(cells: list[Cell]) -> list[Board]:
 
 def _missing(cells: list[Cell]) -> str:
     """Methods of the registry without a cell."""
-    from moyu import methods  # torch; only where cells are shown
+    from moyu import methods  # imports torch, which takes seconds; only needed with cells
 
     left = [name for name in methods.names() if not any(c.method == name for c in cells)]
     return f" Not run: {', '.join(left)}." if left else ""
 
 
 def _rank(cells: list[Cell], name: str, targets: list[float]) -> tuple[float, ...]:
-    """Best first at the fewest bytes; who does not reach them comes after."""
+    """Sort key: KL at the fewest bytes first. Methods that do not reach these bytes come last."""
     found = {c.target_byte_fraction: c.kl for c in cells if c.method == name and c.kl is not None}
     return tuple(found.get(t, math.inf) for t in reversed(targets))
 
@@ -181,7 +169,7 @@ def _kl(cell: Cell) -> str:
     return f"{number(cell.kl, 2)} [{number(low, 2)}, {number(high, 2)}]"
 
 
-def _at_sparsity(model: str, cells: list[Cell]) -> Board | None:
+def _at_sparsity(model: str, cells: list[Cell]) -> ScoreTable | None:
     own = [c for c in cells if c.target_sparsity is not None and c.weight_bits == 16 and c.kl is not None]
     if not own:
         return None
@@ -192,23 +180,23 @@ def _at_sparsity(model: str, cells: list[Cell]) -> Board | None:
         ]
         for c in sorted(own, key=lambda c: (sites_of(c.method), c.kl))
     ]  # fmt: skip
-    return Board(
+    return ScoreTable(
         f"{model}, at equal sparsity, by kind of site",
-        f"Asked for {percent(own[0].target_sparsity)} of the units; KL as above.",
+        f"Target: {percent(own[0].target_sparsity)} of the units skipped. KL as above.",
         ["sites", "method", "skipped", "bytes", "KL", "random", "oracle"],
         lines,
     )
 
 
 def sites_of(name: str) -> str:
-    """The kind of sites of a method: what it reads and what it skips, from the registry."""
-    from moyu.reporting.method_pages import skipped  # torch; only where cells are shown
+    """The sites of a method, from the registry: what it reads and what it skips."""
+    from moyu.reporting.method_pages import skipped  # imports torch, which takes seconds; only needed with cells
 
     return skipped(name)
 
 
-def _trinity(cells: list[Cell], speeds: Sequence[Speed]) -> Board:
-    """Quality, speed and applicability, a line a method."""
+def _trinity(cells: list[Cell], speeds: Sequence[Speed]) -> ScoreTable:
+    """Quality, speed and applicability, one line per method."""
     models = list(dict.fromkeys(c.model for c in cells))
     asked = [c for c in cells if c.weight_bits == 16 and c.target_sparsity is None and c.method != ROUNDING]
     top = max((c.target_byte_fraction or 0 for c in asked), default=0)
@@ -241,22 +229,22 @@ def _trinity(cells: list[Cell], speeds: Sequence[Speed]) -> Board:
         if ways
         else "S was not timed"
     )
-    return Board(
+    return ScoreTable(
         f"Quality, speed, applicability on {', '.join(models)}",
-        f"P: dense perplexity over the method's at {fixed(top)} of the bytes, the worst of the models. Good: cells (model × "
-        f"byte fraction) with P of at least {GOOD}. {timing}. A: share of cells that are good, where S is at least {FAST}; "
-        f"least: min(P / {GOOD}, S / {FAST}, A). Front: models where one of its cells, on weights of any bits, is on the "
-        f"Pareto front of bytes and KL. Fit: seconds, all cells.{_missing(cells)}",
+        f"P: dense perplexity over the method's at {fixed(top)} of the bytes, for the worst model. Good: number of cells (model × "
+        f"byte fraction) with P of at least {GOOD}. {timing}. A: share of good cells if S is at least {FAST}, else 0. "
+        f"Least: min(P / {GOOD}, S / {FAST}, A). Front: models with a cell of the method, on weights of any bits, on the "
+        f"Pareto front of bytes and KL. Fit: seconds for all cells.{_missing(cells)}",
         ["method", "P", "good", "S", "A", "least", "front", "fit, s"],
         lines,
     )
 
 
 def plot(cells: Sequence[Cell]) -> Markup:
-    """KL against bytes of the 16-bit dense model, a panel a model: rounding, methods on 16 and on 4 bits, Pareto front."""
+    """KL against bytes over the 16-bit dense model's, one panel per model: rounding, methods on 16 and 4 bits, Pareto front."""
     models = list(dict.fromkeys(c.model for c in cells))
     shown = [c for c in cells if (c.kl and c.byte_fraction_16 and c.family != "reference") or c.method == ROUNDING]
-    canvas = Canvas(WIDTH, HEIGHT * max(1, len(models)), "KL against bytes read, a panel a model")
+    canvas = Canvas(WIDTH, HEIGHT * max(1, len(models)), "KL against bytes read, one panel per model")
     for index, model in enumerate(models):
         own = [c for c in shown if c.model == model and c.kl]
         if own:
@@ -280,7 +268,7 @@ def _panel(canvas: Canvas, model: str, cells: list[Cell], top: float) -> None:
     for v in x.ticks(8):
         canvas.text(x(v), top + HEIGHT - 22, f"{v:.2f}", "middle")
     canvas.text(
-        60.0, top + 18, f"{model}: KL, nats a token, by bytes read over the dense model's in 16 bits", style="title"
+        60.0, top + 18, f"{model}: KL, nats per token, by bytes read over the dense model's in 16 bits", style="title"
     )
     at: Callable[[Cell], tuple[float, float]] = lambda c: (x(c.byte_fraction_16 or 1.0), y(c.kl or 0.0))  # noqa: E731
     canvas.path([at(c) for c in front(cells)], "front")

@@ -1,4 +1,4 @@
-"""What the records say, in sentences: never more than they say."""
+"""The records in sentences, which claim no more than the records show."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from moyu.records import Generation, Quality, Record, Speed
 from moyu.reporting.columns import fixed, gain, label, number, percent, times
 from moyu.reporting.groups import Group, quality_groups, speed_groups, without_prompt
 
-KL_CLOSE = 0.1  # nats a token; below it the sparse model is called close to the dense one
-KL_LOST = 0.5  # above it the model is no longer itself
-BEYOND = 1.05  # a speed-up this much above its limit by bytes is not from skipping alone
-NOISY = 1.5  # p80 / p20 of the seconds a token
-SMALL_STEP = 256e6  # bytes a dense step reads; below it caches and Python's overhead rule the timing
+KL_CLOSE = 0.1  # nats per token; below it the sparse model is called close to the dense one
+KL_LOST = 0.5  # above it the sparse model counts as another model
+BEYOND = 1.05  # a speed-up above its limit by bytes times this is not from skipping alone
+NOISY = 1.5  # p80 / p20 of the seconds per token
+SMALL_STEP = 256e6  # bytes of a dense step; below it caches and Python's overhead dominate the timing
 
 
 def headline(records: Sequence[Record]) -> list[str]:
-    """A sentence for each quality table and each speed table; speed is told of the plans that quality chose."""
+    """One sentence per quality table and per speed table. Speed is reported for the plans chosen by quality."""
     sentences, chosen = [], []
     for group in quality_groups(records):
         sentence, best = _quality_sentence(group)
@@ -36,7 +36,7 @@ def _quality_sentence(group: Group) -> tuple[str, Quality | None]:
     if not close:
         r = min(rows, key=lambda r: r.kl)
         return (
-            f"On {on} no method here saves bytes and stays below {KL_CLOSE} nats of KL a token ({how}); the "
+            f"On {on} no method here saves bytes and stays below {KL_CLOSE} nats of KL per token ({how}); the "
             f"closest is {label(r)} with {number(r.kl)} nats at {percent(r.realized_sparsity)} of its units skipped.",
             r,
         )
@@ -44,7 +44,7 @@ def _quality_sentence(group: Group) -> tuple[str, Quality | None]:
     among = f"Of {len(rows)} plans on {on}" if len(rows) > 1 else f"On {on}"
     most = "reads the fewest bytes while staying" if len(rows) > 1 else "stays"
     return (
-        f"{among}, {label(r)} {most} below {KL_CLOSE} nats of KL a token: it reads "
+        f"{among}, {label(r)} {most} below {KL_CLOSE} nats of KL per token: it reads "
         f"{fixed(r.byte_fraction)} of the dense model's, with {percent(r.realized_sparsity)} of its units skipped and "
         f"perplexity {number(r.ppl)} where dense has {number(r.ppl_dense)} ({how}).",
         r,
@@ -56,7 +56,7 @@ def _speed_sentence(group: Group, chosen: Sequence[Quality]) -> str:
     first: Speed = group.rows[0]
     where = f"{first.model}" + (" with random weights" if first.weights == "random" else "")
     if not rows:
-        return f"Measured on {where}: dense decodes {number(first.tok_s_dense)} tokens a second."
+        return f"Measured on {where}: dense decodes {number(first.tok_s_dense)} tokens per second."
     featured = [(_apart(r, q), r) for q in chosen for r in rows if r.method == q.method]
     r = min(featured, key=lambda f: f[0])[1] if featured else max(rows, key=lambda r: r.speedup)
     skipped = "" if r.realized_sparsity is None else f" with {percent(r.realized_sparsity)} of its units skipped"
@@ -71,12 +71,12 @@ def _speed_sentence(group: Group, chosen: Sequence[Quality]) -> str:
 
 
 def _apart(speed: Speed, quality: Quality) -> tuple[bool, float]:
-    """How far a timed plan is from a scored one: another plan, then the distance in sparsity."""
+    """The distance of a timed plan from a scored one: whether they differ, then the difference in sparsity."""
     return speed.plan != quality.plan, abs((speed.realized_sparsity or 0.0) - (quality.realized_sparsity or 0.0))
 
 
 def warnings(records: Sequence[Record]) -> list[str]:
-    """What must be known before the numbers are used."""
+    """Warnings to read before using the numbers."""
     quality = [r for r in records if isinstance(r, Quality) and r.kl is not None]
     speed = [r for r in records if isinstance(r, Speed) and r.method != "dense"]
     trained = [r for r in speed if r.weights == "trained"]
@@ -84,16 +84,18 @@ def warnings(records: Sequence[Record]) -> list[str]:
     vain = [r for r in quality if r.kl_random is not None and (r.kl or 0) >= r.kl_random and r.family != "reference"]
     fast = [r for r in speed if gain(r) > r.speedup_limit * BEYOND]
     out = [
-        _warn(lost, quality, f"KL above {KL_LOST} nats a token. The model is no longer itself."),
+        _warn(lost, quality, f"KL above {KL_LOST} nats per token. The model is no longer itself."),
         _warn(vain, quality, "no better than its matched random, so the ranking adds nothing here."),
         _warn([r for r in speed if r.speedup < 1], speed, "skipping is slower than dense."),
-        _warn(fast, speed, "faster than its bytes allow: a faster loop than what it is held against, or noise."),
+        _warn(
+            fast, speed, "faster than its bytes allow: its loop is faster than the baseline's, or the timing is noisy."
+        ),
         _warn([r for r in speed if r.ceiling_share > 1], speed, "above the read ceiling: weights came from a cache."),
         _warn([r for r in speed if r.p80 > NOISY * r.p20], speed, f"noisy, p80 is over {NOISY} times p20."),
     ]
     small = {r.model: s for r in trained if (s := _step_bytes(r)) < SMALL_STEP}
     out += [
-        f"{m} reads {s / 1e6:.0f} MB a token: so small that its timings show overhead, not skipping."
+        f"{m} reads {s / 1e6:.0f} MB per token: so small that its timings show overhead, not skipping."
         for m, s in small.items()
     ]
     if any(r.weights == "random" for r in speed):
@@ -107,12 +109,12 @@ def warnings(records: Sequence[Record]) -> list[str]:
 
 
 def _step_bytes(r: Speed) -> float:
-    """Bytes a dense step reads."""
+    """Bytes that a dense step reads."""
     return (r.gb_s_dense / r.tok_s_dense if r.gb_s_dense else r.gb_s / r.tok_s * r.speedup_limit) * 1e9
 
 
 def _warn(rows: Sequence[Quality | Speed], every: Sequence[Quality | Speed], text: str) -> str:
-    """The rows by model, and what is to be said of them; a row of a sweep with its sparsity."""
+    """The rows by model, then the warning. A row of a sweep is named with its sparsity."""
     found: dict[str, dict[str, None]] = {}
     for r in rows:
         swept = sum(_place(o) == _place(r) and label(o) == label(r) for o in every) > 1
@@ -122,24 +124,24 @@ def _warn(rows: Sequence[Quality | Speed], every: Sequence[Quality | Speed], tex
 
 
 def _place(r: Quality | Speed) -> str:
-    """The model, and how it was scored where that is not the usual way."""
+    """The model, and the protocol if it is not the usual one."""
     return r.model + (" without a dense prompt" if isinstance(r, Quality) and without_prompt(r) else "")
 
 
 def generated(record: Generation) -> list[str]:
-    """How fast a text was written: a line for skipping and a line for dense, one alone without a plan."""
+    """The speed of a generation: one line for the plan and one for dense, or one line without a plan."""
     rates = [(record.method, record.first_token_s, record.tok_s)]
     if record.method != "dense":
         rates.append(("dense", record.first_token_s_dense, record.tok_s_dense))
     lines = [
         f"{name}: first token after {number(first)} s"
-        + ("" if rate is None else f", then {number(rate)} tokens a second (prefill excluded)")
+        + ("" if rate is None else f", then {number(rate)} tokens per second (prefill excluded)")
         for name, first, rate in rates
     ]
     if record.correction is not None:
         own = record.correction
         lines.append(
-            f"{own.rule}, {own.drafts} drafts: {percent(own.acceptance)} accepted, {number(own.tokens_per_pass)} tokens a dense pass"
+            f"{own.rule}, {own.drafts} drafts: {percent(own.acceptance)} accepted, {number(own.tokens_per_pass)} tokens per dense pass"
         )
         if own.temperature == 0 and record.first_difference is not None:
             lines.append(
@@ -150,7 +152,7 @@ def generated(record: Generation) -> list[str]:
 
 
 def notes(records: Iterable[Record]) -> list[tuple[str, str]]:
-    """Each note once, with the records that carry it."""
+    """Each note once, with the methods (or kinds of records) that carry it."""
     found: dict[str, dict[str, None]] = {}
     for r in records:
         who = getattr(r, "method", None) or r.kind

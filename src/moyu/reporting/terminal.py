@@ -15,9 +15,9 @@ from moyu.reporting.groups import Group, Tasks, quality_groups, speed_groups, ta
 
 
 def tables(records: Iterable[Record]) -> list[Table]:
-    """The main quality tables, then a speed table a timed model; for 100 columns and more.
+    """The main quality tables, then one speed table per timed model, for terminals of 100 columns and more.
 
-    The second quality table, without a dense prompt, is for the page; here it stands only where there is no other.
+    Quality without a dense prompt is shown only if there is no other quality table.
     """
     rows = list(records)
     groups = quality_groups(rows)

@@ -1,4 +1,4 @@
-"""The larger matched models beside the embedded ones: how they were trained, and what their studies say."""
+"""The larger matched models beside the embedded ones: training and studies, for docs/evidence.md."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moyu import records
+from moyu.reporting import scoreboard
 from moyu.research.studies.root_cause import SERIES
 
-LARGER = "-100m"  # behind the name of an embedded model: its larger sibling
+LARGER = "-100m"  # suffix of the larger model to the name of its embedded model
 SHOWN = ("exact zeros", "near zero", "participation", "lowers the loss", "impurity", "loss")
 
 
 def trained(larger: Mapping[str, Mapping[str, Any]], embedded: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a model, from the training.json of both sizes."""
+    """One line per model, from the training.json of both sizes."""
     lines = [
-        "| model | parameters | tokens | bits a byte, held out | at random initialisation | on shuffled words |",
+        "| model | parameters | tokens | bits per byte, held out | at random initialisation | on shuffled words |",
         "|---|---|---|---|---|---|",
     ]
     for name, facts in ((n, f) for size in (embedded, larger) for n, f in size.items()):
@@ -28,7 +29,7 @@ def trained(larger: Mapping[str, Mapping[str, Any]], embedded: Mapping[str, Mapp
 
 
 def on_the_way(larger: Mapping[str, Mapping[str, Any]]) -> str:
-    """What training changed: means over layers, and of the share that lowers the loss also the last layer's."""
+    """Changes during training: means over layers, and the last layer's share of neurons that lower the loss."""
     lines = [
         f"| model | steps | {' | '.join(SHOWN)} | the last layer's share |",
         f"|---|---|{'---|' * (len(SHOWN) + 1)}",
@@ -42,7 +43,7 @@ def on_the_way(larger: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def beside(larger: Iterable[records.Record], embedded: Iterable[records.Record]) -> str:
-    """Every condition of the larger models' studies beside that of the embedded model, with both verdicts."""
+    """All conditions of the larger models' studies beside the embedded models', with both verdicts."""
     known = {(r.name, r.model): r for r in embedded if isinstance(r, records.Study)}
     lines = ["| study | model | condition | embedded | 100 M | verdicts |", "|---|---|---|---|---|---|"]
     for row in larger:
@@ -72,9 +73,7 @@ def sections(
     larger: Mapping[str, Mapping[str, Any]],
     embedded: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, str]:
-    """The generated parts of docs/evidence.md by the name of their marker."""
-    from moyu.reporting import scoreboard
-
+    """The generated parts of docs/evidence.md, by marker."""
     return {
         "trained": trained(larger, embedded),
         "on the way": on_the_way(larger),

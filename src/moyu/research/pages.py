@@ -15,14 +15,14 @@ from moyu.research.studies import figure1
 from moyu.research.studies.running import markdown, sentence
 
 RESULTS = Path("docs/results")
-STYLE = (  # of the drawing as a file of its own: grey reads on light and on dark ground
+STYLE = (  # of the drawing as a separate file: grey is readable on light and dark backgrounds
     "text{font:12px sans-serif;fill:#888}.cell{fill:#888}.reference{stroke:#888;stroke-width:1.3;stroke-dasharray:4 3}"
     ".mark{stroke:#888;stroke-width:2.5}.solid{fill:#2a7de1}"
 )
 
 
 def drawing() -> str:
-    """Figure 1 as the registry has it now: an SVG file of its own, readable on light and on dark ground."""
+    """Figure 1 by the present registry, as an SVG file that is readable on light and dark backgrounds."""
     svg = str(kinds_drawing(figure1.panels()).svg)
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="660" ', 1).replace(
         "><text", f"><style>{STYLE}</style><text", 1
@@ -30,7 +30,7 @@ def drawing() -> str:
 
 
 def table() -> str:
-    """The four kinds as the registry has them now, with a line a method."""
+    """The four kinds by the present registry, with one line per method."""
     lines = ["| kind | method | decides once a | skips |", "|---|---|---|---|"]
     for panel in figure1.panels():
         for place, name in enumerate(panel["members"]):
@@ -52,7 +52,7 @@ def draw(rows: list[records.Record], file: Path) -> None:
 
 
 def main() -> None:
-    """Write them all; run it in the root of a checkout."""
+    """Write all generated parts. Run it in the root of a checkout."""
     readme, docs = Path("README.md"), RESULTS.parent
     replace(readme, "methods", methods.markdown())
     method_pages.write(docs / "methods")

@@ -1,7 +1,7 @@
-"""A GGUF file, version 2 or 3: metadata and tensors, every length checked against the file before it is believed.
+"""Read a GGUF file, version 2 or 3: metadata and tensors. Every length is checked against the file before it is used.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. All of it is little-endian: magic, version, two counts, that many
-pairs of metadata, that many descriptions of tensors, and from the next multiple of the alignment on the tensors themselves.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It is little-endian: magic, version, two counts, the
+pairs of metadata, the descriptions of tensors, and from the next multiple of the alignment on the tensors themselves.
 """
 
 from __future__ import annotations
@@ -21,26 +21,16 @@ from torch import Tensor
 from moyu.errors import UserError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-ALIGNMENT, LARGEST_ALIGNMENT = 32, 1 << 16  # where the file names none, and the largest that is believed
+ALIGNMENT, LARGEST_ALIGNMENT = 32, 1 << 16  # the default, and the largest that is accepted
 FLOAT32, STRING, ARRAY = 6, 8, 9  # types of metadata; the others are numbers
 NUMBERS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
-# More than any model has, and little enough that reading what a file merely claims stays cheap.
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+# More than any model has, and few enough that a file with false counts is read quickly.
 MOST = {"pairs of metadata": 1 << 16, "tensors": 1 << 17, "strings in arrays": 1 << 22}
 LONGEST_KEY, LONGEST_NAME, MOST_DIMENSIONS = 65535, 64, 4  # bytes, bytes: limits of the format and of ggml
 
-# Types of tensors by their number in the file. Of those that are taken: weights of a block, and its bytes.
+# Types of tensors by their number in the file; for supported types, the weights per block and its bytes.
 KINDS = {0: "F32", 1: "F16", 2: "Q4_0", 8: "Q8_0", 30: "BF16"}
 BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q8_0": (32, 34)}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,12 +40,12 @@ OTHERS = {
     24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
 
-DAMAGED = "the file is damaged or no GGUF file: get it again, or convert it again"
+DAMAGED = "the file is damaged or not a GGUF file: download or convert it again"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the file: its shape as torch has it (rows first), its type, and the bytes that it takes."""
+    """A tensor of the file: its shape in torch's order (rows first), its type and its bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -66,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class File:
-    """What a file says: metadata (numbers, strings, lists of strings, arrays of numbers) and tensors."""
+    """The content of a file: metadata (numbers, strings, lists of strings, arrays of numbers) and tensors."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -74,19 +64,19 @@ class File:
     mapped: mmap.mmap
 
     def stored(self, name: str) -> Tensor:
-        """The bytes of a tensor as the file has them, (rows, bytes of a row) uint8: a view of the mapped file."""
+        """The raw bytes of a tensor, (rows, bytes of a row) uint8: a view of the mapped file."""
         entry = self.tensors[name]
         flat = torch.frombuffer(self.mapped, dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
         return flat.view(prod(entry.shape[:-1]), -1)
 
     def values(self, name: str) -> Tensor:
-        """A tensor of numbers in its own type and shape: a view of the mapped file. KeyError for blocks."""
+        """A tensor of numbers in its own type and shape: a view of the mapped file. KeyError if it is quantised."""
         entry = self.tensors[name]
         return self.stored(name).view(DTYPES[entry.kind]).view(entry.shape)
 
 
 def read(path: Path) -> File:
-    """Read metadata and descriptions, and map the tensors. UserError, with the offset, for what is no sound GGUF file."""
+    """Read metadata and descriptions, and map the tensors. Raises UserError, with the offset, for a damaged file."""
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: writes would not reach the file
@@ -98,7 +88,7 @@ def read(path: Path) -> File:
 
 
 class _Reading:
-    """A position in the file, and what is read from there on."""
+    """A reading position in the file."""
 
     def __init__(self, path: Path, mapped: mmap.mmap) -> None:
         self.path, self.mapped, self.size, self.at = path, mapped, len(mapped), 0
@@ -109,13 +99,13 @@ class _Reading:
 
     def file(self) -> File:
         if self.take(4, "the magic") != MAGIC:
-            self.refuse(f"a GGUF file begins with {MAGIC.decode()}, this one with {bytes(self.mapped[:4])!r}", 0)
+            self.refuse(f"a GGUF file begins with {MAGIC.decode()}, but this file with {bytes(self.mapped[:4])!r}", 0)
         version = self.number(4, "the version")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
             self.refuse(
-                "the file is big-endian, this reader takes little-endian ones" if swapped else f"version {version} of "
-                f"the format, this reader takes {' and '.join(map(str, VERSIONS))}",
+                "the file is big-endian, but this reader supports little-endian only" if swapped else f"the file has version {version} of "
+                f"the format, but this reader supports {' and '.join(map(str, VERSIONS))}",
                 4, "convert it again with a current llama.cpp",
             )  # fmt: skip
         tensors, pairs = (self.count(what, 8) for what in ("tensors", "pairs of metadata"))
@@ -138,7 +128,7 @@ class _Reading:
         if kind == ARRAY:
             return self.array(key)
         value = self.numbers(key, kind, 1)[0]
-        return float(str(value)) if kind == FLOAT32 else value.item()  # 1e-06 as it was written, not 9.99999997e-07
+        return float(str(value)) if kind == FLOAT32 else value.item()  # 1e-06 as written, not 9.99999997e-07
 
     def array(self, key: str) -> Any:
         start = self.at
@@ -153,7 +143,7 @@ class _Reading:
     def entries(self, count: int, metadata: Mapping[str, Any]) -> dict[str, Entry]:
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or not 8 <= alignment <= LARGEST_ALIGNMENT or alignment & (alignment - 1):
-            self.refuse(f"general.alignment is {alignment!r}, no power of two in 8 .. {LARGEST_ALIGNMENT}")
+            self.refuse(f"general.alignment is {alignment!r}, not a power of two in 8 .. {LARGEST_ALIGNMENT}")
         found = [self.entry(alignment) for _ in range(count)]
         start = -(-self.at // alignment) * alignment
         placed: dict[str, Entry] = {}
@@ -163,7 +153,8 @@ class _Reading:
             entry = Entry(entry.name, entry.shape, entry.kind, start + entry.offset, entry.nbytes)
             if entry.offset + entry.nbytes > self.size:
                 self.refuse(
-                    f"{entry.name} would end at byte {entry.offset + entry.nbytes}, the file at {self.size}", at
+                    f"{entry.name} would end at byte {entry.offset + entry.nbytes}, but the file ends at {self.size}",
+                    at,
                 )
             placed[entry.name] = entry
         before = None
@@ -174,7 +165,7 @@ class _Reading:
         return placed
 
     def entry(self, alignment: int) -> tuple[int, Entry]:
-        """Where a description begins, and the tensor; its offset is still from where tensors begin."""
+        """The position of a description, and its tensor, whose offset still counts from the first tensor."""
         start = self.at
         name = self.string("the name of a tensor", LONGEST_NAME)
         dimensions = self.number(4, f"the dimensions of {name}")
@@ -185,16 +176,16 @@ class _Reading:
         if number not in KINDS:
             kind = OTHERS.get(number, f"of type {number}")
             self.refuse(
-                f"{name} is {kind}, MOYU takes {', '.join(BLOCKS)}", start,
+                f"{name} is {kind}; MOYU supports {', '.join(BLOCKS)}", start,
                 "make a file of one type from a 16-bit one: `llama-quantize --pure --output-tensor-type q8_0 --token-embedding-type "
                 "q8_0 IN.gguf OUT.gguf q8_0`" if number in OTHERS else DAMAGED,
             )  # fmt: skip
         kind = KINDS[number]
         weights, size = BLOCKS[kind]
         if min(shape) < 1 or shape[-1] % weights:
-            self.refuse(f"{name} has shape {shape}, and its rows are blocks of {weights}", start)
+            self.refuse(f"{name} has shape {shape}, but rows are made of blocks of {weights}", start)
         if offset % alignment:
-            self.refuse(f"{name} is at offset {offset}, no multiple of {alignment}", start)
+            self.refuse(f"{name} is at offset {offset}, not a multiple of {alignment}", start)
         return start, Entry(name, shape, kind, offset, prod(shape) // weights * size)
 
     def count(self, what: str, size: int) -> int:
@@ -209,7 +200,7 @@ class _Reading:
     def numbers(self, key: str, kind: int, count: int) -> np.ndarray:
         start = self.at
         if kind not in NUMBERS:
-            self.refuse(f"{key} has values of type {kind}, which the format has not" if kind != ARRAY else
+            self.refuse(f"{key} has values of type {kind}, which the format does not have" if kind != ARRAY else
                         f"{key} is an array of arrays", start)  # fmt: skip
         dtype = np.dtype(NUMBERS[kind])
         data = self.take(count * dtype.itemsize, key)
@@ -231,6 +222,6 @@ class _Reading:
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.size - self.at:
-            self.refuse(f"{what} takes {count} bytes, and the file ends after {self.size - self.at}")
+            self.refuse(f"{what} takes {count} bytes, but the file ends after {self.size - self.at}")
         start, self.at = self.at, self.at + count
         return self.mapped[start : self.at]

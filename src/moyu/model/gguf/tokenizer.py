@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file describes, by transformers' own conversion."""
+"""The tokenizer of a GGUF file, made by transformers' own conversion."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moyu.model.gguf.architectures import Metadata
+from moyu.model.gguf.metadata import Metadata
 from moyu.model.gguf.reader import File
 
 try:
@@ -15,7 +15,7 @@ try:
 except ImportError:  # older versions of transformers
     from transformers.integrations.ggml import convert_gguf_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
 
-# What transformers calls an entry of `tokenizer.ggml.`, and what it has to be.
+# Entries of `tokenizer.ggml.`: their names in transformers' conversion, and their types.
 ENTRIES = {
     "model": ("tokenizer_type", str),
     "pre": ("pre_tokenizer_type", str),
@@ -27,11 +27,11 @@ ENTRIES = {
     "add_space_prefix": ("add_prefix_space", bool),
 }
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-ANOTHER = "give the model as a folder of transformers', which has its own tokenizer"
+ANOTHER = "give the model as a folder in transformers' format, which has its own tokenizer"
 
 
 def tokenizer_of(file: File) -> PreTrainedTokenizerBase:
-    """Make the tokenizer. UserError where the file has none, or a kind that transformers does not convert."""
+    """Make the tokenizer. Raises UserError if the file has none, or one that transformers cannot convert."""
     told = Metadata(file)
     entries = {new: _entry(told, old, kind) for old, (new, kind) in ENTRIES.items()}
     entries = {name: value for name, value in entries.items() if value is not None}
@@ -39,7 +39,7 @@ def tokenizer_of(file: File) -> PreTrainedTokenizerBase:
     if not kind or not tokens or kind in ("none", "no_vocab"):
         raise told.refuse("there is no tokenizer in the file", ANOTHER)
     if len(tokens) > told.vocabulary:
-        raise told.refuse(f"there are {len(tokens)} tokens for an embedding of {told.vocabulary}")
+        raise told.refuse(f"there are {len(tokens)} tokens for an embedding of {told.vocabulary} rows")
     if len(set(tokens)) != len(tokens):
         raise told.refuse("a token comes twice in tokenizer.ggml.tokens")
     for name in ("scores", "token_type"):
@@ -52,7 +52,7 @@ def tokenizer_of(file: File) -> PreTrainedTokenizerBase:
     special = {n: tokens[i] for n in SPECIAL if (i := entries.get(f"{n}_id")) is not None and i < len(tokens)}
     adds = {side: _entry(told, f"add_{side}_token", bool) for side in ("bos", "eos")}
     if adds["bos"] is None:
-        adds["bos"] = kind == "llama"  # llama.cpp's own rule where a file does not say
+        adds["bos"] = kind == "llama"  # llama.cpp's rule for files without the entry
     template = file.metadata.get("tokenizer.chat_template")
     try:
         made, further = convert_gguf_tokenizer(told.architecture, entries)
@@ -64,7 +64,7 @@ def tokenizer_of(file: File) -> PreTrainedTokenizerBase:
             model_max_length=told.integer("context_length"),
             **further | special,
         )
-    except Exception as error:  # the conversion raises whatever its parts do
+    except Exception as error:  # the conversion raises many classes
         line = " ".join(str(error).split()) or type(error).__name__
         raise told.refuse(f"its tokenizer {kind!r} cannot be made ({line:.200})", ANOTHER) from error
 

@@ -1,7 +1,7 @@
-"""The embedded models: small, really trained, matched in all but the activation function.
+"""The embedded models: small, trained, and equal in all but the activation function.
 
-`swiglu` is a Llama, `relu` and `gelu` are one OPT configuration with two activation functions; equal tokens, seeds and
-schedule, on Python sources. They exist so that every command has a real model to run on.
+`swiglu` is a Llama; `relu` and `gelu` are one OPT configuration with two activation functions. All three were trained on the
+same Python sources with the same number of tokens, seed and schedule. They give every command a real model to run on.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _MODELS = Path(__file__).parent / "models"
 
 
 def names() -> tuple[str, ...]:
-    """The embedded models."""
+    """The names of the embedded models."""
     return ("swiglu", "relu", "gelu")
 
 
 def path(name: str) -> Path:
-    """The folder of an embedded model; UserError names the nearest where there is none."""
+    """The folder of an embedded model. Raises UserError, with the nearest name, for an unknown one."""
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)[0]
         raise UserError(f"no zoo model {name!r}", f"did you mean {near!r}? the zoo has {', '.join(names())}")
@@ -33,5 +33,5 @@ def path(name: str) -> Path:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """How a model was trained and how well: its training.json."""
+    """The model's training.json: how it was trained, and its bits per byte."""
     return json.loads((path(name) / "training.json").read_text())

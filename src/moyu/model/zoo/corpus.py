@@ -1,7 +1,7 @@
 """The zoo's text: Python sources that every machine with MOYU has, split by a hash of their names.
 
-Training, validation and test files never share a name; held-out files of which more than a fifth of their 5-line
-shingles occur in training are dropped; transformers' model files, most of which repeat each other, are training only.
+Training, validation and test files never share a name. A held-out file is dropped if more than a fifth of its 5-line
+shingles occur in training. transformers' model files are for training only, because most of them repeat each other.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def split_of(name: str) -> Split:
 
 
 def packages() -> list[str]:
-    """Distributions whose sources are used: the core dependencies and all that they need."""
+    """Distributions whose sources are used: ROOTS and everything that they require."""
     seen: dict[str, None] = {}
     waiting = list(ROOTS)
     while waiting:
@@ -63,7 +63,7 @@ def packages() -> list[str]:
 
 
 def files() -> Iterator[tuple[str, Path]]:
-    """Every source file of the corpus on this machine: its name and where it is."""
+    """Every source file of the corpus on this machine: name and path."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     for path in sorted(stdlib.rglob("*.py")):
         relative = path.relative_to(stdlib)
@@ -77,7 +77,7 @@ def files() -> Iterator[tuple[str, Path]]:
 
 
 def read(path: Path) -> str | None:
-    """A file's text, or None where it is missing, too short, too long or not UTF-8."""
+    """A file's text; None if it is missing, too short, too long or not UTF-8."""
     try:
         if not SMALLEST <= path.stat().st_size <= LARGEST:
             return None
@@ -108,19 +108,19 @@ def collect() -> dict[Split, list[Document]]:
 
 
 def shingles(text: str) -> Iterator[int]:
-    """Hashes of every 5 consecutive non-blank lines."""
+    """Hashes of all runs of 5 non-blank lines."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (hash(tuple(lines[i : i + SHINGLE])) for i in range(len(lines) - SHINGLE + 1))
 
 
 def shared(text: str, known: set[int]) -> float:
-    """The share of a text's shingles that are known."""
+    """The fraction of a text's shingles that are known."""
     own = list(shingles(text))
     return sum(s in known for s in own) / len(own) if own else 1.0
 
 
 def listing(splits: dict[Split, list[Document]]) -> dict[str, Any]:
-    """What ships so that nobody has to read everything again: held-out and calibration files by hash."""
+    """The listing that ships with MOYU: held-out and calibration files, by name and hash."""
     entries = {
         split: [[d.name, _digest(d.text)] for d in splits[split][: CALIBRATION_FILES if split == "train" else None]]
         for split in ("train", "validation", "test")
@@ -137,8 +137,8 @@ def train_documents(max_bytes: int | None = None) -> list[Document]:
 def held_out(split: Literal["validation", "test"] = "test", max_bytes: int | None = None) -> list[Document]:
     """Files that no zoo model was trained on, in a fixed order, about `max_bytes` of them.
 
-    Only files that are on this machine as they were at training count; where fewer than 20 are (another Python or
-    torch), the standard library's files of the same split stand in, and `fingerprint` says so.
+    A file counts only if this machine has it as it was at training. If fewer than 20 count (another Python or torch), the
+    standard library's files of the same split are used instead, and `fingerprint` says so.
     """
     return _listed(split, max_bytes)
 
@@ -191,7 +191,7 @@ def _digest(text: str) -> str:
 
 
 def fingerprint(documents: Iterable[Document]) -> dict[str, Any]:
-    """What a text was: documents, bytes, one hash over all, and whether all are files as listed at training."""
+    """The identity of a text: documents, bytes, one hash over all, and whether all files are as they were at training."""
     documents = list(documents)
     listed = {n: d for split in _shipped()["files"].values() for n, d in split}
     total = hashlib.sha256()
@@ -206,7 +206,7 @@ def fingerprint(documents: Iterable[Document]) -> dict[str, Any]:
 
 
 def shuffled(text: str, seed: int = 0) -> str:
-    """The same words and spaces in random order: a control that keeps only how often each occurs."""
+    """The same words and spaces in random order: a control that keeps their frequencies and nothing else."""
     words = re.findall(r"\s+|\w+|[^\w\s]", text)
     random.Random(seed).shuffle(words)
     return "".join(words)

@@ -1,6 +1,6 @@
-"""Questions about held-out Python sources: the data of the tasks in `zoo/tasks`, in lm-evaluation-harness' form.
+"""Questions about held-out Python sources: the data of the tasks in `zoo/tasks`, in the format of lm-evaluation-harness.
 
-The sources are those of the zoo's test split, which no embedded model was trained on.
+The sources are the zoo's test split, which no embedded model was trained on.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ ASSIGNMENT = re.compile(r"(\s+self\.\w+ =) (\w{2,20})")
 
 
 def next_line(count: int = 200, **_: Any) -> dict[str, Any]:
-    """Which of four lines comes next: `context`, `choices` and the index `answer` of the one that does.
+    """Which of four lines comes next: `context`, `choices`, and `answer`, the index of the right line.
 
-    The others come from elsewhere in the same file, indented as the right one is.
+    The wrong lines come from elsewhere in the same file and have the right line's indentation.
     """
 
     def ask(lines: list[str], rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -40,7 +40,7 @@ def next_line(count: int = 200, **_: Any) -> dict[str, Any]:
 
 
 def assignment(count: int = 200, **_: Any) -> dict[str, Any]:
-    """What an attribute is set to: `context` up to `self.name =`, and the one word `target` after it."""
+    """The value of an attribute: `context` up to `self.name =`, and `target`, the one word after it."""
 
     def ask(lines: list[str], rng: random.Random) -> Iterator[dict[str, Any]]:
         found = [(n, match) for n, line in enumerate(lines) if n >= LINES and (match := ASSIGNMENT.fullmatch(line))]
@@ -55,7 +55,7 @@ def _before(lines: list[str], n: int) -> str:
 
 
 def _dataset(ask: Any, count: int) -> dict[str, Any]:
-    """The first `count` questions that `ask` makes of the documents' lines, as the split `test`."""
+    """The first `count` questions that `ask` makes from the documents, as the split `test`."""
     from datasets import Dataset  # comes with lm-eval  # pyright: ignore[reportMissingImports]
 
     rng, rows = random.Random(0), []

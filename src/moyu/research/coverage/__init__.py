@@ -1,4 +1,4 @@
-"""Coverage: every causal LM of the installed transformers, built tiny, taken apart and checked, each in its own process."""
+"""Coverage: every causal LM of the installed transformers is built tiny, dissected and checked, each in its own process."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from moyu.records import Coverage
 from moyu.research.coverage import page as pages
 from moyu.weights.files import atomic_write_bytes
 
-SECONDS = 90  # a type may take
-MEMORY = 8 << 30  # bytes of address space a type may take; torch alone maps about 4
+SECONDS = 90  # the most time for one type
+MEMORY = 8 << 30  # the most address space for one type, in bytes; torch alone maps about 4 GB
 JOBS = 2
 
 
 def names() -> list[str]:
-    """Every type that can be asked for."""
-    from moyu.research.coverage import shrinking
+    """All known types."""
+    from moyu.research.coverage import shrinking  # torch and transformers; reading records does without
 
     return shrinking.names()
 
@@ -41,9 +41,9 @@ def run(
     again: bool = False,
     stage: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> list[Coverage]:
-    """Examine the types of `only` (none: all) and keep a record of each in `path`; what is there already is kept.
+    """Examine the types of `only` (empty: all) and store one record of each in `path`. Types with a record are skipped.
 
-    A record of another version of transformers counts as none. Returns the records of the types, in alphabetical order.
+    Records of another version of transformers do not count. Returns the records of the types, in alphabetical order.
     """
     version = importlib.metadata.version("transformers")
     before = records.read(path) if path.exists() else []
@@ -61,22 +61,22 @@ def run(
 
 
 def write_page(rows: Sequence[Coverage], path: Path) -> None:
-    """The table of docs/coverage.md, of these records."""
+    """Write docs/coverage.md from records."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(path, pages.page(rows).encode())
 
 
 def verdict(rows: Sequence[Coverage]) -> str:
-    """How many are taken of those that build and have a feed-forward network."""
+    """How many are supported, of the types that build and have a feed-forward network."""
     taken, networks = pages.share(rows)
     return f"taken: {taken} of {networks} types that build and have a feed-forward network"
 
 
 def survey(types: Sequence[str], *, jobs: int = JOBS, seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
-    """Examine types, `jobs` at a time; yields each one's fields as it is done, in no order.
+    """Examine types, `jobs` at a time. Yields the fields of each as soon as it is done.
 
-    The processes are forks of one that has imported torch and transformers already. One that takes longer than `seconds`
-    or more memory than MEMORY is ended, and its type fails for that reason.
+    Each type has a process of its own, forked from one that has already imported torch and transformers. A process that takes
+    longer than `seconds` or more memory than MEMORY is ended, and its type fails with that reason.
     """
     known = set(names())
     unknown = [t for t in types if t not in known]
@@ -133,4 +133,4 @@ def _child(name: str, there: Connection) -> None:
         fields["reason"] = f"{type(error).__name__}: {checks.first_line(error)} ({where})"
     there.send(fields)
     there.close()
-    os._exit(0)  # what the type left running does not hold us up
+    os._exit(0)  # without waiting for threads that the type has started

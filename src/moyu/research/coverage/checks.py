@@ -1,4 +1,4 @@
-"""What is checked of one model type: that nothing is lost at sparsity 0, that skipping equals masking, that it reads less."""
+"""The checks of one model type: sparsity 0 changes nothing, skipping equals masking, and skipping reads fewer bytes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from moyu.model.anatomy import Anatomy
 from moyu.plan import Plan
 from moyu.research.coverage.shrinking import VOCABULARY, build
 
-# One method a kernel shape: input channels, rows after the gate, whole neurons.
+# One method per kernel shape: input channels, rows after the gate, whole neurons.
 SHAPES = {"columns": "teal", "rows": "cats", "neurons": "random"}
 SPARSITY = 0.5
 ROWS = 6  # few enough for the skipping kernels
 TOLERANCE = 1e-4  # of float32 logits, relative to the largest
-# What a feed-forward network's parameters are called, whoever wrote it: a witness that does not know what surgery found.
+# Names of feed-forward parameters in all models: a second opinion that does not depend on dissecting.
 FFN_NAMES = re.compile(
     r"mlp|ffn|feed_?forward|expert|moe|intermediate|(^|\.)(fc|lin|layer_)[12]$|(^|\.)ff\.|(^|\.)output\.dense$"
 )
@@ -37,11 +37,11 @@ NOT_FFN = re.compile(
 
 
 class Failed(Exception):
-    """A check that does not hold."""
+    """A check failed."""
 
 
 def examine(model_type: str) -> dict[str, Any]:
-    """Build a type tiny, take it apart, and check every kernel shape; the record's fields."""
+    """Build a tiny model of a type, dissect it and check every kernel shape. Returns the record's fields."""
     try:
         model = build(model_type)
         ids = tokens(1, ROWS)
@@ -76,14 +76,14 @@ def examine(model_type: str) -> dict[str, Any]:
 
 
 def _joined(gaps: list[str]) -> str:
-    """Reasons for networks, each once, without the layers."""
+    """The reasons for dense networks, each once, without layer numbers."""
     reasons = (re.sub(r"^(.* )?layer \d+: ", "", gap) for gap in gaps)
     return "; ".join(dict.fromkeys(r for r in reasons if not r.startswith("attention or mixer")))
 
 
 @torch.no_grad()
 def check(model: Any, anatomy: Anatomy, ids: Tensor, dense: Tensor) -> list[str]:
-    """Every kernel shape that the model has a site for; raises Failed for the first check that does not hold."""
+    """Check every kernel shape that has a site in the model. Raises Failed at the first failure."""
     done = []
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for shape, name in SHAPES.items():
@@ -115,7 +115,7 @@ def _check_shape(model: Any, anatomy: Anatomy, method: Method, shape: str, ids: 
     if not kept < 0.9:
         raise Failed(f"{shape}: {kept:.0%} of the units were kept at 50 %")
     error = difference(masked, run(model, half, anatomy, ids, "skip"))
-    if error > TOLERANCE:  # a decision on the brink may differ by rounding: with the same masks it may not
+    if error > TOLERANCE:  # decisions near a threshold may differ by rounding; with the same masks nothing may
         error = difference(masked, run(model, half, anatomy, ids, "skip", Replayer(recorder)))
     if error > TOLERANCE:
         raise Failed(f"{shape}: at 50 % skipping and masking differ by {error:.1e}")
@@ -126,7 +126,7 @@ def _check_shape(model: Any, anatomy: Anatomy, method: Method, shape: str, ids: 
 
 
 def _check_generation(model: Any, anatomy: Anatomy) -> str:
-    """The same tokens at sparsity 0, and some at 50 %; says so where the dense model cannot generate."""
+    """Generate: the same tokens as dense at sparsity 0, and some tokens at 50 %. Reports if the dense model cannot generate."""
     prompt = tokens(1, 4)
     wanted = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     try:
@@ -162,7 +162,7 @@ def counted(model: Any, plan: Plan, anatomy: Anatomy, ids: Tensor) -> int:
 
 
 def leftovers(model: nn.Module, anatomy: Anatomy | None) -> list[str]:
-    """Parameters inside the layers that by their names belong to a feed-forward network, and that surgery left."""
+    """Parameters inside the layers that belong to a feed-forward network by their names, but were not found by dissecting."""
     layers = dissect.find_layers(model) if anatomy is None else anatomy.layers
     blocks = [] if anatomy is None else list(anatomy.all_blocks())
     taken = {id(getattr(p.module, p.parameter)) for b in blocks for p in b.pieces.values()}
@@ -177,7 +177,7 @@ def leftovers(model: nn.Module, anatomy: Anatomy | None) -> list[str]:
 
 
 def summary(anatomy: Anatomy) -> str:
-    """The kinds of networks that were proved, with how many there are."""
+    """The kinds of proved networks, with their counts."""
     kinds: dict[str, int] = {}
     for block in anatomy.all_blocks():
         if block.has_ffn:
@@ -188,7 +188,7 @@ def summary(anatomy: Anatomy) -> str:
 
 
 def tokens(*shape: int) -> Tensor:
-    """Random ids that are no special token."""
+    """Random ids without special tokens."""
     return torch.randint(3, VOCABULARY - 1, shape, generator=torch.Generator().manual_seed(1))
 
 

@@ -1,4 +1,4 @@
-"""The coverage table as a page: written from records, never by hand."""
+"""The page docs/coverage.md, generated from records."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from moyu.records import Coverage
 
 HEAD = """# Coverage
 
-Every causal LM that transformers {version} maps, built tiny from its configuration with random weights, each in its own
-process (`make coverage` writes this page; `moyu coverage` does the same anywhere). *Taken* means: every feed-forward
-network is found and proved; with nothing skipped the logits are the dense model's; at 50 % the skipping kernels give what
-masking gives and read fewer bytes, for every kernel shape that the type has a site for (input channels, rows after the
-gate, whole neurons); `generate` gives the dense tokens at sparsity 0 and runs at 50 %; afterwards weights and logits are
-bit-identical. Attention is taken where it is proved ([how](architectures.md)): its linears' input channels are among those
-that are checked, and where heads are named, whole heads can be skipped. Which parameters belong to a feed-forward network
-is judged by their names, independently of what surgery found.
+Every causal LM of transformers {version} is built tiny from its configuration, with random weights, in its own process.
+`make coverage` writes this page; `moyu coverage` does the same anywhere. A type is *taken* if:
 
-**{taken} of {networks} types that build and have a feed-forward network are taken ({share:.1%})**; {types} types in all,
+- every feed-forward network is found and proved;
+- with nothing skipped, logits equal the dense model's;
+- at 50 %, the skipping kernels give the same as masking and read fewer bytes, for every kernel shape with a site in the type
+  (input channels, rows after the gate, whole neurons);
+- `generate` gives the dense tokens at sparsity 0 and runs at 50 %;
+- afterwards weights and logits are bit-identical.
+
+Attention is taken if it is proved ([how](architectures.md)). The input channels of its linears are then checked too, and
+whole heads can be skipped if heads are listed. Names decide which parameters belong to a feed-forward network, independently
+of what was found.
+
+**{taken} of {networks} types that build and have a feed-forward network are taken ({share:.1%})**, of {types} types in all;
 {unbuilt} do not build from their default configuration, {without} have no feed-forward network.
-Last run: {date}, transformers {version}, torch {torch}, {seconds:.0f} s of processes in all.
+Last run: {date}, transformers {version}, torch {torch}; {seconds:.0f} s, summed over processes.
 """
 
 TITLES = {
@@ -33,7 +38,7 @@ TITLES = {
 
 
 def share(records: Sequence[Coverage]) -> tuple[int, int]:
-    """Types taken, and types that build and have a feed-forward network."""
+    """The number of supported types, and of types that build and have a feed-forward network."""
     counted = [r for r in records if r.status not in ("does not build", "no network")]
     return sum(r.taken for r in counted), len(counted)
 

@@ -1,4 +1,4 @@
-"""What the fork server imports once for all types: torch on one thread, transformers in silence."""
+"""Imports of the fork server, once for all types: torch on one thread, transformers without messages."""
 
 import os
 import warnings

@@ -1,6 +1,6 @@
-"""Tiny models of every type: a configuration's own fields, made small by rules over their names and never by the type's.
+"""Tiny models of every type. Rules over the names of configuration fields make them small; no rule names a type.
 
-A structure survives the shrinking: experts stay several, layers of each kind stay, latent projections stay low-rank.
+The structure stays: several experts, layers of each kind, low-rank latent projections.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LAYERS = 4
 HEADS, HEAD_DIM = 4, 16
 WIDTH = HEADS * HEAD_DIM
 
-# Field (a whole name) -> value. The first that matches counts; a field that is smaller already stays as it is.
+# Pattern for a whole field name -> value. The first match counts; a field that is already smaller stays.
 RULES: tuple[tuple[str, int], ...] = (
     (r"(decoder_|unpadded_)?vocab_size|vocab_size_per_layer_input|vocab_offset", VOCABULARY),
     (r"(pronunciation|shape|audio)_vocab_size|codebook_size", 64),
@@ -59,7 +59,7 @@ RULES: tuple[tuple[str, int], ...] = (
 MULTIPLES = r"attention_hidden_size|adapter_(in|out)_dim"  # of hidden_size
 HEAD_COUNTS = r"num_attention_heads|num_heads|n_heads"
 KV_HEAD_COUNTS = r"num_key_value_heads|num_kv_heads"
-# Fields that a default configuration leaves open although the type needs them.
+# Fields that a type needs, but its default configuration leaves open.
 DEFAULTS = {
     "head_dim": HEAD_DIM,
     "num_key_value_heads": HEADS,
@@ -83,7 +83,7 @@ FIXED = {
     "axial_pos_shape": (16, 16),
     "attention_head_dim": 2 * HEAD_DIM,
 }
-# What a type that insists on its kinds of layers may need beyond that.
+# Further fields for types that require certain kinds of layers.
 MORE: tuple[dict[str, Any], ...] = ({}, {"layer_types": ["conv", "full_attention"] * 2})
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -94,7 +94,7 @@ def names() -> list[str]:
 
 
 def shrink(config: PreTrainedConfig, more: dict[str, Any] | None = None) -> PreTrainedConfig:
-    """A small configuration like a type's default one; fields that are derived from others are derived anew."""
+    """A small version of a type's default configuration. Derived fields are computed again."""
     fields: dict[str, Any] = {}
     own = vars(config)
     heads = max((v for k, v in own.items() if re.fullmatch(HEAD_COUNTS, k) and isinstance(v, int)), default=0)
@@ -140,7 +140,7 @@ def _small(name: str, value: int) -> int | None:
 
 
 def build(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A tiny random model of a type, with weights large enough that its logits differ between tokens."""
+    """A tiny random model of a type. Its weights are large enough for logits to differ between tokens."""
     problem: Exception | None = None
     for more in MORE:
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""The paper's claims as experiments that can fail: one module a claim.
+"""The paper's claims as experiments that can fail: one module per claim.
 
-Each says what it predicts and what refutes it before it runs; its verdict is computed from intervals by the rules of
-`moyu.research.studies.verdicts`, never by hand.
+Each states its prediction and its refutation before it runs. Verdicts are computed from intervals by the rules of
+`moyu.research.studies.verdicts`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def names() -> list[str]:
 
 
 def study(name: str) -> Study:
-    """A study by name; UserError names the nearest ones where there is none."""
+    """A study by name. Raises UserError, with the nearest names, for an unknown one."""
     if name not in STUDIES:
         near = difflib.get_close_matches(name, STUDIES, n=3, cutoff=0.3) or names()
         raise UserError(f"unknown study {name!r}", f"did you mean {', '.join(near)}? `moyu study --list` lists all")

@@ -1,7 +1,7 @@
-"""A study: a claim, what it predicts and what refutes it, said before it runs; observations; and their analysis.
+"""A study: a claim with its prediction and refutation, stated before it runs; observations; and their analysis.
 
-`observe` runs models and returns arrays, which are kept, so that a study goes on where it stopped; `analyse` is a pure
-function of the arrays, so that tests can hand it data whose answer is known.
+`observe` runs models and returns arrays. These are stored, so that a stopped study can continue. `analyse` is a pure function
+of the arrays, so that tests can give it data with a known answer.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 @dataclass
 class Setup:
-    """What a study runs on."""
+    """The model, size and seed of a study."""
 
     model: str | None  # zoo name, local folder or hub id
     quick: bool = False
     seed: int = 0
-    cache: Path | None = None  # folder of the parts that are done; None: nothing is kept
+    cache: Path | None = None  # folder for finished parts; None: nothing is stored
     device: str = "cpu"  # where the model runs
     progress: Progress = field(default=lambda what, done, total: None)
 
     @cached_property
     def subject(self) -> Subject:
-        """The model, loaded at first use."""
+        """The model, loaded when first used."""
         assert self.model is not None
         return Subject.open(self.model, self.device)
 
@@ -48,7 +48,7 @@ class Setup:
         return quick if self.quick else full
 
     def part(self, key: str, make: Callable[[], Observed]) -> Observed:
-        """Arrays that are made once for this model, size and seed: a stopped study goes on behind its last part."""
+        """Arrays that are made once for this model, size and seed, so that a stopped study continues after its last part."""
         if self.cache is None:
             return make()
         name = json.dumps([key, self.model, self.quick, self.seed])
@@ -75,7 +75,7 @@ def _packed(arrays: Observed) -> bytes:
 
 
 class Study(ABC):
-    """One claim. The class variables are stated before anything runs, and printed before it."""
+    """One claim. Its class variables are fixed, and printed, before it runs."""
 
     name: ClassVar[str]
     claim: ClassVar[str]
@@ -88,7 +88,7 @@ class Study(ABC):
 
     @abstractmethod
     def observe(self, setup: Setup) -> Observed:
-        """Run what must be run; the first axis of an array is usually documents."""
+        """Run the models. The first axis of an array is usually documents."""
 
     @abstractmethod
     def analyse(self, observed: Observed) -> Finding:

@@ -1,8 +1,8 @@
-"""Does a prompt's mask stay good, and is it the prompt's own? Masks of one size from different sources, on continuations.
+"""Does a prompt's mask stay good, and is it specific to the prompt? Masks of one size from different sources, on continuations.
 
-kappa_J of the prompt's set with the set of each later token, against distance; and the loss of the continuation under the
-mask of its own prompt, another prompt of the domain, another domain, random tokens, and static popularity, between the
-oracle's mask and a random one.
+We measure kappa_J of the prompt's set with the set of each later token, by distance; and the loss of the continuation under
+the mask of its own prompt, of another prompt of the domain, of another domain, of random tokens, and of static popularity.
+The oracle's mask and a random one are the bounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Decay(Study):
         "Own and other masks are equivalent (0.01 nats, kappa_J 0.01): then inertia is popularity; or the excess halves."
     )
     conditions: ClassVar = (
-        Condition("own mask", "nats a token that another prompt's mask costs more", "above", 0.0, 0.01),
+        Condition("own mask", "nats per token that another prompt's mask costs more", "above", 0.0, 0.01),
         Condition("own overlap", "kappa_J of the own prompt's set less another's, first 8 tokens", "above", 0.0, 0.01),
         Condition("slow decay", "that excess over the last quarter, over the first", "above", 0.5, 0.1),
     )
@@ -142,7 +142,7 @@ def _observe(subject: Subject, own: Tensor, other: Tensor, far: Tensor, setup: S
 
 
 def _chooser(masks: Tensor | None, count: int):
-    """A choice for `masked_losses`: a mask a sequence (L, B, f), or the best of each token."""
+    """A choice for `masked_losses`: one mask per sequence (L, B, f), or the best neurons of each token."""
 
     def choose(layer: int, scores: Tensor, rows: Rows) -> Tensor:
         return top_sets(scores, count) if masks is None else masks[layer][rows.seq]

@@ -1,7 +1,7 @@
-"""An extension of Figure 2: does the way the next token is chosen move activation patterns, beside what the prompt is?
+"""An extension of Figure 2: does the decoding strategy change activation patterns, compared with the kind of prompt?
 
-Greedy, temperature, top-k, top-p and beam search after prompts of three kinds. Every generated path is scored again in one
-teacher-forced pass, so that only its tokens differ.
+Greedy, temperature, top-k, top-p and beam search after prompts of three kinds. Every generated text is run again in one
+teacher-forced pass, so that only the tokens differ.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Texts of different kinds that every machine with MOYU has, and the proof that they differ.
+"""Texts of different kinds that every machine with MOYU has, and a proof that they differ.
 
-Source code by package and style, the English of manuals and documentation, generated arithmetic, structured data. None is
-downloaded. `cross_perplexity` holds a byte model of each against the text of every other one.
+Source code by package and style, English manuals and documentation, generated arithmetic, structured data. None is
+downloaded. `cross_perplexity` tests a byte model of each domain on the text of every other one.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _manuals() -> list[str]:
 
 
 def _docstrings() -> list[str]:
-    """The documentation strings of the standard library's and torch's modules, one module a document."""
+    """The documentation strings of the standard library's and torch's modules, one document per module."""
     root = Path(sysconfig.get_path("stdlib"))
     found = [p for p in sorted(root.rglob("*.py")) if not {"site-packages", "test"} & set(p.parts)]
     random.Random(0).shuffle(found)
@@ -190,7 +190,7 @@ def documents(domain: str) -> tuple[str, ...]:
 def windows(subject: Subject, domain: str, count: int, length: int, *, skip: int = 0, seed: int = 0) -> Tensor:
     """`count` windows of BOS and `length` - 1 tokens, each from a document of its own: (count, length).
 
-    skip: documents to pass over, so that two calls share none. Raises UserError where the domain has too few.
+    skip: documents to leave out, so that two calls share none. Raises UserError if the domain has too few.
     """
     rng = random.Random(seed)
     rows = []
@@ -222,12 +222,12 @@ class ByteModel:
     ORDER = 3
 
     def __init__(self, texts: Sequence[str]) -> None:
-        """Count the texts."""
+        """Count the n-grams of texts."""
         self.tables = [self._count(texts, order) for order in range(1, self.ORDER + 1)]
 
     @staticmethod
     def _grams(text: str, order: int) -> np.ndarray:
-        """Hash-free codes of all n-grams, (n,) int64, one a byte from the third on."""
+        """Codes of all trigrams without collisions, (n,) int64, one per byte from the third on."""
         data = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
         start = ByteModel.ORDER - order
         parts = [data[start + i : len(data) - order + 1 + i] for i in range(order)]
@@ -240,7 +240,7 @@ class ByteModel:
         return grams, counts, contexts, np.stack([totals, kinds])
 
     def bits(self, text: str) -> float:
-        """Bits a byte of a text."""
+        """Bits per byte of a text."""
         probability = np.full(len(text.encode()) - self.ORDER + 1, 1 / 256)
         for order, (grams, counts, contexts, sizes) in enumerate(self.tables, 1):
             own = self._grams(text, order)
@@ -258,9 +258,9 @@ def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.nda
 
 
 def cross_perplexity(names: Sequence[str], texts: int, size: int = 4000) -> np.ndarray:
-    """Bits a byte of a model of domain i on each held-out document of domain j: (D, D, texts).
+    """Bits per byte of a model of domain i on each held-out document of domain j: (D, D, texts).
 
-    The model reads `texts` documents, cut to `size` bytes; the documents it is held against are others.
+    The model reads `texts` documents, cut to `size` bytes; it is tested on other documents.
     """
     out = np.full((len(names), len(names), texts), np.nan)
     cut = {n: [t.encode()[:size].decode(errors="ignore") for t in documents(n)[: 2 * texts]] for n in names}

@@ -1,4 +1,4 @@
-"""Do a few tokens fix a prompt's mask? Delete the tokens of the largest activations, those most attended to, or others.
+"""Do a few tokens determine a prompt's mask? Delete the tokens of the largest activations, those most attended to, or others.
 
 The change of the sequence-level set, 1 - kappa_J, after a text is run again without an eighth of its tokens: the dominant one
 of every sixteenth of the text, or another one of the same sixteenth, so that positions are matched exactly. (Early tokens
@@ -20,7 +20,7 @@ from moyu.research.studies.verdicts import Condition, Control, Finding
 from moyu.research.theory import bootstrap, griffin_statistic, kappa
 
 LENGTH, PARTS = 129, 16
-DRAWS = 4  # matched random deletions of a text
+DRAWS = 4  # matched random deletions per text
 ARMS = ("norm", "attention", "random for norm", "random for attention")
 
 
@@ -136,4 +136,4 @@ def attention_received(subject: Subject, text: Tensor) -> Tensor:
         subject.model.set_attn_implementation(before)
     weights = torch.stack([a[0].mean(0) for a in output.attentions]).mean(0).cpu()  # (T, T)
     later = torch.arange(len(text), 0, -1)
-    return weights.sum(0) / later  # a position near the end is seen by few
+    return weights.sum(0) / later  # few positions attend to one near the end

@@ -1,7 +1,6 @@
-"""Figure 1, drawn from the registry: the four kinds of dynamic activation and who belongs to which.
+"""Figure 1, drawn from the registry: the four kinds of dynamic activation and their methods.
 
-A panel says where the selector sits, what trains it, at what granularity it decides and what it skips; every word of it is
-what the methods declare of themselves.
+A panel shows where the selector sits, what trains it, its granularity and what it skips, all as the methods declare it.
 """
 
 from __future__ import annotations
@@ -12,8 +11,10 @@ import numpy as np
 
 from moyu import methods
 from moyu.measure.statistics import Interval
+from moyu.model.dissect import dissect
 from moyu.research.studies.base import Observed, Setup, Study
 from moyu.research.studies.verdicts import Condition, Finding
+from moyu.research.training import build
 
 KINDS: dict[str, dict[str, str]] = {  # family -> panel
     "threshold": {
@@ -41,7 +42,7 @@ KINDS: dict[str, dict[str, str]] = {  # family -> panel
         "trained": "nothing: the prompt decides",
     },
 }
-OUTSIDE = ("static", "reference", "own")  # nulls, bounds and what the paper does not know
+OUTSIDE = ("static", "reference", "own")  # nulls, bounds and methods outside the paper
 
 
 class Figure1(Study):
@@ -74,7 +75,7 @@ class Figure1(Study):
         return Finding(
             {
                 "methods placed": Interval(placed, placed, placed, len(families)),
-                # What the registry lacks may exist elsewhere: an empty kind widens the interval to the top.
+                # A kind that is empty here may have methods elsewhere, so it widens the interval to the top.
                 "kinds filled": Interval(filled, filled, 1.0, len(KINDS)),
             },
             nulls={"kinds that a random family would fill": 1 / len(KINDS)},
@@ -86,7 +87,7 @@ class Figure1(Study):
 
 
 def panels(families: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """One panel a kind: what it declares, its members, granularities and what they skip; of the registry, or as given."""
+    """One panel per kind: its declaration, members, granularities and what they skip; of the registry or as given."""
     families = {r["method"]: r["family"] for r in methods.table()} if families is None else families
     out = []
     for family, words in KINDS.items():
@@ -105,9 +106,6 @@ def panels(families: dict[str, str] | None = None) -> list[dict[str, Any]]:
 
 def skips(members: list[str]) -> list[str]:
     """What the members skip on a gated network, from the sites they declare."""
-    from moyu.model.dissect import dissect
-    from moyu.research.training import build
-
     if not members:
         return []
     block = dissect(build("swiglu", 0).eval()).blocks[1]

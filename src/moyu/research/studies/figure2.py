@@ -1,7 +1,7 @@
 """Figure 2: do tokens of a text activate the same neurons because they share a history, or because they mean something?
 
-{sentence, random} x {parallel, sequential}. With a cache, token-by-token feeding computes what one pass computes, so that
-panel is an identity control; the contrast that takes history away feeds each token alone behind BOS, at its own position.
+{sentence, random} x {parallel, sequential}. With a cache, feeding token by token computes the same as one pass, so this panel
+is an identity control. To remove history, each token is fed alone behind BOS, at its own position.
 """
 
 from __future__ import annotations
@@ -136,12 +136,12 @@ def _spelt(values: np.ndarray) -> list[float]:
 
 
 def _digits(heat: np.ndarray) -> list[str]:
-    """A heat map as one string of digits a token: 0 nothing, 9 the token's largest."""
+    """A heat map as one string of digits per token: 0 is nothing, 9 the token's largest value."""
     return ["".join(str(int(v)) for v in row) for row in np.clip(heat * 9.999, 0, 9)]
 
 
 def fed(subject: Subject, tokens: Tensor, arm: str) -> Tensor:
-    """Neuron values of every token behind BOS when fed as `arm` says: (B, T) -> (L, B, T - 1, f)."""
+    """Neuron values of every token behind BOS, fed by `arm`: (B, T) -> (L, B, T - 1, f)."""
     if arm == "PAR":
         return subject.values(tokens)[:, :, 1:]
     if arm == "SEQ-KV":
@@ -205,7 +205,7 @@ def _sampling(subject: Subject, tokens: Tensor, setup: Setup, name: str, arms: t
 
 
 def _shuffled(values: Tensor) -> Tensor:
-    """Every row's entries in an order of its own: what is left is the rows' common distribution."""
+    """Shuffle the entries of each row independently. Only the distribution of values stays."""
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(values.shape, generator=generator).argsort(-1)
     return values.gather(-1, order)

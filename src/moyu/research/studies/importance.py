@@ -1,7 +1,7 @@
-"""Is importance that was learnt from one history valid for another? SNIP sums over disjoint histories of documents.
+"""Does importance learnt from one history hold for another? SNIP sums over disjoint histories of documents.
 
-The rank agreement of two histories, over the agreement that two halves of one history reach: 1 where a history of another
-kind says as much as more of the same.
+We divide the rank agreement of histories of two domains by that of two halves of one domain. It is 1 if a history of another
+domain is as informative as one of the same domain.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moyu.research.theory import kendall, running_sum_overlap, snip_step, taylor
 
 KINDS = ("library", "docstrings", "arithmetic", "json")
 LENGTH = 96
-SAMPLED = 400  # weights of down a layer
+SAMPLED = 400  # sampled weights of down per layer
 
 
 class ImportanceStudy(Study):
@@ -103,7 +103,7 @@ class _ratio:
             for (i, j), value in pairs.items():
                 across[i, j] += value / (draws + 1)
             within.append(own.mean())
-            # Of means: a mean of ratios would exceed 1 even for histories that are exchangeable.
+            # The ratio of means, because a mean of ratios would exceed 1 even for exchangeable histories.
             ratios.append(float(np.mean(list(pairs.values())) / max(own.mean(), 1e-6)))
         low, high = np.quantile(ratios[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         self.interval = Interval(float(np.mean(ratios)), float(low), float(high), kinds * count)
@@ -120,7 +120,7 @@ def _tau(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _steps(subject: Subject, tokens: torch.Tensor) -> dict[str, np.ndarray]:
-    """SNIP steps of sampled weights of every down, and Taylor steps of every neuron, a document each."""
+    """SNIP steps of sampled weights of every down, and Taylor steps of every neuron, one per document."""
     downs = [b.pieces["down"] for b in subject.blocks]
     generator = torch.Generator().manual_seed(0)
     chosen = [torch.randperm(d.weight.numel(), generator=generator)[:SAMPLED] for d in downs]

@@ -1,4 +1,4 @@
-"""Is the active set carried by the prefix or by the content? Same and different prefix x same and different continuation.
+"""Does the prefix or the content determine the active set? Same or different prefix x same or different continuation.
 
 I = kappa(same prefix, different continuation) - kappa(both different): inertia. S = kappa(different prefix, same
 continuation) - kappa(both different): content. Sets are compared at the same position of the continuation.

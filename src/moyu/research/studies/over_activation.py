@@ -1,8 +1,8 @@
-"""Over-activation, measured: how few neurons a token needs, how few one fixed set would, and how many only do harm.
+"""Over-activation: how few neurons a token needs, how few are enough with one fixed set, and how many raise the loss.
 
-rho_dyn(delta) is the least active fraction of an input-dependent mask (the oracle's) whose loss stays within 1 + delta of
-dense; rho_stat(delta) the same for one fixed mask (the neurons that calibration text used most). The difference is what
-only dynamic activation can use. Uplift is the share of active neurons whose removal lowers the loss to first order.
+rho_dyn(delta) is the least active fraction of an input-dependent mask (the oracle's) with a loss within 1 + delta of dense.
+rho_stat(delta) is the same for one fixed mask (the neurons that calibration text used most). The difference is what only
+dynamic activation can gain. Uplift is the share of active neurons whose removal lowers the loss to first order.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class OverActivation(Study):
 
 
 def least(losses: np.ndarray, kept: np.ndarray, tolerance: float = TOLERANCE) -> float:
-    """The least kept fraction from which on the mean loss stays within 1 + tolerance of that at the largest fraction.
+    """The least kept fraction above which the mean loss stays within 1 + tolerance of the loss at the largest fraction.
 
     losses (documents, levels) at ascending kept fractions (levels,); linear between levels.
     """

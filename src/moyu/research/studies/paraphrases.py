@@ -1,7 +1,7 @@
-"""Texts that say the same in other words, made so that sameness is certain: the meaning is generated first.
+"""Pairs of texts with the same meaning in other words. The meaning is generated first, so that it is certainly the same.
 
-Programs: every name that a function binds is renamed, comments and formatting are lost, the syntax tree is the same. Sums:
-digits against English words. Records: JSON against sentences.
+Programs: names are changed, comments and formatting removed, the syntax tree stays. Sums: digits and English words. Records:
+JSON and sentences.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHORTEST = 500  # bytes of a program
 
 
 class _Renamer(ast.NodeTransformer):
-    """Gives every name that the program binds another one, and takes its documentation away."""
+    """Renames every name that the program binds and removes its documentation."""
 
     def __init__(self, tree: ast.AST, seed: int) -> None:
         bound: dict[str, None] = {}

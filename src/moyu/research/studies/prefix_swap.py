@@ -1,7 +1,7 @@
-"""Does the past change the active set when the present is fixed? One suffix behind eight prefixes of equal length.
+"""Does the past change the active set if the present is fixed? One suffix behind eight prefixes of equal length.
 
-U is one minus the mean pairwise kappa_J at the same suffix token; the history share is the part of a neuron's variance over
-(suffix token x prefix) that prefix and interaction hold. The floor is the same prefix, fed in two batches of other sizes.
+U is one minus the mean pairwise kappa_J at the same suffix token. The history share is the share of a neuron's variance over
+(suffix token x prefix) due to prefix and interaction. Its floor is rounding: the same prefix in two batches of other sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moyu.research.studies.verdicts import Condition, Control, Finding
 from moyu.research.theory import bootstrap, holm, kappa, variance_shares
 
 PREFIXES, PREFIX, SUFFIX = 8, 48, 32
-CHOICES = 16  # prefixes of a domain; a suffix meets one of each domain
+CHOICES = 16  # prefixes per domain; a suffix is put behind one of each domain
 SOURCES = ("library", "manuals", "json", "headers", "arithmetic", "docstrings", "symbolic", "tables")
 
 
@@ -123,7 +123,7 @@ def _one(subject: Subject, prefixes: Tensor, mixed: Tensor, suffix: Tensor) -> d
 
 
 def _history_share(values: Tensor) -> Tensor:
-    """Variance share of prefix and interaction, each neuron weighing by its variance: (L, P, t, f) -> (L,)."""
+    """Variance share of prefix and interaction, neurons weighted by their variance: (L, P, t, f) -> (L,)."""
     table = values.permute(1, 2, 0, 3)  # (P, t, L, f)
     found = variance_shares(table)
     weight = table.var((0, 1))

@@ -1,7 +1,7 @@
-"""Where over-activation comes from: decoders from scratch, at initialisation and while they learn.
+"""The origin of over-activation: decoders from scratch, at initialisation and during training.
 
-At initialisation removing a neuron should lower the loss more often than not, whatever the labels; during training the force
-fades, ReLU's family is left with exact zeros, and smooth activations with many small values and no zero.
+At initialisation, removing a neuron should lower the loss in more than half of the cases, whatever the labels. During
+training this force fades; the ReLU family is left with exact zeros, smooth activations with many small values but no zeros.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moyu.research.theory import bootstrap, gini_impurity, participation_ratio, 
 SERIES = ("exact zeros", "near zero", "participation", "force", "lowers the loss", "impurity", "dead", "loss")
 LABELS: tuple[tiny.Labels, ...] = ("true", "permuted", "uniform")
 MAIN = Arm()
-SECONDARY = {  # arms that carry no verdict: decoders and how many seeds
+SECONDARY = {  # arms without a verdict: decoders and number of seeds
     Arm(decay=0.0): (tiny.NAMES, 2),
     Arm(labels="permuted", decay=0.0): (("relu", "gelu", "silu", "swiglu"), 2),
     Arm(labels="uniform", decay=0.0): (("relu", "gelu", "silu", "swiglu"), 2),
@@ -52,7 +52,7 @@ class RootCause(Study):
     )
     conditions: ClassVar = (
         Condition(
-            "force at initialisation", "G summed over the last layer's neurons, nats a token", "above", 0.0, 0.01
+            "force at initialisation", "G summed over the last layer's neurons, nats per token", "above", 0.0, 0.01
         ),
         Condition("share", "share of the last layer's activations that raise the loss", "above", 0.5, 0.002),
         Condition("labels", "that share with permuted labels less with true ones", "within", 0.0, 0.01),
@@ -163,7 +163,7 @@ def _spelt(by_seed: np.ndarray) -> list[float]:
 
 
 def _null_arms(runs: dict[tuple[str, str], list[np.ndarray]]) -> dict[str, float]:
-    """Sparsity gained where nothing should push towards it."""
+    """Sparsity gained in arms without a force towards it."""
     nulls = {"learning rate 0": Arm(rate=0.0), "frozen networks": Arm(freeze=True), "random signs": Arm(noise=True)}
     out = {}
     for what, arm in nulls.items():

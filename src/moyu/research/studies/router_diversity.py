@@ -1,9 +1,9 @@
-"""Does a router's history hurt it when it is diverse, and more so without ReLU?
+"""Does a diverse history hurt a router, and more so without ReLU?
 
-Routers (d -> r -> f, cross-entropy on the top twentieth of neurons, so that every activation function has the same base rate)
-are fitted on activations from 1, 2, 4 or 8 domains and tested on unseen documents of the first, and of a domain in none of
-them. Two budgets: as many tokens in all, or as many of the tested domain. ReLU and GELU of the zoo differ in nothing else;
-plain SiLU, GELU and ReLU are compared between small decoders of five seeds.
+Routers (d -> r -> f) are fitted on activations from 1, 2, 4 or 8 domains, with cross-entropy on the top twentieth of neurons,
+so that all activation functions have the same base rate. They are tested on unseen documents of the first domain and of a
+domain that none was fitted on. Two budgets: equal tokens in total, or equal tokens of the tested domain. ReLU and GELU of the
+zoo differ in nothing else; plain SiLU, GELU and ReLU are compared on small decoders of five seeds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BUDGETS = ("total tokens fixed", "in-domain tokens fixed")
 METRICS = ("recall", "AUROC", "captured mass", "relative error")
 CONTROLS = ("rank x 2", "rank x 4", "shuffled labels", "popularity")
 RANK, LENGTH = 32, 96
-SHARE = 0.05  # of neurons to foresee: fewer than ReLU leaves, so that no activation function wins by its base rate
+SHARE = 0.05  # of neurons to predict: fewer than are active with ReLU, so that base rates are equal
 TRIO = ("relu", "gelu", "silu")
 
 
@@ -219,7 +219,7 @@ class _Fit:
         return inputs, leading(scores.abs(), SHARE)
 
     def router(self, names: tuple[str, ...], each: int, rank: int = RANK, mixed: bool = False) -> torch.nn.Module:
-        """A trained router; `mixed`: on labels that belong to other tokens."""
+        """A trained router. mixed: trained on the labels of other tokens."""
         inputs, labels = self.data(names, each)
         if mixed:
             labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))]

@@ -1,4 +1,4 @@
-"""Run studies one after another, keep what is done, and turn findings into records."""
+"""Run studies one after another, store finished ones, and turn findings into records."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def run(
     announce: Announce = lambda study, model: None,
     progress: Progress = lambda what, done, total: None,
 ) -> list[records.Study]:
-    """Run studies and append their records to `out`/studies.jsonl; what is there already is not run again.
+    """Run studies and append their records to `out`/studies.jsonl. Studies with a record are not run again.
 
-    again: analyse again, from the observations that were kept.
+    again: repeat the analysis, from stored observations.
     """
     file = out / "studies.jsonl"
     wanted = plan(names, models, quick)
@@ -139,7 +139,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """Details for JSON: numbers rounded, what is not finite left as null."""
+    """Details for JSON: rounded numbers, null for numbers that are not finite."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -150,7 +150,7 @@ def _plain(value: Any) -> Any:
 
 
 def statement(study: Study) -> str:
-    """What a study says before it runs."""
+    """The text of a study before it runs."""
     lines = [f"{study.name}: {study.claim}", f"  predicts    {study.prediction}", f"  refuted by  {study.refutation}"]
     lines += [f"  condition   {c.name} ({c.meaning}): {c.rule}" for c in study.conditions]
     lines += [f"  control     {c.name} ({c.meaning}): {c.rule}" for c in study.controls]
@@ -158,7 +158,7 @@ def statement(study: Study) -> str:
 
 
 def summary(row: records.Study) -> str:
-    """What a study says after it ran."""
+    """The text of a study after it ran."""
     about = f" on {row.model}" if row.model else ""
     lines = [f"{row.verdict:12s} {row.name}{about}{' (quick: too small to count)' if row.quick else ''}"]
     for c in row.conditions:
@@ -177,7 +177,7 @@ def summary(row: records.Study) -> str:
 
 
 def verdict_line(rows: Iterable[records.Study]) -> str:
-    """All verdicts in one line, those that speak against a claim like the others."""
+    """All verdicts in one line."""
     found: dict[str, list[str]] = {"HOLDS": [], "FAILS": [], "INCONCLUSIVE": []}
     for row in rows:
         found[row.verdict].append(row.name + (f" ({row.model})" if row.model else ""))
@@ -185,7 +185,7 @@ def verdict_line(rows: Iterable[records.Study]) -> str:
 
 
 def markdown(rows: Iterable[records.Study]) -> str:
-    """The verdicts as the tables of docs/paper.md: a line a condition, what was not passed said beside it."""
+    """The verdicts as the tables of docs/paper.md: one line per condition; failed controls are named."""
     lines = [
         "| study | model | verdict | condition | estimate, 95 % | units | power | |",
         "|---|---|---|---|---|---|---|---|",
@@ -204,7 +204,7 @@ def markdown(rows: Iterable[records.Study]) -> str:
 
 
 def sentence(rows: Iterable[records.Study]) -> str:
-    """All verdicts in one sentence for the README: what fails and what stays open first."""
+    """All verdicts in one sentence for the README: failed and open claims first."""
     found: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         found.setdefault(row.verdict, {}).setdefault(row.name, []).extend([row.model] if row.model else [])

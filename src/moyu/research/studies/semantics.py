@@ -1,8 +1,8 @@
 """Does meaning or wording drive the active set? A text against its paraphrase, its shuffled tokens and unrelated texts.
 
-Paraphrases are generated with the same meaning and few words in common, so sameness is known and needs no embedding. The
-regression explains kappa_J of sequence-level sets by same meaning, token overlap and difference of length, over a text's
-paraphrase, an unrelated text's paraphrase, and that one with as many of the text's tokens put in as the paraphrase has.
+Paraphrases are generated with the same meaning and few common words, so that no embedding must judge sameness. A regression
+explains kappa_J of sequence-level sets by same meaning, token overlap and difference of length. Its data are a text's
+paraphrase, an unrelated text's paraphrase, and the latter with as many of the text's tokens as the paraphrase has.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _set(subject: Subject, tokens: Tensor) -> Tensor:
 
 
 def _mixed_in(base: Tensor, source: Tensor, overlap: float, generator: torch.Generator) -> Tensor:
-    """`base` with tokens of `source` at random places, just so many that their overlap with `source` reaches `overlap`."""
+    """`base` with tokens of `source` at random places, until its overlap with `source` reaches `overlap`."""
     out = base.clone()
     places = torch.randperm(len(base) - 1, generator=generator) + 1
     drawn = source[1:][torch.randperm(len(source) - 1, generator=generator)]
@@ -158,7 +158,7 @@ def _mixed_in(base: Tensor, source: Tensor, overlap: float, generator: torch.Gen
 
 
 def _overlap(a: Tensor, b: Tensor) -> float:
-    """Jaccard of two texts' bags of tokens, BOS aside."""
+    """Jaccard of two texts' bags of tokens, without BOS."""
     size = int(max(a.max(), b.max())) + 1
     counts = [torch.bincount(t[1:], minlength=size) for t in (a, b)]
     return float(torch.minimum(*counts).sum() / torch.maximum(*counts).sum())

@@ -1,6 +1,6 @@
-"""A model under study: what its neurons did on some tokens, and what they would have done untrained.
+"""A model under study: its neurons' values on some tokens, and those of the untrained model.
 
-The model may be on any device; what a subject returns is on the CPU.
+The model may be on any device; results are on the CPU.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from moyu.model.loading import Loaded
 from moyu.research.theory import cett_search, top_sets
 
 BATCH = 16
-SINK = 4  # first positions, BOS among them, where attention sinks and massive activations live
-SHARE = 0.25  # of neurons in the main active set; `SHARES` beside it
+SINK = 4  # first positions with BOS, which hold attention sinks and massive activations
+SHARE = 0.25  # of neurons in the main active set; `SHARES` are further ones
 SHARES = (0.10, 0.25, 0.50)
 
 
 def leading(scores: Tensor, share: float = SHARE) -> Tensor:
     """The `share` of neurons with the largest scores, without those whose score is 0: (..., f) -> bool.
 
-    Where ReLU leaves fewer than that, ties at 0 would fill the set with neurons that no one chose.
+    With ReLU fewer neurons may be active; ties at 0 would otherwise fill the set arbitrarily.
     """
     return top_sets(scores, max(1, round(share * scores.shape[-1]))) & (scores > 0)
 
 
-class _Taps:
+class _AllTaps:
     """An observer that keeps some taps of every layer."""
 
     def __init__(self, taps: Sequence[Tap]) -> None:
@@ -53,19 +53,19 @@ class _Taps:
 
 @dataclass(eq=False)
 class Subject:
-    """A loaded model, its blocks, and ways to look at its neurons."""
+    """A loaded model, its blocks, and measurements of its neurons."""
 
     loaded: Loaded
     anatomy: Anatomy
 
     @classmethod
     def open(cls, name: str, device: str = "cpu") -> Subject:
-        """Load a model by name; UserError as in `moyu.load`."""
+        """Load a model by name. Raises UserError as `moyu.load` does."""
         return cls.of(loading.load(name, dtype="float32", device=device))
 
     @classmethod
     def of(cls, loaded: Loaded) -> Subject:
-        """A subject of a loaded model; UserError where no layer has a feed-forward network of its own."""
+        """The subject of a loaded model. Raises UserError if no layer has a feed-forward network of its own."""
         subject = cls(loaded, dissect.dissect(loaded.model))
         if not subject.blocks:
             raise UserError(f"{loaded.name!r} has only routed experts", "studies need dense feed-forward networks")
@@ -93,7 +93,7 @@ class Subject:
 
     @property
     def bos(self) -> int:
-        """The token that begins a text."""
+        """The token at the start of a text."""
         bos = self.loaded.tokenizer.bos_token_id
         return int(bos if bos is not None else self.loaded.tokenizer.eos_token_id or 0)  # pyright: ignore
 
@@ -116,7 +116,7 @@ class Subject:
         parts = []
         with Applied(self.model, None, engine="mask", anatomy=self.anatomy) as applied, applied.prompt(tokens.shape[1]):
             for index, part in enumerate(tokens.split(batch)):
-                observer = _Taps([tap])
+                observer = _AllTaps([tap])
                 device = self.model.device
                 extra = {} if positions is None else {"position_ids": positions.split(batch)[index].to(device)}
                 with applied.watched(observer=observer):
@@ -132,7 +132,7 @@ class Subject:
         fed = tokens.to(self.model.device)
         with Applied(self.model, None, engine="mask", anatomy=self.anatomy) as applied, applied.prompt(tokens.shape[1]):
             for t in range(tokens.shape[1]):
-                observer = _Taps(["mid"])
+                observer = _AllTaps(["mid"])
                 with applied.watched(observer=observer):
                     output = self.model(input_ids=fed[:, t : t + 1], past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
@@ -148,11 +148,11 @@ class Subject:
         return leading(self.scores(values), share)
 
     def above(self, values: Tensor, thresholds: Tensor) -> Tensor:
-        """Active sets by a threshold a layer on the oracle score: (L, ..., f) and (L,) -> (L, ..., f) bool."""
+        """Active sets by one threshold per layer on the oracle score: (L, ..., f) and (L,) -> (L, ..., f) bool."""
         return torch.stack([s > t for s, t in zip(self.scores(values), thresholds, strict=True)])
 
     def thresholds(self, tokens: Tensor, tau: float = 0.2) -> Tensor:
-        """The largest thresholds whose mean CETT stays at or below `tau` on some texts, a layer: (B, T) -> (L,)."""
+        """For each layer, the largest threshold with a mean CETT of at most `tau` on some texts: (B, T) -> (L,)."""
         values = self.values(tokens)[:, :, SINK:].flatten(1, 2)
         downs = [b.pieces["down"].weight.detach().float().cpu() for b in self.blocks]
         found = [cett_search(v, d, tau, tokens=64) for v, d in zip(values, downs, strict=True)]
@@ -167,7 +167,7 @@ class Subject:
 
     @contextmanager
     def kept_neurons(self) -> Iterator[list[Tensor]]:
-        """Inside, every forward leaves the neuron values (B, T, f) of each layer in the list, with their graph."""
+        """Inside, every forward pass stores the neuron values (B, T, f) of each layer in the list, with their graph."""
         kept: list[Tensor] = []
 
         def keep(module: Any, inputs: tuple[Tensor, ...]) -> None:

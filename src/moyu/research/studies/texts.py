@@ -1,4 +1,4 @@
-"""The texts of the studies are of different kinds: the condition on which every contrast between domains rests."""
+"""Are the texts of the studies of different kinds? Every contrast between domains depends on it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Texts(Study):
     prediction: ClassVar[str] = (
         "A byte model of any domain is worse on another domain's documents than that domain's own model."
     )
-    refutation: ClassVar[str] = "One pair of domains for which it is not worse by 0.1 bits a byte."
+    refutation: ClassVar[str] = "One pair of domains for which it is not worse by 0.1 bits per byte."
     conditions: ClassVar = (
-        Condition("closest pair", "excess bits a byte of the nearest foreign model", "above", 0.0, 0.1),
+        Condition("closest pair", "excess bits per byte of the nearest foreign model", "above", 0.0, 0.1),
     )
 
     def observe(self, setup: Setup) -> Observed:
@@ -44,7 +44,7 @@ class Texts(Study):
         positive = [float(((bits[i, j] - own[j])[np.isfinite(own[j])] <= 0).mean()) for i, j in pairs]
         return Finding(
             {"closest pair": Interval(float(excess.min()), low, high, bits.shape[2])},
-            nulls={"bits a byte without a model": 8.0, "pairs": float(len(pairs))},
+            nulls={"bits per byte without a model": 8.0, "pairs": float(len(pairs))},
             details={
                 "domains": names,
                 "meaning": [domains.MEANING[n] for n in names],

@@ -1,7 +1,7 @@
-"""The positive control: the paper's exact model, drawn many times, must show the force that the theorem says.
+"""The positive control: the paper's exact model, drawn many times, must show the force of the theorem.
 
 Both losses, plain and gated activations, on a grid of pre-activations; the Gini law in the regime where it is first order.
-An assumption broken on purpose must turn the study red, or it could not have failed.
+With an assumption broken on purpose the study must fail; otherwise it could not fail at all.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ GRID = (-2.5, -1.0, -0.3, 0.5, 1.0, 2.0)
 UP = (0.6, -1.1)  # values of the up branch
 OUTPUTS = 10
 BATCHES = 20
-SCALE = 0.5  # standard deviation of V for the signs
-SMALL = 0.1  # the same where the law is first order
+SCALE = 0.5  # standard deviation of V, for the signs
+SMALL = 0.1  # standard deviation of V in the regime where the law is first order
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Theorem(Study):
         z = sign[live] * mean[live] / np.maximum(error[live], 1e-30)
         limit = float(stats.norm.ppf(1 - 0.025 / len(z)))  # all cells together at 5 %
         right, wrong = float((z > limit).mean()), float((z < -limit).mean())
-        # A cell that is right in sign and within error counts for the point, not for the lower end.
+        # A cell with the right sign but within its error counts for the estimate, not for the lower end.
         signs = Interval(float((z > 0).mean()), min(right, float((z > 0).mean())), 1 - wrong, len(z))
         # The noise of a mean over batches is the law's own; cells are weighed by the law, as in least squares through 0.
         pairs = np.stack([observed["measured"], observed["law"]], axis=-1)

@@ -1,8 +1,8 @@
 """Small byte-level decoders, trained from scratch and equal in everything but the activation function.
 
-Plain networks (OPT) and gated ones (Llama) of the same number of parameters, at most 0.3 million; one text, one order of
-batches and one initial draw a seed. Weights start with variance 1 / fan-in, the scale at which the force at initialisation
-is measurable: at the usual 0.02 it is some thousand times smaller than the gradients' noise.
+Plain networks (OPT) and gated ones (Llama) with the same number of parameters, at most 0.3 million; one text, and for each
+seed one order of batches and one initial draw. Weights start with variance 1 / fan-in, so that the force at initialisation
+can be measured: at the usual 0.02 it is some thousand times smaller than the noise of gradients.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def without_final_norm(model: PreTrainedModel) -> PreTrainedModel:
-    """The same decoder whose logits are affine in the last layer's neurons, as the theorem wants them. In place."""
+    """Make the decoder's logits affine in the last layer's neurons, as the theorem assumes. In place."""
     if isinstance(model, LlamaForCausalLM):
         model.model.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     elif isinstance(model, OPTForCausalLM):
@@ -131,7 +131,7 @@ def probe(count: int = 8) -> Tensor:
 
 
 def relabelled(tokens: Tensor, labels: Labels, seed: int) -> Tensor:
-    """What is to be predicted at each place: the text, the same targets at random places, or uniform ones."""
+    """The targets: the text, the same targets in random order, or uniform ones."""
     generator = torch.Generator().manual_seed(seed)
     if labels == "permuted":
         return tokens.flatten()[torch.randperm(tokens.numel(), generator=generator)].view(tokens.shape)
@@ -187,7 +187,7 @@ def train(
 
 
 def checkpoint(folder: Path | None, name: str, seed: int, steps: int = STEPS) -> Subject:
-    """A trained decoder of the usual arm, from `folder` where it has been trained before."""
+    """A trained decoder of the usual arm, loaded from `folder` if it has been trained before."""
     place = None if folder is None else folder / f"{name}-seed{seed}-steps{steps}"
     if place is not None and (place / "config.json").exists():
         return Subject.open(str(place))

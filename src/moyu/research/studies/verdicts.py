@@ -2,11 +2,11 @@
 
 Every condition has a bound and a margin, the smallest effect that would matter. With a 95 % interval [low, high]:
 
-- above: HOLDS where low > bound and high >= bound + margin; FAILS where high < bound + margin; else INCONCLUSIVE.
+- above: HOLDS if low > bound and high >= bound + margin; FAILS if high < bound + margin; else INCONCLUSIVE.
 - below: the mirror image.
-- within: HOLDS where the interval lies inside bound ± margin (equivalence), FAILS where it lies outside, else INCONCLUSIVE.
+- within: HOLDS if the interval lies inside bound ± margin (equivalence), FAILS if it lies outside, else INCONCLUSIVE.
 
-So "no effect" is only ever found by an interval that excludes the smallest effect of interest, never by p > 0.05.
+So "no effect" is only concluded if the interval excludes the smallest effect of interest, never from p > 0.05.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Verdict = Literal["HOLDS", "FAILS", "INCONCLUSIVE"]
 
 @dataclass(frozen=True)
 class Condition:
-    """One thing a claim predicts."""
+    """One prediction of a claim."""
 
     name: str
     meaning: str  # of the number
@@ -42,7 +42,7 @@ class Condition:
         return f"holds if the interval lies within {low:g} to {high:g}; refuted if it lies outside"
 
     def verdict(self, interval: Interval | None) -> Verdict:
-        """What the rule says of an interval; INCONCLUSIVE where there is none."""
+        """The verdict on an interval; INCONCLUSIVE without one."""
         if interval is None:
             return "INCONCLUSIVE"
         if self.kind == "within":
@@ -59,14 +59,14 @@ class Condition:
     def power(self, interval: Interval) -> float:
         """Power at the smallest effect of interest, with the standard error that was reached.
 
-        A pure upper limit has no margin of its own: the chance to stay below it where nothing is there.
+        An upper limit has no margin of its own; then it is the probability to stay below the limit if there is no effect.
         """
         return power(interval.error, self.margin or abs(self.bound))
 
 
 @dataclass(frozen=True)
 class Control:
-    """What must be true of the instrument: where it is not, the study says nothing."""
+    """A check of the instrument. If it fails, the study is inconclusive."""
 
     name: str
     meaning: str
@@ -79,23 +79,23 @@ class Control:
         return f"{self.kind} {self.limit:g}"
 
     def passed(self, value: float) -> bool:
-        """Whether the value respects the limit; nan does not."""
+        """Whether the value is within the limit; nan is not."""
         return value <= self.limit if self.kind == "at most" else value >= self.limit
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a study measured."""
+    """The measurements of a study."""
 
     estimates: Mapping[str, Interval]  # by condition
     controls: Mapping[str, float] = field(default_factory=dict)  # by control
-    nulls: Mapping[str, float] = field(default_factory=dict)  # what chance, popularity or an untrained model reach
+    nulls: Mapping[str, float] = field(default_factory=dict)  # values of chance, popularity or an untrained model
     details: Mapping[str, Any] = field(default_factory=dict)  # plain values, for tables and figures
     notes: tuple[str, ...] = ()
 
 
 def judge(conditions: Iterable[Condition], controls: Iterable[Control], finding: Finding) -> Verdict:
-    """HOLDS where every condition holds, FAILS where one fails, INCONCLUSIVE otherwise and where a control did not pass."""
+    """HOLDS if every condition holds, FAILS if one fails; INCONCLUSIVE otherwise, or if a control fails."""
     if not all(c.passed(finding.controls.get(c.name, float("nan"))) for c in controls):
         return "INCONCLUSIVE"
     found = {c.verdict(finding.estimates.get(c.name)) for c in conditions}

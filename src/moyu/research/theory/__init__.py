@@ -1,6 +1,6 @@
-"""The paper's quantities as pure functions: each with its equation, its shapes and its source.
+"""The paper's quantities as pure functions, each with its equation, its shapes and its source.
 
-"The paper" is MOYU, arXiv 2406.12569. Nothing here loads a model or reads a file; `moyu.research.studies` does, and asks these.
+"The paper" is MOYU, arXiv 2406.12569. Nothing here loads a model or reads a file; `moyu.research.studies` does.
 """
 
 from moyu.measure.statistics import (

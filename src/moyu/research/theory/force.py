@@ -1,8 +1,8 @@
-"""What the mean gradient at initialisation does to each activation function: the sign of sigma sigma' = (sigma^2)' / 2.
+"""The force of the mean gradient at initialisation on each activation function: the sign of sigma sigma' = (sigma^2)' / 2.
 
-Descent moves p against it. ReLU and ReLU^2 end in a dead zone that returns no gradient; GELU and SiLU are drawn to 0 from
-above, and from below down to a turning point; below that they fall towards minus infinity. None of the smooth ones is ever
-exactly 0. Derived from the convexity of the loss, for any activation.
+Gradient descent moves p against the force. ReLU and ReLU^2 end in a dead zone without gradient. GELU and SiLU move to 0
+from above, and from below down to a turning point; further below they fall towards minus infinity. The smooth functions are
+never exactly 0. Derived from the convexity of the loss, for any activation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SMOOTH = {"gelu": -1.0, "silu": -1.5}  # a pre-activation below the minimum of t
 
 @dataclass(frozen=True)
 class Force:
-    """An activation and its slope at pre-activations p, and the direction that follows."""
+    """An activation and its slope at pre-activations p, and the resulting force."""
 
     values: Tensor  # sigma(p), the shape of p
     slopes: Tensor  # sigma'(p)
@@ -43,7 +43,7 @@ def force(name: str, p: Tensor) -> Force:
 
 @cache
 def turning_point(name: str) -> float | None:
-    """The p < 0 at which the force on a smooth activation changes sign (its minimum); None where there is none."""
+    """The p < 0 at which the force on a smooth activation changes sign (its minimum), or None."""
     if name not in SMOOTH:
         return None
 

@@ -1,4 +1,4 @@
-"""Importance as a running sum over past inputs, the paper's recursion, in the three forms that are in use.
+"""Importance as a running sum over past inputs: the paper's recursion, in the three forms in use.
 
     Theta_i = |V| grad L_i + Theta_{i-1}                                                                           (9)
 
@@ -27,13 +27,13 @@ def snip_step(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def taylor_step(values: Tensor, gradients: Tensor) -> Tensor:
-    """sum_t |a_tj dl/da_tj|, a number a neuron: (T, f) each -> (f,). Its signed version is T times the sign statistic."""
+    """sum_t |a_tj dl/da_tj|, one value per neuron: (T, f) each -> (f,). Its signed version is T times the sign statistic."""
     return (values * gradients).abs().sum(0)
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Theta after some inputs; a value, like everything here."""
+    """Theta after some inputs. Immutable."""
 
     total: Tensor
     inputs: int = 0

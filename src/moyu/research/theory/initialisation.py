@@ -3,7 +3,7 @@
     f = V sigma(p),   l_CE = -<y, log softmax(f)>,   l_MSE = ||f - y||^2                                       (1, 2)
 
 At initialisation, with y independent of a zero-mean V, the mean gradient of both losses has the sign of sigma sigma':
-descent pushes an active ReLU neuron down (the paper's theorem, 3; the MSE companion, 4). How hard is the Gini law (6).
+descent pushes an active ReLU neuron down (the paper's theorem, 3; its form for MSE, 4). The Gini law (6) gives the size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def mse_gradient(v: Tensor, values: Tensor, slopes: Tensor, y: Tensor) -> Tensor
 
 
 def gini_impurity(probabilities: Tensor) -> Tensor:
-    """1 - ||s||^2 of a distribution over outputs: (..., K) -> (...); 0 for a certain one, 1 - 1/K for a uniform one."""
+    """1 - ||s||^2 of a distribution over outputs: (..., K) -> (...); 0 if one output is certain, 1 - 1/K if all are equal."""
     return 1 - probabilities.square().sum(-1)
 
 

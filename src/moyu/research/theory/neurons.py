@@ -1,4 +1,4 @@
-"""A feed-forward network as a sum of neurons, and what is lost when some are left out.
+"""A feed-forward network as a sum of neurons, and the error from leaving some out.
 
     o = sum_j n_j,  n_j = a_j w_j,  ||n_j|| = |a_j| ||w_j||                                                        (8)
     CETT(D) = ||sum_{j in D} n_j|| / ||o||                                                                        (10)
@@ -37,6 +37,6 @@ def cett_bound(values: Tensor, down: Tensor, dropped: Tensor) -> Tensor:
 
 
 def participation_ratio(values: Tensor) -> Tensor:
-    """(sum a^2)^2 / (m sum a^4): (..., m) -> (...). 1 where all are equal, 1/m where one neuron does everything."""
+    """(sum a^2)^2 / (m sum a^4): (..., m) -> (...). 1 if all are equal, 1/m if one neuron does everything."""
     squares = values.square()
     return squares.sum(-1).square() / (values.shape[-1] * squares.square().sum(-1)).clamp(min=TINY)

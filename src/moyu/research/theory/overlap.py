@@ -2,8 +2,8 @@
 
     kappa_J = (J - J_0) / (1 - J_0),  J = |A & B| / |A | B|                                                       (13)
 
-The uniform null draws sets of these sizes at random. The popularity null draws neuron j with its own frequency: what
-remains above it is no mere preference for the same few neurons.
+The uniform null draws sets of these sizes at random. The popularity null draws neuron j with its own frequency; overlap
+above it is more than a preference for the same few neurons.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def jaccard(a: Tensor, b: Tensor) -> Tensor:
 
 
 def uniform_null(first: Tensor | float, second: Tensor | float, neurons: int) -> Tensor:
-    """Jaccard to expect of independent uniform sets of these sizes: E|A & B| / E|A | B|. k/(2m - k) where both are k."""
+    """Expected Jaccard of independent uniform sets of these sizes: E|A & B| / E|A | B|; k/(2m - k) if both have size k."""
     both = torch.as_tensor(first, dtype=torch.float64) * torch.as_tensor(second, dtype=torch.float64) / neurons
     return both / (torch.as_tensor(first) + torch.as_tensor(second) - both).clamp(min=1e-12)
 

@@ -1,9 +1,9 @@
-"""Does a neuron raise the loss? To first order, taking it out changes the loss by -a dl/da.
+"""Does a neuron raise the loss? To first order, removing it changes the loss by -a dl/da.
 
     G_j = 1/T sum_t a_tj dl/da_tj = 1/T <w_j, dl/dw_j>                                                             (7)
 
-Theory wants G > 0 at initialisation. At a stationary point of training G is 0 exactly, and negative under weight decay: a
-trained model without a positive G refutes nothing.
+The theory predicts G > 0 at initialisation. At a stationary point of training G is exactly 0, and negative under weight
+decay; so a trained model without a positive G refutes nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def sign_statistic(values: Tensor, gradients: Tensor) -> Tensor:
-    """G from the neurons' side: values a and dl/da, (T, f) each, l summed over tokens -> (f,)."""
+    """G from the neurons: values a and dl/da, (T, f) each, l summed over tokens -> (f,)."""
     return (values * gradients).mean(0)
 
 
 def sign_statistic_of_weights(down: Tensor, gradient: Tensor, tokens: int) -> Tensor:
-    """G from the weights' side: down (d, f) and dl/d down (d, f), l summed over `tokens` tokens -> (f,)."""
+    """G from the weights: down (d, f) and dl/d down (d, f), l summed over `tokens` tokens -> (f,)."""
     return (down * gradient).sum(0) / tokens
 
 

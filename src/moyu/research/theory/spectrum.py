@@ -1,4 +1,4 @@
-"""Structure of a matrix of activations: how much one direction, one group or one factor explains."""
+"""Structure of a matrix of activations: the share explained by one direction, group or factor."""
 
 from __future__ import annotations
 

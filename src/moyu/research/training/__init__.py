@@ -1,4 +1,4 @@
-"""The trainer that made the zoo: a tokenizer, token files, and resumable training of small decoders in matched sizes."""
+"""The trainer of the zoo: tokenizer, token files, and resumable training of small decoders of matched sizes."""
 
 from __future__ import annotations
 
@@ -35,21 +35,23 @@ from moyu.measure.evaluation import bits_per_byte
 from moyu.measure.text import scored_bytes
 from moyu.model import loading, zoo
 from moyu.model.zoo import corpus
+from moyu.research.studies import root_cause
+from moyu.research.studies.subject import Subject
 from moyu.weights.files import atomic_write_text
 
 VOCABULARY = 4096
 LENGTH = 512
 WARM_UP, DECAY = 200, 0.1
 EVIDENCE_WINDOWS, SHUFFLED_FILES = 256, 40  # held-out windows scored; held-out files whose words are shuffled
-WATCHED = 4  # held-out windows that are looked at while a model trains
-LOOKS = tuple(4**i for i in range(16))  # steps after which they are looked at, beside the first and the last
+WATCHED = 4  # held-out windows for measurements during training
+LOOKS = tuple(4**i for i in range(16))  # steps after which these are made, besides the first and the last
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 
 
 @dataclass(frozen=True)
 class Size:
-    """Widths and depth of a size, gated and plain networks with equal parameters, and how it is trained."""
+    """Widths, depth and training of a size. Gated and plain networks have equal numbers of parameters."""
 
     layers: int
     width: int
@@ -57,13 +59,13 @@ class Size:
     plain: int  # neurons of a plain network
     gated: int  # of a gated one
     tokens: int
-    batch: int  # sequences a step
-    file_tokens: int  # at most, of the training file
+    batch: int  # sequences per step
+    file_tokens: int  # the most tokens of the training file
     peak_rate: float
 
 
 SIZES = {
-    # the shipped models: 26 of the corpus' 54 million tokens, because 52 MB of token files travel to another machine easily
+    # the shipped models: 26 of the corpus' 54 million tokens, which make token files of 52 MB
     "6m": Size(6, 256, 4, 1024, 688, 120_000_000, 64, 26_000_000, 1.5e-3),
     "100m": Size(14, 768, 12, 3072, 2048, 1_000_000_000, 256, 1_000_000_000, 6e-4),
 }
@@ -90,7 +92,7 @@ def build(name: str, seed: int, size: str = SHIPPED) -> PreTrainedModel:
 
 
 def prepare(folder: Path, size: str = SHIPPED) -> dict[str, Any]:
-    """Read the corpus, train the tokenizer, write token files and `listing.json` into `folder`; returns the counts."""
+    """Read the corpus, train the tokenizer, write token files and `listing.json` into `folder`. Returns the counts."""
     most = SIZES[size].file_tokens
     folder.mkdir(parents=True, exist_ok=True)
     splits = corpus.collect()
@@ -147,11 +149,8 @@ def rate(step: int, steps: int, peak: float) -> float:
 def watch(model: PreTrainedModel, data: Path) -> list[list[float]]:
     """The series of `studies.root_cause` (SERIES) of every layer, on the first held-out windows: (series, layers).
 
-    On a copy in float32, so that training goes on as if nobody had looked.
+    Measured on a copy in float32, so that training is not affected.
     """
-    from moyu.research.studies import root_cause
-    from moyu.research.studies.subject import Subject
-
     twin = copy.deepcopy(model).float().eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
     windows = _ids(data / "test.bin")[: WATCHED * LENGTH].view(-1, LENGTH)
@@ -172,10 +171,10 @@ def train(
     checkpoint_every: int = 500,
     watched: bool = False,
 ) -> bool:
-    """Train a zoo model on prepared token files; True when finished, False when `minutes` ran out (call to go on).
+    """Train a zoo model on prepared token files. Returns True when finished, False when `minutes` ran out (call again).
 
-    Deterministic in the data order: step i sees the windows that (seed, i) draws, so a resumed run sees the same text.
-    `watched`: training.json also says what `watch` saw before training, after LOOKS of steps, and at the end.
+    The data order is deterministic: (seed, i) draws the windows of step i, so that a resumed run sees the same text.
+    watched: store the results of `watch` before training, after the steps of LOOKS and at the end in training.json.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     own = SIZES[size]
@@ -249,7 +248,7 @@ def _save(path: Path, state: dict[str, Any]) -> None:
 def export(
     name: str, model: PreTrainedModel, data: Path, out: Path, facts: dict[str, Any], size: str = SHIPPED
 ) -> None:
-    """Write bf16 safetensors, tokenizer and training.json with the evidence that the model is trained."""
+    """Write bf16 safetensors, tokenizer, and training.json with measurements that show that the model is trained."""
     meta = json.loads((data / "meta.json").read_text())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
     untrained = build(name, facts["seed"], size).to(model.device).eval()  # pyright: ignore[reportArgumentType]
@@ -287,7 +286,7 @@ def evidence(
     test: Tensor,
     shuffled: Tensor,
 ) -> dict[str, float]:
-    """Bits a byte of a trained model on held-out ids, beside what it was before training and on shuffled words."""
+    """Bits per byte of a trained model on held-out ids, before training, and on shuffled words."""
     return {
         "held_out": measure(model, tokenizer, test),
         "random_initialisation": measure(untrained, tokenizer, test),
@@ -299,7 +298,7 @@ def evidence(
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, windows: int = EVIDENCE_WINDOWS
 ) -> float:
-    """Bits a byte on the first `windows` windows of ids (n,), over the scored tokens and their bytes.
+    """Bits per byte on the first `windows` windows of ids (n,), over the scored tokens and their bytes.
 
     A document's <bos> has no bytes and is not scored.
     """
@@ -316,7 +315,7 @@ def measure(
 
 
 def measure_shipped(name: str) -> dict[str, Any]:
-    """Measure a shipped model on the held-out files of this machine, and write what was found into its training.json."""
+    """Measure a shipped model on this machine's held-out files and write the result into its training.json."""
     loaded, folder = loading.load(name), zoo.path(name)
     documents = corpus.held_out("test")
     texts = [d.text for d in documents]

@@ -1,0 +1,123 @@
+"""Load a model from a GGUF file: weights as they are stored, configuration and tokenizer from the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from moyu.model.architectures import ARCHITECTURES
+from moyu.model.architectures.base import ROPE_FACTORS, Architecture
+from moyu.model.gguf.configuration import configuration, target
+from moyu.model.gguf.metadata import Metadata
+from moyu.model.gguf.reader import DTYPES, File, read
+from moyu.model.gguf.tokenizer import tokenizer_of
+from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
+from moyu.weights import mapped
+from moyu.weights.blocks import BLOCK, SCALE_BYTES, Blocks, Kind
+
+KINDS: dict[str, Kind] = {"Q8_0": "q8_0", "Q4_0": "q4_0"}
+
+
+def load(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer of a file. Raises UserError for a damaged file and for an unsupported architecture."""
+    file = read(path)
+    tokenizer = tokenizer_of(file)
+    return load_model(file, dtype), tokenizer
+
+
+@torch.no_grad()
+def load_model(file: File, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal LM with the file's weights, for inference.
+
+    Quantised weights are kept bit for bit; quants and scales are stored apart. Matrices of 16 and 32 bits stay views of the mapped
+    file, except a Llama's q and k, whose rows change places. dtype: the type to compute in. By default it is the type that all
+    matrices share; if they differ or are quantised it is float32, which represents the values of every type exactly.
+    """
+    config = configuration(file)
+    architecture = ARCHITECTURES[Metadata(file).architecture]
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    names = _names(file, empty, architecture)
+    kinds = {file.tensors[name].kind for name in names.values() if len(file.tensors[name].shape) > 1}
+    dtype = dtype or (DTYPES.get(next(iter(kinds))) if len(kinds) == 1 else None) or torch.float32
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if architecture.paired else {}
+    state: dict[str, Tensor] = {}
+    blocks: dict[str, Blocks] = {}
+    for parameter, name in names.items():
+        turned = heads.get(parameter.split(".")[-2], 0)
+        if file.tensors[name].kind in KINDS:
+            blocks[parameter] = _blocks(file, name, turned)
+            state[parameter] = torch.zeros((), dtype=dtype).expand(file.tensors[name].shape)  # takes no memory
+            continue
+        weight = file.values(name)
+        if parameter.endswith("norm.weight") and architecture.norms_from:
+            weight = weight.float() - architecture.norms_from
+        state[parameter] = (in_halves(weight, turned) if turned else weight).to(dtype)
+        mapped.let_go(file.stored(name))
+    model = type(empty).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    for parameter, weight in blocks.items():
+        _keep(model, parameter.removesuffix(".weight"), weight, dtype)
+    return model.eval()
+
+
+def _names(file: File, empty: nn.Module, architecture: Architecture) -> dict[str, str]:
+    """The tensor of the file for each parameter. Raises UserError if one is missing, left over or of another shape."""
+    told = Metadata(file)
+    found = {target(architecture, name) or name: name for name in file.tensors if name != ROPE_FACTORS}
+    wanted = dict(empty.named_parameters())
+    for parameter, like in wanted.items():
+        if parameter not in found:
+            raise told.refuse(f"there is no tensor for {parameter}, which a {told.architecture} model has")
+        entry = file.tensors[found[parameter]]
+        if entry.shape != tuple(like.shape):
+            raise told.refuse(f"{entry.name} has shape {entry.shape}, but the metadata say {tuple(like.shape)}")
+        if len(entry.shape) == 1 and entry.kind in KINDS:
+            raise told.refuse(f"{entry.name} is {entry.kind}, but only matrices may be quantised")
+    if left := found.keys() - wanted.keys():
+        raise told.refuse(f"a {told.architecture} model has no tensor {found[min(left)]!r}")
+    return found
+
+
+def _blocks(file: File, name: str, heads: int) -> Blocks:
+    """A quantised matrix of the file, scales and quants apart. heads: rows of that many heads change places (0: none do)."""
+    entry, stored = file.tensors[name], file.stored(name)
+    rows = stored.view(len(stored), entry.shape[1] // BLOCK, -1)  # (q, n / 32, bytes of a block)
+    rows = in_halves(rows, heads) if heads else rows
+    scales = rows[..., :SCALE_BYTES].contiguous().view(torch.float16)[..., 0]
+    quants = rows[..., SCALE_BYTES:].flatten(1)
+    mapped.let_go(stored)
+    kind = KINDS[entry.kind]
+    return Blocks(kind, quants.view(torch.int8) if kind == "q8_0" else quants, scales, len(quants))
+
+
+def _keep(model: PreTrainedModel, place: str, blocks: Blocks, dtype: torch.dtype) -> None:
+    """Replace an embedding or a linear by a module that holds quantised weights."""
+    module = model.get_submodule(place)
+    if not isinstance(module, nn.Embedding):
+        model.set_submodule(place, QuantisedLinear(blocks, module.bias, dtype))  # pyright: ignore[reportArgumentType]
+        return
+    # Gemma multiplies embeddings by a factor: inside the embedding in newer versions of transformers, behind it in older ones.
+    scale = float(getattr(module, "scalar_embed_scale", 1.0))
+    model.set_submodule(place, QuantisedEmbedding(blocks, dtype) if scale == 1 else _Scaled(blocks, dtype, scale))
+    if model.config.tie_word_embeddings:
+        model.set_output_embeddings(QuantisedLinear(blocks, None, dtype))
+
+
+class _Scaled(QuantisedEmbedding):
+    """An embedding whose rows are multiplied by a factor, which is rounded as transformers rounds it."""
+
+    def __init__(self, blocks: Blocks, dtype: torch.dtype, scale: float) -> None:
+        super().__init__(blocks, dtype)
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) -> (..., d)."""
+        return super().forward(ids) * torch.tensor(self.scale, dtype=self.like.dtype, device=self.like.device)
+
+
+def in_halves(rows: Tensor, heads: int) -> Tensor:
+    """Reorder rows (heads * head_dim, ...) of q or k from llama.cpp's rotation pairs to transformers' two halves."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
