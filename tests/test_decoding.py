@@ -30,7 +30,7 @@ from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
 from moyu.kernels import cpu
 from moyu.measure.windows import Windows
-from moyu.methods.selection import TopK
+from moyu.methods.needs import needs
 from moyu.model import dissect, loading, zoo
 from moyu.plan import Plan
 from test_equality import has_sites, padded
@@ -135,8 +135,9 @@ def test_native_steps_are_the_general_ones(structure, name, batch):
     with Applied(model, plan) as applied:
         if applied.decode_run is None:
             method = methods.method(name)
-            by_count = plan is not None and any(isinstance(p.rule, TopK) for _, p in plan.parts.values())
-            assert by_count or not method.by_magnitude, applied.general_because
+            asked = frozenset().union(*(needs(method, site, params) for site, params in plan.parts.values()))
+            general = {"top_k", "low_rank", "neurons by score", "neurons by magnitude", "heads by score"}
+            assert asked & general, applied.general_because
             assert method.granularity == "token"
             return
         native, counted = decode(model, applied, ids, mask)

@@ -10,8 +10,8 @@ import torch
 import moyu
 from moyu import methods
 from moyu.engine.applied import Applied
-from moyu.methods.base import Keep, Refresh, Step
 from moyu.methods.clada import OnSurprise, surprise, turn
+from moyu.methods.control import Keep, Refresh, Step
 from test_equality import plan_for
 from tiny import build, tokens
 

@@ -19,8 +19,9 @@ from moyu.calibration.compensation import log_probs
 from moyu.engine.applied import Applied
 from moyu.engine.execution import SiteState
 from moyu.methods import selection
-from moyu.methods.base import Rows, Site
 from moyu.methods.selection import Soft, Threshold
+from moyu.methods.trained import is_joint
+from moyu.methods.values import Rows, Site
 
 if TYPE_CHECKING:
     from moyu.measure.windows import Windows
@@ -101,6 +102,8 @@ def _soft(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Stage 1. Leaves trained routers in the states, as plain tensors of the model's type."""
+    method = None if applied.plan is None else applied.plan.method
+    assert method is not None and is_joint(method)
     before: list[Mapping[str, Tensor]] = [state.params.buffers for state in states]
     learned = [{n: nn.Parameter(t.float().clone()) for n, t in buffers.items()} for buffers in before]
     for state, buffers in zip(states, learned, strict=True):
@@ -115,7 +118,7 @@ def _soft(
         gates = _Gates()
         task = _task(applied, tokens, windows.prompt, gates, tuned=bool(weights))
         seen = torch.cat(gates.seen)
-        loss = task + applied.plan.method.penalty(seen, eta)  # pyright: ignore[reportOptionalMemberAccess]
+        loss = task + method.penalty(seen, eta)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -18,7 +18,8 @@ from moyu.engine.execution import DenseLinear, ExpertsCall, FfnCall, SiteState
 from moyu.engine.runtime import Chooser, ForwardCall, GenerateCall, Observer, Pass, SequenceMemory, TrainCall
 from moyu.errors import UserError
 from moyu.kernels import Backend
-from moyu.methods.base import ATTENTION, Controller, Rows, Tap
+from moyu.methods.control import Controller
+from moyu.methods.values import ATTENTION, Rows, Tap
 from moyu.model import anatomy, dissect, layout, networks
 from moyu.model.anatomy import Anatomy
 

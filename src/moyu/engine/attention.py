@@ -15,7 +15,8 @@ from moyu import kernels
 from moyu.engine import runtime
 from moyu.engine.execution import Executor, SiteState
 from moyu.errors import UserError
-from moyu.methods.base import ATTENTION, READS, KvPolicy, Rows, Tap, head_norms
+from moyu.methods.heads import KvPolicy, head_norms
+from moyu.methods.values import ATTENTION, READS, Rows, Tap
 from moyu.model import networks
 from moyu.model.anatomy import Block
 

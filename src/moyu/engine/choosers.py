@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moyu.engine.execution import Hindsight
 from moyu.methods import selection
-from moyu.methods.base import Granularity, Rows, Site
+from moyu.methods.base import Granularity
 from moyu.methods.random import uniform
+from moyu.methods.values import Rows, Site
 
 
 class Recorder:

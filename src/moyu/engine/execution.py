@@ -17,7 +17,10 @@ from torch.nn import functional
 from moyu import kernels
 from moyu.engine import runtime
 from moyu.methods import selection
-from moyu.methods.base import ATTENTION, NOTHING, Method, Rows, Site, SiteParams, Tap
+from moyu.methods.base import Method
+from moyu.methods.magnitude import rest_of
+from moyu.methods.sequence import remembers
+from moyu.methods.values import ATTENTION, NOTHING, Rows, Site, SiteParams, Tap
 from moyu.model import experts, layout
 from moyu.model.anatomy import Block, Experts, Piece, product
 
@@ -81,7 +84,7 @@ class SiteState:
     def remember(self, x: Tensor, rows: Rows, state: Pass) -> None:
         """Let the dense valid rows of the tap `x` (N, n) into the sequence memory."""
         dense = rows.valid & ~rows.sparse
-        if self.method.granularity != "sequence" or not bool(dense.any()):
+        if not remembers(self.method) or not bool(dense.any()):
             return
         memory = state.memory
         before = memory.sites.get(self.site.key, {})
@@ -218,7 +221,7 @@ class Executor:
 
     def complete(self, y: Tensor, x: Tensor, mask: Tensor, site: SiteState, rows: Rows) -> Tensor:
         """Add what skipped units give all the same to sparse rows: y (N, q), what was decided from (N, n), mask (N, units)."""
-        rest = site.method.rest_of(x, mask, site.site, site.params)
+        rest = rest_of(site.method, x, mask, site.site, site.params)
         return y if rest is None else y + torch.where(rows.sparse[:, None], rest.to(y.dtype), 0)
 
     def compensate(self, y: Tensor, name: str, site: SiteState, rows: Rows) -> Tensor:
@@ -260,7 +263,7 @@ class Hindsight:
         params, total = self.site.params, self.x.new_zeros(len(self.x))
         rest = torch.where(mask, 0, self.x)
         rest = rest if params.basis is None else rest @ params.basis.to(rest).t()
-        given = self.site.method.rest_of(self.x, mask, self.site.site, params)
+        given = rest_of(self.site.method, self.x, mask, self.site.site, params)
         for name in self.site.site.linears:
             lost = functional.linear(rest, self.executor.block.pieces[name].weight.detach())
             if params.low_rank is not None:

@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache
 
 from moyu import kernels
 from moyu.errors import UserError
-from moyu.methods.base import Keep, Refresh, Rows, Site, Step, Tap
+from moyu.methods.control import Keep, Refresh, Step
+from moyu.methods.values import Rows, Site, Tap
 
 if TYPE_CHECKING:
     from moyu.engine.applied import Applied

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from moyu import methods
 from moyu.kernels import activation
-from moyu.methods.base import READS, Acts, Method, Rows, Site, Tap
+from moyu.methods.base import Method
+from moyu.methods.values import READS, Acts, Rows, Site, Tap
 from moyu.model.anatomy import Block, Piece
 
 WIDTH, NEURONS = 256, 688  # of the embedded models, whose block the shares are of

@@ -16,7 +16,7 @@ from moyu import kernels
 from moyu.engine import runtime
 from moyu.engine.steps.layers import PlainLayer
 from moyu.kernels import cpu
-from moyu.methods.base import NOTHING
+from moyu.methods.values import NOTHING
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 
 if TYPE_CHECKING:
