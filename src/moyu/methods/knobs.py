@@ -26,6 +26,8 @@ class Legal:
             return self.optional
         if self.one_of is not None:
             return value in self.one_of
+        if isinstance(value, str):
+            return False
         return (  # written so that nan is refused
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
