@@ -14,10 +14,12 @@ import moyu
 from moyu import kernels, methods
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter, Recorder
+from moyu.engine.execution import Executor
 from moyu.measure import accounting
 from moyu.measure.windows import Windows
 from moyu.methods import knobs
 from moyu.methods.magnitude import factors_of, remainder_of, rest_of
+from moyu.methods.needs import needs
 from moyu.methods.selection import Threshold, TopK
 from moyu.model import dissect
 from moyu.plan import Plan
@@ -162,6 +164,19 @@ def test_kernels_read_what_the_formula_says(name):
             proxy += method.score_bytes(site, params) - (0 if factors is None else factors.nbytes)
     # Nor is the embedding's row the kernels'.
     assert counted.total == total - counter.skipped_bytes - norms - 64 * 4 + proxy
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_a_plan_needs_is_known_to_the_general_step(name):
+    model, method = applicable("reglu", name)
+    plan = plan_for(model, method)
+    for site, params in plan.parts.values():
+        asked = needs(method, site, params)
+        assert asked <= Executor.CAN
+        assert sum(f"{site.skips} by " in word for word in asked) == 1  # one way to decide
+        masks = method.granularity != "token"
+        assert (f"{site.skips} by masks" in asked) == masks
+        assert ("top_k" in asked) == (isinstance(params.rule, TopK) and not masks)
 
 
 def test_a_shared_mask_is_decided_and_counted_once():

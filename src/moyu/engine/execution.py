@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from moyu.engine import runtime
 from moyu.methods import selection
 from moyu.methods.base import Method
 from moyu.methods.magnitude import rest_of
+from moyu.methods.needs import ALL
 from moyu.methods.sequence import remembers
 from moyu.methods.values import ATTENTION, NOTHING, Rows, Site, SiteParams, Tap
 from moyu.model import experts, layout
@@ -94,6 +95,8 @@ class SiteState:
 
 class Executor:
     """What every replaced forward shares: choosing masks and making products."""
+
+    CAN: ClassVar[frozenset[str]] = ALL  # what a site may ask, `moyu.methods.needs`
 
     def __init__(self, applied: Applied, block: Block, states: list[SiteState], lookahead: set) -> None:
         self.applied, self.block, self.states, self.lookahead = applied, block, states, lookahead

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moyu.plan import Plan
 
 # What a site may ask here, `moyu.methods.needs`: any mask of columns, rows or neurons, and nothing that adds to a product.
-CAN = {n for n in ANY if not n.startswith("heads")} | {"factors", "top_k", "units", "lookahead"}
+CAN = frozenset(n for n in ANY if not n.startswith("heads")) | {"factors", "top_k", "units", "lookahead"}
 
 
 def refuse(anatomy: Anatomy, plan: Plan | None, engine: str) -> None:

@@ -14,9 +14,10 @@ from typing import get_args
 
 from moyu.methods.base import Method
 from moyu.methods.magnitude import Magnitude
-from moyu.methods.values import Site, SiteParams, Skips
+from moyu.methods.values import PARAMS, Site, SiteParams, Skips
 
 ANY = frozenset(f"{skips} by {how}" for skips in get_args(Skips) for how in ("magnitude", "score", "masks"))
+ALL = ANY | PARAMS | {"factors", "remainder", "remainder without a kernel", "lookahead"}
 
 
 def needs(method: Method, site: Site, params: SiteParams) -> frozenset[str]:

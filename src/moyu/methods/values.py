@@ -180,6 +180,9 @@ def _parts() -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(SiteParams) if "need" in f.metadata]
 
 
+PARAMS = frozenset(part.metadata["need"] for part in _parts()) | {"top_k", "soft"}  # every word of `SiteParams.needs`
+
+
 def _names(part: dataclasses.Field[Any]) -> tuple[str, ...]:
     return part.metadata["names"] or (part.name,)
 
