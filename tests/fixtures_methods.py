@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from moyu.methods.base import Refresh, SiteParams, column_site, head_sites, neuron_site, row_site
-from moyu.methods.cats import Cats
+from moyu.methods.base import Family, Method
+from moyu.methods.control import Keep, Refresh
+from moyu.methods.fitting import at_quantile
 from moyu.methods.griffin import Griffin
-from moyu.methods.selection import PerUnitThreshold, quantile
+from moyu.methods.selection import quantile
+from moyu.methods.sites import column_site, grouped, head_sites, neuron_sites
 from moyu.methods.teal import Teal
 
 
 @dataclass(frozen=True)
-class Countdown(Cats):
-    """Up first: rows of gate and columns of down."""
+class Router(Method):
+    """A fixed random router on the site's tap, with a threshold."""
 
-    def sites(self, block):
-        return (row_site(block, "up"),) if block.gated else ()
-
-
-@dataclass(frozen=True)
-class PerUnit(Cats):
-    """A threshold a neuron (CHESS)."""
+    name: ClassVar[str] = "router"
+    paper: ClassVar[str] = "none"
+    family: ClassVar[Family] = "reference"
 
     def fit(self, site, acts, target):
-        scores = acts.sparse["gate"].abs()
-        return SiteParams(rule=PerUnitThreshold(scores.quantile(target, dim=0)))
+        generator = torch.Generator().manual_seed(site.layer)
+        router = torch.randn(site.units, acts.dense[site.reads].shape[1], generator=generator)
+        return at_quantile(self, site, acts, target, {"router": router})
+
+    def score(self, x, rows, site, params, memory):
+        return x @ params.buffers["router"].to(x.dtype).T
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,11 @@ class Centred(Teal):
 
 
 @dataclass(frozen=True)
-class LookAhead(Cats):
-    """Layer l decides from the attention input of layer l - 1."""
+class LookAhead(Router):
+    """Layer l decides from the network's input of layer l - 1."""
 
     def sites(self, block):
-        if block.layer == 0:
-            return ()
-        return (dataclasses.replace(neuron_site(block, "mlp_in", block.layer - 1), reads="mlp_in"),)
-
-    def prepare(self, site, acts):
-        generator = torch.Generator().manual_seed(site.layer)
-        return {"router": torch.randn(site.units, acts.dense["mlp_in"].shape[1], generator=generator)}
-
-    def score(self, x, rows, site, params, memory):
-        return x @ params.buffers["router"].to(x.dtype).T
+        return neuron_sites(block, "mlp_in", block.layer - 1) if block.layer else ()
 
 
 @dataclass(frozen=True)
@@ -85,10 +79,7 @@ class Blocked(Griffin):
     """Blocks of 8 neurons, decided by the prompt."""
 
     def sites(self, block):
-        if not block.has_ffn:
-            return ()
-        site = neuron_site(block, "mid")
-        return (dataclasses.replace(site, units=site.units // 8, unit_bytes=site.unit_bytes * 8),)
+        return tuple(grouped(site, site.units // 8) for site in neuron_sites(block, "mid"))
 
     def fit(self, site, acts, target):
         return dataclasses.replace(
@@ -100,18 +91,11 @@ class Blocked(Griffin):
 
 
 @dataclass(frozen=True)
-class Heads(Cats):
-    """Whole heads by a fixed random router (Deja Vu's heads)."""
+class Heads(Router):
+    """Whole heads (Deja Vu's heads)."""
 
     def sites(self, block):
         return head_sites(block)
-
-    def prepare(self, site, acts):
-        generator = torch.Generator().manual_seed(site.layer)
-        return {"router": torch.randn(site.units, acts.dense["attn_in"].shape[1], generator=generator)}
-
-    def score(self, x, rows, site, params, memory):
-        return x @ params.buffers["router"].to(x.dtype).T
 
 
 class Every:
@@ -121,8 +105,6 @@ class Every:
         self.period, self.tokens, self.events = period, tokens, []
 
     def after(self, step):
-        from moyu.methods.base import Keep
-
         if step.index % self.period == 0:
             self.events.append(step.tokens.shape[1])
             return Refresh(self.tokens)
@@ -130,8 +112,6 @@ class Every:
 
 
 FIXTURES = {
-    "countdown": Countdown(),
-    "per-unit": PerUnit(),
     "low-rank": LowRank(),
     "rotated": Rotated(),
     "centred": Centred(),

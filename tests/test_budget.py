@@ -154,7 +154,7 @@ def test_settings_of_weights_in_blocks_are_of_fewer_bits_and_have_kernels(weight
     assert (reader.bits, reader.planes) == (bits, False)
     settings = methods.method("estimate").settings_for(reader.bits, reader.planes)
     assert {m.knobs()["rest"] for m in settings} == rests
-    assert all(m.kernels_decide for m in settings)
+    assert all(m.in_blocks or not m.rest for m in settings)
     assert Reader(model, reader.anatomy, Storage(4)).planes
 
 

@@ -29,7 +29,7 @@ from moyu.engine.applied import Applied
 from moyu.engine.choosers import Recorder
 from moyu.kernels import cpu
 from moyu.measure.windows import Windows
-from moyu.methods.selection import TopK
+from moyu.methods.needs import needs
 from moyu.model import dissect, loading, zoo
 from moyu.plan import Plan
 from tiny import GATED, WIDE, build, tokens
@@ -136,8 +136,9 @@ def test_native_steps_are_the_general_ones(structure, name, batch):
     with Applied(model, plan) as applied:
         if applied.native is None:
             method = methods.method(name)
-            by_count = plan is not None and any(isinstance(p.rule, TopK) for _, p in plan.parts.values())
-            assert by_count or not method.by_magnitude, applied.general_because
+            asked = frozenset().union(*(needs(method, site, params) for site, params in plan.parts.values()))
+            general = {"top_k", "low_rank", "neurons by score", "neurons by magnitude", "heads by score"}
+            assert asked & general, applied.general_because
             assert method.granularity == "token"
             pytest.skip(f"{name} is not native here: {applied.general_because}")
         native, counted = decode(model, applied, ids, mask)

@@ -96,7 +96,7 @@ def test_what_cannot_be_frozen_is_refused():
         frozen(model, plan_for(model, "cats"))
     with pytest.raises(UserError, match="decides anew"):
         frozen(model, plan_for(model, "griffin"))
-    with pytest.raises(UserError, match="no plain threshold"):
+    with pytest.raises(UserError, match="top_k"):
         frozen(model, plan_for(model, "wina"))
     model = build("llama")
     plan = plan_for(model, "griffin")

@@ -14,7 +14,7 @@ from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter, Recorder, Replayer
 from moyu.measure import accounting
 from moyu.measure.windows import Windows
-from moyu.methods.base import KV_POLICIES
+from moyu.methods.heads import KV_POLICIES
 from moyu.model import dissect
 from moyu.plan import Plan
 from tiny import build, tokens

@@ -16,7 +16,7 @@ from moyu.calibration import walk
 from moyu.calibration.budget import Reader, plan_for_bytes, solve, ways
 from moyu.commands import pipeline
 from moyu.measure.storage import Storage
-from moyu.methods.estimate import Estimate, factors
+from moyu.methods.estimate import Estimate, best_map
 from moyu.reporting import scoreboard, write_scoreboard
 from moyu.research import trinity
 
@@ -123,7 +123,7 @@ def test_factors_are_the_best_of_their_rank():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 24, generator=generator) * torch.linspace(3, 0.1, 24)
     weight = torch.randn(40, 24, generator=generator)
-    outer, inner = factors(weight, x, 6)
+    outer, inner = best_map(weight, x, 6)
     assert outer.shape == (40, 6) and inner.shape == (6, 24)
     found = float((x @ (weight - outer @ inner).t()).square().sum())
     ideal = float(torch.linalg.svdvals((x @ weight.t()).double())[6:].square().sum())

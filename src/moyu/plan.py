@@ -20,8 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from moyu import methods
 from moyu.errors import UserError
-from moyu.methods.base import KvPolicy, Method, Site, SiteParams
-from moyu.methods.selection import PerUnitThreshold, Threshold, TopK
+from moyu.methods.base import Method
+from moyu.methods.heads import KvPolicy
+from moyu.methods.selection import Threshold, TopK
+from moyu.methods.values import Site, SiteParams
 from moyu.model.anatomy import Anatomy, Block, Piece
 from moyu.model.quantised import weight_format
 from moyu.weights.files import atomic_write_bytes
@@ -137,16 +139,7 @@ class Plan:
                     entry["rule"] = {"threshold": "-inf" if value == -math.inf else value}
                 case TopK(k):
                     entry["rule"] = {"top_k": k}
-                case PerUnitThreshold(values):
-                    entry["rule"] = {"per_unit": True}
-                    tensors[f"{key}/rule"] = values
-            for name in ("blocks", "basis", "centre", "bias"):
-                if getattr(params, name) is not None:
-                    tensors[f"{key}/{name}"] = getattr(params, name)
-            for name, tensor in zip(("outer", "inner"), params.low_rank or (), strict=False):
-                tensors[f"{key}/{name}"] = tensor
-            for name, tensor in params.buffers.items():
-                tensors[f"{key}/buffer.{name}"] = tensor
+            tensors |= {f"{key}/{name}": tensor for name, tensor in params.tensors().items()}
             parts.append(entry)
         header = {
             "format": FORMATS[bool(self.settings)],
@@ -198,21 +191,8 @@ class Plan:
 
 def _params(key: str, rule: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SiteParams:
     own = {k.removeprefix(f"{key}/"): v for k, v in tensors.items() if k.startswith(f"{key}/")}
-    if "threshold" in rule:
-        parsed = Threshold(float(rule["threshold"]))
-    elif "top_k" in rule:
-        parsed = TopK(rule["top_k"])
-    else:
-        parsed = PerUnitThreshold(own["rule"])
-    return SiteParams(
-        rule=parsed,
-        blocks=own.get("blocks"),
-        basis=own.get("basis"),
-        centre=own.get("centre"),
-        low_rank=(own["outer"], own["inner"]) if "outer" in own else None,
-        bias=own.get("bias"),
-        buffers={k.removeprefix("buffer."): v for k, v in own.items() if k.startswith("buffer.")},
-    )
+    parsed = Threshold(float(rule["threshold"])) if "threshold" in rule else TopK(rule["top_k"])
+    return SiteParams.of(parsed, own)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from moyu.methods.base import Acts, Method, Rows, Site, SiteParams
+from moyu.methods.base import Method
 from moyu.methods.selection import select
+from moyu.methods.values import Acts, Rows, Site, SiteParams
 from moyu.model.anatomy import Block, Piece
 
 D, F, N = 12, 24, 40

@@ -11,8 +11,8 @@ import moyu
 from equality import plan_for
 from moyu import methods
 from moyu.engine.applied import Applied
-from moyu.methods.base import Keep, Refresh, Step
 from moyu.methods.clada import OnSurprise, surprise, turn
+from moyu.methods.control import Keep, Refresh, Step
 from tiny import build, tokens
 
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from moyu.engine.execution import Executor
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
@@ -17,6 +18,9 @@ from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter, Recorder
 from moyu.measure import accounting
 from moyu.measure.windows import Windows
+from moyu.methods import knobs
+from moyu.methods.magnitude import factors_of, remainder_of, rest_of
+from moyu.methods.needs import needs
 from moyu.methods.selection import Threshold, TopK
 from moyu.model import dissect
 from moyu.plan import Plan
@@ -151,15 +155,28 @@ def test_kernels_read_what_the_formula_says(name):
     assert counter.skipped_bytes > 0
     proxy = sum(p.bias.numel() * 4 for _, p in plan.parts.values() if p.bias is not None)
     for site, params in plan.parts.values():
-        rest, skipped = method.rest_blocks(site, params), ~masks[site.key]
-        if rest is not None:  # of a group of 32 columns its scales are read with any of them
+        rest, skipped = remainder_of(method, site, params), ~masks[site.key]
+        if rest is not None and rest.blocks is not None:  # a group of 32 columns has its scales read with any of them
             groups = {i // 32 for i in skipped.nonzero()[:, 0].tolist()}
-            proxy += int(skipped.sum()) * rest.column_bytes + len(groups) * 2 * rest.outputs
-    if method.name == "prox":  # the kernels multiply its copy too; norms of columns are not theirs
-        proxy += accounting.added_bytes(plan, dissect.dissect(model))
-        proxy -= sum(p.buffers["norms"].nbytes for _, p in plan.parts.values() if "norms" in p.buffers)
+            proxy += int(skipped.sum()) * rest.blocks.column_bytes + len(groups) * 2 * rest.blocks.outputs
+        if method.scores_on_kernels:  # all that it reads to decide, but for factors
+            factors = factors_of(method, site, params)
+            proxy += method.score_bytes(site, params) - (0 if factors is None else factors.nbytes)
     # Nor is the embedding's row the kernels'.
     assert counted.total == total - counter.skipped_bytes - norms - 64 * 4 + proxy
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_a_plan_needs_is_known_to_the_general_step(name):
+    model, method = applicable("reglu", name)
+    plan = plan_for(model, method)
+    for site, params in plan.parts.values():
+        asked = needs(method, site, params)
+        assert asked <= Executor.CAN
+        assert sum(f"{site.skips} by " in word for word in asked) == 1  # one way to decide
+        masks = method.granularity != "token"
+        assert (f"{site.skips} by masks" in asked) == masks
+        assert ("top_k" in asked) == (isinstance(params.rule, TopK) and not masks)
 
 
 def test_a_shared_mask_is_decided_and_counted_once():
@@ -313,10 +330,10 @@ def test_what_skipped_columns_give_has_a_gradient():
     x = torch.randn(3, site.units, generator=torch.Generator().manual_seed(0))
     mask = torch.rand(3, site.units, generator=torch.Generator().manual_seed(1)) < 0.5
     free = x.clone().requires_grad_()
-    given = plan.method.rest_of(free, mask, site, params)
+    given = rest_of(plan.method, free, mask, site, params)
     given.sum().backward()
     assert free.grad is not None and bool((free.grad != 0).eq(~mask).all())
-    assert (given - plan.method.rest_of(x, mask, site, params)).abs().max() < 0.02 * given.abs().max()
+    assert (given - rest_of(plan.method, x, mask, site, params)).abs().max() < 0.02 * given.abs().max()
 
 
 def test_thresholds_of_methods_are_finite():
@@ -326,52 +343,30 @@ def test_thresholds_of_methods_are_finite():
             assert not isinstance(params.rule, Threshold) or math.isfinite(params.rule.value), name
 
 
-BAD = [
-    ("cett", {"tau": 1.5}),
-    ("tda", {"cett": 0}),
-    ("wina", {"rule": "topk"}),
-    ("was", {"order": 3}),
-    ("was", {"exponent": -1.0}),
-    ("r-sparse", {"share": 1.0}),
-    ("r-sparse", {"path": "svd"}),
-    ("larosa", {"ratio": 0.5}),
-    ("prox", {"inputs": 1.0}),
-    ("deja-vu", {"rank": 0}),
-    ("moefication", {"block": 0}),
-    ("moefication", {"groups": "rows"}),
-    ("moefication", {"selector": "guess"}),
-    ("random", {"seed": -1}),
-    ("random-popular", {"seed": -1}),
-    ("chess", {"weighted": "yes"}),
-    ("larosa", {"ratio": "much"}),
-    ("deja-vu-heads", {"rank": 0}),
-    ("deja-vu-heads", {"kv": "keep"}),
-    ("polar", {"rank": 0}),
-    ("polar", {"kv": "keep"}),
-    ("lte", {"block": 0}),
-    ("lte", {"steps": -1}),
-    ("lte", {"separation": -1.0}),
-    ("clada", {"window": 0}),
-    ("clada", {"quantile": 1.5}),
-    ("clada", {"refresh": 0}),
-    ("estimate", {"way": "guess"}),
-    ("estimate", {"bits": 0}),
-    ("estimate", {"rank": 0.0}),
-    ("estimate", {"rest": -1}),
-    ("estimate", {"stored": 0}),
-]
+def _wrong():
+    """Every value that a knob must refuse: beyond each end of its range, and of another kind."""
+    for name in methods.names():
+        for field in dataclasses.fields(methods.method_class(name)):
+            allowed = knobs.legal(field)
+            for value in [] if allowed is None else allowed.wrong():
+                yield name, {field.name: value}
+            yield name, {field.name: 7 if isinstance(field.default, str) else "much"}
 
 
-@pytest.mark.parametrize(("name", "knobs"), BAD)
-def test_bad_knobs_are_refused_in_one_line(name, knobs):
-    with pytest.raises(moyu.UserError, match=f"method '{name}'") as error:
-        methods.method(name, **knobs)
+@pytest.mark.parametrize(("name", "wrong"), list(_wrong()))
+def test_bad_knobs_are_refused_in_one_line(name, wrong):
+    (knob,) = wrong
+    with pytest.raises(moyu.UserError, match=f"method '{name}'.*{knob}") as error:
+        methods.method(name, **wrong)
     assert "\n" not in str(error.value)
 
 
-def test_every_knob_is_refused_somewhere():
-    checked = {(name, knob) for name, knobs in BAD for knob in knobs}
-    flags = {bool}
-    for row in methods.table():
-        for knob, default in row["knobs"].items():
-            assert type(default) in flags or (row["method"], knob) in checked, (row["method"], knob)
+def test_every_knob_says_what_it_may_be():
+    for name in methods.names():
+        for field in dataclasses.fields(methods.method_class(name)):
+            allowed = knobs.legal(field)
+            if isinstance(field.default, bool):
+                continue
+            assert allowed is not None, f"{name}.{field.name} is declared without `knob(...)`"
+            assert allowed.wrong() and allowed.allows(field.default), f"{name}.{field.name}"
+            assert not any(allowed.allows(value) for value in allowed.wrong()), f"{name}.{field.name}"

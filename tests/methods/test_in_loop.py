@@ -17,6 +17,7 @@ from moyu.measure.windows import Windows
 from moyu.methods import selection
 from moyu.methods.lte import Lte
 from moyu.methods.selection import Soft
+from moyu.methods.trained import is_joint
 from moyu.plan import Plan
 from tiny import build, tokens
 
@@ -72,9 +73,9 @@ def test_soft_masks_are_the_scores_and_one_is_dense():
             assert (model(ids).logits - dense).abs().max() < 1e-12
 
 
-def test_methods_off_the_loop_have_no_penalty():
-    with pytest.raises(NotImplementedError, match="not trained in the loop"):
-        methods.method("teal").penalty(torch.rand(3), 1.0)
+def test_only_methods_in_the_loop_have_a_penalty():
+    assert [name for name in methods.names() if is_joint(methods.method(name))] == ["lte"]
+    assert all(methods.method_class(name).joint == (name == "lte") for name in methods.names())
 
 
 def test_tuning_writes_a_checkpoint_and_a_plan_that_fits_it_alone(tmp_path):

@@ -33,6 +33,7 @@ def test_page_is_written(name):
     assert [title for title in parts if title != "What it did here"] == SECTIONS
     assert re.search(r"<!-- /head -->\n\n\w.{100}", text, re.DOTALL)  # what it does
     assert all(len(part) > 20 for part in parts.values())
+    assert method_pages.TO_WRITE not in text
     assert (
         "score" in parts["Formula"]
         or "keep" in parts["Formula"]

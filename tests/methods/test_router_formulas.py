@@ -10,7 +10,8 @@ import torch
 from small_block import case
 
 from moyu import methods
-from moyu.methods.base import Rows, head_norms
+from moyu.methods.heads import head_norms
+from moyu.methods.values import Rows
 
 HEADS = 4
 

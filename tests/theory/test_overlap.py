@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moyu.methods.base import Rows
 from moyu.methods.tda import Tda
+from moyu.methods.values import Rows
 from moyu.research import theory
 
 

@@ -27,7 +27,8 @@ from moyu.calibration.walk import Progress, calibrate
 from moyu.errors import UserError
 from moyu.measure.evaluation import evaluate
 from moyu.measure.windows import Windows
-from moyu.methods.base import Method, Site
+from moyu.methods.base import Method
+from moyu.methods.values import Site
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy
 from moyu.plan import Plan

@@ -28,7 +28,8 @@ from moyu.measure.evaluation import evaluate
 from moyu.measure.storage import Storage
 from moyu.measure.text import Split
 from moyu.measure.windows import Windows
-from moyu.methods.base import Method, Site, SiteParams
+from moyu.methods.base import Method
+from moyu.methods.values import Site, SiteParams
 from moyu.model.anatomy import Anatomy, Block
 from moyu.plan import Plan
 from moyu.weights.blocks import KIND_BITS
@@ -85,7 +86,7 @@ class Reader:
             total += count * (counted.extra_bytes() + plan.method_of(site).score_bytes(site, counted))
             if self.storage is None:
                 continue
-            for matrix in _matrices(plan.method, params):
+            for matrix in params.matrices(plan.method.matrices).values():
                 total += count * (self.storage.head.kept_bytes(*sorted(matrix.shape)) - 2 * matrix.numel())
         return total
 
@@ -101,10 +102,8 @@ class Reader:
 
         parts = {}
         for key, (site, params) in plan.parts.items():
-            buffers = {n: short(b) if n in plan.method.matrices else b for n, b in params.buffers.items()}
-            basis = None if params.basis is None else short(params.basis)
-            low_rank = None if params.low_rank is None else (short(params.low_rank[0]), short(params.low_rank[1]))
-            parts[key] = (site, dataclasses.replace(params, buffers=buffers, basis=basis, low_rank=low_rank))
+            own = {name: short(matrix) for name, matrix in params.matrices(plan.method.matrices).items()}
+            parts[key] = (site, params.mapped(lambda name, tensor, own=own: own.get(name, tensor)))
         return dataclasses.replace(plan, parts=parts)
 
     def skipped(self, byte_fraction: float, plan: Plan) -> float:
@@ -130,19 +129,8 @@ class Reader:
 
 
 def _sixteen(params: SiteParams) -> SiteParams:
-    def short(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.half() if value.is_floating_point() else value
-        return tuple(short(v) for v in value) if isinstance(value, tuple) else value
-
-    fields = {f: short(getattr(params, f)) for f in ("basis", "centre", "low_rank", "bias")}
-    return dataclasses.replace(params, **fields, buffers={k: short(v) for k, v in params.buffers.items()})
-
-
-def _matrices(method: Method, params: SiteParams) -> list[Tensor]:
-    """The matrices among a site's parameters."""
-    own = [b for n, b in params.buffers.items() if n in method.matrices]
-    return [*own, *([] if params.basis is None else [params.basis]), *(params.low_rank or ())]
+    """The same with its numbers in 16 bits."""
+    return params.mapped(lambda _, tensor: tensor.half() if tensor.is_floating_point() else tensor)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch.nn import functional
 from moyu.engine.applied import Applied
 from moyu.measure.windows import Windows
 from moyu.methods import selection
-from moyu.methods.base import Acts, Method, Site, SiteParams
+from moyu.methods.base import Method
+from moyu.methods.values import Acts, Site, SiteParams
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy, Block
 from moyu.plan import Plan
@@ -35,18 +36,8 @@ def correction(block: Block, site: Site, params: SiteParams, missing: Tensor) ->
 
     missing: mean of the masked values, in the basis of the mask. The part that a low-rank path recovers is subtracted.
     """
-    if params.basis is not None:
-        missing = params.basis.to(missing) @ missing
-    return torch.cat([_lost(block.pieces[n].weight.detach(), params, missing[None])[0] for n in targets(site)])
-
-
-def _lost(weight: Tensor, params: SiteParams, missing: Tensor) -> Tensor:
-    """The outputs' error for missing inputs, (N, n) -> (N, q)."""
-    lost = missing @ weight.to(missing).t()
-    if params.low_rank is not None:
-        outer, inner = (t.to(missing) for t in params.low_rank)
-        lost = lost - missing @ inner.t() @ outer.t()
-    return lost
+    missing = params.turned_back(missing)[None]
+    return torch.cat([params.lost(block.pieces[n].weight.detach(), missing)[0] for n in targets(site)])
 
 
 # ----------------------------------------------------------------------------------------------------------- centring
@@ -94,15 +85,11 @@ def _windows(acts: Acts, chosen: Tensor) -> Acts:
 
 
 def _error(method: Method, site: Site, params: SiteParams, acts: Acts, bias: bool) -> float:
-    """Mean squared output error of a site's mask on the sparse rows of `acts`."""
-    v = acts.met(site.reads)
-    v = v if params.centre is None else v - params.centre
-    v = v if params.basis is None else v @ params.basis.to(v)
-    rows = acts.rows.take((acts.rows.sparse & acts.rows.valid).nonzero().squeeze(1))
-    mask = selection.select(method.score(v, rows, site, params, {}), params.rule)
-    missing = torch.where(mask, 0, v)
-    missing = missing if params.basis is None else missing @ params.basis.to(v).t()
-    lost = torch.cat([_lost(acts.weights[n], params, missing) for n in site.linears], dim=1)
+    """Mean squared error of the outputs that a site's mask causes on the sparse rows of `acts`."""
+    v = params.turned(acts.met(site.reads))
+    mask = selection.select(method.score(v, acts.chosen, site, params, {}), params.rule)
+    missing = params.turned_back(torch.where(mask, 0, v))
+    lost = torch.cat([params.lost(acts.weights[n], missing) for n in site.linears], dim=1)
     lost = lost - lost.mean(0) if bias else lost
     return float(lost.square().sum(1).mean())
 

@@ -24,7 +24,8 @@ from moyu.calibration.trials import Trial, each_layer
 from moyu.calibration.walk import Progress, first
 from moyu.engine.choosers import Counter
 from moyu.measure.windows import Windows
-from moyu.methods.base import Method, Site
+from moyu.methods.base import Method
+from moyu.methods.values import Site
 from moyu.model.anatomy import Anatomy
 from moyu.plan import Plan
 

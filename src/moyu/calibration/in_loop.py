@@ -20,8 +20,9 @@ from moyu.engine.applied import Applied
 from moyu.engine.sites import SiteState
 from moyu.measure.windows import Windows
 from moyu.methods import selection
-from moyu.methods.base import Rows, Site
 from moyu.methods.selection import Soft, Threshold
+from moyu.methods.trained import is_joint
+from moyu.methods.values import Rows, Site
 from moyu.model.anatomy import Anatomy
 from moyu.plan import Plan
 
@@ -98,7 +99,9 @@ def _soft(
     steps: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Stage 1. Afterwards the states hold the trained routers, as plain tensors of the model's type."""
+    """Stage 1. Leaves trained routers in the states, as plain tensors of the model's type."""
+    method = None if applied.plan is None else applied.plan.method
+    assert method is not None and is_joint(method)
     before: list[Mapping[str, Tensor]] = [state.params.buffers for state in states]
     learned = [{n: nn.Parameter(t.float().clone()) for n, t in buffers.items()} for buffers in before]
     for state, buffers in zip(states, learned, strict=True):
@@ -113,7 +116,7 @@ def _soft(
         gates = _Gates()
         task = _task(applied, tokens, windows.prompt, gates, tuned=bool(weights))
         seen = torch.cat(gates.seen)
-        loss = task + applied.plan.method.penalty(seen, eta)  # pyright: ignore[reportOptionalMemberAccess]
+        loss = task + method.penalty(seen, eta)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -18,7 +18,7 @@ from moyu.engine.applied import Applied
 from moyu.errors import UserError
 from moyu.measure.windows import Windows
 from moyu.methods import cett
-from moyu.methods.base import Rows, Site, Tap
+from moyu.methods.values import Rows, Site, Tap
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy, Block
 from moyu.weights.files import atomic_write_bytes

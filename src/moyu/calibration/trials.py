@@ -12,7 +12,8 @@ from moyu.calibration.walk import Progress, Walk, acts_of, tensors_of
 from moyu.engine.applied import Applied
 from moyu.engine.products import Products
 from moyu.measure.windows import Windows
-from moyu.methods.base import Method, Site, SiteParams
+from moyu.methods.base import Method
+from moyu.methods.values import Site, SiteParams
 from moyu.model.anatomy import Anatomy, Block
 from moyu.plan import Plan
 

@@ -25,7 +25,9 @@ from moyu.engine.sites import SiteState
 from moyu.errors import OutOfReach, UserError
 from moyu.measure import accounting
 from moyu.measure.windows import Windows
-from moyu.methods.base import TAPS, Acts, Method, Rows, Site, SiteParams, Tap
+from moyu.methods.base import Method
+from moyu.methods.trained import is_joint
+from moyu.methods.values import TAPS, Acts, Rows, Site, SiteParams, Tap
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy, Block
 from moyu.model.quantised import weight_format
@@ -125,9 +127,8 @@ def calibrate(
             _fit_layer(walk, index, here, draft, parts, sparsity, bias, centre, levels or {})
             if progress:
                 progress(index + 1, len(blocks))
-    if method.joint and sparsity > 0 and layers is None:
-        steps = method.knobs()["steps"]
-        draft = in_loop.train(model, draft, windows, sparsity, steps=steps, anatomy=anatomy, progress=progress)
+    if is_joint(method) and sparsity > 0 and layers is None:
+        draft = in_loop.train(model, draft, windows, sparsity, steps=method.steps, anatomy=anatomy, progress=progress)
     return dataclasses.replace(
         draft,
         parts=dict(draft.parts),

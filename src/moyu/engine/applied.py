@@ -20,7 +20,8 @@ from moyu.engine.session import Engine, Session
 from moyu.engine.sites import SiteState, states_of
 from moyu.errors import UserError
 from moyu.kernels import Backend
-from moyu.methods.base import ATTENTION, Controller
+from moyu.methods.control import Controller
+from moyu.methods.values import ATTENTION
 from moyu.model import layout
 from moyu.model.anatomy import Anatomy, Block, Experts, Piece
 from moyu.model.dissect import dissect

@@ -16,7 +16,8 @@ from moyu.engine.executor import Executor
 from moyu.engine.session import Pass, Session
 from moyu.engine.sites import SiteState
 from moyu.errors import UserError
-from moyu.methods.base import ATTENTION, READS, KvPolicy, Rows, Tap, head_norms
+from moyu.methods.heads import KvPolicy, head_norms
+from moyu.methods.values import ATTENTION, READS, Rows, Tap
 from moyu.model import networks
 from moyu.model.anatomy import Block
 

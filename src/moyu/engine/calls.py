@@ -18,7 +18,7 @@ from moyu.engine.rows import rows_at, rows_of
 from moyu.engine.session import Pass, PromptEnd, Session
 from moyu.engine.trace import NATIVE, Trace
 from moyu.errors import UserError
-from moyu.methods.base import Keep, Refresh, Step
+from moyu.methods.control import Keep, Refresh, Step
 
 
 class ForwardCall:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from moyu.engine.executor import Hindsight
 from moyu.methods import selection
-from moyu.methods.base import Granularity, Rows, Site
+from moyu.methods.base import Granularity
 from moyu.methods.random import uniform
+from moyu.methods.values import Rows, Site
 
 
 class Known(ABC):

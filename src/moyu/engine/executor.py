@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,13 +16,17 @@ from torch.nn import functional
 from moyu import kernels
 from moyu.engine.session import Pass, Session
 from moyu.engine.sites import SiteState
-from moyu.methods.base import Rows, Tap
+from moyu.methods.magnitude import rest_of
+from moyu.methods.needs import ALL
+from moyu.methods.values import Rows, Tap
 from moyu.model import layout
 from moyu.model.anatomy import Block, Piece, product
 
 
 class Executor:
     """What every replaced forward shares: choosing masks and making products."""
+
+    CAN: ClassVar[frozenset[str]] = ALL  # what a site may ask, `moyu.methods.needs`
 
     def __init__(self, session: Session, block: Block, states: list[SiteState], lookahead: set) -> None:
         self.session, self.block, self.states, self.lookahead = session, block, states, lookahead
@@ -149,7 +154,7 @@ class Executor:
 
     def complete(self, y: Tensor, x: Tensor, mask: Tensor, site: SiteState, rows: Rows) -> Tensor:
         """Add what skipped units give all the same to sparse rows: y (N, q), what was decided from (N, n), mask (N, units)."""
-        rest = site.method.rest_of(x, mask, site.site, site.params)
+        rest = rest_of(site.method, x, mask, site.site, site.params)
         return y if rest is None else y + torch.where(rows.sparse[:, None], rest.to(y.dtype), 0)
 
     def compensate(self, y: Tensor, name: str, site: SiteState, rows: Rows) -> Tensor:
@@ -191,7 +196,7 @@ class Hindsight:
         params, total = self.site.params, self.x.new_zeros(len(self.x))
         rest = torch.where(mask, 0, self.x)
         rest = rest if params.basis is None else rest @ params.basis.to(rest).t()
-        given = self.site.method.rest_of(self.x, mask, self.site.site, params)
+        given = rest_of(self.site.method, self.x, mask, self.site.site, params)
         for name in self.site.site.linears:
             lost = functional.linear(rest, self.executor.block.pieces[name].weight.detach())
             if params.low_rank is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from moyu.errors import UserError
-from moyu.methods.base import Keep, Refresh
+from moyu.methods.control import Keep, Refresh
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from moyu import kernels
 from moyu.engine.executor import Executor
 from moyu.engine.session import Pass, Session
 from moyu.engine.sites import SiteState
-from moyu.methods.base import ATTENTION, NOTHING, Rows
+from moyu.methods.values import ATTENTION, NOTHING, Rows
 from moyu.model import layout
 from moyu.model.anatomy import Block, Piece, product
 

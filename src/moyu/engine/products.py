@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from moyu.methods.base import Site
+from moyu.methods.values import Site
 
 
 class Products:

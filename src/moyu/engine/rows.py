@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moyu.methods.base import Rows
+from moyu.methods.values import Rows
 
 # Rows up to which the skipping kernels are used; above it the same masks run as dense products.
 MAX_SKIPPING_ROWS = 8

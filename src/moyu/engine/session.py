@@ -24,7 +24,8 @@ from moyu.engine.rows import MAX_SKIPPING_ROWS
 from moyu.engine.trace import Traces
 from moyu.errors import UserError
 from moyu.kernels import Backend
-from moyu.methods.base import Controller, Rows, Site, Tap
+from moyu.methods.control import Controller
+from moyu.methods.values import Rows, Site, Tap
 from moyu.model import layout
 from moyu.model.anatomy import Anatomy, Piece
 from moyu.plan import Plan

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from moyu.engine.session import Pass, Session
 from moyu.methods import selection
-from moyu.methods.base import NOTHING, Method, Rows, Site, SiteParams
+from moyu.methods.base import Method
+from moyu.methods.sequence import remembers
+from moyu.methods.values import NOTHING, Rows, Site, SiteParams
 from moyu.model.anatomy import Block
 
 
@@ -63,7 +65,7 @@ class SiteState:
     def remember(self, x: Tensor, rows: Rows, state: Pass) -> None:
         """Let the dense valid rows of the tap `x` (N, n) into the sequence memory."""
         dense = rows.valid & ~rows.sparse
-        if self.method.granularity != "sequence" or not bool(dense.any()):
+        if not remembers(self.method) or not bool(dense.any()):
             return
         memory = state.memory
         before = memory.sites.get(self.site.key, {})

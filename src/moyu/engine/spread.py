@@ -19,9 +19,12 @@ from moyu.engine.attention import AttentionLinear
 from moyu.engine.network import FfnCall
 from moyu.engine.session import Pass
 from moyu.errors import UserError
-from moyu.methods.base import Method
+from moyu.methods.needs import ANY, needs
 from moyu.model.anatomy import Anatomy
 from moyu.plan import Plan
+
+# What a site may ask here, `moyu.methods.needs`: any mask of columns, rows or neurons, and nothing that adds to a product.
+CAN = frozenset(n for n in ANY if not n.startswith("heads")) | {"factors", "top_k", "units", "lookahead"}
 
 
 def refuse(anatomy: Anatomy, plan: Plan | None, engine: str) -> None:
@@ -40,12 +43,7 @@ def refuse(anatomy: Anatomy, plan: Plan | None, engine: str) -> None:
         block, name = blocks.get((site.layer, site.expert)), plan.method.name
         if block is None:
             continue
-        extras = [n for n in ("basis", "centre", "low_rank", "bias") if getattr(params, n) is not None]
-        kind = type(plan.method)
-        if kind.rest_of is not Method.rest_of or kind.rest_blocks is not Method.rest_blocks:
-            extras.append("a remainder")
-        if site.skips == "heads":
-            extras.append("heads")
+        extras = sorted(needs(plan.method_of(site), site, params) - CAN)
         if site.reads == "gate" and block.act is None:
             extras.append("a gate that only its own module computes")
         if extras:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from moyu.methods.base import KvPolicy, Method, Site
+from moyu.methods.base import Method
+from moyu.methods.heads import KvPolicy
+from moyu.methods.values import Site
 from moyu.model.anatomy import Anatomy, stored_bytes
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 from moyu.plan import Plan

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from moyu.engine.applied import Applied
 from moyu.errors import UserError
 from moyu.measure.windows import Windows
-from moyu.methods.base import Rows, Site, SiteParams, Tap, head_norms
+from moyu.methods.heads import head_norms
 from moyu.methods.routers import Grade, grade
 from moyu.methods.selection import TopK, select
+from moyu.methods.values import Rows, Site, SiteParams, Tap
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy
 from moyu.plan import Plan

@@ -10,7 +10,7 @@ from typing import Any
 from moyu.errors import UserError
 from moyu.methods.base import Method
 
-METHODS: dict[str, str] = {
+METHODS: dict[str, str | type[Method]] = {  # name -> "module:Class", imported on use, or the class itself
     "relu-zero": "moyu.methods.relu_zero:ReluZero",
     "cett": "moyu.methods.cett:Cett",
     "cats": "moyu.methods.cats:Cats",
@@ -52,8 +52,11 @@ def method_class(name: str) -> type[Method]:
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.3) or names()
         raise UserError(f"unknown method {name!r}", f"did you mean {', '.join(near)}? `moyu methods` lists all")
-    module, _, attribute = METHODS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    found = METHODS[name]
+    if isinstance(found, str):
+        module, _, attribute = found.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def table() -> list[dict[str, Any]]:

@@ -9,21 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moyu.methods.base import Family, Granularity, Memory, Method, Rows, Site, SiteParams, row_site
+from moyu.methods.base import Family
+from moyu.methods.magnitude import Magnitude
+from moyu.methods.sites import row_sites
+from moyu.methods.values import Site
 
 
 @dataclass(frozen=True)
-class Cats(Method):
+class Cats(Magnitude):
     """CATS, arXiv 2404.08763, without its optional fine-tuning. Needs a gated network."""
 
     name: ClassVar[str] = "cats"
     paper: ClassVar[str] = "CATS, arXiv 2404.08763"
     family: ClassVar[Family] = "threshold"
-    granularity: ClassVar[Granularity] = "token"
-    by_magnitude: ClassVar[bool] = True
 
     def sites(self, block) -> tuple[Site, ...]:
-        return (row_site(block, "gate"),) if block.gated and block.has_ffn else ()
-
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        return x.abs()  # (N, f)
+        return row_sites(block, "gate")

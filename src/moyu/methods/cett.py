@@ -8,43 +8,37 @@ Decided from the neuron values themselves: only columns of down are skipped.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, column_site
+from moyu.methods.base import Family
+from moyu.methods.knobs import knob
+from moyu.methods.magnitude import Weighed
 from moyu.methods.selection import Threshold
+from moyu.methods.sites import down_sites
+from moyu.methods.values import Acts, Site, SiteParams
 
 GRID = 256  # quantiles of the pooled scores that the search looks at
 
 
 @dataclass(frozen=True)
-class Cett(Method):
+class Cett(Weighed):
     """CETT threshold (ReLU2 Wins, arXiv 2402.03804; Sparsing Law, arXiv 2411.02335).
 
     tau: target mean CETT in (0, 1), e.g. 0.2; replaces the sparsity target.
     """
 
-    tau: float | None = None
+    tau: float | None = knob(None, above=0, below=1)
 
     name: ClassVar[str] = "cett"
     paper: ClassVar[str] = "Sparsing Law, arXiv 2411.02335"
     family: ClassVar[Family] = "threshold"
-    granularity: ClassVar[Granularity] = "token"
-    by_magnitude: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.tau is not None and not 0 < self.tau < 1:
-            raise ValueError(f"tau must be in (0, 1), not {self.tau}")
 
     def sites(self, block) -> tuple[Site, ...]:
-        return (column_site(block, "mid", "down"),) if block.has_ffn else ()
-
-    def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
-        return {"norms": acts.weights["down"].float().norm(dim=0)}  # (f,)
+        return down_sites(block)
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         if self.tau is None or target == 0.0:
@@ -53,15 +47,6 @@ class Cett(Method):
         kept = acts.rows.sparse & acts.rows.valid
         threshold = search(acts.sparse["mid"][kept], acts.weights["down"], self.tau)
         return SiteParams(rule=Threshold(threshold), buffers=buffers)
-
-    def factors(self, site: Site, params: SiteParams) -> Tensor | None:
-        return params.buffers["norms"]
-
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        return x.abs() * params.buffers["norms"].to(x.dtype)  # (N, f)
-
-    def score_bytes(self, site: Site, params: SiteParams) -> int:
-        return params.buffers["norms"].nbytes
 
 
 def curve(mid: Tensor, down: Tensor, grid: Tensor) -> Tensor:

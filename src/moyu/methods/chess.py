@@ -13,23 +13,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moyu.methods.base import (
-    READS,
-    Acts,
-    Family,
-    Granularity,
-    Memory,
-    Method,
-    Rows,
-    Site,
-    SiteParams,
-    column_site,
-    row_site,
-)
+from moyu.methods.base import Family
+from moyu.methods.magnitude import Magnitude
+from moyu.methods.sites import column_site, row_sites
+from moyu.methods.values import READS, Acts, Site, SiteParams
 
 
 @dataclass(frozen=True)
-class Chess(Method):
+class Chess(Magnitude):
     """CHESS, arXiv 2409.01366.
 
     weighted: t_j = sqrt(kappa / (E[u_j^2] ||w_j||^2)) with w_j column j of down, which is least expected squared error
@@ -41,12 +32,10 @@ class Chess(Method):
     name: ClassVar[str] = "chess"
     paper: ClassVar[str] = "CHESS, arXiv 2409.01366"
     family: ClassVar[Family] = "threshold"
-    granularity: ClassVar[Granularity] = "token"
-    by_magnitude: ClassVar[bool] = True
 
     def sites(self, block) -> tuple[Site, ...]:
         attention = tuple(column_site(block, READS[name], name) for name in ("q", "o") if name in block.pieces)
-        return (*attention, row_site(block, "gate")) if block.gated else attention
+        return (*attention, *row_sites(block, "gate"))
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
         if site.skips != "rows":
@@ -56,10 +45,3 @@ class Chess(Method):
 
     def factors(self, site: Site, params: SiteParams) -> Tensor | None:
         return params.buffers.get("usual")
-
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        usual = params.buffers.get("usual")
-        return x.abs() if usual is None else x.abs() * usual.to(x.dtype)  # (N, n)
-
-    def score_bytes(self, site: Site, params: SiteParams) -> int:
-        return sum(t.nbytes for t in params.buffers.values())

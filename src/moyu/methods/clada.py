@@ -14,53 +14,37 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moyu.methods.base import (
-    Acts,
-    Controller,
-    Family,
-    Granularity,
-    Keep,
-    Memory,
-    Method,
-    Refresh,
-    Rows,
-    Site,
-    SiteParams,
-    Step,
-    neuron_site,
-)
-from moyu.methods.selection import TopK, keep_count
+from moyu.methods.base import Family
+from moyu.methods.control import Controller, Keep, Refresh, Step
+from moyu.methods.fitting import at_count
+from moyu.methods.knobs import knob
+from moyu.methods.sequence import Sequence
+from moyu.methods.sites import neuron_sites
+from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
 
 @dataclass(frozen=True)
-class Clada(Method):
+class Clada(Sequence):
     """CLADA, arXiv 2502.19078, with a refresh of the KV cache.
 
     window: tokens whose surprisal and entropy a new one is compared with. quantile: of them, in (0, 1), to exceed.
     refresh: tokens that run dense again, and that the new mask is selected from; their keys and values become dense.
     """
 
-    window: int = 10
-    quantile: float = 0.7
-    refresh: int = 32
+    window: int = knob(10, at_least=2)
+    quantile: float = knob(0.7, above=0, below=1)
+    refresh: int = knob(32, at_least=1)
 
     name: ClassVar[str] = "clada"
     paper: ClassVar[str] = "CLADA, arXiv 2502.19078"
     family: ClassVar[Family] = "sequence"
-    granularity: ClassVar[Granularity] = "sequence"
     needs_calibration: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        if self.window < 2 or self.refresh < 1:
-            raise ValueError(f"window must be at least 2 and refresh at least 1, not {self.window} and {self.refresh}")
-        if not 0 < self.quantile < 1:
-            raise ValueError(f"quantile must be in (0, 1), not {self.quantile}")
-
     def sites(self, block) -> tuple[Site, ...]:
-        return (neuron_site(block, "mid"),) if block.has_ffn else ()
+        return neuron_sites(block, "mid")
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
-        return SiteParams(rule=TopK(keep_count(site.units, target)))
+        return at_count(site, target)
 
     def update(self, memory: Memory, x: Tensor, rows: Rows, site: Site, params: SiteParams) -> Memory:
         dense = (rows.valid & ~rows.sparse).to(torch.promote_types(x.dtype, torch.float32))

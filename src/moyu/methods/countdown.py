@@ -9,21 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moyu.methods.base import Family, Granularity, Memory, Method, Rows, Site, SiteParams, row_site
+from moyu.methods.base import Family
+from moyu.methods.magnitude import Magnitude
+from moyu.methods.sites import row_sites
+from moyu.methods.values import Site
 
 
 @dataclass(frozen=True)
-class Countdown(Method):
+class Countdown(Magnitude):
     """COUNTDOWN-M, arXiv 2505.17701. Needs a gated network."""
 
     name: ClassVar[str] = "countdown"
     paper: ClassVar[str] = "COUNTDOWN, arXiv 2505.17701"
     family: ClassVar[Family] = "threshold"
-    granularity: ClassVar[Granularity] = "token"
-    by_magnitude: ClassVar[bool] = True
 
     def sites(self, block) -> tuple[Site, ...]:
-        return (row_site(block, "up"),) if block.gated else ()
-
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        return x.abs()  # (N, f)
+        return row_sites(block, "up")

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moyu.methods.base import Acts, Family, Granularity, Memory, Rows, Site, SiteParams, Trained, neuron_site
-from moyu.methods.routers import low_rank
+from moyu.methods.magnitude import column_norms
 from moyu.methods.selection import TopK, keep_count, select
+from moyu.methods.sites import neuron_sites
+from moyu.methods.trained import Trained
+from moyu.methods.values import Acts, Site
 
 
 @dataclass(frozen=True)
@@ -27,35 +29,21 @@ class DejaVu(Trained):
     ahead: the predictor of layer l reads what the network of layer l - 1 reads, so that it can run beside it.
     """
 
-    rank: int = 64
     weighted: bool = False
     ahead: bool = False
 
     name: ClassVar[str] = "deja-vu"
     paper: ClassVar[str] = "Deja Vu, arXiv 2310.17157"
-    family: ClassVar[Family] = "router_off_loop"
-    granularity: ClassVar[Granularity] = "token"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
 
     def sites(self, block) -> tuple[Site, ...]:
         source = block.layer - 1 if self.ahead and block.layer and block.expert is None else None
-        return (neuron_site(block, "mlp_in", source),) if block.has_ffn else ()
-
-    def router(self, site: Site, width: int) -> nn.Module:
-        return low_rank(width, min(self.rank, width), site.units, seed=site.layer)
+        return neuron_sites(block, "mlp_in", source)
 
     def lessons(self, site: Site, acts: Acts, target: float) -> tuple[Tensor, Tensor]:
-        mass = acts.met("mid").abs().float() * acts.weights["down"].float().norm(dim=0)  # (N, f)
+        mass = acts.met("mid").abs().float() * column_norms(acts.weights, ["down"])  # (N, f)
         if site.act in ("relu", "relu2"):
             labels = mass > 0
         else:
             labels = select(mass, TopK(keep_count(site.units, target)))
         weights = mass / mass.mean(1, keepdim=True).clamp(min=1e-30) if self.weighted else torch.ones_like(mass)
         return labels, weights
-
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        inner, outer = (params.buffers[f"{name}.weight"].to(x.dtype) for name in ("inner", "outer"))
-        return x @ inner.t() @ outer.t()  # (N, f)

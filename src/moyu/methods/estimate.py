@@ -23,21 +23,15 @@ from torch.nn import functional
 
 from moyu import kernels
 from moyu.errors import UserError
-from moyu.methods import selection
-from moyu.methods.base import (
-    Acts,
-    Family,
-    Granularity,
-    Memory,
-    Method,
-    Rows,
-    Site,
-    SiteParams,
-    neuron_site,
-    projection_sites,
-)
+from moyu.methods.base import Family, Method
+from moyu.methods.knobs import knob
+from moyu.methods.magnitude import Magnitude, rest_of
+from moyu.methods.remainder import FewBits, Remainder
+from moyu.methods.selection import select
+from moyu.methods.sites import neuron_sites, projection_sites
+from moyu.methods.values import Acts, Site, SiteParams
 from moyu.weights.blocks import KIND_BITS, KINDS, Blocks, Kind, quantise
-from moyu.weights.few_bits import GROUP, dequantize, quantize
+from moyu.weights.few_bits import dequantize, quantize
 
 WAYS = ("svd", "copy", "channels")
 KIND_OF: Mapping[int, Kind] = {KIND_BITS[kind]: kind for kind in KINDS}
@@ -45,7 +39,7 @@ DAMPING = 1e-3  # of the mean second moment, for inputs that calibration hardly 
 
 
 @dataclass(frozen=True)
-class Estimate(Method):
+class Estimate(Magnitude):
     """Own; near Prox (arXiv 2607.27591), SparseInfer (arXiv 2411.12692) and SVD predictors of ReGLU models.
 
     way: "svd", "copy" or "channels".
@@ -57,32 +51,18 @@ class Estimate(Method):
     bias: add what is missing on average.
     """
 
-    way: str = "channels"
-    bits: int = 4
-    rank: float = 0.25
-    rest: int = 4
-    stored: int = 16
+    way: str = knob("channels", one_of=WAYS)
+    bits: int = knob(4, at_least=1, at_most=8)
+    rank: float = knob(0.25, above=0, at_most=1)
+    rest: int = knob(4, at_least=0, at_most=8)
+    stored: int = knob(16, one_of=(16, *range(2, 9)))
     weighted: bool = True
     bias: bool = True
 
     name: ClassVar[str] = "estimate"
     paper: ClassVar[str] = "own"
     family: ClassVar[Family] = "own"
-    granularity: ClassVar[Granularity] = "token"
-    by_magnitude: ClassVar[bool] = True  # of channels
     divides: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.way not in WAYS:
-            raise ValueError(f"way must be one of {', '.join(WAYS)}, not {self.way!r}")
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"bits must be in 1 .. 8, not {self.bits}")
-        if not 0 < self.rank <= 1:
-            raise ValueError(f"rank must be in (0, 1], not {self.rank}")
-        if not 0 <= self.rest <= 8:
-            raise ValueError(f"rest must be in 0 .. 8, not {self.rest}")
-        if self.stored != 16 and not 2 <= self.stored <= 8:
-            raise ValueError(f"stored must be 16 or in 2 .. 8, not {self.stored}")
 
     @property
     def nested(self) -> bool:
@@ -93,10 +73,6 @@ class Estimate(Method):
     def in_blocks(self) -> bool:
         """Whether the rest is a copy in blocks that kernels read."""
         return self.way == "channels" and not self.nested and self.rest in KIND_OF
-
-    @property
-    def kernels_decide(self) -> bool:
-        return self.in_blocks or not self.rest
 
     def settings_for(self, bits: int, planes: bool = False) -> tuple[Method, ...]:
         if bits == 16:
@@ -111,7 +87,7 @@ class Estimate(Method):
     def sites(self, block) -> tuple[Site, ...]:
         if self.way == "channels":
             return projection_sites(block)
-        return (neuron_site(block, "mlp_in"),) if block.has_ffn else ()
+        return neuron_sites(block, "mlp_in")
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
         buffers, parts, given = {}, {}, 0.0
@@ -124,7 +100,7 @@ class Estimate(Method):
             buffers |= {f"{n}.bias": acts.biases[n].clone() for n in names if n in acts.biases}
             if self.way == "svd":
                 rank = max(1, round(self.rank * stack.shape[1]))
-                parts["outer"], parts["inner"] = factors(stack, acts.met("mlp_in"), rank)
+                parts["outer"], parts["inner"] = best_map(stack, acts.met("mlp_in"), rank)
             else:
                 parts["rows"] = stack
         if self.in_blocks:
@@ -140,7 +116,7 @@ class Estimate(Method):
             buffers[f"{name}.codes"], buffers[f"{name}.scales"] = codes, scales.half()
         if self.weighted:
             if "rest" in parts:
-                given = self._weight("rest", last, buffers).t()
+                given = self._few_bits("rest", buffers).dequantise(last).t()
             buffers["norms"] = (last - given).norm(dim=0)
         return buffers
 
@@ -152,29 +128,23 @@ class Estimate(Method):
         if target == 0.0 or not self.bias:
             return params
         x = acts.met(site.reads)
-        mask = selection.select(self.score(x, acts.rows, site, params, {}), params.rule)
+        mask = select(self.score(x, acts.rows, site, params, {}), params.rule)
         exact, name = (x, site.linears[0]) if self.way == "channels" else (acts.met("mid"), "down")
         missing = functional.linear(torch.where(mask, 0, exact), acts.weights[name])  # (N, q)
-        rest = self.rest_of(x, mask, site, params)
+        rest = rest_of(self, x, mask, site, params)
         missing = missing if rest is None else missing - rest
         return dataclasses.replace(params, bias=missing.mean(0))
 
     def factors(self, site: Site, params: SiteParams) -> Tensor | None:
         return params.buffers.get("norms")
 
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        value = x if self.way == "channels" else self.values(x, site, params)
-        norms = params.buffers.get("norms")
-        return value.abs() if norms is None else value.abs() * norms.to(value)  # (N, units)
-
     def values(self, x: Tensor, site: Site, params: SiteParams) -> Tensor:
-        """The estimate of the neurons' activations, (N, d) -> (N, f)."""
-        if self.way == "svd":
-            found = functional.linear(
-                functional.linear(x, self._weight("inner", x, params.buffers)), self._weight("outer", x, params.buffers)
-            )
-        else:
-            found = functional.linear(x, self._weight("rows", x, params.buffers))  # (N, F)
+        """Inputs as they are, (N, n); of neurons the estimate of their activations, (N, d) -> (N, f)."""
+        if self.way == "channels":
+            return x
+        found = x
+        for name in ("inner", "outer") if self.way == "svd" else ("rows",):
+            found = functional.linear(found, self._few_bits(name, params.buffers).dequantise(x))  # (N, F) at the end
         act, f = kernels.activation(site.act or "identity"), site.units
         sides = [found[:, :f], found[:, f:]] if found.shape[1] > f else [found]
         names = ("gate", "up") if len(sides) == 2 else ("up",)
@@ -182,26 +152,21 @@ class Estimate(Method):
         sides = [s if b is None else s + b.to(s) for s, b in zip(sides, biases, strict=True)]
         return act(sides[0]) * sides[1] if len(sides) == 2 else act(sides[0])
 
-    def rest_blocks(self, site: Site, params: SiteParams) -> Blocks | None:
-        if not self.in_blocks:
+    def remainder(self, site: Site, params: SiteParams) -> Remainder | None:
+        if not self.rest:
             return None
+        if not self.in_blocks:
+            return Remainder(self._few_bits("rest", params.buffers))
         if "rest.quants" not in params.buffers:
             raise UserError(
                 "this plan of `estimate` is of a version without kernels", "make it again: `moyu calibrate`"
             )
         quants, scales = params.buffers["rest.quants"], params.buffers["rest.scales"]
-        return Blocks(KIND_OF[self.rest], quants, scales, scales.shape[1], "columns")
+        return Remainder(Blocks(KIND_OF[self.rest], quants, scales, scales.shape[1], "columns"))
 
-    def rest_of(self, x: Tensor, mask: Tensor, site: Site, params: SiteParams) -> Tensor | None:
-        if self.in_blocks or not self.rest:
-            return super().rest_of(x, mask, site, params)
-        value = x if self.way == "channels" else self.values(x, site, params)
-        return torch.where(mask, 0, value) @ self._weight("rest", x, params.buffers)  # (N, q)
-
-    def _weight(self, name: str, like: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
-        codes, scales = buffers[f"{name}.codes"], buffers[f"{name}.scales"]
+    def _few_bits(self, name: str, buffers: Mapping[str, Tensor]) -> FewBits:
         bits = self.rest if name == "rest" else self.bits
-        return dequantize(codes, scales.float(), bits, _group(codes, scales)).to(like)
+        return FewBits(buffers[f"{name}.codes"], buffers[f"{name}.scales"], bits)
 
     def score_bytes(self, site: Site, params: SiteParams) -> int:
         """Codes count in their bits and with their scales; where only what is skipped is read, at the target.
@@ -234,12 +199,7 @@ def first_bits(weight: Tensor, whole: int, bits: int) -> tuple[Tensor, Tensor]:
     return codes, (weight.float() * levels).sum(1, keepdim=True) / levels.square().sum(1, keepdim=True)
 
 
-def _group(codes: Tensor, scales: Tensor) -> int:
-    """Weights that share a scale: a whole row, or the usual group."""
-    return codes.shape[1] if scales.shape[1] == 1 else GROUP
-
-
-def factors(weight: Tensor, x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def best_map(weight: Tensor, x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(q, r), (r, n) whose product M has the least sum of ||(W - M) x||^2 over rows x (N, n), of all of rank r."""
     wide = x.double()
     second = wide.t() @ wide / len(wide)  # (n, n)

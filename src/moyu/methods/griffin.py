@@ -11,27 +11,29 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
-from moyu.methods.selection import TopK, keep_count
+from moyu.methods.base import Family
+from moyu.methods.fitting import at_count
+from moyu.methods.sequence import Sequence
+from moyu.methods.sites import neuron_sites
+from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
 AT_ONCE = 64  # rows whose squares stay in the cache: fresh memory for a whole prompt's costs more than the arithmetic
 
 
 @dataclass(frozen=True)
-class Griffin(Method):
+class Griffin(Sequence):
     """GRIFFIN, arXiv 2404.01365."""
 
     name: ClassVar[str] = "griffin"
     paper: ClassVar[str] = "GRIFFIN, arXiv 2404.01365"
     family: ClassVar[Family] = "sequence"
-    granularity: ClassVar[Granularity] = "sequence"
     needs_calibration: ClassVar[bool] = False
 
     def sites(self, block) -> tuple[Site, ...]:
-        return (neuron_site(block, "mid"),) if block.has_ffn else ()
+        return neuron_sites(block, "mid")
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
-        return SiteParams(rule=TopK(keep_count(site.units, target)))
+        return at_count(site, target)
 
     def update(self, memory: Memory, x: Tensor, rows: Rows, site: Site, params: SiteParams) -> Memory:
         return {"squares": accumulate(memory.get("squares"), x, rows)}

@@ -13,29 +13,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moyu.methods.base import READS, Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, input_sites
+from moyu.methods.base import Family
+from moyu.methods.knobs import knob
+from moyu.methods.magnitude import Magnitude
 from moyu.methods.selection import TopK, keep_count
+from moyu.methods.sites import input_sites
+from moyu.methods.values import READS, Acts, Site, SiteParams
 
 ROTATED = ("attn_in", "mlp_in")
 
 
 @dataclass(frozen=True)
-class Larosa(Method):
+class Larosa(Magnitude):
     """LaRoSA, arXiv 2507.01299, rotating each input where it is read instead of the residual stream between blocks.
 
     ratio: sparsity of o and down over that of the rotated inputs, at least 1; the paper has 1.2 p over 0.8 p.
     """
 
-    ratio: float = 1.5
+    ratio: float = knob(1.5, at_least=1)
 
     name: ClassVar[str] = "larosa"
     paper: ClassVar[str] = "LaRoSA, arXiv 2507.01299"
     family: ClassVar[Family] = "threshold"
-    granularity: ClassVar[Granularity] = "token"
-
-    def __post_init__(self) -> None:
-        if not self.ratio >= 1:
-            raise ValueError(f"ratio must be at least 1, not {self.ratio}")
 
     def sites(self, block) -> tuple[Site, ...]:
         return input_sites(block)
@@ -50,9 +49,6 @@ class Larosa(Method):
         level = levels(target, self.ratio, widths[True], widths[False])[0 if rotated else 1]
         rule = TopK(keep_count(site.units, level))
         return SiteParams(rule=rule, basis=directions(acts.met(site.reads))) if rotated else SiteParams(rule=rule)
-
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        return x.abs()  # (N, n), x in the basis of the site
 
 
 def levels(target: float, ratio: float, rotated: int, others: int) -> tuple[float, float]:

@@ -8,7 +8,6 @@ below one threshold for all layers.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,42 +15,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moyu.methods import routers
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
+from moyu.methods.knobs import knob
+from moyu.methods.magnitude import column_norms
 from moyu.methods.moefication import balanced_clusters
+from moyu.methods.routers import train
 from moyu.methods.selection import Threshold, TopK, keep_count, select
+from moyu.methods.sites import grouped, neuron_sites
+from moyu.methods.trained import Joint
+from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
 
 @dataclass(frozen=True)
-class Lte(Method):
+class Lte(Joint):
     """LTE, arXiv 2402.06126, on a frozen model unless its weights are tuned as well (`moyu fit lte --tune`).
 
     block: neurons that one number of the router governs. steps: of stage 1. separation: weight of the term that drives G away
     from 1/2; the paper's term has no 1/20 and a weight of 0.5, next to a loss that also tunes the model.
     """
 
-    block: int = 32
-    steps: int = 150
-    separation: float = 0.02
+    block: int = knob(32, at_least=1)
+    separation: float = knob(0.02, at_least=0)
 
     name: ClassVar[str] = "lte"
     paper: ClassVar[str] = "LTE, arXiv 2402.06126"
-    family: ClassVar[Family] = "router_in_loop"
-    granularity: ClassVar[Granularity] = "token"
-    trains: ClassVar[bool] = True
-    joint: ClassVar[bool] = True
     matrices: ClassVar[tuple[str, ...]] = ("weight",)
 
-    def __post_init__(self) -> None:
-        if self.block < 1 or self.steps < 0 or self.separation < 0:
-            raise ValueError("block must be at least 1, steps and separation at least 0")
-
     def sites(self, block) -> tuple[Site, ...]:
-        if not block.has_ffn:
-            return ()
-        site = neuron_site(block, "mlp_in")
-        experts = max(2, round(site.units / self.block))
-        return (dataclasses.replace(site, units=experts, unit_bytes=site.unit_bytes * site.units // experts),)
+        sites = neuron_sites(block, "mlp_in")
+        return tuple(grouped(site, max(2, round(site.units / self.block))) for site in sites)
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         """Blocks, and a router that has learned off the loop which of them hold most: where stage 1 starts."""
@@ -61,11 +52,11 @@ class Lte(Method):
         router = nn.Linear(x.shape[1], site.units)
         nn.init.zeros_(router.weight)
         nn.init.zeros_(router.bias)
-        mass = acts.met("mid").abs().float() * acts.weights["down"].float().norm(dim=0)  # (N, f)
+        mass = acts.met("mid").abs().float() * column_norms(acts.weights, ["down"])  # (N, f)
         mass = mass.new_zeros(len(mass), site.units).index_add_(1, blocks, mass)
         labels = select(mass, TopK(keep_count(site.units, target)))
         if target > 0:
-            routers.train(router, x, labels, torch.ones_like(mass))
+            train(router, x, labels, torch.ones_like(mass))
         return SiteParams(
             rule=Threshold(0.5 if target > 0 else -1.0),
             blocks=blocks,

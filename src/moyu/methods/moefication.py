@@ -16,9 +16,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moyu.methods import routers
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
-from moyu.methods.selection import TopK, keep_count
+from moyu.methods.base import Family, Method
+from moyu.methods.fitting import at_count
+from moyu.methods.knobs import knob
+from moyu.methods.magnitude import column_norms
+from moyu.methods.routers import low_rank, train
+from moyu.methods.sites import grouped, neuron_sites
+from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
 ROUNDS = 10  # of k-means
 ROWS = 1024  # calibration rows, evenly spaced, that co-activation is looked at on
@@ -35,30 +39,18 @@ class Moefication(Method):
     largest expert each one adds.
     """
 
-    block: int = 16
-    groups: str = "weights"
-    selector: str = "similarity"
+    block: int = knob(16, at_least=1)
+    groups: str = knob("weights", one_of=("weights", "graph", "activations"))
+    selector: str = knob("similarity", one_of=("similarity", "mlp"))
 
     name: ClassVar[str] = "moefication"
     paper: ClassVar[str] = "MoEfication, arXiv 2110.01786"
     family: ClassVar[Family] = "router_off_loop"
-    granularity: ClassVar[Granularity] = "token"
     matrices: ClassVar[tuple[str, ...]] = ("rows", "inner", "outer")
 
-    def __post_init__(self) -> None:
-        if self.block < 1:
-            raise ValueError(f"block must be at least 1, not {self.block}")
-        if self.groups not in ("weights", "graph", "activations"):
-            raise ValueError(f"groups must be 'weights', 'graph' or 'activations', not {self.groups!r}")
-        if self.selector not in ("similarity", "mlp"):
-            raise ValueError(f"selector must be 'similarity' or 'mlp', not {self.selector!r}")
-
     def sites(self, block) -> tuple[Site, ...]:
-        if not block.has_ffn:
-            return ()
-        site = neuron_site(block, "mlp_in")
-        experts = max(1, site.units // self.block)
-        return (dataclasses.replace(site, units=experts, unit_bytes=site.unit_bytes * site.units // experts),)
+        sites = neuron_sites(block, "mlp_in")
+        return tuple(grouped(site, max(1, site.units // self.block)) for site in sites)
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         rows = acts.weights["gate" if "gate" in acts.weights else "up"]  # (f, d)
@@ -67,15 +59,15 @@ class Moefication(Method):
         else:
             mid = acts.met("mid")
             mid = mid[torch.linspace(0, len(mid) - 1, min(ROWS, len(mid))).long()]
-            points = (mid.abs().float() * acts.weights["down"].float().norm(dim=0)).t()  # (f, N)
+            points = (mid.abs().float() * column_norms(acts.weights, ["down"])).t()  # (f, N)
             points = spectral(points, site.units) if self.groups == "graph" else points
         experts = balanced_clusters(functional.normalize(points, dim=1), site.units)  # (f,)
         if self.selector == "mlp":
-            buffers = _mlp(site, acts, experts, train=target > 0)
+            buffers = _mlp(site, acts, experts, learns=target > 0)
         else:
             means = torch.stack([rows[experts == e].mean(0) for e in range(site.units)])
             buffers = {"rows": functional.normalize(means, dim=1).contiguous()}  # (E, d)
-        return SiteParams(rule=TopK(keep_count(site.units, target)), blocks=experts, buffers=buffers)
+        return dataclasses.replace(at_count(site, target, buffers), blocks=experts)
 
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         if self.selector == "mlp":
@@ -87,15 +79,15 @@ class Moefication(Method):
         return sum(t.nbytes for t in params.buffers.values())
 
 
-def _mlp(site: Site, acts: Acts, experts: Tensor, *, train: bool) -> dict[str, Tensor]:
+def _mlp(site: Site, acts: Acts, experts: Tensor, *, learns: bool) -> dict[str, Tensor]:
     """A router of as many hidden units as experts, on what each expert adds over what the token's largest one adds."""
     x = acts.met("mlp_in")
-    inner, outer = routers.low_rank(x.shape[1], site.units, site.units, seed=site.layer).children()
-    mass = acts.met("mid").abs().float() * acts.weights["down"].float().norm(dim=0)  # (N, f)
+    inner, outer = low_rank(x.shape[1], site.units, site.units, seed=site.layer).children()
+    mass = acts.met("mid").abs().float() * column_norms(acts.weights, ["down"])  # (N, f)
     mass = mass.new_zeros(len(mass), site.units).index_add_(1, experts, mass)  # (N, E)
-    if train:
+    if learns:
         labels = mass / mass.amax(1, keepdim=True).clamp(min=1e-30)
-        routers.train(nn.Sequential(inner, nn.Tanh(), outer), x, labels, torch.ones_like(labels))
+        train(nn.Sequential(inner, nn.Tanh(), outer), x, labels, torch.ones_like(labels))
     return {n: m.weight.detach().to(x) for n, m in (("inner", inner), ("outer", outer))}  # pyright: ignore
 
 

@@ -9,15 +9,16 @@ Holds the Gram matrix of down, f x f: for small models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, column_site
-from moyu.methods.selection import TopK, keep_count
+from moyu.methods.base import Family, Method
+from moyu.methods.fitting import at_count
+from moyu.methods.selection import TopK
+from moyu.methods.sites import down_sites
+from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,14 @@ class OracleGreedy(Method):
     name: ClassVar[str] = "oracle-greedy"
     paper: ClassVar[str] = "reference"
     family: ClassVar[Family] = "reference"
-    granularity: ClassVar[Granularity] = "token"
 
     def sites(self, block) -> tuple[Site, ...]:
-        return (column_site(block, "mid", "down"),) if block.has_ffn else ()
-
-    def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
-        down = acts.weights["down"]
-        down = down if down.dtype == torch.float64 else down.float()
-        return {"gram": down.t() @ down}  # (f, f)
+        return down_sites(block)
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
-        return SiteParams(rule=TopK(keep_count(site.units, target)), buffers=self.prepare(site, acts))
+        down = acts.weights["down"]
+        down = down if down.dtype == torch.float64 else down.float()
+        return at_count(site, target, {"gram": down.t() @ down})  # (f, f)
 
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         assert isinstance(params.rule, TopK)

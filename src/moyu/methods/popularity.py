@@ -5,14 +5,14 @@ score_j = mean_t |a_tj| * ||w_j||; the k largest of each layer are kept for ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
-from moyu.methods.selection import TopK, keep_count
+from moyu.methods.base import Family, Granularity, Method
+from moyu.methods.fitting import at_count
+from moyu.methods.magnitude import column_norms
+from moyu.methods.sites import neuron_sites
+from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,11 @@ class Popularity(Method):
     granularity: ClassVar[Granularity] = "static"
 
     def sites(self, block) -> tuple[Site, ...]:
-        return (neuron_site(block, "mlp_in"),) if block.has_ffn else ()
-
-    def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
-        mean = acts.dense["mid"][acts.rows.valid].abs().float().mean(0)
-        return {"popularity": mean * acts.weights["down"].float().norm(dim=0)}  # (f,)
+        return neuron_sites(block, "mlp_in")
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
-        return SiteParams(rule=TopK(keep_count(site.units, target)), buffers=self.prepare(site, acts))
+        mean = acts.dense["mid"][acts.rows.valid].abs().float().mean(0)
+        return at_count(site, target, {"popularity": mean * column_norms(acts.weights, ["down"])})  # (f,)
 
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         return params.buffers["popularity"].expand(len(rows.seq), -1)  # (N, f)

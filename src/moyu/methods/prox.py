@@ -16,36 +16,35 @@ from typing import ClassVar
 from torch import Tensor
 
 from moyu import kernels
-from moyu.methods import selection
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
-from moyu.methods.selection import TopK, keep_count
+from moyu.methods.base import Family
+from moyu.methods.knobs import knob
+from moyu.methods.magnitude import Magnitude, column_norms
+from moyu.methods.selection import TopK, keep_count, select
+from moyu.methods.sites import neuron_sites
+from moyu.methods.values import Acts, Site, SiteParams
 from moyu.weights.blocks import Blocks, quantise
 
 KIND = "q4_0"
 
 
 @dataclass(frozen=True)
-class Prox(Method):
+class Prox(Magnitude):
     """Prox, arXiv 2607.27591.
 
     inputs: sparsity of the input that the copy sees, in [0, 1).
     weighted: score |a^_j| ||w_j||, w_j column j of down; the paper leaves ||w_j|| out.
     """
 
-    inputs: float = 0.5
+    inputs: float = knob(0.5, at_least=0, below=1)
     weighted: bool = False
 
     name: ClassVar[str] = "prox"
     paper: ClassVar[str] = "Prox, arXiv 2607.27591"
     family: ClassVar[Family] = "threshold"
-    granularity: ClassVar[Granularity] = "token"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.inputs < 1:
-            raise ValueError(f"inputs must be in [0, 1), not {self.inputs}")
+    scores_on_kernels: ClassVar[bool] = True
 
     def sites(self, block) -> tuple[Site, ...]:
-        return (neuron_site(block, "mlp_in"),) if block.has_ffn else ()
+        return neuron_sites(block, "mlp_in")
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
         buffers = {}
@@ -56,18 +55,19 @@ class Prox(Method):
             if name in acts.biases:
                 buffers[f"{name}.bias"] = acts.biases[name].clone()
         if self.weighted:
-            buffers["norms"] = acts.weights["down"].float().norm(dim=0)
+            buffers["norms"] = column_norms(acts.weights, ["down"])
         return buffers
 
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        act = kernels.activation(site.act or "identity")
-        kept = selection.select(x.abs(), TopK(keep_count(x.shape[1], self.inputs)))
-        values = [
-            _foreseen(x, kept, name, site.units, params) for name in ("gate", "up") if f"{name}.codes" in params.buffers
-        ]
-        value = act(values[0]) * values[1] if len(values) == 2 else act(values[0])  # (N, f)
-        norms = params.buffers.get("norms")
-        return value.abs() if norms is None else value.abs() * norms.to(value)
+    def factors(self, site: Site, params: SiteParams) -> Tensor | None:
+        return params.buffers.get("norms")
+
+    def values(self, x: Tensor, site: Site, params: SiteParams) -> Tensor:
+        """What the copy foresees of the neurons, (N, d) -> (N, f)."""
+        kept = select(x.abs(), TopK(keep_count(x.shape[1], self.inputs)))
+        names = [n for n in ("gate", "up") if f"{n}.codes" in params.buffers]
+        sides = [_foreseen(x, kept, n, site.units, params) for n in names]
+        opened = kernels.activation(site.act or "identity")(sides[0])
+        return opened * sides[1] if len(sides) == 2 else opened  # (N, f)
 
     def score_bytes(self, site: Site, params: SiteParams) -> int:
         total = 0

@@ -14,14 +14,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moyu.methods import selection
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, projection_sites
+from moyu.methods.base import Family
+from moyu.methods.knobs import knob
+from moyu.methods.magnitude import Magnitude
+from moyu.methods.selection import select
+from moyu.methods.sites import projection_sites
+from moyu.methods.values import Acts, Site, SiteParams
 
 ROWS = 2048  # calibration rows, evenly spaced, that the skipped part is looked at on
 
 
 @dataclass(frozen=True)
-class RSparse(Method):
+class RSparse(Magnitude):
     """R-Sparse, arXiv 2504.19449, with the same split between channels and rank at every projection.
 
     share: bytes of the low-rank path over all bytes that a projection still reads, in (0, 1). The paper's search gives
@@ -29,19 +33,12 @@ class RSparse(Method):
     path: "weight" approximates W, as in the paper; "skipped" approximates W on what is skipped.
     """
 
-    share: float = 0.05
-    path: str = "weight"
+    share: float = knob(0.05, above=0, below=1)
+    path: str = knob("weight", one_of=("weight", "skipped"))
 
     name: ClassVar[str] = "r-sparse"
     paper: ClassVar[str] = "R-Sparse, arXiv 2504.19449"
     family: ClassVar[Family] = "threshold"
-    granularity: ClassVar[Granularity] = "token"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ValueError(f"share must be in (0, 1), not {self.share}")
-        if self.path not in ("weight", "skipped"):
-            raise ValueError(f"path must be 'weight' or 'skipped', not {self.path!r}")
 
     def sites(self, block) -> tuple[Site, ...]:
         return projection_sites(block)
@@ -57,13 +54,10 @@ class RSparse(Method):
         else:
             x = acts.met(site.reads)
             x = x[torch.linspace(0, len(x) - 1, min(ROWS, len(x))).long()]
-            kept = selection.select(x.abs(), params.rule)
+            kept = select(x.abs(), params.rule)
             outer, inner = projected(weight, torch.where(kept, 0, x), rank)
         low_rank = (outer.to(weight.dtype).contiguous(), inner.to(weight.dtype).contiguous())
         return dataclasses.replace(params, low_rank=low_rank)
-
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        return x.abs()  # (N, n)
 
 
 def rank_for(q: int, n: int, sparsity: float, share: float) -> int:

@@ -11,8 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
-from moyu.methods.selection import TopK, keep_count
+from moyu.methods.base import Family, Method
+from moyu.methods.fitting import at_count
+from moyu.methods.knobs import knob
+from moyu.methods.sites import neuron_sites
+from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
 
 @dataclass(frozen=True)
@@ -22,23 +25,18 @@ class Random(Method):
     seed: a non-negative integer.
     """
 
-    seed: int = 0
+    seed: int = knob(0, at_least=0)
 
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "reference"
     family: ClassVar[Family] = "reference"
-    granularity: ClassVar[Granularity] = "token"
     needs_calibration: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, not {self.seed}")
-
     def sites(self, block) -> tuple[Site, ...]:
-        return (neuron_site(block, "mlp_in"),) if block.has_ffn else ()
+        return neuron_sites(block, "mlp_in")
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
-        return SiteParams(rule=TopK(keep_count(site.units, target)))
+        return at_count(site, target)
 
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         return uniform(self.seed, site, rows.pos, site.units)  # (N, f)

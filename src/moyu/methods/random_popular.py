@@ -7,16 +7,18 @@ A method that does not beat it has only found out which neurons are popular.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
+from moyu.methods.base import Family, Method
+from moyu.methods.fitting import at_count
+from moyu.methods.knobs import knob
+from moyu.methods.magnitude import column_norms
 from moyu.methods.random import uniform
-from moyu.methods.selection import TopK, keep_count
+from moyu.methods.sites import neuron_sites
+from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
 
 @dataclass(frozen=True)
@@ -26,25 +28,18 @@ class RandomPopular(Method):
     seed: a non-negative integer.
     """
 
-    seed: int = 0
+    seed: int = knob(0, at_least=0)
 
     name: ClassVar[str] = "random-popular"
     paper: ClassVar[str] = "reference"
     family: ClassVar[Family] = "reference"
-    granularity: ClassVar[Granularity] = "token"
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, not {self.seed}")
 
     def sites(self, block) -> tuple[Site, ...]:
-        return (neuron_site(block, "mlp_in"),) if block.has_ffn else ()
-
-    def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
-        return {"popularity": acts.met("mid").abs().float().mean(0) * acts.weights["down"].float().norm(dim=0)}  # (f,)
+        return neuron_sites(block, "mlp_in")
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
-        return SiteParams(rule=TopK(keep_count(site.units, target)), buffers=self.prepare(site, acts))
+        popularity = acts.met("mid").abs().float().mean(0) * column_norms(acts.weights, ["down"])  # (f,)
+        return at_count(site, target, {"popularity": popularity})
 
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         popularity = params.buffers["popularity"].double().clamp(min=1e-30)

@@ -7,23 +7,24 @@ is asked what it makes of the gate. The result equals dense up to summation orde
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, column_site, row_site
+from moyu.methods.base import Family
+from moyu.methods.fitting import EVERYTHING
+from moyu.methods.magnitude import Magnitude
 from moyu.methods.selection import Threshold
+from moyu.methods.sites import down_sites, row_sites
+from moyu.methods.values import Acts, Site, SiteParams
 
 
 @dataclass(frozen=True)
-class ReluZero(Method):
+class ReluZero(Magnitude):
     """ReLU zero skip. Lossless on ReLU, squared ReLU, ReGLU, and where a network's own module cuts; elsewhere it has no site."""
 
     name: ClassVar[str] = "relu-zero"
     paper: ClassVar[str] = "ReLU Strikes Back, arXiv 2310.04564"
     family: ClassVar[Family] = "threshold"
-    granularity: ClassVar[Granularity] = "token"
-    by_magnitude: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = False
     solves_target: ClassVar[bool] = False
@@ -31,10 +32,7 @@ class ReluZero(Method):
     def sites(self, block) -> tuple[Site, ...]:
         if block.act not in ("relu", "relu2") and not block.cuts:
             return ()
-        return (row_site(block, "gate"),) if block.gated else (column_site(block, "mid", "down"),)
+        return row_sites(block, "gate") if block.gated else down_sites(block)
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
-        return SiteParams(rule=Threshold(0.0 if target > 0 else -math.inf))
-
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        return x.abs()  # (N, f)
+        return SiteParams(rule=Threshold(0.0) if target > 0 else EVERYTHING)

@@ -16,13 +16,6 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class PerUnitThreshold:
-    """Keep units whose score is above their own value."""
-
-    values: Tensor  # (units,)
-
-
-@dataclass(frozen=True)
 class TopK:
     """Keep the `k` highest scores of each row."""
 
@@ -34,7 +27,7 @@ class Soft:
     """Keep every unit as far as its score in (0, 1) says: only while routers train in the loop, never in a plan."""
 
 
-Rule = Threshold | PerUnitThreshold | TopK | Soft
+Rule = Threshold | TopK | Soft
 
 
 def select(scores: Tensor, rule: Rule) -> Tensor:
@@ -42,8 +35,6 @@ def select(scores: Tensor, rule: Rule) -> Tensor:
     match rule:
         case Threshold(value):
             return scores > value
-        case PerUnitThreshold(values):
-            return scores > values.to(scores.device)
         case Soft():
             return scores
         case TopK(k):

@@ -6,14 +6,14 @@ data ||W_g[j]|| * ||W_u[j]||, the static baseline of GRIFFIN (||W_u[j]|| * ||w_j
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
-from moyu.methods.selection import TopK, keep_count
+from moyu.methods.base import Family, Granularity, Method
+from moyu.methods.fitting import at_count
+from moyu.methods.magnitude import column_norms
+from moyu.methods.sites import neuron_sites
+from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,16 @@ class StaticNorm(Method):
     granularity: ClassVar[Granularity] = "static"
 
     def sites(self, block) -> tuple[Site, ...]:
-        return (neuron_site(block, "mlp_in"),) if block.has_ffn else ()
-
-    def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
-        down = acts.weights["down"].float().norm(dim=0)  # (f,)
-        if self.data:
-            return {"importance": acts.met("mid").float().square().mean(0).sqrt() * down}
-        up = acts.weights["up"].float().norm(dim=1)
-        return {"importance": up * (acts.weights["gate"].float().norm(dim=1) if "gate" in acts.weights else down)}
+        return neuron_sites(block, "mlp_in")
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
-        return SiteParams(rule=TopK(keep_count(site.units, target)), buffers=self.prepare(site, acts))
+        down = column_norms(acts.weights, ["down"])  # (f,)
+        if self.data:
+            importance = acts.met("mid").float().square().mean(0).sqrt() * down
+        else:
+            up = acts.weights["up"].float().norm(dim=1)
+            importance = up * (acts.weights["gate"].float().norm(dim=1) if "gate" in acts.weights else down)
+        return at_count(site, target, {"importance": importance})
 
     def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
         return params.buffers["importance"].expand(len(rows.seq), -1)  # (N, f)

@@ -7,7 +7,6 @@ The paper's normalisation and calibration are not published in what is known; th
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,38 +14,37 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
+from moyu.methods.base import Family
+from moyu.methods.fitting import EVERYTHING
 from moyu.methods.griffin import accumulate
+from moyu.methods.knobs import knob
 from moyu.methods.selection import Threshold
+from moyu.methods.sequence import Sequence
+from moyu.methods.sites import neuron_sites
+from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
 
 @dataclass(frozen=True)
-class Tda(Method):
+class Tda(Sequence):
     """TDA, arXiv 2408.11393 (family `sequence`; not the paper's token-level kind of the same name).
 
     cett: target mean CETT of the next tokens in (0, 1), e.g. 0.2; replaces the sparsity target.
     """
 
-    cett: float | None = None
+    cett: float | None = knob(None, above=0, below=1)
 
     name: ClassVar[str] = "tda"
     paper: ClassVar[str] = "arXiv 2408.11393"
     family: ClassVar[Family] = "sequence"
-    granularity: ClassVar[Granularity] = "sequence"
-
-    def __post_init__(self) -> None:
-        if self.cett is not None and not 0 < self.cett < 1:
-            raise ValueError(f"cett must be in (0, 1), not {self.cett}")
 
     def sites(self, block) -> tuple[Site, ...]:
-        return (neuron_site(block, "mid"),) if block.has_ffn else ()
+        return neuron_sites(block, "mid")
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         if self.cett is None or target == 0.0:
             return super().fit(site, acts, target)
-        params = SiteParams(rule=Threshold(-math.inf))
-        scores = self.calibration_scores(site, acts, params)  # (B, f)
-        return dataclasses.replace(params, rule=Threshold(_search(scores, acts, self.cett)))
+        scores = self.prompt_scores(site, acts, SiteParams(rule=EVERYTHING))  # (B, f)
+        return SiteParams(rule=Threshold(_search(scores, acts, self.cett)))
 
     def update(self, memory: Memory, x: Tensor, rows: Rows, site: Site, params: SiteParams) -> Memory:
         return {"squares": accumulate(memory.get("squares"), x, rows)}

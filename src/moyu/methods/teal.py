@@ -9,21 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moyu.methods.base import Family, Granularity, Memory, Method, Rows, Site, SiteParams, projection_sites
+from moyu.methods.base import Family
+from moyu.methods.magnitude import Magnitude
+from moyu.methods.sites import projection_sites
+from moyu.methods.values import Site
 
 
 @dataclass(frozen=True)
-class Teal(Method):
+class Teal(Magnitude):
     """TEAL, arXiv 2408.14690, with the same sparsity at every projection."""
 
     name: ClassVar[str] = "teal"
     paper: ClassVar[str] = "TEAL, arXiv 2408.14690"
     family: ClassVar[Family] = "threshold"
-    granularity: ClassVar[Granularity] = "token"
-    by_magnitude: ClassVar[bool] = True
 
     def sites(self, block) -> tuple[Site, ...]:
         return projection_sites(block)
-
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        return x.abs()  # (N, n)

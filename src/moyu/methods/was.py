@@ -6,7 +6,6 @@ alpha = 0 is TEAL, and the L2 norm is WINA's score with a mask for every project
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,63 +13,45 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moyu.methods import selection
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, projection_sites
-from moyu.methods.selection import Threshold
+from moyu.methods.base import Family
+from moyu.methods.fitting import at_quantile
+from moyu.methods.knobs import knob
+from moyu.methods.magnitude import Weighed, column_norms
+from moyu.methods.selection import quantile
+from moyu.methods.sites import projection_sites
+from moyu.methods.values import Acts, Site, SiteParams
 
 EXPONENTS = (0.0, 0.5, 1.0, 1.5)  # candidates where the exponent is fitted
 
 
 @dataclass(frozen=True)
-class Was(Method):
+class Was(Weighed):
     """WAS (EMNLP 2025), with the same sparsity at every projection.
 
     order: of the norm, 1 as in the paper or 2, by which the expected squared error is least.
     exponent: alpha >= 0; None fits it at every projection, on the error of every second calibration row.
     """
 
-    order: int = 1
-    exponent: float | None = 1.0
+    order: int = knob(1, one_of=(1, 2))
+    exponent: float | None = knob(1.0, at_least=0, below=math.inf, optional=True)
 
     name: ClassVar[str] = "was"
     paper: ClassVar[str] = "WAS, EMNLP 2025"
     family: ClassVar[Family] = "threshold"
-    granularity: ClassVar[Granularity] = "token"
-    by_magnitude: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2, not {self.order}")
-        if self.exponent is not None and not 0 <= self.exponent < math.inf:
-            raise ValueError(f"exponent must be >= 0 or None, not {self.exponent}")
 
     def sites(self, block) -> tuple[Site, ...]:
         return projection_sites(block)
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
-        norms = acts.weights[site.linears[0]].float().norm(p=self.order, dim=0)  # (n,)
-        exponent = self.exponent
+        norms, exponent = column_norms(acts.weights, site.linears, self.order), self.exponent
         if exponent is None:
             x, weight = acts.met(site.reads).float(), acts.weights[site.linears[0]].float()
             exponent = min(EXPONENTS, key=lambda alpha: _error(x, weight, norms**alpha, target))
-        params = SiteParams(rule=Threshold(-math.inf), buffers={"norms": norms**exponent})
-        if target == 0.0:
-            return params
-        scores = self.calibration_scores(site, acts, params)
-        return dataclasses.replace(params, rule=Threshold(selection.quantile(scores, target)))
-
-    def factors(self, site: Site, params: SiteParams) -> Tensor | None:
-        return params.buffers["norms"]
-
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        return x.abs() * params.buffers["norms"].to(x.dtype)  # (N, n)
-
-    def score_bytes(self, site: Site, params: SiteParams) -> int:
-        return params.buffers["norms"].nbytes
+        return at_quantile(self, site, acts, target, {"norms": norms**exponent})
 
 
 def _error(x: Tensor, weight: Tensor, factors: Tensor, target: float) -> float:
     """Squared error of x @ W.T on the odd rows of x (N, n) under the threshold of the even ones."""
     scores = x.abs() * factors
-    cut = selection.quantile(scores[::2], target)
+    cut = quantile(scores[::2], target)
     return float((torch.where(scores[1::2] > cut, 0, x[1::2]) @ weight.t()).square().sum())

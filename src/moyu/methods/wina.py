@@ -6,55 +6,35 @@ score_i = |v_i| * c_i, c_i = ||W[:, i]||_2: the norm of what channel i adds to t
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, input_sites
-from moyu.methods.selection import TopK, keep_count
+from moyu.methods.base import Family
+from moyu.methods.fitting import at_count
+from moyu.methods.knobs import knob
+from moyu.methods.magnitude import Weighed
+from moyu.methods.sites import input_sites
+from moyu.methods.values import Acts, Site, SiteParams
 
 
 @dataclass(frozen=True)
-class Wina(Method):
+class Wina(Weighed):
     """WINA, arXiv 2505.19427, without its transform of the weights.
 
     rule: "top-k" keeps the same count for every token, as in the paper; "threshold" keeps what is above the calibrated
     quantile, so that easy tokens keep less.
     """
 
-    rule: str = "top-k"
+    rule: str = knob("top-k", one_of=("top-k", "threshold"))
 
     name: ClassVar[str] = "wina"
     paper: ClassVar[str] = "WINA, arXiv 2505.19427"
     family: ClassVar[Family] = "threshold"
-    granularity: ClassVar[Granularity] = "token"
-    by_magnitude: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.rule not in ("top-k", "threshold"):
-            raise ValueError(f"rule must be 'top-k' or 'threshold', not {self.rule!r}")
 
     def sites(self, block) -> tuple[Site, ...]:
         return input_sites(block)
 
-    def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
-        return {"norms": torch.cat([acts.weights[n] for n in site.linears]).float().norm(dim=0)}  # (n,)
-
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
-        params = super().fit(site, acts, target)
         if self.rule == "threshold":
-            return params
-        return dataclasses.replace(params, rule=TopK(keep_count(site.units, target)))
-
-    def factors(self, site: Site, params: SiteParams) -> Tensor | None:
-        return params.buffers["norms"]
-
-    def score(self, x, rows: Rows, site: Site, params: SiteParams, memory: Memory):
-        return x.abs() * params.buffers["norms"].to(x.dtype)  # (N, n)
-
-    def score_bytes(self, site: Site, params: SiteParams) -> int:
-        return params.buffers["norms"].nbytes
+            return super().fit(site, acts, target)
+        return at_count(site, target, self.prepared(site, acts))

@@ -15,12 +15,13 @@ from torch.nn import functional
 
 from moyu import kernels
 from moyu.errors import UserError
-from moyu.methods.base import READS, Site, SiteParams
-from moyu.methods.selection import Threshold
+from moyu.methods.needs import needs
+from moyu.methods.values import READS, Site, SiteParams
 from moyu.model import dissect, networks
 from moyu.model.anatomy import Piece
 from moyu.plan import Plan
 
+CAN = frozenset({"columns by magnitude"})  # what a site of columns may ask, `moyu.methods.needs`
 GROUP = 256  # outputs that `kernels.columns_above` lets share a threshold at least
 ALIGNED = 64  # widths of cut networks, filled up with zeros: products of odd widths take up to half as long again
 TOGETHER = [[n for n in READS if READS[n] == tap] for tap in dict.fromkeys(READS.values())]  # they read the same input
@@ -129,14 +130,14 @@ def _kept_neurons(
 
 def _skip_columns(model: nn.Module, plan: Plan, linears: Mapping[str, Piece], sites: Mapping[str, tuple]) -> None:
     params = [p for _, p in sites.values()]
-    plain = all(isinstance(p.rule, Threshold) and p.basis is p.centre is p.low_rank is p.bias is None for p in params)
-    decided = all(plan.method_of(site).kernels_decide for site, _ in sites.values())
-    if not decided or not plain or not all(p.whole for p in linears.values()):
-        raise UserError(f"method {plan.method.name!r} is no plain threshold on |x| here", "`teal` is one")
-    if any(plan.method_of(site).factors(site, p) is not None for site, p in sites.values()):
-        raise UserError(f"method {plan.method.name!r} weighs |x| with factors", "`teal` does not")
-    if any(plan.method_of(site).rest_blocks(site, p) is not None for site, p in sites.values()):
-        raise UserError(f"method {plan.method.name!r} reads skipped columns in few bits", "`teal` does not")
+    missing = frozenset().union(*(needs(plan.method_of(site), site, p) for site, p in sites.values())) - CAN
+    if missing:
+        raise UserError(
+            f"method {plan.method.name!r} needs {', '.join(sorted(missing))}, which no compiled step has",
+            "`teal` is a plain threshold on |x|",
+        )
+    if not all(p.whole for p in linears.values()):
+        raise UserError("its linears share a weight, which no compiled step skips columns of", "use another model")
     pieces = [linears[name] for name in sites]
     together = all(len(p.weight) % GROUP == 0 for p in pieces)
     for members in [range(len(pieces))] if together else [[k] for k in range(len(pieces))]:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from moyu.engine.sites import SiteState
 from moyu.kernels import cpu
-from moyu.methods.base import NOTHING
+from moyu.methods.magnitude import factors_of, remainder_of
 from moyu.methods.selection import Threshold
+from moyu.methods.values import NOTHING
 from moyu.model.anatomy import Block
 from moyu.weights.blocks import Blocks
 
@@ -103,9 +104,9 @@ class PlainLayer:
         linear = native_linear(piece.operand, piece.bias)
         if decides is not None:
             linear.bias = self._bias(name, decides, kept)
-            rest = decides.method.rest_blocks(decides.site, decides.params)
-            if rest is not None:
-                linear.rest = cpu.native_blocks(rest)
+            rest = remainder_of(decides.method, decides.site, decides.params)
+            if rest is not None and rest.blocks is not None:
+                linear.rest = cpu.native_blocks(rest.blocks)
             linear.threshold = threshold(decides, piece.dtype)
             factors = self.factors(decides, piece.dtype)
             linear.factor = 0 if factors is None else factors.data_ptr()
@@ -122,7 +123,7 @@ class PlainLayer:
     def factors(self, state: SiteState, dtype: torch.dtype) -> Tensor | None:
         """c of a score |x| * c, rounded as the score rounds it; kept alive by the site's state."""
         if state.factors is None:
-            own = state.method.factors(state.site, state.params)
+            own = factors_of(state.method, state.site, state.params)
             state.factors = NOTHING if own is None else own.to(dtype).float().contiguous()
         return None if state.factors is NOTHING else state.factors
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from moyu.engine.choosers import Known
 from moyu.engine.sites import SiteState
 from moyu.engine.steps.layers import LINEARS, PlainLayer
-from moyu.methods.base import Rows, Site
+from moyu.methods.values import Rows, Site
 
 NOTHING = (0, 0, 0)  # struct DecodeLevels of kernels.h: nothing to replay, and nobody asks
 Level = tuple[int, int, int]

@@ -16,7 +16,7 @@ from moyu.engine.steps.ends import Angles, Ends
 from moyu.engine.steps.layers import Norm, PlainLayer
 from moyu.engine.steps.run import DecodeRun, run_step
 from moyu.kernels import cpu
-from moyu.methods.selection import Threshold
+from moyu.methods.needs import needs
 from moyu.model import dissect, networks
 from moyu.model.anatomy import Block
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
@@ -31,6 +31,9 @@ _UNSEEN = (
 )  # act on values that a probe may not reach
 _UNSEEN_ENDS = ("final_logit_softcapping", "sliding_window", "attention_chunk_size", "output_router_logits")
 _BY_LENGTH = ("dynamic", "longrope")  # rotary angles that depend on more than the position
+CAN = frozenset(  # what a site may ask of a native step, `moyu.methods.needs`
+    {"columns by magnitude", "rows by magnitude", "neurons by masks", "factors", "bias", "remainder"}
+)
 # The norms of a plain layer: role, the linear that reads it, the linear that it reads.
 _ROLES = (("before_attention", "q", None), ("before_network", "up", None), ("q_norm", None, "q"), ("k_norm", None, "k"))
 
@@ -260,18 +263,9 @@ def _readable(module: nn.Module, dtype: torch.dtype) -> bool:
 def _unexpressed(layer: PlainLayer) -> str | None:
     """Why the native step cannot decide one of the layer's sites; None = it can."""
     for state in layer.states:
-        site, params, method = state.site, state.params, state.method
-        extras = (params.blocks, params.basis, params.centre, params.low_rank)
-        if site.skips == "neurons" and method.granularity in ("sequence", "static"):
-            continue
-        if (
-            site.skips not in ("columns", "rows")
-            or any(e is not None for e in extras)
-            or site.source_layer != site.layer
-        ):
-            return f"{method.name} decides at {site.key} in its own way"
-        if not isinstance(params.rule, Threshold) or not method.kernels_decide:
-            return f"{method.name} decides at {site.key} by more than a magnitude"
+        missing = needs(state.method, state.site, state.params) - CAN
+        if missing:
+            return f"{state.method.name} needs {', '.join(sorted(missing))} at {state.site.key}"
     return None
 
 

@@ -21,7 +21,7 @@ from moyu.engine.steps.ends import Ends
 from moyu.engine.steps.layers import PlainLayer
 from moyu.engine.steps.levels import StepLevels
 from moyu.kernels import cpu
-from moyu.methods.base import NOTHING, Rows
+from moyu.methods.values import NOTHING, Rows
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 
 GROW = 256  # tokens by which a cache's buffers grow at least

@@ -20,7 +20,7 @@ from moyu.engine.rows import MAX_SKIPPING_ROWS, rows_at, rows_of
 from moyu.engine.session import Pass, Session
 from moyu.engine.steps.run import DecodeRun
 from moyu.engine.trace import NATIVE
-from moyu.methods.base import NOTHING
+from moyu.methods.values import NOTHING
 
 # What a decode step may be called with; anything else takes the general path.
 _KNOWN = {

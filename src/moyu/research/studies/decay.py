@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moyu.methods.base import Rows, Site
 from moyu.methods.random import uniform
+from moyu.methods.values import Rows, Site
 from moyu.research.studies import domains
 from moyu.research.studies.base import Observed, Setup, Study
 from moyu.research.studies.over_activation import masked_losses, popularity

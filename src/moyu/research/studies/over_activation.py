@@ -17,9 +17,9 @@ from moyu import methods
 from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
 from moyu.measure.windows import Windows
-from moyu.methods.base import Rows, Site
 from moyu.methods.random import uniform
 from moyu.methods.selection import keep_count, top_k
+from moyu.methods.values import Rows, Site
 from moyu.research.studies import domains
 from moyu.research.studies.base import Observed, Setup, Study
 from moyu.research.studies.subject import SINK, Subject

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moyu.engine.applied import Applied
 from moyu.errors import UserError
-from moyu.methods.base import Rows, Site, Tap
+from moyu.methods.values import Rows, Site, Tap
 from moyu.model import dissect, loading
 from moyu.model.anatomy import Anatomy, Block
 from moyu.model.loading import Loaded

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moyu.methods.base import Rows
 from moyu.methods.griffin import accumulate
+from moyu.methods.values import Rows
 
 
 def griffin_statistic(values: Tensor) -> Tensor:
