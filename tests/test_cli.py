@@ -19,7 +19,8 @@ from transformers import MambaConfig, MambaForCausalLM
 import moyu
 from moyu import methods, records
 from moyu.calibration.walk import calibrate
-from moyu.commands import cli, pipeline
+from moyu.commands import cli
+from moyu.commands import info as info_command
 from moyu.measure.windows import Windows
 from moyu.model import loading, zoo
 from moyu.weights import files
@@ -212,12 +213,21 @@ def test_ctrl_c_in_the_process(moyu_command, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "describe", stop)
+    monkeypatch.setattr(info_command, "describe", stop)
     assert moyu_command("info", "relu") == (130, "", "moyu: stopped\n")
 
 
 def test_ctrl_c(tmp_path):
-    words = ["from moyu.cli import main; main()", "run", "relu", *QUICK, "--shape", "none", "--out", str(tmp_path)]
+    words = [
+        "from moyu.commands.cli import main; main()",
+        "run",
+        "relu",
+        *QUICK,
+        "--shape",
+        "none",
+        "--out",
+        str(tmp_path),
+    ]
     # Its own session: the signal reaches nobody else.
     with subprocess.Popen(
         [sys.executable, "-c", *words],

@@ -24,6 +24,7 @@ import numpy as np
 from torch import nn
 
 from moyu.calibration.fisher import Point, curves, divide, name_of
+from moyu.calibration.settings import check_allocation
 from moyu.calibration.trials import Trial, each_layer, separable, weights
 from moyu.calibration.walk import Progress, calibrate
 from moyu.errors import UserError
@@ -34,9 +35,6 @@ from moyu.model import dissect
 from moyu.model.anatomy import Anatomy
 from moyu.plan import Plan
 
-ALLOCATIONS = (
-    "uniform", "greedy", "search", "search-up", "search-down", "search-random", "cett", "cett-stream", "sensitivity", "fisher",
-)  # fmt: skip
 STEP = 0.05  # of a block's mean weight a site
 MOST = 0.95  # sparsity of a site, at most
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, MOST)  # levels at which a block's error is measured
@@ -261,7 +259,7 @@ def calibrate_allocated(
     options: those of `calibrate`. Raises UserError for an allocation that there is not, and for a method that knows no
     token-level target.
     """
-    check(allocation)
+    check_allocation(allocation)
     if method.granularity != "token" or not method.solves_target or method.joint:
         raise UserError(f"method {method.name!r} has no site budgets to divide", "leave allocation uniform")
     if not 0 <= sparsity <= MOST:
@@ -294,9 +292,3 @@ def calibrate_allocated(
     about |= {"asked": allocation, "chosen": chosen, "kl": errors, "levels": levels[chosen]}
     plan = plans[chosen]
     return dataclasses.replace(plan, calibration={**plan.calibration, "allocation": about})
-
-
-def check(allocation: str) -> None:
-    """Refuse an allocation that there is not."""
-    if allocation not in ALLOCATIONS:
-        raise UserError(f"--allocation must not be {allocation!r}", f"one of {', '.join(ALLOCATIONS)}")

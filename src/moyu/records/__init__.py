@@ -6,7 +6,6 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from moyu.errors import UserError
-from moyu.measure.environment import environment, machine
+from moyu.measure.environment import machine
+from moyu.records.stamping import stamped
 from moyu.weights.files import atomic_write_bytes
 
 FILE = "records.jsonl"  # beside a plan: what was measured of it
@@ -50,13 +50,13 @@ class Protocol(_Model):
 class Stamped(_Model):
     """What every record carries."""
 
-    commit: str | None = Field(None, description="git hash of the checkout the package ran from")
-    dirty: bool | None = Field(None, description="whether the package's files differed from that commit")
+    commit: str | None = Field(default=None, description="git hash of the checkout the package ran from")
+    dirty: bool | None = Field(default=None, description="whether the package's files differed from that commit")
     versions: dict[str, str] = Field(description="moyu, torch, transformers, python")
     device: str = Field(min_length=1, description="processor or accelerator")
     threads: Annotated[int, Field(ge=1)] = Field(description="threads of torch")
-    dtype: str | None = Field(None, description="type of the weights")
-    seed: int | None = Field(None, description="seed of everything random")
+    dtype: str | None = Field(default=None, description="type of the weights")
+    seed: int | None = Field(default=None, description="seed of everything random")
     date: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)$", description="ISO 8601, UTC")
     notes: list[str] = Field(default=[], description="what a reader of the numbers must know")
 
@@ -67,11 +67,11 @@ class ModelRecord(Stamped):
     model: str = Field(min_length=1, description="name, or path, of the model")
     weights: Literal["trained", "random"] = Field(description="random weights have a speed and no quality")
     weight_format: str | None = Field(
-        None,
+        default=None,
         description="how linears are kept: `q8_0`, `q4_0`, or null: as numbers of `dtype`, which is what they compute in",
     )
-    protocol: Protocol | None = Field(None, description="how quality was scored, see below")
-    corpus: dict[str, Any] | None = Field(None, description="fingerprint of the text")
+    protocol: Protocol | None = Field(default=None, description="how quality was scored, see below")
+    corpus: dict[str, Any] | None = Field(default=None, description="fingerprint of the text")
 
 
 class KvBytes(_Model):
@@ -93,18 +93,22 @@ class MethodRecord(ModelRecord):
     """A record about one method on one model."""
 
     method: str = Field(min_length=1, description="name in the registry; `dense` where nothing is skipped")
-    family: str | None = Field(None, description="family of the method")
-    granularity: str | None = Field(None, description="what one mask serves: token, sequence, static")
-    plan: str | None = Field(None, description="hash of the plan")
+    family: str | None = Field(default=None, description="family of the method")
+    granularity: str | None = Field(default=None, description="what one mask serves: token, sequence, static")
+    plan: str | None = Field(default=None, description="hash of the plan")
     simulated: bool = Field(description="true: units were masked; false: their bytes were not read")
-    target_sparsity: Fraction | None = Field(None, description="fraction of units to skip, as asked")
-    target_byte_fraction: Fraction | None = Field(None, description="byte fraction, as asked")
-    realized_sparsity: Fraction | None = Field(None, description="fraction of units skipped, as measured")
+    target_sparsity: Fraction | None = Field(default=None, description="fraction of units to skip, as asked")
+    target_byte_fraction: Fraction | None = Field(default=None, description="byte fraction, as asked")
+    realized_sparsity: Fraction | None = Field(default=None, description="fraction of units skipped, as measured")
     byte_fraction: Positive | None = Field(
-        None, description="bytes a step reads over the dense model's; above 1: more added than skipped"
+        default=None, description="bytes a step reads over the dense model's; above 1: more added than skipped"
     )
-    ideal_byte_fraction: Positive | None = Field(None, description="the same for a method without a skipping kernel")
-    kv_policy: str | None = Field(None, min_length=1, description="`full`: every key and value is kept and read")
+    ideal_byte_fraction: Positive | None = Field(
+        default=None, description="the same for a method without a skipping kernel"
+    )
+    kv_policy: str | None = Field(
+        default=None, min_length=1, description="`full`: every key and value is kept and read"
+    )
     kv_bytes: list[KvBytes] = Field(default=[], description="bytes of the KV cache, apart from the weights', see below")
 
     @model_validator(mode="after")
@@ -123,7 +127,7 @@ class Environment(Stamped):
     kind: Literal["environment"]
     platform: str = Field(description="operating system and architecture")
     cores: Annotated[int, Field(ge=1)] = Field(description="cores the process may use")
-    command: str | None = Field(None, description="command line that made the records")
+    command: str | None = Field(default=None, description="command line that made the records")
 
 
 class LayerNeed(_Model):
@@ -155,27 +159,37 @@ class Quality(MethodRecord):
     """Quality of one plan on held-out text."""
 
     kind: Literal["quality"]
-    status: str | None = Field(None, pattern=r"^n/a \(.+\)$", description="`n/a (floor 0.82)` instead of numbers")
-    tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="scored tokens")
-    ppl_dense: Perplexity | None = Field(None, description="perplexity a token of the dense model")
-    ppl: Perplexity | None = Field(None, description="perplexity a token with skipping")
-    bits_per_byte_dense: Natural | None = Field(None, description="bits a byte of text, dense")
-    bits_per_byte: Natural | None = Field(None, description="bits a byte of text, with skipping")
-    kl: Natural | None = Field(None, description="KL(dense || sparse), nats a token")
-    top1_agreement: Fraction | None = Field(None, description="scored tokens with the same most likely next token")
-    ppl_unquantised: Perplexity | None = Field(None, description="`ppl_dense` before the weights were quantised")
+    status: str | None = Field(
+        default=None, pattern=r"^n/a \(.+\)$", description="`n/a (floor 0.82)` instead of numbers"
+    )
+    tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="scored tokens")
+    ppl_dense: Perplexity | None = Field(default=None, description="perplexity a token of the dense model")
+    ppl: Perplexity | None = Field(default=None, description="perplexity a token with skipping")
+    bits_per_byte_dense: Natural | None = Field(default=None, description="bits a byte of text, dense")
+    bits_per_byte: Natural | None = Field(default=None, description="bits a byte of text, with skipping")
+    kl: Natural | None = Field(default=None, description="KL(dense || sparse), nats a token")
+    top1_agreement: Fraction | None = Field(
+        default=None, description="scored tokens with the same most likely next token"
+    )
+    ppl_unquantised: Perplexity | None = Field(
+        default=None, description="`ppl_dense` before the weights were quantised"
+    )
     kl_quantising: Natural | None = Field(
-        None,
+        default=None,
         description="KL(dense before quantising || dense), nats a token: the loss of quantising; `kl` is that of skipping",
     )
-    ppl_random: Perplexity | None = Field(None, description="matched random: same sites, same counts")
-    kl_random: Natural | None = Field(None, description="KL of the matched random")
-    ppl_oracle: Perplexity | None = Field(None, description="matched oracle: same sites, same counts")
-    kl_oracle: Natural | None = Field(None, description="KL of the matched oracle")
+    ppl_random: Perplexity | None = Field(default=None, description="matched random: same sites, same counts")
+    kl_random: Natural | None = Field(default=None, description="KL of the matched random")
+    ppl_oracle: Perplexity | None = Field(default=None, description="matched oracle: same sites, same counts")
+    kl_oracle: Natural | None = Field(default=None, description="KL of the matched oracle")
     sparsity_by_layer: list[Fraction] = Field(default=[], description="realized sparsity of each layer")
-    floor: Natural | None = Field(None, description="least byte fraction the method can reach on this model")
-    compensation: bool | str = Field(False, description="what gives back a part of what is skipped: a bias, a centre")
-    search: Search | None = Field(None, description="how the target was found where a budget was asked for, see below")
+    floor: Natural | None = Field(default=None, description="least byte fraction the method can reach on this model")
+    compensation: bool | str = Field(
+        default=False, description="what gives back a part of what is skipped: a bias, a centre"
+    )
+    search: Search | None = Field(
+        default=None, description="how the target was found where a budget was asked for, see below"
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -197,24 +211,26 @@ class Speed(MethodRecord):
     context: str = Field(min_length=1, description="`model itself`, or the name of a shape")
     tok_s: Positive = Field(description="tokens a second with skipping")
     tok_s_dense: Positive = Field(description="tokens a second of the dense baseline")
-    tok_s_kernels: Positive | None = Field(None, description="tokens a second of dense on MOYU's kernels, same run")
+    tok_s_kernels: Positive | None = Field(
+        default=None, description="tokens a second of dense on MOYU's kernels, same run"
+    )
     speedup: Positive = Field(description="tok_s / tok_s_dense")
     speedup_limit: Positive = Field(description="by bytes: 1 / byte_fraction")
     gb_s: Positive = Field(description="weight bytes read a second, 10^9")
-    gb_s_dense: Positive | None = Field(None, description="the same for dense")
+    gb_s_dense: Positive | None = Field(default=None, description="the same for dense")
     read_ceiling_gb_s: Positive = Field(description="best measured streaming read")
     ceiling_share: Positive = Field(description="gb_s / read_ceiling_gb_s; above 1 the weights came from a cache")
-    step_bytes: Positive | None = Field(None, description="bytes of weights that a token reads")
-    peak_bytes: Count | None = Field(None, description="peak memory of the process")
-    prompt_tokens: Count | None = Field(None, description="tokens of the prompt")
-    first_token_s: Positive | None = Field(None, description="seconds to the first new token after it")
-    first_token_s_dense: Positive | None = Field(None, description="the same for dense")
+    step_bytes: Positive | None = Field(default=None, description="bytes of weights that a token reads")
+    peak_bytes: Count | None = Field(default=None, description="peak memory of the process")
+    prompt_tokens: Count | None = Field(default=None, description="tokens of the prompt")
+    first_token_s: Positive | None = Field(default=None, description="seconds to the first new token after it")
+    first_token_s_dense: Positive | None = Field(default=None, description="the same for dense")
     p20: Positive = Field(description="seconds a token, 20th percentile")
     p50: Positive = Field(description="the median")
     p80: Positive = Field(description="80th percentile")
     backend: str = Field(min_length=1, description="back end of the kernels, instruction set, threads")
-    batch: Annotated[int, Field(ge=1)] = Field(1, description="sequences decoded at once")
-    layers: Annotated[int, Field(ge=1)] | None = Field(None, description="layers of the timed model")
+    batch: Annotated[int, Field(ge=1)] = Field(default=1, description="sequences decoded at once")
+    layers: Annotated[int, Field(ge=1)] | None = Field(default=None, description="layers of the timed model")
     dense_baseline: str = Field(min_length=1, description="what dense is")
 
     @model_validator(mode="after")
@@ -239,26 +255,30 @@ class Correction(_Model):
     acceptance: Fraction = Field(description="accepted of the drafts that were looked at")
     tokens_per_pass: float = Field(ge=0, description="new tokens a dense pass")
     margin: float | None = Field(
-        None, description="at the first token that differs from dense: its two largest logits apart"
+        default=None, description="at the first token that differs from dense: its two largest logits apart"
     )
 
 
 class Generation(MethodRecord):
-    """Greedy text, dense and sparse, after one prompt."""
+    """Text after one prompt, and dense text beside it where dense ran too."""
 
     kind: Literal["generation"]
     prompt: str = Field(description="text before the new tokens")
-    dense_text: str = Field(description="new text of the dense model")
+    dense_text: str | None = Field(
+        default=None, description="new text of the dense model; null where dense did not run"
+    )
     sparse_text: str = Field(description="new text with skipping")
-    dense_tokens: list[str] = Field(description="one string a token")
+    dense_tokens: list[str] | None = Field(default=None, description="one string a token")
     sparse_tokens: list[str] = Field(description="one string a token")
-    first_difference: Count | None = Field(None, description="index of the first token that differs")
+    first_difference: Count | None = Field(default=None, description="index of the first token that differs")
     new_tokens: Count = Field(description="length of the sparse text")
-    first_token_s_dense: Positive | None = Field(None, description="seconds to the first new token, dense")
-    first_token_s: Positive | None = Field(None, description="the same with the plan applied")
-    tok_s_dense: Positive | None = Field(None, description="tokens a second after the first, dense")
-    tok_s: Positive | None = Field(None, description="the same with the plan applied; one run, not a benchmark")
-    correction: Correction | None = Field(None, description="where dense corrected what the plan drafted, see below")
+    first_token_s_dense: Positive | None = Field(default=None, description="seconds to the first new token, dense")
+    first_token_s: Positive | None = Field(default=None, description="the same with the plan applied")
+    tok_s_dense: Positive | None = Field(default=None, description="tokens a second after the first, dense")
+    tok_s: Positive | None = Field(default=None, description="the same with the plan applied; one run, not a benchmark")
+    correction: Correction | None = Field(
+        default=None, description="where dense corrected what the plan drafted, see below"
+    )
 
     @model_validator(mode="after")
     def _trained(self) -> Self:
@@ -277,7 +297,7 @@ class Kernel(Stamped):
     gb_s: Positive = Field(description="weight bytes read a second, 10^9")
     read_ceiling_gb_s: Positive = Field(description="best measured streaming read")
     share: Positive = Field(description="gb_s / read_ceiling_gb_s")
-    backend: str | None = Field(None, description="back end, instruction set, threads")
+    backend: str | None = Field(default=None, description="back end, instruction set, threads")
 
 
 class Condition(_Model):
@@ -287,10 +307,10 @@ class Condition(_Model):
     meaning: str = Field(description="of the number")
     rule: str = Field(description="stated before the study ran")
     verdict: Literal["HOLDS", "FAILS", "INCONCLUSIVE"] = Field(description="by the rule")
-    value: float | None = Field(None, description="estimate")
-    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(None, description="95 %")
-    units: Count | None = Field(None, description="independent units, usually documents")
-    power: Fraction | None = Field(None, description="to see the smallest effect of interest")
+    value: float | None = Field(default=None, description="estimate")
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(default=None, description="95 %")
+    units: Count | None = Field(default=None, description="independent units, usually documents")
+    power: Fraction | None = Field(default=None, description="to see the smallest effect of interest")
 
 
 class Control(_Model):
@@ -299,7 +319,7 @@ class Control(_Model):
     name: str = Field(min_length=1, description="of the control")
     meaning: str = Field(description="of the number")
     rule: str = Field(description="limit, stated before the study ran")
-    value: float | None = Field(None, description="as measured")
+    value: float | None = Field(default=None, description="as measured")
     passed: bool = Field(description="where false, the study is inconclusive")
 
 
@@ -309,55 +329,62 @@ class Study(Stamped):
     kind: Literal["study"]
     name: str = Field(min_length=1, description="of the claim")
     verdict: Literal["HOLDS", "FAILS", "INCONCLUSIVE"] = Field(description="of the study")
-    effect: float | None = Field(None, description="size of the effect, in the study's unit")
+    effect: float | None = Field(default=None, description="size of the effect, in the study's unit")
     interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="of the effect, 95 %"
+        default=None, description="of the effect, 95 %"
     )
-    model: str | None = Field(None, description="model that was studied")
-    claim: str = Field("", description="in one sentence")
-    prediction: str = Field("", description="what must be seen if it is true")
-    refutation: str = Field("", description="what would refute it")
-    quick: bool = Field(False, description="a smoke test, too small for its verdict to count")
+    model: str | None = Field(default=None, description="model that was studied")
+    claim: str = Field(default="", description="in one sentence")
+    prediction: str = Field(default="", description="what must be seen if it is true")
+    refutation: str = Field(default="", description="what would refute it")
+    quick: bool = Field(default=False, description="a smoke test, too small for its verdict to count")
     conditions: list[Condition] = Field(default=[], description="the first gives effect and interval, see below")
     controls: list[Control] = Field(default=[], description="see below")
     nulls: dict[str, float] = Field(default={}, description="what chance, popularity or an untrained model reach")
     details: dict[str, Any] = Field(default={}, description="secondary numbers and the series of figures")
-    seconds: Natural | None = Field(None, description="that it took, parts kept from before not counted")
+    seconds: Natural | None = Field(default=None, description="that it took, parts kept from before not counted")
 
 
 class Cell(MethodRecord):
     """One cell of the scoreboard: a method on a model, at a byte fraction or at a sparsity."""
 
     kind: Literal["cell"]
-    status: str | None = Field(None, pattern=r"^n/a \(.+\)$", description="`n/a (floor 0.82)` instead of numbers")
-    quick: bool = Field(False, description="a smoke test, too small to be read")
+    status: str | None = Field(
+        default=None, pattern=r"^n/a \(.+\)$", description="`n/a (floor 0.82)` instead of numbers"
+    )
+    quick: bool = Field(default=False, description="a smoke test, too small to be read")
     weight_bits: Positive = Field(description="bits a weight of a block takes, its share of a scale included")
     byte_fraction_16: Positive | None = Field(
-        None, description="bytes a step reads over those of the dense model in 16 bits; `byte_fraction`: in these bits"
+        default=None,
+        description="bytes a step reads over those of the dense model in 16 bits; `byte_fraction`: in these bits",
     )
-    floor: Natural | None = Field(None, description="least byte fraction the method can reach, in these bits")
+    floor: Natural | None = Field(default=None, description="least byte fraction the method can reach, in these bits")
     knobs: dict[str, Any] = Field(default={}, description="settings of the method, chosen on the validation part")
     site_knobs: dict[str, int] = Field(default={}, description="how many sites have which settings of their own")
-    documents: Count | None = Field(None, description="documents of held-out text, a window each")
-    tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="scored tokens")
-    ppl_dense: Perplexity | None = Field(None, description="perplexity a token of the dense model in 16 bits")
-    ppl: Perplexity | None = Field(None, description="perplexity a token")
-    kl: Natural | None = Field(None, description="KL(dense in 16 bits || this), nats a token")
+    documents: Count | None = Field(default=None, description="documents of held-out text, a window each")
+    tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="scored tokens")
+    ppl_dense: Perplexity | None = Field(default=None, description="perplexity a token of the dense model in 16 bits")
+    ppl: Perplexity | None = Field(default=None, description="perplexity a token")
+    kl: Natural | None = Field(default=None, description="KL(dense in 16 bits || this), nats a token")
     kl_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="95 %, over documents"
+        default=None, description="95 %, over documents"
     )
-    top1_agreement: Fraction | None = Field(None, description="scored tokens with the same most likely next token")
-    ppl_unquantised: Perplexity | None = Field(None, description="`ppl_dense` before the weights were quantised")
+    top1_agreement: Fraction | None = Field(
+        default=None, description="scored tokens with the same most likely next token"
+    )
+    ppl_unquantised: Perplexity | None = Field(
+        default=None, description="`ppl_dense` before the weights were quantised"
+    )
     kl_quantising: Natural | None = Field(
-        None,
+        default=None,
         description="KL(dense before quantising || dense), nats a token: the loss of quantising; `kl` is that of skipping",
     )
-    kl_random: Natural | None = Field(None, description="KL of the matched random")
-    kl_oracle: Natural | None = Field(None, description="KL of the matched oracle")
+    kl_random: Natural | None = Field(default=None, description="KL of the matched random")
+    kl_oracle: Natural | None = Field(default=None, description="KL of the matched oracle")
     by_document: dict[str, list[float]] = Field(
         default={}, description="means of each document, for paired intervals: kl, nll, and those of random and oracle"
     )
-    fit_s: Natural | None = Field(None, description="seconds that calibrating and training took")
+    fit_s: Natural | None = Field(default=None, description="seconds that calibrating and training took")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -379,17 +406,21 @@ class Coverage(Stamped):
     kind: Literal["coverage"]
     architecture: str = Field(min_length=1, description="model type in transformers")
     taken: bool = Field(description="whether MOYU takes it")
-    reason: str = Field("", description="why not, or what was checked")
-    status: CoverageStatus | None = Field(None, description="`no network`: none in it; `partly`: some of its networks")
-    class_name: str | None = Field(None, description="class that was built")
-    networks: str | None = Field(
-        None, description="kinds of feed-forward networks that were proved, with their numbers"
+    reason: str = Field(default="", description="why not, or what was checked")
+    status: CoverageStatus | None = Field(
+        default=None, description="`no network`: none in it; `partly`: some of its networks"
     )
-    attention: str | None = Field(None, description="kinds of attention that were proved, with their numbers and heads")
+    class_name: str | None = Field(default=None, description="class that was built")
+    networks: str | None = Field(
+        default=None, description="kinds of feed-forward networks that were proved, with their numbers"
+    )
+    attention: str | None = Field(
+        default=None, description="kinds of attention that were proved, with their numbers and heads"
+    )
     checks: list[str] = Field(default=[], description="kernel shapes that were checked, and generation")
     left: list[str] = Field(default=[], description="parameters of feed-forward networks, by their names, left dense")
     gaps: list[str] = Field(default=[], description="layers left dense and why")
-    seconds: Natural | None = Field(None, description="that it took")
+    seconds: Natural | None = Field(default=None, description="that it took")
 
 
 class Task(MethodRecord):
@@ -399,18 +430,18 @@ class Task(MethodRecord):
     asked: str = Field(min_length=1, description="task, group or tag that was asked for; what is skipped is its mean")
     task: str = Field(min_length=1, description="task, or group, that the metric is of")
     metric: str = Field(min_length=1, description="name, and the filter of answers where there is one")
-    higher_is_better: bool | None = Field(None, description="as the task says")
+    higher_is_better: bool | None = Field(default=None, description="as the task says")
     samples: Annotated[int, Field(ge=1)] = Field(description="documents")
-    shots: Count | None = Field(None, description="examples before each")
+    shots: Count | None = Field(default=None, description="examples before each")
     sparse_positions: Annotated[int, Field(ge=1)] = Field(
         description="positions of all tasks asked for at which units were skipped; a dense run has none"
     )
     value: float = Field(description="of the metric, under the plan")
-    stderr: Natural | None = Field(None, description="its standard error over documents")
+    stderr: Natural | None = Field(default=None, description="its standard error over documents")
     value_dense: float = Field(description="of the metric, dense")
-    stderr_dense: Natural | None = Field(None, description="its standard error over documents")
+    stderr_dense: Natural | None = Field(default=None, description="its standard error over documents")
     difference_stderr: Natural | None = Field(
-        None, description="standard error of value - value_dense, by pairs of the same document"
+        default=None, description="standard error of value - value_dense, by pairs of the same document"
     )
     harness: str = Field(min_length=1, description="lm-eval and its version")
 
@@ -432,13 +463,7 @@ def _adapter() -> TypeAdapter[Any]:
 
 def stamp(**fields: Any) -> Record:
     """A record of these fields and what every record carries; ValueError names the field that is wrong."""
-    import torch  # seconds; reading and reporting records does without
-
-    base = {
-        **environment(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
+    base = dict(stamped())
     if fields.get("kind") == "environment":
         base |= machine()
     return validate(base | fields)
