@@ -10,8 +10,10 @@ import moyu
 from moyu import methods
 from moyu.calibration import allocation, trials, walk
 from moyu.calibration.allocation import climb, mean
+from moyu.calibration.context import Context
+from moyu.calibration.settings import Settings
 from moyu.calibration.trials import weights
-from moyu.commands import cli, pipeline
+from moyu.commands import cli
 from moyu.engine.products import Products
 from moyu.measure.evaluation import evaluate
 from moyu.measure.windows import Windows
@@ -97,7 +99,7 @@ def test_trials_look_at_no_more_than_their_tokens(monkeypatch, shape):
 
 @pytest.mark.slow
 def test_greedy_beats_uniform_on_a_trained_model_at_the_same_weights():
-    context = pipeline.Context.open("swiglu", pipeline.Settings(calibration=4, test=12, window=64, boundary=16))
+    context = Context.open("swiglu", Settings(calibration=4, test=12, window=64, boundary=16))
     model, split = context.loaded.model, context.split
     method = methods.method("teal")
     plan = allocation.calibrate_allocated(

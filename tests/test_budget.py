@@ -13,9 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from moyu import methods
 from moyu.calibration import budget
 from moyu.calibration.budget import SLACK, Divided, Reader, Way, kinds, plan_for_bytes, solve, ways
+from moyu.calibration.context import Context
+from moyu.calibration.settings import Settings
 from moyu.calibration.trials import separable
 from moyu.calibration.walk import calibrate
-from moyu.commands import pipeline
 from moyu.errors import OutOfReach
 from moyu.measure.accounting import added_bytes
 from moyu.measure.storage import Storage, stored_bits
@@ -26,7 +27,7 @@ from moyu.model.dissect import dissect
 from moyu.weights.few_bits import GROUP
 from tiny import build, tokens
 
-SHORT = pipeline.Settings(window=96, boundary=48, test=4, calibration=4)
+SHORT = Settings(window=96, boundary=48, test=4, calibration=4)
 
 
 def windows(rows: int = 4, seed: int = 1) -> Windows:
@@ -99,7 +100,7 @@ def test_bytes_are_out_of_reach_where_there_is_nothing_to_skip():
 
 def test_what_is_planned_reads_what_was_asked_for():
     settings = dataclasses.replace(SHORT, bytes=0.6)
-    context = pipeline.Context.open("relu", settings)
+    context = Context.open("relu", settings)
     plan = context.plan("teal")
     probe = dataclasses.replace(context.split, test=context.split.calibration)
     read = dataclasses.replace(context, split=probe).quality(plan, matched=False).byte_fraction
@@ -160,7 +161,7 @@ def test_settings_of_weights_in_blocks_are_of_fewer_bits_and_have_kernels(weight
 
 def test_a_budget_is_divided_over_settings_and_sites():
     """As many bytes as one setting and level everywhere, at a smaller loss, foreseen; each fraction from one measurement."""
-    context = pipeline.Context.open("swiglu", SHORT)
+    context = Context.open("swiglu", SHORT)
     split, method = context.split, methods.method("estimate")
     reader = Reader(context.loaded.model, context.anatomy, Storage())
     (divided,) = ways(reader, method, split.calibration)

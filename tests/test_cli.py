@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,12 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import MambaConfig, MambaForCausalLM
 
 import moyu
 from moyu import methods, records
 from moyu.calibration.walk import calibrate
-from moyu.commands import cli, pipeline
+from moyu.commands import cli, writing
+from moyu.commands import info as info_command
+from moyu.kernels import gpu
+from moyu.measure import text
 from moyu.measure.windows import Windows
 from moyu.model import loading, zoo
 from moyu.weights import files
@@ -212,12 +217,21 @@ def test_ctrl_c_in_the_process(moyu_command, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "describe", stop)
+    monkeypatch.setattr(info_command, "describe", stop)
     assert moyu_command("info", "relu") == (130, "", "moyu: stopped\n")
 
 
 def test_ctrl_c(tmp_path):
-    words = ["from moyu.cli import main; main()", "run", "relu", *QUICK, "--shape", "none", "--out", str(tmp_path)]
+    words = [
+        "from moyu.commands.cli import main; main()",
+        "run",
+        "relu",
+        *QUICK,
+        "--shape",
+        "none",
+        "--out",
+        str(tmp_path),
+    ]
     # Its own session: the signal reaches nobody else.
     with subprocess.Popen(
         [sys.executable, "-c", *words],
@@ -270,3 +284,177 @@ def test_run_writes_everything(moyu_command, tmp_path):
     assert records.read(tmp_path / "records.jsonl") == rows
     assert moyu.Plan.load(tmp_path / "plans" / "cats").method.name == "cats"
     assert "</html>" in (tmp_path / "report.html").read_text()
+
+
+# ------------------------------------------------------------------------------------------- where a model is to run
+
+RUNS_A_MODEL = (
+    ["run", "swiglu"],
+    ["profile", "swiglu"],
+    ["calibrate", "swiglu"],
+    ["fit", "deja-vu", "relu"],
+    ["generate", "swiglu"],
+    ["eval", "swiglu"],
+    ["bench", "swiglu"],
+    ["bench", "--shape", "tiny"],
+    ["study", "theorem", "--quick"],
+    ["trinity", "--quick"],
+)
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch, tmp_path):
+    """Loading a model fails the test, and so does a file that is written."""
+
+    def load(*words, **options):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(loading, "random_model", load)
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert everything(tmp_path) == []
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize("command", RUNS_A_MODEL, ids=" ".join)
+def test_where_a_model_cannot_run_is_refused_before_it_is_loaded(refused, command, monkeypatch):
+    monkeypatch.setattr(gpu, "INTERPRETED", False)  # as on a machine that does not test the GPU kernels on its CPU
+    assert "no device is called 'tpu9'" in refused(*command, "--device", "tpu9")
+    assert "device 'cuda:99' cannot be used" in refused(*command, "--device", "cuda:99")
+    assert "no back end is called 'gpuu': did you mean 'gpu'?" in refused(*command, "--backend", "gpuu")
+    line = refused(*command, "--backend", "gpu")
+    if torch.cuda.is_available():
+        assert "cannot run on device 'cpu': give it its own --device" in line
+    else:
+        assert "pip install 'moyu-llm[gpu]'" in line
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_a_back_end_that_does_not_run_on_the_device(refused, monkeypatch):
+    monkeypatch.setattr(gpu, "unavailable", lambda: None)  # as on a machine with a GPU
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    assert "'gpu' cannot run on device 'cpu': give it its own --device" in refused("eval", "relu", "--backend", "gpu")
+
+
+def test_all_commands_that_run_a_model_say_where():
+    shown = {" ".join(name): command.params for name, command in _commands(typer.main.get_command(cli.app))}
+    placed = {name for name, params in shown.items() if {"device", "backend"} <= {p.name for p in params}}
+    assert placed == {words[0] for words in RUNS_A_MODEL}
+    assert set(shown) - placed == {"coverage", "info", "methods", "report", "zoo", "zoo train"}
+
+
+def _commands(group, before=()):
+    for name, command in group.commands.items():
+        yield (*before, name), command
+        if hasattr(command, "commands"):
+            yield from _commands(command, (*before, name))
+
+
+def fresh(*words: str) -> tuple[int, str, str, float]:
+    """A command in a process of its own: exit code, stdout, stderr, which ends in what was imported; processor seconds."""
+    code = (
+        "import sys\nfrom moyu.commands import cli\nsys.argv = ['moyu', *sys.argv[1:]]\ntry:\n    cli.main()\nfinally:\n"
+        "    print([m for m in ('torch', 'transformers') if m in sys.modules], file=sys.stderr)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime  # others may use the processor too
+    return done.returncode, done.stdout, done.stderr, seconds
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["-h"], ["generate", "-h"], ["zoo", "train", "-h"]])
+def test_what_needs_no_torch_starts_fast(words):
+    code, out, err, seconds = fresh(*words)
+    assert (code, err) == (0, "[]\n")
+    assert seconds < 2
+    assert out == f"moyu {moyu.__version__}\n" if words == ["--version"] else "Usage: " in out
+
+
+def test_a_mistake_is_named_before_transformers_is_imported():
+    code, out, err, seconds = fresh("eval", "swiglu", "--backend", "foo")
+    lines = err.splitlines()
+    assert (code, out, lines[-1]) == (2, "", "['torch']")
+    assert lines[:-1] == [
+        "moyu: error: no back end is called 'foo': did you mean 'auto'? There are auto, reference, cpu, gpu"
+    ]
+    assert seconds < 5
+
+
+def test_the_shell_completes_commands_and_options():
+    words = {"_MOYU_COMPLETE": "complete_bash", "COMP_CWORD": "1", "COMP_WORDS": "moyu cal"}
+    call = [sys.executable, "-c", "import sys; sys.argv = ['moyu']; from moyu.commands.cli import main; main()"]
+    found = subprocess.run(call, env={**os.environ, **words}, capture_output=True, text=True, timeout=120)
+    assert found.stdout.split() == ["calibrate"], found.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------- generating
+
+
+def test_text_streams_and_dense_runs_only_where_it_is_compared(moyu_command, plans, monkeypatch):
+    written = []
+    write = writing.write
+
+    def watched(loaded, anatomy, plan, ids, new_tokens, **options):
+        written.append(None if plan is None else plan.method.name)
+        return write(loaded, anatomy, plan, ids, new_tokens, **options)
+
+    monkeypatch.setattr(writing, "write", watched)
+    asked = ["generate", "relu", "--plan", plans, "--new-tokens", 8]
+    code, out, err = moyu_command(*asked, "--json")
+    assert code == 0, err
+    row = records.validate(json.loads(out))
+    assert written == ["popularity"]
+    assert row.dense_text is None and row.first_difference is None and row.new_tokens == 8
+
+    code, out, err = moyu_command(*asked)
+    assert (code, out) == (0, f"{row.prompt}{row.sparse_text}\n")
+    assert err.startswith("moyu: popularity: first token after") and err.count("\n") == 1
+
+    code, out, err = moyu_command(*asked, "--compare", "--json")
+    compared = records.validate(json.loads(out))
+    assert written == ["popularity", "popularity", "popularity", None]
+    assert compared.sparse_text == row.sparse_text and len(compared.dense_tokens) == 8
+    (dense,) = objects(moyu_command("generate", "relu", "--new-tokens", 8, "--json")[1])
+    assert compared.dense_text == dense["dense_text"] == dense["sparse_text"]
+
+
+def test_no_text_windows_are_loaded_to_generate(moyu_command, monkeypatch):
+    monkeypatch.setattr(text, "windows_for", lambda *_, **__: pytest.fail("windows of text were loaded"))
+    assert moyu_command("generate", "relu", "--new-tokens", 2)[0] == 0
+
+
+def test_pieces_make_up_the_text_whatever_its_characters():
+    loaded = loading.load("relu")
+    for words in ("x = 'é ü 漢字 🙂'\n    return", "  indented\n\n\tand more"):
+        ids = loaded.tokenizer(words, add_special_tokens=False)["input_ids"]
+        pieces: list[str] = []
+        receiver = writing.Receiver(loaded.tokenizer, pieces.append)
+        receiver.put(torch.tensor([ids[:1]]))
+        for token in ids[1:]:
+            receiver.put(torch.tensor([token]))
+        receiver.end()
+        assert loaded.tokenizer.decode(ids[:1]) + "".join(pieces) == loaded.tokenizer.decode(ids)
+        assert not any(writing.BROKEN in piece for piece in pieces)
+
+
+def test_more_tokens_than_the_model_has_positions(refused):
+    limit = loading.load("relu").model.config.max_position_embeddings
+    line = refused("generate", "relu", "--prompt", "def", "--new-tokens", limit)
+    assert re.search(rf"more than the {limit} that 'relu' reads: use --new-tokens \d+ or fewer", line)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["bench", "relu", "--layers", "2"], "--layers is of --shape"),
+        (["generate", "relu", "--lossless"], "no plan to draft with"),
+        (["generate", "relu", "--temperature", "1"], "plain generation is greedy"),
+        (["generate", "relu", "--weights", "q8"], "did you mean 'q8_0'"),
+        (["calibrate", "relu", "--knob", "tau=0.2", "-m", "cats"], "no knob is called 'tau' in cats"),
+    ],
+)
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_options_that_contradict_each_other(refused, words, says):
+    assert says in refused(*words)

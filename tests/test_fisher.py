@@ -10,10 +10,11 @@ import torch
 
 from moyu import methods
 from moyu.calibration import fisher, walk
+from moyu.calibration.context import Context
 from moyu.calibration.fisher import DENSE, Point, curvature, divide, name_of
+from moyu.calibration.settings import Settings
 from moyu.calibration.trials import weights
 from moyu.calibration.walk import calibrate
-from moyu.commands import pipeline
 from moyu.measure import evaluation
 from moyu.measure.windows import Windows
 from moyu.methods.estimate import Estimate
@@ -50,7 +51,7 @@ def test_it_needs_no_gradient_of_weights():
 
 def test_costs_foresee_kl():
     """Of one site and of all together, on a trained model."""
-    context = pipeline.Context.open("swiglu", pipeline.Settings(calibration=6, test=8, window=96, boundary=32))
+    context = Context.open("swiglu", Settings(calibration=6, test=8, window=96, boundary=32))
     model, anatomy, windows = context.loaded.model, context.anatomy, context.split.calibration
     method = methods.method("teal")
     found = fisher.curves(model, [method], windows, anatomy, by_level)

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 import moyu
 from equality import plan_for
 from moyu import methods
-from moyu.commands import cli, pipeline
+from moyu.calibration.context import Context
+from moyu.calibration.settings import Settings
+from moyu.commands import cli
 from moyu.engine.applied import Applied
 from moyu.engine.speculation import (
     acceptance,
@@ -158,8 +160,8 @@ def test_senseless_requests_are_refused(bad):
 @pytest.mark.slow
 def test_greedy_is_dense_greedy_on_200_prompts_of_a_trained_model():
     """In float32, on the best kernels there are: a first difference is allowed at a near-tie of the dense logits only."""
-    settings = pipeline.Settings(methods=("griffin",), test=50, calibration=4, window=64, boundary=32)
-    context = pipeline.Context.open("swiglu", settings)
+    settings = Settings(methods=("griffin",), test=50, calibration=4, window=64, boundary=32)
+    context = Context.open("swiglu", settings)
     model, plan = context.loaded.model, context.plan("griffin")
     starts = [t[None, i : i + 12] for t in context.split.test.tokens for i in (0, 13, 26, 39)]
     assert len(starts) == 200
@@ -184,7 +186,7 @@ def test_the_command_writes_dense_text_and_says_what_it_took(tmp_path):
     assert made.exit_code == 0, made.output
     plan = ["generate", "swiglu", "--plan", str(tmp_path / "griffin"), "--new-tokens", "24"]
     rows = [
-        json.loads(run(cli.app, [*plan, *more, "--json"]).stdout)
+        json.loads(run(cli.app, [*plan, *more, "--compare", "--json"]).stdout)
         for more in (["--lossless", "--draft-length", "3"], ["--sirius", "0.1"], ["--lossless", "--temperature", "1"])
     ]
     assert rows[0]["sparse_text"] == rows[0]["dense_text"] and rows[0]["first_difference"] is None

@@ -12,9 +12,10 @@ import torch
 
 import moyu
 from moyu import methods, records
-from moyu.calibration import walk
+from moyu.calibration import speed, walk
 from moyu.calibration.budget import Reader, plan_for_bytes, solve, ways
-from moyu.commands import pipeline
+from moyu.calibration.context import Context
+from moyu.calibration.settings import Settings
 from moyu.measure.storage import Storage
 from moyu.methods.estimate import Estimate, best_map
 from moyu.reporting import scoreboard, write_scoreboard
@@ -98,7 +99,7 @@ def test_what_cannot_be_run_is_refused(wrong, says, tmp_path):
 
 @pytest.mark.parametrize("name", ["estimate", *(pytest.param(n, marks=pytest.mark.slow) for n in ("prox", "r-sparse"))])
 def test_what_a_plan_adds_is_counted_in(name):
-    context = pipeline.Context.open("swiglu", pipeline.Settings(window=96, boundary=48, test=4, calibration=4))
+    context = Context.open("swiglu", Settings(window=96, boundary=48, test=4, calibration=4))
     reader = Reader(context.loaded.model, context.anatomy, Storage())
     method, windows = methods.method(name), context.split.calibration
     sparsity = solve(reader, method, windows, 0.7)
@@ -110,7 +111,7 @@ def test_what_a_plan_adds_is_counted_in(name):
 
 @pytest.mark.slow
 def test_settings_are_chosen_and_the_estimate_beats_what_skips_whole(tmp_path):
-    context = pipeline.Context.open("swiglu", pipeline.Settings(window=96, boundary=48, test=8, calibration=4))
+    context = Context.open("swiglu", Settings(window=96, boundary=48, test=8, calibration=4))
     reader = Reader(context.loaded.model, context.anatomy, Storage())
     found = {n: ways(reader, methods.method(n), context.split.calibration) for n in ("estimate", "teal")}
     plans = {n: plan_for_bytes(own, context.split, 0.6) for n, own in found.items()}
@@ -136,7 +137,7 @@ def test_factors_are_the_best_of_their_rank():
 @pytest.mark.parametrize("way", ["copy", "channels"])
 def test_what_is_skipped_still_gives_its_few_bits(way):
     """With eight bits for the rest, hardly anything is lost, however much is skipped."""
-    context = pipeline.Context.open("relu", pipeline.Settings(window=96, boundary=48, test=4, calibration=4))
+    context = Context.open("relu", Settings(window=96, boundary=48, test=4, calibration=4))
     kl = {}
     for rest in (0, 8):
         method = Estimate(way, 8, rest=rest)
@@ -159,20 +160,20 @@ def test_speed_is_timed_once_with_all_methods_in_one_run(quick, monkeypatch):
     found = trinity.timed(asked, out, rows)
     assert [r.method for r in found] == ["dense", "cats", "griffin"]
     assert len({r.read_ceiling_gb_s for r in found}) == 1
-    monkeypatch.setattr(pipeline, "bench_shape", None)
+    monkeypatch.setattr(trinity, "bench_shape", None)
     assert trinity.timed(asked, out, rows) == found
 
 
 def test_timing_finds_the_plans_that_took_training(tmp_path, monkeypatch):
     def timed():
-        return pipeline.bench_shape("tiny", {"deja-vu": 0.5, "cats": 0.5}, keep=tmp_path, layers=1, rounds=1)
+        return speed.bench_shape("tiny", {"deja-vu": 0.5, "cats": 0.5}, keep=tmp_path, layers=1, rounds=1)
 
     first = timed()
     assert [p.name for p in tmp_path.iterdir()] == ["deja-vu"]
     trained = []
     calibrate = walk.calibrate
     monkeypatch.setattr(
-        pipeline, "calibrate", lambda m, how, *a, **k: (trained.append(how.name), calibrate(m, how, *a, **k))[1]
+        speed, "calibrate", lambda m, how, *a, **k: (trained.append(how.name), calibrate(m, how, *a, **k))[1]
     )
     assert [r.plan for r in timed()] == [r.plan for r in first]
     assert trained == ["cats"]

@@ -8,7 +8,8 @@ import torch
 import moyu
 from equality import QUICK, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
 from moyu import kernels, methods
-from moyu.commands import pipeline
+from moyu.calibration.context import Context
+from moyu.calibration.settings import Settings
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter, Recorder
 from moyu.measure.windows import Windows
@@ -51,7 +52,7 @@ def test_masked_pass_equals_skipped_steps(model_name, name, batch):
 @pytest.mark.slow
 def test_relu_zero_skip_is_lossless_and_saves_its_bytes():
     """12,000 tokens decoded with exact zeros skipped, beside dense; and the bytes of those zeros really unread."""
-    context = pipeline.Context.open("relu", pipeline.Settings(methods=("relu-zero",), test=24, window=512, boundary=8))
+    context = Context.open("relu", Settings(methods=("relu-zero",), test=24, window=512, boundary=8))
     model, plan = context.loaded.model, context.plan("relu-zero")
     worst = checked = 0.0
     for part in context.split.test.tokens.split(8):
@@ -89,14 +90,14 @@ def _kept(counter, layer):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.names())
 def test_methods_lie_between_their_matched_random_and_oracle(name):
-    context = pipeline.Context.open(name, pipeline.Settings(test=12, calibration=8))
+    context = Context.open(name, Settings(test=12, calibration=8))
     for each in context.applicable(("cats", "griffin", "popularity"))[0]:
         quality = context.quality(context.plan(each))
         assert quality.oracle.kl.mean() < quality.method.kl.mean() < quality.random.kl.mean()
 
 
 def test_bytes_target_is_met_and_floors_are_named():
-    context = pipeline.Context.open("swiglu", pipeline.Settings(methods=("griffin",), bytes=0.7, test=6, calibration=4))
+    context = Context.open("swiglu", Settings(methods=("griffin",), bytes=0.7, test=6, calibration=4))
     quality = context.quality(context.plan("griffin"), matched=False)
     assert abs(quality.byte_fraction - 0.7) < 0.01
     with pytest.raises(moyu.UserError, match=r"n/a \(floor 0\.82\)"):
@@ -107,9 +108,7 @@ def test_bytes_target_is_met_and_floors_are_named():
 def test_cett_reaches_its_target_on_held_out_text():
     from moyu.methods import cett
 
-    context = pipeline.Context.open(
-        "swiglu", pipeline.Settings(methods=("cett",), knobs={"tau": 0.2}, test=8, calibration=8)
-    )
+    context = Context.open("swiglu", Settings(methods=("cett",), knobs={"tau": 0.2}, test=8, calibration=8))
     plan = context.plan("cett")
     taps: dict[int, torch.Tensor] = {}
 
@@ -132,7 +131,7 @@ def test_cett_reaches_its_target_on_held_out_text():
 
 
 def test_the_matched_oracle_of_columns_takes_the_methods_own_order_where_that_errs_less(monkeypatch):
-    context = pipeline.Context.open("swiglu", pipeline.Settings(test=6, calibration=4))
+    context = Context.open("swiglu", Settings(test=6, calibration=4))
     plan = context.plan("r-sparse", sparsity=0.6)  # its low-rank path is made for what it skips itself
     quality = context.quality(plan)
     monkeypatch.setattr("moyu.engine.choosers.Hindsight", type(None))

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from moyu.commands import pipeline
+from moyu.calibration.context import Context
+from moyu.calibration.settings import Settings
+from moyu.commands.writing import Receiver
 from moyu.engine.applied import Applied
 from moyu.engine.speculation import best_drafts, expected_speedup, sirius, speculate
 
@@ -23,7 +25,7 @@ PLANS = (("griffin", 0.5), ("deja-vu", 0.5), ("teal", 0.4))
 
 def dense_rate(model: Any, ids: torch.Tensor, count: int) -> float:
     """Tokens a second of a greedy loop, the first token apart."""
-    clock = pipeline._Clock()
+    clock = Receiver(None)
     options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "streamer": clock}
     model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return (count - 1) / (clock.times[-1] - clock.times[1])
@@ -36,8 +38,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=48)
     asked = parser.parse_args()
-    settings = pipeline.Settings(test=asked.prompts, calibration=16)
-    context = pipeline.Context.open(asked.model, settings)
+    settings = Settings(test=asked.prompts, calibration=16)
+    context = Context.open(asked.model, settings)
     model, rates, told = context.loaded.model, defaultdict(list), defaultdict(list)
     plans = {name: context.plan(name, sparsity=sparsity) for name, sparsity in PLANS}
     prompts = [row[None, :64] for row in context.split.test.tokens]

@@ -8,8 +8,10 @@ from torch import nn
 
 import moyu
 from moyu import UserError, methods
+from moyu.calibration.context import Context
+from moyu.calibration.settings import Settings
 from moyu.calibration.walk import calibrate
-from moyu.commands import pipeline
+from moyu.commands.rows import quality_record
 from moyu.measure import accounting
 from moyu.measure.text import Split
 from moyu.measure.windows import Windows
@@ -98,10 +100,8 @@ def test_records_say_that_no_bytes_are_saved(quantiser):
     model = quantiser(build("llama", torch.float32))
     plan, windows = plan_for(model, "griffin", 0.5), Windows(tokens(2, 24), 12)
     anatomy = dissect(model)
-    context = pipeline.Context(
-        Loaded("tiny", model, None), anatomy, Split(windows, windows, windows), pipeline.Settings()
-    )
-    record = pipeline.quality_record(context, plan, moyu.evaluate(model, plan, windows, matched=False))
+    context = Context(Loaded("tiny", model, None), anatomy, Split(windows, windows, windows), Settings())
+    record = quality_record(context, plan, moyu.evaluate(model, plan, windows, matched=False))
     assert record.byte_fraction is None and record.ideal_byte_fraction is not None
     assert any("no kernel saves their bytes" in note for note in record.notes)
     eight, plain = (accounting.block_bytes(m, dissect(m)) for m in (model, build("llama", torch.float32)))

@@ -180,10 +180,11 @@ def test_learned_bias_beats_the_closed_form_on_the_text_it_learns_from(name):
 @pytest.mark.slow
 def test_learned_bias_helps_on_held_out_text():
     """On the embedded model, whose text has something to learn; a random model's has not."""
-    from moyu.commands import pipeline
+    from moyu.calibration.context import Context
+    from moyu.calibration.settings import Settings
 
-    settings = pipeline.Settings(methods=("teal",), window=64, boundary=16, calibration=32, test=16, sparsity=0.6)
-    context = pipeline.Context.open("swiglu", settings)
+    settings = Settings(methods=("teal",), window=64, boundary=16, calibration=32, test=16, sparsity=0.6)
+    context = Context.open("swiglu", settings)
     start = context.plan("teal")
     learned = compensation.learn(
         context.loaded.model, start, context.split.calibration, steps=16, rate=1e-3, anatomy=context.anatomy

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from moyu.engine.execution import Executor
+from moyu.engine.executor import Executor
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 import moyu
 from equality import plan_for
 from moyu import methods
-from moyu.commands import cli, pipeline
+from moyu.calibration.context import Context
+from moyu.calibration.settings import Settings
+from moyu.commands import cli
 from moyu.measure.windows import Windows
 from moyu.methods import selection
 from moyu.methods.lte import Lte
@@ -25,7 +27,7 @@ from tiny import build, tokens
 @pytest.mark.slow
 def test_training_in_the_loop_lowers_held_out_error():
     """On a trained model: the same routers off the loop, then in it."""
-    context = pipeline.Context.open("swiglu", pipeline.Settings(calibration=48, test=32, window=96, boundary=16))
+    context = Context.open("swiglu", Settings(calibration=48, test=32, window=96, boundary=16))
     model, windows = context.loaded.model, context.split.calibration
     before, after = (
         moyu.calibrate(model, methods.method("lte", steps=n), windows, sparsity=0.5, anatomy=context.anatomy)

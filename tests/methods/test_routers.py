@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 import moyu
 from equality import plan_for
 from moyu import methods
-from moyu.commands import cli, pipeline
+from moyu.calibration import fitting
+from moyu.calibration.settings import Settings
+from moyu.commands import cli
 from moyu.measure.foresight import foresight
 from moyu.measure.windows import Windows
 from moyu.methods import routers
@@ -116,4 +118,4 @@ def test_fit_command_trains_saves_and_grades(tmp_path):
 
 def test_fit_refuses_methods_without_a_router(tmp_path):
     with pytest.raises(moyu.UserError, match="'teal' trains no router"):
-        pipeline.fit("relu", pipeline.Settings(methods=("teal",)), None, tmp_path)
+        fitting.fit("relu", Settings(methods=("teal",)), None, tmp_path)

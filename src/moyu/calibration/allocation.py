@@ -22,6 +22,7 @@ import numpy as np
 from torch import nn
 
 from moyu.calibration.fisher import curves, divide, name_of
+from moyu.calibration.settings import check_allocation
 from moyu.calibration.trials import Trial, each_layer, separable, weights
 from moyu.calibration.walk import Progress, calibrate
 from moyu.errors import UserError
@@ -33,7 +34,6 @@ from moyu.model import dissect
 from moyu.model.anatomy import Anatomy
 from moyu.plan import Plan
 
-ALLOCATIONS = ("uniform", "greedy", "search", "fisher")
 STEP = 0.05  # of a greedy path, in units of a layer's mean weight per site
 MOST = 0.95  # the largest sparsity of a site
 TRIALS = 50  # of a search over layers
@@ -218,7 +218,7 @@ def calibrate_allocated(
     A search looks at every second deciding window itself; then the others choose. options: of `calibrate`. Raises UserError
     for an unknown allocation, and for a method without a token-level target.
     """
-    check(allocation)
+    check_allocation(allocation)
     if method.granularity != "token" or not method.solves_target or method.joint:
         raise UserError(f"method {method.name!r} has no site budgets to divide", "leave allocation uniform")
     if not 0 <= sparsity <= MOST:
@@ -246,9 +246,3 @@ def calibrate_allocated(
     about |= {"asked": allocation, "chosen": chosen, "kl": errors, "levels": levels[chosen]}
     plan = plans[chosen]
     return dataclasses.replace(plan, calibration={**plan.calibration, "allocation": about})
-
-
-def check(allocation: str) -> None:
-    """Raises UserError for an unknown allocation."""
-    if allocation not in ALLOCATIONS:
-        raise UserError(f"--allocation must not be {allocation!r}", f"one of {', '.join(ALLOCATIONS)}")

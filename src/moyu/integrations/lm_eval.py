@@ -17,22 +17,21 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moyu import records
+from moyu.calibration.context import Context
+from moyu.calibration.settings import Stage
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter
 from moyu.errors import UserError
 from moyu.measure import accounting
 from moyu.model import zoo
 from moyu.plan import Plan
-
-if TYPE_CHECKING:
-    from moyu.commands.pipeline import Context, Stage
-    from moyu.records import Record
+from moyu.records import Record, Task
+from moyu.records.about import about_plan
 
 try:
     import lm_eval
@@ -213,6 +212,7 @@ def _records(
     skipped, positions = sum(s for s, _ in units), sum(n for _, n in counted)
     read = accounting.dense_step_bytes(context.loaded.model, context.anatomy)
     added = accounting.added_bytes(plan, context.anatomy)
+    fraction = (read + added - sum(c.skipped_bytes for c, _ in counted) / max(positions, 1)) / read
     for task, values in sparse["results"].items():
         for key, value in values.items():
             metric, _, chosen = key.partition(",")
@@ -221,14 +221,14 @@ def _records(
             error = f"{metric}_stderr,{chosen}"
             samples = sparse["n-samples"].get(task) or sparse["n-samples"]
             count = samples["effective"] if "effective" in samples else sum(s["effective"] for s in samples.values())
-            yield records.stamp(
+            yield Task(
                 kind="task",
-                **context.common(plan, protocol=None),
+                **context.about(plan),
+                **about_plan(plan),
                 simulated=True,
                 realized_sparsity=skipped / sum(u for _, u in units) if units else 0.0,
-                **context.bytes_read(
-                    (read + added - sum(c.skipped_bytes for c, _ in counted) / max(positions, 1)) / read
-                ),
+                byte_fraction=None if context.anatomy.foreign else fraction,
+                ideal_byte_fraction=fraction if context.anatomy.foreign else None,
                 asked=name,
                 task=task,
                 metric=metric if chosen == "none" else f"{metric}, {chosen}",

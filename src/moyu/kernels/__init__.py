@@ -215,12 +215,13 @@ def use(backend: Backend) -> Iterator[None]:
         _asked.reset(token)
 
 
-def describe() -> str:
-    """What runs now for bfloat16 on the CPU, for example ``auto: cpu (avx512, 2 threads)``; for records."""
+def describe(device: torch.device | str = "cpu") -> str:
+    """What runs now for bfloat16 on a device, for example ``auto: cpu (avx512, 2 threads)``; for records."""
     asked = _asked.get()
-    module = _choose(torch.empty(0, 0, dtype=torch.bfloat16))
+    module = _choose(torch.empty(0, 0, dtype=torch.bfloat16, device=device))
     name = next(name for name, candidate in _BACKENDS.items() if candidate is module)
-    reason = cpu.unavailable() if name != "cpu" and asked == "auto" else None
+    on_cpu = torch.device(device).type == "cpu"
+    reason = cpu.unavailable() if name != "cpu" and asked == "auto" and on_cpu else None
     return f"{asked}: {name} ({module.details()})" + (f"; not cpu: {reason}" if reason else "")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_REMEDY = "pip install 'moyu[gpu]', on a machine with an NVIDIA GPU"
+_REMEDY = "pip install 'moyu-llm[gpu]', on a machine with an NVIDIA GPU"
 try:
     import triton
     import triton.language as tl

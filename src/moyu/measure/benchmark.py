@@ -75,14 +75,15 @@ def compare(
 ) -> Comparison:
     """Time `tokens` greedy steps after `prompt` (B, P): eager, dense and one variant per plan, in turn, `rounds` times.
 
-    All use the same weights in one process; read loops are timed in between. Raises UserError for an empty prompt or fewer
-    than 2 tokens.
+    All use the same weights in one process, on the device of `prompt`; read loops are timed in between. Raises UserError for
+    an empty prompt or fewer than 2 tokens.
     """
     if prompt.shape[1] < 1 or tokens < 2:
         raise UserError("nothing to time", "use a prompt of at least 1 token and at least 2 new tokens")
     anatomy = anatomy or dissect.dissect(model)
     total = accounting.dense_step_bytes(model, anatomy)
-    eager, ceiling = Timing(step_bytes=total), kernels.ReadCeiling()
+    device = prompt.device
+    eager, ceiling = Timing(step_bytes=total), kernels.ReadCeiling() if device.type == "cpu" else _Ceiling(device)
     wanted: dict[str, Plan | None] = {"dense": None, **plans}
     variants = {name: Timing() for name in wanted}
     for turn in range(rounds):
@@ -97,22 +98,49 @@ def compare(
             if progress:
                 progress(done, rounds * len(wanted))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
     return Comparison(eager, variants, ceiling.gb_s, peak, prompt.shape[1])
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class _Ceiling:
+    """How fast an accelerator reads its memory: the sum of a buffer that no cache holds, timed in between."""
+
+    def __init__(self, device: torch.device, bytes: int = 1 << 30) -> None:
+        self._buffer, self._seconds = torch.ones(bytes // 4, device=device), []
+        self._buffer.sum()  # loads the kernel
+
+    def sample(self) -> None:
+        start = _now(self._buffer.device)
+        self._buffer.sum()
+        self._seconds.append(_now(self._buffer.device) - start)
+
+    @property
+    def gb_s(self) -> float:
+        """The median, in GB/s (10^9)."""
+        return self._buffer.nbytes / statistics.median(self._seconds) / 1e9
 
 
 def _time(timing: Timing, model: nn.Module, prompt: Tensor, tokens: int) -> None:
     """Time the prompt and each greedy decode step. The first step is a warm-up and does not count."""
-    start = time.perf_counter()
+    start = _now(prompt.device)
     output = model(input_ids=prompt, use_cache=True)
     cache = output.past_key_values
     token = output.logits[:, -1:].argmax(-1)
-    timing.first.append(time.perf_counter() - start)
+    timing.first.append(_now(prompt.device) - start)
     for step in range(tokens + 1):
-        start = time.perf_counter()
+        start = _now(prompt.device)
         output = model(input_ids=token, past_key_values=cache, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
         if step:
-            timing.seconds.append(time.perf_counter() - start)
+            timing.seconds.append(_now(prompt.device) - start)
 
 
 def _count(applied: Applied, model: nn.Module, prompt: Tensor, timing: Timing, total: float, plan: Plan | None) -> None:

@@ -25,11 +25,11 @@ from transformers.utils import logging
 from moyu.errors import UserError
 from moyu.model import zoo
 from moyu.model.gguf import loading as gguf
+from moyu.model.machine import device_of
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 from moyu.weights import mapped
-from moyu.weights.blocks import KINDS, Blocks, Kind, quantise
+from moyu.weights.blocks import Blocks, Kind, quantise
 
-WEIGHTS = ("bf16", *KINDS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,7 +59,7 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None =
     logging.disable_progress_bar()
     if not embedded and (name.endswith(".gguf") or Path(name).is_file()):
         model, tokenizer = gguf.load(Path(name), dtype if isinstance(dtype, torch.dtype) else None)
-        return Loaded(name, model.to(_device(device)), tokenizer)  # pyright: ignore[reportArgumentType]
+        return Loaded(name, model.to(device_of(device)), tokenizer)  # pyright: ignore[reportArgumentType]
     source = str(zoo.path(name)) if embedded else name
     if not embedded and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
         near = difflib.get_close_matches(name, zoo.names(), n=1)
@@ -76,25 +76,7 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None =
         raise UserError(
             f"cannot load {name!r}: {line}", "check the folder or the hub id, and that this machine reaches the hub"
         ) from error
-    return Loaded(name, model.eval().to(_device(device)), tokenizer, revision, embedded)  # pyright: ignore
-
-
-def _device(name: str) -> torch.device:
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"device {name!r} cannot be used: {line}", "`cpu` always can; `cuda` needs torch with CUDA"
-        ) from error
-
-
-def check_weights(weights: str | None) -> None:
-    """Raises UserError for an unknown name of weights."""
-    if weights is not None and weights not in WEIGHTS:
-        near = difflib.get_close_matches(weights, WEIGHTS, n=1, cutoff=0.0)[0]
-        raise UserError(f"no weights {weights!r}", f"did you mean {near!r}? there are {', '.join(WEIGHTS)}")
+    return Loaded(name, model.eval().to(device_of(device)), tokenizer, revision, embedded)  # pyright: ignore
 
 
 @torch.no_grad()
@@ -155,6 +137,13 @@ SHAPES = {
 }  # fmt: skip
 
 
+def check_shape(shape: str) -> None:
+    """Refuse a shape that there is not, before any work is done."""
+    if shape not in SHAPES:
+        near = difflib.get_close_matches(shape, SHAPES, n=1, cutoff=0.2) or list(SHAPES)
+        raise UserError(f"unknown shape {shape!r}", f"did you mean {near[0]!r}? There are {', '.join(SHAPES)}")
+
+
 def random_model(
     shape: str,
     *,
@@ -164,9 +153,7 @@ def random_model(
     device: str = "cpu",
 ) -> PreTrainedModel:
     """A random-weight model with the widths of `shape`; `layers` cuts its depth. Raises UserError for an unknown shape."""
-    if shape not in SHAPES:
-        near = difflib.get_close_matches(shape, SHAPES, n=3, cutoff=0.2) or SHAPES
-        raise UserError(f"unknown shape {shape!r}", f"did you mean {', '.join(near)}?")
+    check_shape(shape)
     config = SHAPES[shape]()
     if layers is not None:
         config.num_hidden_layers = min(layers, config.num_hidden_layers)

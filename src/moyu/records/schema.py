@@ -186,6 +186,10 @@ class Speed(MethodRecord):
     p50: Positive = Field(description="the median")
     p80: Positive = Field(description="80th percentile")
     backend: str = Field(min_length=1, description="back end of the kernels, instruction set, threads")
+    step: str | None = Field(
+        default=None,
+        description="implementation of a decode step that ran, and why not a faster one where there is one",
+    )
     batch: Amount = Field(default=1, description="sequences decoded at once")
     layers: Amount | None = Field(default=None, description="layers of the timed model")
     dense_baseline: str = Field(min_length=1, description="the dense baseline")
@@ -204,13 +208,15 @@ class Speed(MethodRecord):
 
 
 class Generation(MethodRecord):
-    """Greedy text after one prompt, dense and sparse."""
+    """Text after one prompt, and the dense text where dense ran too."""
 
     kind: Literal["generation"]
     prompt: str = Field(description="text of the prompt")
-    dense_text: str = Field(description="new text of the dense model")
+    dense_text: str | None = Field(
+        default=None, description="new text of the dense model; null where dense did not run"
+    )
     sparse_text: str = Field(description="new text with skipping")
-    dense_tokens: list[str] = Field(description="one string a token")
+    dense_tokens: list[str] | None = Field(default=None, description="one string a token")
     sparse_tokens: list[str] = Field(description="one string a token")
     first_difference: Count | None = Field(default=None, description="index of the first token that differs")
     new_tokens: Count = Field(description="length of the sparse text")
@@ -218,6 +224,10 @@ class Generation(MethodRecord):
     first_token_s: Positive | None = Field(default=None, description="the same with the plan applied")
     tok_s_dense: Positive | None = Field(default=None, description="tokens per second after the first, dense")
     tok_s: Positive | None = Field(default=None, description="the same with the plan applied; one run, not a benchmark")
+    step: str | None = Field(
+        default=None,
+        description="implementation of a decode step that ran, and why not a faster one where there is one",
+    )
     correction: Correction | None = Field(
         default=None, description="how the dense model corrected the plan's drafts, see below"
     )

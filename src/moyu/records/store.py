@@ -6,7 +6,6 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from moyu.errors import UserError
-from moyu.measure.environment import environment, machine
+from moyu.measure.environment import machine
 from moyu.records.schema import KINDS, Record, kind_of
+from moyu.records.stamping import stamped
 from moyu.weights.files import atomic_write_bytes
 
 FILE = "records.jsonl"  # beside a plan: what was measured of it
@@ -24,13 +24,7 @@ FILE = "records.jsonl"  # beside a plan: what was measured of it
 
 def stamp(**fields: Any) -> Record:
     """A record of these fields and the fields of every record. Raises ValueError, which names the wrong field."""
-    import torch  # seconds; reading and reporting records does without
-
-    base = {
-        **environment(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
+    base: dict[str, Any] = dict(stamped())
     if fields.get("kind") == "environment":
         base |= machine()
     return validate(base | fields)

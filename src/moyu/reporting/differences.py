@@ -11,8 +11,10 @@ from markupsafe import Markup, escape
 from moyu.records import Generation
 
 
-def marked(record: Generation) -> tuple[Markup, Markup]:
-    """Dense and sparse text, with `<mark>` around the tokens that differ."""
+def marked(record: Generation) -> tuple[Markup | None, Markup]:
+    """Dense and sparse text, with `<mark>` around the tokens that differ; None where dense did not run."""
+    if record.dense_tokens is None or record.dense_text is None:
+        return None, escape(record.sparse_text)
     dense, sparse = _pieces(record.dense_tokens, record.dense_text), _pieces(record.sparse_tokens, record.sparse_text)
     same = SequenceMatcher(None, dense, sparse, autojunk=False)
     out: list[list[Markup]] = [[], []]

@@ -140,9 +140,9 @@ def _span(dates: Sequence[str]) -> str:
     return f"{day} {start} UTC" if start == stop else f"{day} {start} to {stop} UTC"
 
 
-def _prompts(rows: Sequence[Generation]) -> list[tuple[str, str, list[tuple[Generation, Markup, Markup]]]]:
-    """Generations by model and prompt, each with its dense and sparse text."""
-    found: dict[tuple[str, str], list[tuple[Generation, Markup, Markup]]] = {}
+def _prompts(rows: Sequence[Generation]) -> list[tuple[str, str, list[tuple[Generation, Markup | None, Markup]]]]:
+    """Generations by model and prompt: model, prompt, (record, dense where it ran, sparse)."""
+    found: dict[tuple[str, str], list[tuple[Generation, Markup | None, Markup]]] = {}
     for r in rows:
         found.setdefault((r.model, r.prompt), []).append((r, *marked(r)))
     return [(model, prompt, members) for (model, prompt), members in found.items()]

@@ -129,9 +129,9 @@ def _place(r: Quality | Speed) -> str:
 
 
 def generated(record: Generation) -> list[str]:
-    """The speed of a generation: one line for the plan and one for dense, or one line without a plan."""
+    """The speed of a generation: a line for the plan, and one for dense where dense ran too; and where they differ."""
     rates = [(record.method, record.first_token_s, record.tok_s)]
-    if record.method != "dense":
+    if record.method != "dense" and record.dense_text is not None:
         rates.append(("dense", record.first_token_s_dense, record.tok_s_dense))
     lines = [
         f"{name}: first token after {number(first)} s"
@@ -143,11 +143,16 @@ def generated(record: Generation) -> list[str]:
         lines.append(
             f"{own.rule}, {own.drafts} drafts: {percent(own.acceptance)} accepted, {number(own.tokens_per_pass)} tokens per dense pass"
         )
-        if own.temperature == 0 and record.first_difference is not None:
-            lines.append(
-                f"first difference from dense at token {record.first_difference}"
-                + ("" if own.margin is None else f", dense logits {number(own.margin)} apart")
-            )
+        if own.temperature > 0:
+            return lines
+    if record.first_difference is not None:
+        margin = None if record.correction is None else record.correction.margin
+        lines.append(
+            f"first difference from dense at token {record.first_difference}"
+            + ("" if margin is None else f", dense logits {number(margin)} apart")
+        )
+    elif record.method != "dense" and record.dense_text is not None:
+        lines.append("the same text as dense")
     return lines
 
 

@@ -15,21 +15,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from torch import Tensor
 
 from moyu import methods, records
 from moyu.calibration.budget import Reader, Way, plan_for_bytes, ways
-from moyu.commands import pipeline
-from moyu.commands.pipeline import Context, Settings, Stage, quiet
+from moyu.calibration.context import Context
+from moyu.calibration.settings import Settings, Stage, quiet
+from moyu.calibration.speed import bench_shape
 from moyu.errors import OutOfReach, UserError
+from moyu.kernels import Backend
 from moyu.measure import evaluation, text
 from moyu.measure.evaluation import Scores
 from moyu.measure.statistics import bootstrap
 from moyu.measure.storage import Storage, stored
 from moyu.measure.windows import Windows
+from moyu.model import machine
 from moyu.plan import Plan
+from moyu.records.about import AboutMethod, AboutModel, about_method, about_plan
 
 MODELS = ("swiglu", "relu", "gelu")
 BYTES = (0.75, 0.6, 0.5)
@@ -65,7 +69,8 @@ class Asked:
     documents: int = DOCUMENTS
     seed: int = 0
     speed: bool = True
-    device: str = "cpu"  # of the models whose quality is measured
+    device: str = "cpu"
+    backend: Backend = "auto"  # of what is timed
 
     def check(self) -> None:
         """Refuse what cannot be run, before anything is loaded."""
@@ -77,6 +82,7 @@ class Asked:
                 raise UserError(f"byte fraction must be in (0, 1), not {value}", "0.75,0.6,0.5 are the default")
         if self.documents < 2:
             raise UserError(f"{self.documents} documents give no interval", "use at least 2")
+        machine.check(self.device, self.backend)
 
     def names(self) -> list[str]:
         """Methods of the rows."""
@@ -101,6 +107,31 @@ def run(asked: Asked, out: Path, stage: Stage = quiet) -> list[records.Record]:
     if asked.speed:
         rows += timed(asked, out, rows, stage)
     return rows
+
+
+class Setting(TypedDict):
+    """The fields of a cell that its model and storage decide."""
+
+    protocol: records.Protocol
+    corpus: dict[str, object]
+    quick: bool
+    simulated: bool
+    weight_bits: float
+
+
+class Measured(TypedDict):
+    """The fields of a cell that its scores decide."""
+
+    documents: int
+    tokens: int
+    ppl_dense: float
+    ppl: float
+    kl: float
+    kl_random: float | None
+    kl_oracle: float | None
+    kl_interval: list[float]
+    top1_agreement: float
+    by_document: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -200,38 +231,53 @@ class Board:
         windows = self.context.split.validation
         return dataclasses.replace(windows, tokens=windows.tokens[:8])
 
-    def rounding(self, storage: Storage) -> records.Record:
+    def rounding(self, storage: Storage) -> records.Cell:
         """Quantising: all weights of the blocks in so many bits, nothing skipped."""
         given = evaluation.predict(self.context.loaded.model, self.windows)
         test, _ = self.reference
         fraction = self.steps[storage.bits] / self.steps[16]
-        return self._cell(
-            storage,
-            method=QUANTISE,
-            family="reference",
+        own: AboutMethod = {**about_plan(None), "method": QUANTISE, "family": "reference", "kv_policy": None}
+        return records.Cell(
+            kind="cell",
+            **self._about,
+            **own,
+            **self._setting(storage),
             realized_sparsity=0.0,
             byte_fraction=1.0,
             byte_fraction_16=fraction,
             **self._measured(evaluation.score(test, given, self.windows), evaluation.score(test, test, self.windows)),
         )
 
-    def measure(self, name: str, storage: Storage, target: Target) -> records.Record:
+    def measure(self, name: str, storage: Storage, target: Target) -> records.Cell:
         """A method's cell, or the reason why it has none."""
         context, method = self.context, methods.method(name)
-        about: dict[str, Any] = {"method": name, "family": method.family, "granularity": method.granularity}
-        if target.kind == "bytes":
-            about["target_byte_fraction"] = target.value
-        if target.kind == "sparsity":
-            about["target_sparsity"] = target.value
+        byte_target = target.value if target.kind == "bytes" else None
+        sparsity_target = target.value if target.kind == "sparsity" else None
+        unplanned: AboutMethod = {**about_method(method), "target_sparsity": sparsity_target, "kv_policy": None}
         if not context.applicable([name])[0]:
-            return self._cell(storage, **about, status="n/a (nothing to skip)")
+            return records.Cell(
+                kind="cell",
+                **self._about,
+                **unplanned,
+                **self._setting(storage),
+                target_byte_fraction=byte_target,
+                status="n/a (nothing to skip)",
+            )
         test, validation = self.reference
         reader = Reader(context.loaded.model, context.anatomy, storage)
         started = time.monotonic()
         try:
             plan = self._plan(name, reader, target, validation)
         except OutOfReach as error:
-            return self._cell(storage, **about, floor=error.floor, status=f"n/a (floor {error.floor:.2f})")
+            return records.Cell(
+                kind="cell",
+                **self._about,
+                **unplanned,
+                **self._setting(storage),
+                target_byte_fraction=byte_target,
+                floor=error.floor,
+                status=f"n/a (floor {error.floor:.2f})",
+            )
         seconds = time.monotonic() - started
         quality = evaluation.evaluate(
             context.loaded.model,
@@ -243,14 +289,13 @@ class Board:
         )
         fraction = reader.byte_fraction(quality.byte_fraction, plan)
         spent = self._ways.get((name, reader.bits), []) if target.kind == "bytes" else []
-        extra = {}
-        for kind in ("random", "oracle"):
-            scores: Scores | None = getattr(quality, kind)
-            if scores is not None:
-                extra[kind] = scores
-        return self._cell(
-            storage,
-            **about | pipeline.of_plan(plan) | {"target_sparsity": about.get("target_sparsity")},
+        planned: AboutMethod = {**about_plan(plan), "target_sparsity": sparsity_target}
+        return records.Cell(
+            kind="cell",
+            **self._about,
+            **planned,
+            **self._setting(storage),
+            target_byte_fraction=byte_target,
             realized_sparsity=quality.realized_sparsity,
             byte_fraction=fraction,
             byte_fraction_16=fraction * self.steps[storage.bits] / self.steps[16],
@@ -258,7 +303,7 @@ class Board:
             knobs=plan.method.knobs(),
             site_knobs=plan.site_knobs,
             fit_s=seconds,
-            **self._measured(quality.method, quality.dense, **extra),
+            **self._measured(quality.method, quality.dense, quality.random, quality.oracle),
         )
 
     def _plan(self, name: str, reader: Reader, target: Target, validation: Tensor) -> Plan:
@@ -267,34 +312,50 @@ class Board:
             return context.plan(name, sparsity=target.value)
         split, key = text.Split(context.split.calibration, self._validation, self.windows), (name, reader.bits)
         if key not in self._ways:
-            method, options = methods.method(name), {"name": self.model, "seed": self.asked.seed}
-            self._ways[key] = ways(reader, method, split.calibration, **options)
+            method, windows = methods.method(name), split.calibration
+            self._ways[key] = ways(reader, method, windows, name=self.model, seed=self.asked.seed)
         return plan_for_bytes(self._ways[key], split, target.value, reference=validation)
 
-    def _measured(self, scores: Scores, dense: Scores, **matched: Scores) -> dict[str, Any]:
+    @property
+    def _about(self) -> AboutModel:
+        return self.context.about()
+
+    def _setting(self, storage: Storage) -> Setting:
+        """What all cells of this model and storage have in common."""
+        return {
+            "protocol": self.context.protocol,
+            "corpus": dict(self.windows.source),
+            "quick": self.asked.quick,
+            "simulated": True,
+            "weight_bits": storage.weight_bits,
+        }
+
+    def _measured(
+        self, scores: Scores, dense: Scores, random: Scores | None = None, oracle: Scores | None = None
+    ) -> Measured:
         """Numbers of a cell, with means by document."""
         found: dict[str, list[float]] = {"nll_dense": _means(dense.nll)}
-        extra: dict[str, float] = {}
-        for kind, one in {"": scores, **{f"_{k}": s for k, s in matched.items()}}.items():
-            found[f"kl{kind}"], found[f"nll{kind}"] = _means(one.kl), _means(one.nll)
-            extra[f"kl{kind}"] = max(0.0, float(one.kl.double().mean()))
+        for kind, one in (("", scores), ("_random", random), ("_oracle", oracle)):
+            if one is not None:
+                found[f"kl{kind}"], found[f"nll{kind}"] = _means(one.kl), _means(one.nll)
         interval = bootstrap(found["kl"], resamples=1000)
         return {
             "documents": len(self.windows.tokens),
             "tokens": scores.nll.numel(),
             "ppl_dense": dense.perplexity,
             "ppl": scores.perplexity,
+            "kl": _divergence(scores),
+            "kl_random": None if random is None else _divergence(random),
+            "kl_oracle": None if oracle is None else _divergence(oracle),
             "kl_interval": [interval.low, interval.high],
             "top1_agreement": float(scores.agree.float().mean()),
             "by_document": found,
-            **extra,
         }
 
-    def _cell(self, storage: Storage, **fields: Any) -> records.Record:
-        base = self.context.common() | {"corpus": dict(self.windows.source), "quick": self.asked.quick}
-        return records.stamp(
-            **{"kind": "cell", **base, "simulated": True, "weight_bits": storage.weight_bits, **fields}
-        )
+
+def _divergence(scores: Scores) -> float:
+    """Mean KL, which rounding alone makes negative."""
+    return max(0.0, float(scores.kl.double().mean()))
 
 
 def _means(values: Tensor) -> list[float]:
@@ -314,18 +375,22 @@ def timed(asked: Asked, out: Path, rows: Sequence[records.Record], stage: Stage 
     shape, layers = ("tiny", 2) if asked.quick else (SHAPE, SHAPE_LAYERS)
     fraction = max(asked.bytes)
     about = [shape, layers, fraction, asked.seed, {n: methods.method(n).knobs() for n in names}]
+    if (asked.device, asked.backend) != ("cpu", "auto"):
+        about += [asked.device, asked.backend]
     run = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     folder = out / ("speed-quick" if asked.quick else "speed")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{run}.jsonl"
     if not file.exists():
-        found = pipeline.bench_shape(
+        found = bench_shape(
             shape,
             dict.fromkeys(names, 0.0),
             byte_fraction=fraction,
             keep=folder / f"plans-{shape}-{layers}-{fraction}-{asked.seed}",
             layers=layers,
             rounds=3,
+            backend=asked.backend,
+            device=asked.device,
             seed=asked.seed,
             stage=stage,
         )

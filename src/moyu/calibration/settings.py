@@ -1,0 +1,112 @@
+"""What a user asks for, checked before anything is loaded. Imports torch alone, so that mistakes are named at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moyu import methods
+from moyu.errors import UserError
+from moyu.kernels import Backend
+from moyu.model import machine
+
+DEFAULT_METHODS = ("cett", "cats", "teal", "estimate", "griffin", "tda", "popularity")
+DEFAULT_SPARSITY = 0.5
+# How sites divide a sparsity; `moyu.calibration.allocation` does it.
+ALLOCATIONS = ("uniform", "greedy", "search", "fisher")
+
+Stage = Callable[[str, int, int], None]  # (name of the stage, done, all)
+
+
+def quiet(name: str, done: int, total: int) -> None:
+    """A progress display that shows nothing."""
+
+
+def default_methods(boundary: int) -> tuple[str, ...]:
+    """The methods of a run that names none; without a dense prompt those that need none."""
+    return tuple(m for m in DEFAULT_METHODS if boundary or methods.method_class(m).granularity != "sequence")
+
+
+def knobs_of(name: str) -> set[str]:
+    """The names of a method's knobs."""
+    return {f.name for f in dataclasses.fields(methods.method_class(name))}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was asked for."""
+
+    methods: Sequence[str] = DEFAULT_METHODS
+    knobs: Mapping[str, Any] = field(default_factory=dict)  # each goes to the methods that have it
+    sparsity: float | None = None
+    bytes: float | None = None
+    bias: bool = False
+    centre: bool = False
+    learn_bias: int = 0  # steps
+    allocation: str = "uniform"  # of ALLOCATIONS
+    text: Path | None = None
+    prompt: str | None = None
+    window: int = 256
+    boundary: int = 128
+    calibration: int = 16
+    test: int = 32
+    new_tokens: int = 48
+    seed: int = 0
+    backend: Backend = "auto"
+    device: str = "cpu"
+    dense_layers: tuple[int, ...] = ()  # left alone; -1 is the last
+    weights: str | None = None  # of machine.WEIGHTS; None: as the checkpoint has them
+
+    def target(self) -> float:
+        """The sparsity asked for."""
+        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+    def knobs_for(self, name: str) -> dict[str, Any]:
+        """Those of the knobs that a method has."""
+        own = knobs_of(name)
+        return {knob: value for knob, value in self.knobs.items() if knob in own}
+
+    def check(self) -> None:
+        """Refuse what cannot be run, before anything is loaded."""
+        self._check_numbers()
+        self._check_methods()
+        machine.check(self.device, self.backend, self.weights)
+
+    def _check_numbers(self) -> None:
+        if self.sparsity is not None and self.bytes is not None:
+            raise UserError("both a sparsity and a byte fraction are given", "give one of --sparsity and --bytes")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise UserError(f"sparsity must be in [0, 1), not {self.sparsity}", "0.5 skips half of the units")
+        if self.bytes is not None and not 0 < self.bytes <= 1:
+            raise UserError(f"byte fraction must be in (0, 1], not {self.bytes}", "0.6 reads 60 % of the dense bytes")
+        if self.learn_bias < 0:
+            raise UserError(f"--learn-bias must not be negative, not {self.learn_bias}", "100 steps, for example")
+        if not 0 <= self.boundary < self.window - 1:
+            raise UserError(
+                f"a prompt of {self.boundary} tokens leaves nothing to score in windows of {self.window}",
+                "use --prompt-tokens smaller than --window by at least 2",
+            )
+        check_allocation(self.allocation)
+
+    def _check_methods(self) -> None:
+        legal = {name: knobs_of(name) for name in self.methods}
+        for knob in self.knobs:
+            if not any(knob in own for own in legal.values()):
+                every = sorted(set().union(*legal.values()))
+                near = difflib.get_close_matches(knob, every, n=1, cutoff=0.3)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(every) or 'no knobs'}"
+                raise UserError(f"no knob is called {knob!r} in {', '.join(legal)}", hint)
+        for name in self.methods:
+            methods.method(name, **self.knobs_for(name))
+            if methods.method_class(name).granularity == "sequence" and self.boundary == 0:
+                raise UserError(f"method {name!r} decides from the prompt", "use --prompt-tokens of at least 1")
+
+
+def check_allocation(allocation: str) -> None:
+    """Refuse an allocation that there is not."""
+    if allocation not in ALLOCATIONS:
+        raise UserError(f"no allocation is called {allocation!r}", f"--allocation is one of {', '.join(ALLOCATIONS)}")

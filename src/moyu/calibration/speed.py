@@ -1,0 +1,194 @@
+"""Decoding speed of plans as records: of a model itself, and of random weights of a published shape."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from moyu import kernels, methods
+from moyu.calibration.budget import Reader, plan_for_bytes, solve, ways
+from moyu.calibration.context import Context
+from moyu.calibration.settings import Stage, quiet
+from moyu.calibration.walk import calibrate
+from moyu.errors import OutOfReach, UserError
+from moyu.kernels import Backend
+from moyu.measure import accounting
+from moyu.measure.benchmark import Comparison, compare
+from moyu.measure.text import Split
+from moyu.measure.windows import Windows
+from moyu.methods.base import Method
+from moyu.model import dissect, loading
+from moyu.plan import Plan
+from moyu.records import Protocol, Record, Speed
+from moyu.records.about import AboutModel, about_model, about_plan
+from moyu.weights.blocks import KINDS
+
+ROUNDS = 2  # variants alternate this often
+
+
+def bench_model(
+    context: Context, plans: Mapping[str, Plan], *, tokens: int = 24, rounds: int = ROUNDS, stage: Stage = quiet
+) -> list[Record]:
+    """Time the model itself, dense and under each plan."""
+    model, backend = context.loaded.model, context.settings.backend
+    comparison = compare(
+        model,
+        dict(plans),
+        prompt=context.split.test.tokens[:1, :32].to(model.device),
+        tokens=tokens,
+        rounds=rounds,
+        backend=backend,
+        anatomy=context.anatomy,
+        progress=lambda done, total: stage("benchmark", done, total),
+    )
+    return speed_records(
+        comparison,
+        plans,
+        context.about(),
+        kv_bytes=context.kv_bytes,
+        context="model itself",
+        layers=len(context.anatomy.layers),
+        backend=what_runs(backend, model.device),
+        protocol=context.protocol,
+    )
+
+
+@torch.no_grad()
+def bench_shape(
+    shape: str,
+    targets: Mapping[str, float],
+    *,
+    byte_fraction: float | None = None,
+    with_knobs: Mapping[str, Method] | None = None,
+    keep: Path | None = None,
+    layers: int | None = None,
+    tokens: int = 8,
+    rounds: int = ROUNDS,
+    dtype: torch.dtype = torch.bfloat16,
+    weights: str | None = None,
+    backend: Backend = "auto",
+    device: str = "cpu",
+    seed: int = 0,
+    stage: Stage = quiet,
+) -> list[Record]:
+    """Time a random-weight model of a published shape at given sparsities (method name -> fraction skipped).
+
+    byte_fraction: skip so much that a step reads just this instead; methods whose floor is higher are left out.
+    with_knobs: the methods by name, where their knobs are not the defaults.
+    keep: a folder of these plans alone; those that take training are left there and found again.
+    """
+    total = len(targets) + 1
+    stage(f"random {shape}", 0, total)
+    model = loading.random_model(shape, layers=layers, dtype=dtype, seed=seed, device=device)
+    if weights in KINDS:
+        loading.quantise_model(model, weights)
+    anatomy = dissect.dissect(model)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, model.config.vocab_size, (1, 24), generator=generator)
+    plans, windows, reader = {}, Windows(ids, 8), Reader(model, anatomy)
+    for done, (name, target) in enumerate(targets.items()):
+        method = (with_knobs or {}).get(name) or methods.method(name)
+
+        def planned(method: Method = method, target: float = target) -> Plan:
+            if byte_fraction is not None and method.divides:
+                found = ways(reader, method, windows, name=shape, seed=seed)
+                return plan_for_bytes(found, Split(windows, windows, windows), byte_fraction)
+            if byte_fraction is not None:
+                target = solve(reader, method, windows, byte_fraction)
+            return calibrate(model, method, windows, sparsity=target, name=shape, seed=seed, anatomy=anatomy)
+
+        with contextlib.suppress(OutOfReach):
+            plans[name] = planned() if keep is None or not method.trains else _kept(keep / name, method, planned)
+        stage(f"random {shape}", done + 1, total)
+    comparison = compare(
+        model,
+        plans,
+        prompt=ids[:, :16].to(model.device),
+        tokens=tokens,
+        rounds=rounds,
+        backend=backend,
+        anatomy=anatomy,
+        progress=lambda done, whole: stage(f"time random {shape}", done, whole),
+    )
+    depth, full = len(anatomy.layers), loading.SHAPES[shape]().num_hidden_layers
+    name = shape if depth == full else f"{shape} ({depth} of {full} layers)"
+    return speed_records(
+        comparison,
+        plans,
+        about_model(name, model, anatomy, weights="random", seed=seed),
+        kv_bytes=accounting.kv_bytes(model),
+        context=shape,
+        layers=depth,
+        backend=what_runs(backend, model.device),
+    )
+
+
+def _kept(folder: Path, method: Method, make: Callable[[], Plan]) -> Plan:
+    """The plan of this method in a folder, or a new one, saved there."""
+    if (folder / "plan.json").exists():
+        with contextlib.suppress(UserError):
+            found = Plan.load(folder)
+            if found.method == method:
+                return found
+    plan = make()
+    plan.save(folder)
+    return plan
+
+
+def what_runs(asked: Backend, device: torch.device | str = "cpu") -> str:
+    """What kernels run where this back end is asked for: back end, instruction set, threads."""
+    with kernels.use(asked):
+        return kernels.describe(device)
+
+
+def speed_records(
+    comparison: Comparison,
+    plans: Mapping[str, Plan],
+    about: AboutModel,
+    *,
+    kv_bytes: list[dict[str, int]],
+    context: str,
+    layers: int,
+    backend: str,
+    protocol: Protocol | None = None,
+) -> list[Record]:
+    """A record a variant. context: `model itself`, or the name of a shape."""
+    eager, native = comparison.eager, comparison.variants["dense"]
+    return [
+        Speed(
+            kind="speed",
+            **about,
+            **about_plan(plans.get(name), kv_bytes),
+            protocol=protocol,
+            simulated=False,
+            realized_sparsity=timing.realized_sparsity,
+            byte_fraction=timing.byte_fraction,
+            context=context,
+            layers=layers,
+            tok_s=timing.tokens_per_second,
+            tok_s_dense=eager.tokens_per_second,
+            tok_s_kernels=native.tokens_per_second,
+            speedup=timing.tokens_per_second / eager.tokens_per_second,
+            speedup_limit=1 / timing.byte_fraction,
+            gb_s=timing.gb_s,
+            gb_s_dense=eager.gb_s,
+            read_ceiling_gb_s=comparison.read_ceiling_gb_s,
+            ceiling_share=timing.gb_s / comparison.read_ceiling_gb_s,
+            step_bytes=timing.step_bytes,
+            peak_bytes=comparison.peak_bytes,
+            prompt_tokens=comparison.prompt_tokens,
+            first_token_s=statistics.median(timing.first),
+            first_token_s_dense=statistics.median(eager.first),
+            p20=timing.quantile(0.2),
+            p50=timing.quantile(0.5),
+            p80=timing.quantile(0.8),
+            backend=backend,
+            batch=1,
+            dense_baseline="transformers eager",
+        )
+        for name, timing in comparison.variants.items()
+    ]

@@ -1,0 +1,115 @@
+"""`moyu calibrate`: plans of methods for a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moyu.commands.options import (
+    RUNS,
+    BackendName,
+    Bias,
+    Boundary,
+    Bytes,
+    Centre,
+    DenseLayers,
+    Device,
+    Json,
+    Knobs,
+    LearnBias,
+    Methods,
+    Model,
+    Out,
+    Seed,
+    Sparsity,
+    Text,
+    Weights,
+    Window,
+    parse_knobs,
+    parse_layers,
+    parse_share,
+)
+from moyu.commands.output import check_writable, progress, show
+
+
+def calibrate(
+    model: Model = "swiglu",
+    method: Methods = None,
+    sparsity: Sparsity = None,
+    bytes_: Bytes = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(help="Instead of --sparsity: skip as much as this rise of perplexity allows, e.g. 1%.")
+    ] = None,
+    knob: Knobs = None,
+    text: Text = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="A folder that `moyu profile` wrote: calibrate on its text.")
+    ] = None,
+    out: Out = RUNS / "plans",
+    window: Window = 256,
+    prompt_tokens: Boundary = 128,
+    bias: Bias = False,
+    centre: Centre = False,
+    learn_bias: LearnBias = 0,
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="How sites divide the sparsity (token-level methods): uniform, greedy, search or fisher. The better of it and "
+            "uniform is taken."
+        ),
+    ] = "uniform",
+    dense_layers: DenseLayers = None,
+    weights: Weights = None,
+    device: Device = "cpu",
+    backend: BackendName = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Make a plan of each method for a model, in a folder of its own; `generate`, `eval` and Python apply it."""
+    from moyu.calibration.settings import Settings, default_methods
+    from moyu.model import machine
+
+    settings = Settings(
+        methods=method or default_methods(prompt_tokens),
+        knobs=parse_knobs(knob),
+        sparsity=sparsity,
+        bytes=bytes_,
+        bias=bias,
+        centre=centre,
+        learn_bias=learn_bias,
+        allocation=allocation,
+        text=text,
+        window=window,
+        boundary=prompt_tokens,
+        seed=seed,
+        backend=machine.backend_of(backend),
+        device=device,
+        dense_layers=parse_layers(dense_layers),
+        weights=weights,
+    )
+    settings.check()
+    budget = None if max_ppl_increase is None else parse_share(max_ppl_increase)
+    from moyu import records
+    from moyu.calibration.context import Context
+    from moyu.calibration.largest import largest_sparsity
+    from moyu.commands.rows import quality_record
+
+    check_writable(out)
+    rows = []
+    with progress() as stage:
+        context = Context.open(model, settings, stage)
+        if profile is not None:
+            context.use_profile(profile)
+        names = method or context.applicable(settings.methods)[0]
+        for done, name in enumerate(names):
+            stage("calibrate", done, len(names))
+            plan = context.plan(name) if budget is None else largest_sparsity(context, name, budget, stage)
+            plan.save(out / name)
+            rows.append(quality_record(context, plan, context.quality(plan, matched=False)))
+            records.write(out / name / records.FILE, rows[-1:])
+        stage("calibrate", len(names), len(names))
+    show(rows, as_json)
+    if not as_json:
+        print(f"plans    {out}")

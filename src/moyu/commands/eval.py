@@ -1,0 +1,115 @@
+"""`moyu eval`: quality of plans against dense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moyu.commands.options import (
+    BackendName,
+    Bias,
+    Boundary,
+    Bytes,
+    Centre,
+    DenseLayers,
+    Device,
+    Json,
+    Knobs,
+    LearnBias,
+    Methods,
+    Model,
+    Seed,
+    Sparsity,
+    Text,
+    Weights,
+    Window,
+    parse_knobs,
+    parse_layers,
+)
+from moyu.commands.output import progress, show
+from moyu.errors import UserError
+
+
+def evaluate(
+    model: Model = "swiglu",
+    plan: Annotated[
+        list[Path] | None, typer.Option(help="A folder that `moyu calibrate` wrote. Repeat it for several.")
+    ] = None,
+    method: Methods = None,
+    sparsity: Sparsity = None,
+    bytes_: Bytes = None,
+    knob: Knobs = None,
+    text: Text = None,
+    window: Window = 256,
+    prompt_tokens: Boundary = 128,
+    bias: Bias = False,
+    centre: Centre = False,
+    learn_bias: LearnBias = 0,
+    dense_layers: DenseLayers = None,
+    weights: Weights = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead of held-out text: these tasks of lm-eval, with commas, e.g. python_next_line."),
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="A folder with YAML tasks of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task, at most.")] = None,
+    device: Device = "cpu",
+    backend: BackendName = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure what skipping costs: perplexity and KL against dense on held-out text, or tasks of lm-eval.
+
+    Plans are read from folders with --plan, else made here for each --method. On text, each stands beside a random choice and
+    the best choice of as many units.
+    """
+    from moyu.calibration.settings import Settings, default_methods
+    from moyu.model import machine
+
+    settings = Settings(
+        methods=method or default_methods(prompt_tokens),
+        knobs=parse_knobs(knob),
+        sparsity=sparsity,
+        bytes=bytes_,
+        bias=bias,
+        centre=centre,
+        learn_bias=learn_bias,
+        text=text,
+        window=window,
+        boundary=prompt_tokens,
+        seed=seed,
+        backend=machine.backend_of(backend),
+        device=device,
+        dense_layers=parse_layers(dense_layers),
+        weights=weights,
+    )
+    settings.check()
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1, not {limit}", "leave it out for all documents")
+    if tasks is None and (task_folder is not None or limit is not None):
+        raise UserError("--task-folder and --limit are of --tasks", "name tasks, e.g. --tasks python_next_line")
+    from moyu.calibration.context import Context
+    from moyu.commands.rows import quality_record
+    from moyu.plan import Plan
+
+    loaded = [Plan.load(folder) for folder in plan or []]
+    with progress() as stage:
+        context = Context.open(model, settings, stage)
+        names = [] if loaded else (method or context.applicable(settings.methods)[0])
+        if tasks is not None:
+            from moyu.integrations import lm_eval
+
+            asked = [name.strip() for name in tasks.split(",") if name.strip()]
+            found = lm_eval.find_tasks(asked, task_folder)
+            plans = [*loaded, *(context.plan(name) for name in names)]
+            show(lm_eval.compare(context, plans, found, limit=limit, stage=stage), as_json)
+            return
+        rows = []
+        for done, item in enumerate([*loaded, *names]):
+            stage("evaluate", done, len(loaded) + len(names))
+            made = context.plan(item) if isinstance(item, str) else item
+            rows.append(quality_record(context, made, context.quality(made)))
+        stage("evaluate", len(rows), len(rows))
+    show(rows, as_json)

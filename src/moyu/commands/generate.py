@@ -1,0 +1,124 @@
+"""`moyu generate`: text after a prompt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moyu.commands.options import BackendName, Device, Json, Model, Prompt, Seed, Weights
+from moyu.errors import UserError
+
+PROMPT = "def read_config(path):\n"  # for the embedded models, which know Python alone
+
+
+def generate(
+    model: Model = "swiglu",
+    plan: Annotated[
+        Path | None, typer.Option(help="A folder that `moyu calibrate` wrote. Without one the model runs dense.")
+    ] = None,
+    prompt: Prompt = None,
+    new_tokens: Annotated[int, typer.Option(help="Write at most this many tokens.")] = 64,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run dense as well, and say where its text first differs.")
+    ] = False,
+    lossless: Annotated[
+        bool,
+        typer.Option("--lossless", help="The plan drafts and the dense model checks: the text is the dense model's."),
+    ] = False,
+    sirius: Annotated[
+        float | None,
+        typer.Option(
+            help="The plan drafts, and dense rewrites from the first token that it finds less likely than this."
+        ),
+    ] = None,
+    draft_length: Annotated[int, typer.Option(help="Tokens that the plan drafts before dense checks them.")] = 4,
+    temperature: Annotated[float, typer.Option(help="Of --lossless and --sirius: 0 is greedy.")] = 0.0,
+    weights: Weights = None,
+    device: Device = "cpu",
+    backend: BackendName = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, dense or under a plan. The text goes to stdout as it is written, its speed to stderr."""
+    if new_tokens < 1:
+        raise UserError(f"--new-tokens must be at least 1, not {new_tokens}", "64 is the default")
+    check_correction(lossless, sirius, draft_length, temperature, plan)
+    from moyu.model import machine
+
+    kernels = machine.backend_of(backend)
+    machine.check(device, kernels, weights)
+    from moyu.calibration.context import open_model
+    from moyu.commands.writing import check_length, generation_record, prompt_ids, write
+    from moyu.engine.speculation import Correction
+    from moyu.model import dissect, loading
+    from moyu.plan import Plan
+    from moyu.records.about import about_model
+    from moyu.reporting.summary import generated
+    from moyu.weights.blocks import KINDS
+
+    correction = None
+    if lossless or sirius is not None:
+        correction = Correction("lossless" if lossless else "sirius", draft_length, temperature, sirius or 0.0)
+    prompt = PROMPT if prompt is None else prompt
+    asked = None if plan is None else Plan.load(plan)
+    loaded = open_model(model, weights, device)
+    ids = prompt_ids(loaded, prompt)
+    check_length(loaded, ids, new_tokens)
+    if weights in KINDS:
+        loading.quantise_model(loaded.model, weights)
+    anatomy = dissect.dissect(loaded.model)
+    pieces = _Pieces(prompt)
+    written = write(
+        loaded,
+        anatomy,
+        asked,
+        ids,
+        new_tokens,
+        backend=kernels,
+        correction=correction,
+        seed=seed,
+        show=None if as_json else pieces.show,
+    )
+    if not as_json:
+        pieces.end()
+    dense = write(loaded, anatomy, None, ids, new_tokens, backend=kernels) if compare and asked is not None else None
+    about = about_model(loaded.name, loaded.model, anatomy, seed=seed, plan=asked)
+    row = generation_record(about, asked, prompt, written, dense, correction)
+    if as_json:
+        print(row.model_dump_json())
+        return
+    for line in generated(row):
+        print(f"moyu: {line}", file=sys.stderr)
+
+
+def check_correction(lossless: bool, sirius: float | None, drafts: int, temperature: float, plan: Path | None) -> None:
+    """Refuse options of drafting that contradict each other."""
+    if not lossless and sirius is None:
+        if temperature:
+            raise UserError("--temperature is of --lossless and --sirius", "plain generation is greedy")
+        return
+    if lossless and sirius is not None:
+        raise UserError("both --lossless and --sirius are given", "give one of them")
+    if plan is None:
+        raise UserError("no plan to draft with", "`moyu calibrate` makes one; then --plan runs/plans/METHOD")
+    if sirius is not None and not 0 <= sirius <= 1:
+        raise UserError(f"--sirius is a likelihood in [0, 1], not {sirius}", "the paper's is 0.1")
+    if drafts < 1:
+        raise UserError(f"--draft-length must be at least 1, not {drafts}", "4 is the default")
+
+
+class _Pieces:
+    """Prints text as it is written, with the prompt before the first piece: an error until then leaves stdout empty."""
+
+    def __init__(self, prompt: str) -> None:
+        self.prompt = prompt
+
+    def show(self, piece: str) -> None:
+        print(self.prompt + piece, end="", flush=True)
+        self.prompt = ""
+
+    def end(self) -> None:
+        self.show("\n")

@@ -1,0 +1,220 @@
+"""New text after a prompt: dense, under a plan, or drafted by a plan and corrected by dense. Imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from moyu import records
+from moyu.engine import speculation
+from moyu.engine.applied import Applied
+from moyu.engine.speculation import Correction, Speculation
+from moyu.errors import UserError
+from moyu.kernels import Backend
+from moyu.model import dissect
+from moyu.model.anatomy import Anatomy
+from moyu.model.loading import Loaded
+from moyu.plan import Plan
+from moyu.records.about import AboutModel, about_plan
+
+Show = Callable[[str], None]  # is given each piece of text as it is written
+BROKEN = "\ufffd"  # what a tokenizer writes for a character whose last bytes are still to come
+
+
+@dataclass(frozen=True)
+class Written:
+    """New text after a prompt, and how long it took."""
+
+    ids: list[int]
+    tokens: list[str]  # one string an id
+    text: str
+    first_token_s: float  # seconds to the first new token: prefill
+    tok_s: float | None  # new tokens a second after the first; None for a single token
+    drafted: Speculation | None = None  # where dense corrected what a plan drafted
+
+
+def prompt_ids(loaded: Loaded, prompt: str) -> Tensor:
+    """The prompt's tokens (1, T), on the model's device; UserError where it has none."""
+    ids: Any = loaded.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.shape[1] == 0:
+        raise UserError("the prompt has no token", "give some text to --prompt")
+    return ids.to(loaded.model.device)
+
+
+def check_length(loaded: Loaded, ids: Tensor, new_tokens: int) -> None:
+    """Refuse more tokens than the model has positions for."""
+    limit = getattr(dissect.text_config(loaded.model), "max_position_embeddings", None)
+    taken = ids.shape[1]
+    if limit is not None and taken + new_tokens > limit:
+        room = f"use --new-tokens {limit - taken} or fewer" if limit > taken else "give a shorter --prompt"
+        raise UserError(
+            f"{taken} tokens of prompt and {new_tokens} new ones are more than the {limit} that {loaded.name!r} reads",
+            room,
+        )
+
+
+class Receiver(BaseStreamer):
+    """Takes tokens as they are generated: when each came, and what text it adds.
+
+    Some characters span several tokens, and some tokenizers write a token differently at the start of a text. So a token is
+    decoded behind the ones before it, and its text is shown once its characters are whole.
+    """
+
+    def __init__(self, tokenizer: Any, show: Show | None = None) -> None:
+        self.tokenizer, self.show = tokenizer, show
+        self.times: list[float] = []  # of the prompt, then of each new token
+        self.ids: list[int] = []
+        self.start = self.shown = 0  # text of ids[start:shown] is what new text comes behind
+
+    def put(self, value: Tensor) -> None:
+        fresh = value.flatten().tolist()
+        self.times.append(time.perf_counter())
+        if len(self.times) == 1:  # the prompt
+            self.ids, self.start, self.shown = fresh, max(0, len(fresh) - 4), len(fresh)
+            return
+        self.ids += fresh
+        if self.show is not None:
+            self._show(self.show)
+
+    def _show(self, show: Show, last: bool = False) -> None:
+        before = self.tokenizer.decode(self.ids[self.start : self.shown])
+        now = self.tokenizer.decode(self.ids[self.start :])
+        if len(now) > len(before) and (last or not now.endswith(BROKEN)):
+            show(now[len(before) :])
+            self.start, self.shown = self.shown, len(self.ids)
+
+    def end(self) -> None:
+        if self.show is not None:
+            self._show(self.show, last=True)
+
+
+@torch.no_grad()
+def write(
+    loaded: Loaded,
+    anatomy: Anatomy,
+    plan: Plan | None,
+    ids: Tensor,
+    new_tokens: int,
+    *,
+    backend: Backend = "auto",
+    correction: Correction | None = None,
+    seed: int = 0,
+    show: Show | None = None,
+) -> Written:
+    """Greedy text after `ids` (1, T); dense where there is no plan. correction: dense checks what the plan drafts."""
+    if plan is not None and correction is not None:
+        return _corrected(loaded, anatomy, plan, ids, new_tokens, correction, backend=backend, seed=seed, show=show)
+    receiver = Receiver(loaded.tokenizer, show)
+    under = contextlib.nullcontext()
+    if plan is not None:
+        under = Applied(loaded.model, plan, backend=backend, anatomy=anatomy)
+    with under:
+        out: Any = loaded.model.generate(  # pyright: ignore[reportCallIssue]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=loaded.tokenizer.pad_token_id or 0,
+            streamer=receiver,
+        )
+    fresh: list[int] = out[0, ids.shape[1] :].tolist()
+    start, first, last = receiver.times[0], receiver.times[1], receiver.times[-1]
+    return Written(
+        fresh,
+        *_decoded(loaded, fresh),
+        first_token_s=first - start,
+        tok_s=(len(fresh) - 1) / (last - first) if len(fresh) > 1 else None,
+    )
+
+
+def _corrected(
+    loaded: Loaded,
+    anatomy: Anatomy,
+    plan: Plan,
+    ids: Tensor,
+    new_tokens: int,
+    correction: Correction,
+    *,
+    backend: Backend,
+    seed: int,
+    show: Show | None,
+) -> Written:
+    """Text that `plan` drafts and the dense model corrects; shown when it is whole."""
+    ends = getattr(loaded.model.generation_config, "eos_token_id", None)
+    with Applied(loaded.model, plan, backend=backend, anatomy=anatomy) as applied:
+        drafted = speculation.speculate(
+            applied,
+            ids,
+            new_tokens,
+            drafts=correction.drafts,
+            temperature=correction.temperature,
+            rule=correction.decide,
+            ends=[] if ends is None else ends if isinstance(ends, list) else [ends],
+            seed=seed,
+        )
+    tokens, text = _decoded(loaded, drafted.tokens)
+    if show is not None:
+        show(text)
+    return Written(drafted.tokens, tokens, text, drafted.first_token_s, drafted.tok_s, drafted)
+
+
+def _decoded(loaded: Loaded, ids: Sequence[int]) -> tuple[list[str], str]:
+    """One string a token, and their text."""
+    decode = loaded.tokenizer.decode
+    return [str(decode([i])) for i in ids], str(decode(list(ids)))
+
+
+def generation_record(
+    about: AboutModel,
+    plan: Plan | None,
+    prompt: str,
+    sparse: Written,
+    dense: Written | None = None,
+    correction: Correction | None = None,
+) -> records.Generation:
+    """A text under a plan, and dense text beside it where there is one; without a plan the text itself is the dense one."""
+    if plan is None:
+        dense = sparse
+    first = None if dense is None else _first_difference(dense.ids, sparse.ids)
+    drafted, part = sparse.drafted, None
+    if drafted is not None and correction is not None:
+        part = records.Correction(
+            rule="lossless" if correction.rule == "lossless" else "sirius",
+            drafts=correction.drafts,
+            temperature=correction.temperature,
+            acceptance=drafted.acceptance,
+            tokens_per_pass=drafted.tokens_per_pass,
+            margin=None if first is None or first >= len(drafted.margins) else drafted.margins[first],
+        )
+    return records.Generation(
+        kind="generation",
+        **about,
+        **about_plan(plan),
+        simulated=False,
+        prompt=prompt,
+        dense_text=None if dense is None else dense.text,
+        dense_tokens=None if dense is None else dense.tokens,
+        first_token_s_dense=None if dense is None else dense.first_token_s,
+        tok_s_dense=None if dense is None else dense.tok_s,
+        sparse_text=sparse.text,
+        sparse_tokens=sparse.tokens,
+        first_token_s=sparse.first_token_s,
+        tok_s=sparse.tok_s,
+        new_tokens=len(sparse.ids),
+        first_difference=first,
+        correction=part,
+    )
+
+
+def _first_difference(dense: Sequence[int], sparse: Sequence[int]) -> int | None:
+    """The index of the first token that differs; the shorter length where one goes on; None where they are the same."""
+    pairs = zip(dense, sparse, strict=False)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    return min(len(dense), len(sparse)) if first is None and len(dense) != len(sparse) else first
