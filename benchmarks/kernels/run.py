@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from moyu import kernels, records
 from moyu.kernels import cpu
@@ -26,7 +25,6 @@ from moyu.weights import blocks
 
 LAYERS, SETS, ROUNDS = 8, 16, 41
 KEPT = (1.0, 0.7, 0.5, 0.3)
-SILU = cpu.activation_code("silu")
 DTYPES = {"bf16": "bfloat16"}  # what records call them; blocks by their own name
 
 
@@ -58,25 +56,17 @@ def weights(kind: str, d: int, f: int) -> tuple:
     return tuple(m.blocks for m in modules)
 
 
-def arguments(kind: str, layer: tuple, x: Tensor, mask: Tensor, y: Tensor) -> tuple:
-    """What the compiled function takes."""
-    (f, d), head = layer[0].shape, (cpu.dtype_code(x.dtype), SILU, torch.get_num_threads(), 1)
-    if kind == "bf16":
-        gate, up, down = layer
-        parts = (gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), down.data_ptr(), down.stride(1))
-    else:
-        parts = tuple(map(cpu.native_blocks, layer))
-    return (*head, d, f, d, x.data_ptr(), d, *parts, mask.data_ptr(), f, 0, 0, 0, 0, 0, y.data_ptr())
-
-
 def measure(kind: str, d: int, f: int) -> list[records.Record]:
     """Kernel records of one width."""
     torch.manual_seed(0)
     layers = [weights(kind, d, f) for _ in range(LAYERS)]
     x, y = torch.randn(1, d, dtype=torch.bfloat16), torch.empty(1, d, dtype=torch.bfloat16)
     masks = {k: [(torch.rand(f).argsort() < int(f * k))[None] for _ in range(SETS)] for k in KEPT}
-    native = cpu.extension().neurons if kind == "bf16" else cpu.extension().block_neurons
-    ready = {k: [[arguments(kind, layer, x, m, y) for m in masks[k]] for layer in layers] for k in KEPT}
+    native = cpu.extension().neurons
+    ready = {
+        k: [[cpu.native_neurons(x, *layer, m, "silu", None, None, None, None, y) for m in masks[k]] for layer in layers]
+        for k in KEPT
+    }
     kernel: dict[float, list[float]] = {k: [] for k in KEPT}  # GB/s
     operator: dict[float, list[float]] = {k: [] for k in KEPT}
     reads = kernels.ReadCeiling()
@@ -85,7 +75,7 @@ def measure(kind: str, d: int, f: int) -> list[records.Record]:
         for k in KEPT:
             picks = [(turn * LAYERS + layer) % SETS for layer in range(LAYERS)]
             start = time.perf_counter()
-            needed = sum(native(*ready[k][layer][pick]) for layer, pick in enumerate(picks))
+            needed = sum(native(ready[k][layer][pick]) for layer, pick in enumerate(picks))
             kernel[k].append(needed / (time.perf_counter() - start) / 1e9)
             start = time.perf_counter()
             for layer, pick in enumerate(picks):

@@ -30,7 +30,7 @@ except (ImportError, RuntimeError) as error:  # not built, built for another Pyt
         _why_not = str(error)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-KIND_CODES = {"q8_0": 1, "q4_0": 2}  # enum Kind of kernels.h
+KIND_CODES: dict[str, int] = {} if _cpu is None else {name: code for code, name in enumerate(_cpu.formats)}
 _CODES: dict[str, int] = {} if _cpu is None else {name: code for code, name in enumerate(_cpu.activations)}
 if _CODES:
     _CODES["gelu_new"] = _CODES["gelu_pytorch_tanh"] = _CODES["gelu_tanh"]
@@ -81,83 +81,15 @@ def neurons(
     down_bias: Tensor | None,
     given: Tensor | None,
 ) -> tuple[Tensor, int]:
-    x, mask = _inner(x), _inner(mask)
-    given = None if given is None else _inner(given)
-    n, d = x.shape
-    d_out, f = down.shape
-    y = torch.empty((n, d_out), dtype=x.dtype)
-    read = extension().neurons(
-        _DTYPES[x.dtype],
-        _CODES[act],
-        torch.get_num_threads(),
-        n,
-        d,
-        f,
-        d_out,
-        x.data_ptr(),
-        x.stride(0),
-        0 if gate is None else gate.data_ptr(),
-        0 if gate is None else gate.stride(0),
-        0 if up is None else up.data_ptr(),
-        0 if up is None else up.stride(0),
-        down.data_ptr(),
-        down.stride(1),
-        mask.data_ptr(),
-        mask.stride(0),
-        0 if gate_bias is None else gate_bias.data_ptr(),
-        0 if up_bias is None else up_bias.data_ptr(),
-        0 if down_bias is None else down_bias.data_ptr(),
-        0 if given is None else given.data_ptr(),
-        0 if given is None else given.stride(0),
-        y.data_ptr(),
-    )
-    return y, read
+    return _neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given)
 
 
 def rows(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
-    return _multiply(extension().rows, x, weight, weight.stride(0), mask, bias)
+    return _multiply("rows", x, weight, mask, bias)
 
 
 def columns(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
-    return _multiply(extension().columns, x, weight, weight.stride(1), mask, bias)
-
-
-def _multiply(kernel, x: Tensor, weight: Tensor, stride: int, mask: Tensor | None, bias: Tensor | None):
-    x = _inner(x)
-    mask = None if mask is None else _inner(mask)
-    n_rows, n = x.shape
-    q = weight.shape[0]
-    y = torch.empty((n_rows, q), dtype=x.dtype)
-    read = kernel(
-        _DTYPES[x.dtype],
-        torch.get_num_threads(),
-        n_rows,
-        n,
-        q,
-        x.data_ptr(),
-        x.stride(0),
-        weight.data_ptr(),
-        stride,
-        0 if mask is None else mask.data_ptr(),
-        0 if mask is None else mask.stride(0),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-    )
-    return y, read
-
-
-def native_blocks(weight: Blocks | None) -> Any:
-    """Blocks as the extension takes them; pointers are those of the live tensors."""
-    if weight is None:
-        return extension().Blocks(0, 0, 0, 0, 0)
-    quants, scales = weight.quants, weight.scales
-    return extension().Blocks(
-        KIND_CODES[weight.kind],
-        quants.data_ptr(),
-        quants.stride(0),
-        scales.data_ptr(),
-        scales.stride(0) * scales.element_size(),
-    )
+    return _multiply("columns", x, weight, mask, bias)
 
 
 def block_neurons(
@@ -172,63 +104,108 @@ def block_neurons(
     down_bias: Tensor | None,
     given: Tensor | None,
 ) -> tuple[Tensor, int]:
-    x, mask = _inner(x), _inner(mask)
-    given = None if given is None else _inner(given)
-    (n, d), (d_out, f) = x.shape, down.shape
-    y = torch.empty((n, d_out), dtype=x.dtype)
-    read = extension().block_neurons(
-        _DTYPES[x.dtype],
-        _CODES[act],
-        torch.get_num_threads(),
-        n,
-        d,
-        f,
-        d_out,
-        x.data_ptr(),
-        x.stride(0),
-        native_blocks(gate),
-        native_blocks(up),
-        native_blocks(down),
-        mask.data_ptr(),
-        mask.stride(0),
-        0 if gate_bias is None else gate_bias.data_ptr(),
-        0 if up_bias is None else up_bias.data_ptr(),
-        0 if down_bias is None else down_bias.data_ptr(),
-        0 if given is None else given.data_ptr(),
-        0 if given is None else given.stride(0),
-        y.data_ptr(),
-    )
-    return y, read
+    return _neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given)
 
 
 def block_rows(x: Tensor, weight: Blocks, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
-    return _block_multiply(extension().block_rows, x, weight, mask, bias)
+    return _multiply("rows", x, weight, mask, bias)
 
 
 def block_columns(x: Tensor, weight: Blocks, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
-    return _block_multiply(extension().block_columns, x, weight, mask, bias)
+    return _multiply("columns", x, weight, mask, bias)
 
 
-def _block_multiply(kernel, x: Tensor, weight: Blocks, mask: Tensor | None, bias: Tensor | None):
+def native_weight(weight: Tensor | Blocks, order: str) -> Any:
+    """A weight as the extension takes it; its addresses are those of the live tensors."""
+    outputs, inputs = weight.shape
+    if isinstance(weight, Tensor):
+        stride = weight.stride(0 if order == "rows" else 1) * weight.element_size()
+        return extension().Weight(
+            format="plain", order=order, outputs=outputs, inputs=inputs, address=weight.data_ptr(), stride=stride
+        )
+    quants, scales = weight.quants, weight.scales
+    return extension().Weight(
+        format=weight.kind,
+        order=weight.order,
+        outputs=outputs,
+        inputs=inputs,
+        address=quants.data_ptr(),
+        stride=quants.stride(0),
+        scales=scales.data_ptr(),
+        scales_stride=scales.stride(0) * scales.element_size(),
+    )
+
+
+def native_blocks(weight: Blocks) -> Any:
+    """Blocks as the extension takes them."""
+    return native_weight(weight, weight.order)
+
+
+def native_neurons(
+    x: Tensor,
+    gate: Tensor | Blocks | None,
+    up: Tensor | Blocks | None,
+    down: Tensor | Blocks,
+    mask: Tensor,
+    act: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    given: Tensor | None,
+    out: Tensor,
+) -> Any:
+    """The arguments of the extension's `neurons`; addresses are those of the live tensors, whose rows are contiguous."""
+    return extension().NeuronsArgs(
+        dtype=_DTYPES[x.dtype],
+        act=_CODES[act],
+        threads=torch.get_num_threads(),
+        rows=len(x),
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        gate=None if gate is None else native_weight(gate, "rows"),
+        up=None if up is None else native_weight(up, "rows"),
+        down=native_weight(down, "columns"),
+        mask=mask.data_ptr(),
+        mask_stride=mask.stride(0),
+        gate_bias=_address(gate_bias),
+        up_bias=_address(up_bias),
+        down_bias=_address(down_bias),
+        given=_address(given),
+        given_stride=0 if given is None else given.stride(0),
+        out=out.data_ptr(),
+    )
+
+
+def _neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given) -> tuple[Tensor, int]:
+    x, mask = _inner(x), _inner(mask)
+    given = None if given is None else _inner(given)
+    y = torch.empty((len(x), down.shape[0]), dtype=x.dtype)
+    arguments = native_neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given, y)
+    return y, extension().neurons(arguments)
+
+
+def _multiply(op: str, x: Tensor, weight: Tensor | Blocks, mask: Tensor | None, bias: Tensor | None):
     x = _inner(x)
     mask = None if mask is None else _inner(mask)
-    (n_rows, n), q = x.shape, weight.outputs
-    y = torch.empty((n_rows, q), dtype=x.dtype)
-    read = kernel(
-        _DTYPES[x.dtype],
-        torch.get_num_threads(),
-        n_rows,
-        n,
-        q,
-        x.data_ptr(),
-        x.stride(0),
-        native_blocks(weight),
-        0 if mask is None else mask.data_ptr(),
-        0 if mask is None else mask.stride(0),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
+    y = torch.empty((len(x), weight.shape[0]), dtype=x.dtype)
+    native = extension()
+    arguments = native.LinearArgs(
+        dtype=_DTYPES[x.dtype],
+        threads=torch.get_num_threads(),
+        rows=len(x),
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        weight=native_weight(weight, op),
+        mask=_address(mask),
+        mask_stride=0 if mask is None else mask.stride(0),
+        bias=_address(bias),
+        out=y.data_ptr(),
     )
-    return y, read
+    return y, getattr(native, op)(arguments)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def empty_weights(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 // so there are several: plain streaming, streaming with prefetch at two distances, and 2 or 4 streams a thread.
 #pragma once
 
-#include "pieces.h"
+#include "core/pieces.h"
 
 namespace {
 
@@ -26,8 +26,8 @@ uint64_t read(const void *data, int64_t bytes, int loop, int64_t threads) {
         read_streams<1, 0>, read_streams<1, 4096>, read_streams<1, 16384>, read_streams<2, 0>, read_streams<4, 0>};
     const int64_t count = bytes / static_cast<int64_t>(sizeof(float)) / threads / 16 * 16;
     int64_t total = 0;
-    Arena arena(8 * threads * 16);
-    float *sums = arena.take<float>(threads * 16);
+    float *sums;
+    in_scratch([&](Arena &arena) { sums = arena.take<float>(threads * 16); });
     for (int64_t t = 0; t < threads; ++t) sums[t * 16] = 0.0f;
     auto work = [&](const moyu::Team &team) {
         for (int64_t part = team.thread; part < threads; part += team.threads)

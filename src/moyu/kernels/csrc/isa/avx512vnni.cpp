@@ -1,9 +1,9 @@
-#include "kernels.h"
+#include "core/kernels.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
     defined(__AVX512VNNI__)
-#include "vec_avx512.h"  // first: the shapes are written in terms of its Vec
-#include "shapes.h"
+#include "isa/vec_avx512.h"  // first: the table is written in terms of its Vec
+#include "core/table.h"
 
 const moyu::Table *moyu::avx512vnni_table() { return &table; }
 #else

@@ -1,7 +1,7 @@
 // 8 floats in an array: any compiler, any CPU; the loops of constant length become whatever SIMD the target has.
 #pragma once
 
-#include "element.h"
+#include "core/element.h"
 
 namespace {
 

@@ -3,9 +3,9 @@
 // Values are rounded to the model's type where the layers' own modules round them.
 #pragma once
 
-#include "blocks.h"
-#include "linear.h"
-#include "neurons.h"
+#include "core/grouped.h"
+#include "core/linear.h"
+#include "core/neurons.h"
 
 namespace {
 
@@ -14,6 +14,7 @@ using moyu::DecodeLayer;
 using moyu::DecodeLinear;
 using moyu::DecodeMemory;
 using moyu::DecodeNorm;
+using moyu::Order;
 using moyu::Team;
 
 template <class T>
@@ -67,42 +68,17 @@ void rotate(float *head, const float *cos, const float *sin, int64_t width) {
 template <class T>
 class Decoding {
   public:
-    Decoding(const DecodeArgs &args, Arena &arena) : a(args) {
-        sums_size = a.rows * round_up(a.widest);
-        q = arena.take<T>(a.rows * a.widest);
-        k = arena.take<T>(a.rows * a.widest);
-        v = arena.take<T>(a.rows * a.widest);
-        y = arena.take<T>(a.rows * a.widest);
-        for (auto &area : sums) area = arena.take<float>(a.threads * sums_size);
-        bytes = arena.take<int64_t>(a.threads);
-        for (int64_t t = 0; t < a.threads; ++t) {
-            bytes[t] = 0;
-            own[t].hidden = arena.take<float>(a.rows * a.d);
-            own[t].values = arena.take<float>(a.rows * round_up(a.widest));
-            own[t].stored = arena.take<T>(2 * a.rows * a.widest);
-            own[t].x = arena.take<Factor<T>>(a.rows * round_up(a.widest));
-            own[t].mask = arena.take<uint8_t>(a.rows * a.widest);
-            own[t].zeroed = arena.take<T>(a.rows * a.widest);
-            own[t].any = arena.take<uint8_t>(a.widest);
-            own[t].kept = arena.take<int32_t>(a.widest);
-            own[t].rounded = Rounded::take(arena, a.rows, a.widest);
-            own[t].scores = arena.take<float>(a.past + 1 + kTogether);
-        }
-    }
-
-    static int64_t room(const DecodeArgs &a) {
-        const int64_t wide = a.rows * round_up(a.widest);
-        return 16 * wide + 12 * a.threads * wide + 8 * a.threads +
-               a.threads * (4 * a.rows * a.d + 20 * wide + (a.rows + 5) * a.widest + 4 * (a.past + 1 + kTogether)) +
-               a.threads * Rounded::room(a.rows, a.widest) + kLineBytes * (10 + 14 * a.threads);
+    explicit Decoding(const DecodeArgs &args) : a(args) {
+        in_scratch([&](Arena &arena) { take_arrays(arena); });
+        for (int64_t t = 0; t < a.threads; ++t) bytes[t] = 0;
     }
 
     void run(const Team &team) {
         Own &my = own[team.thread];
         for (int64_t r = 0; r < a.rows; ++r) {
             float *to = my.hidden + r * a.d;
-            if (a.ends && a.ends->embedding.kind != Kind::plain) {
-                widen_row(blocks(a.ends->embedding), a.ids[r], a.d, to);
+            if (a.ends && a.ends->embedding.kind != Format::plain) {
+                widen_row(stored(a.ends->embedding), a.ids[r], to);
                 for (int64_t i = 0; i < a.d; ++i) to[i] = rounded<T>(to[i]);
             } else {
                 const DecodeLinear *table = a.ends ? &a.ends->embedding : nullptr;
@@ -147,6 +123,28 @@ class Decoding {
     int64_t *bytes;
     Own own[moyu::kMostThreads];
 
+    void take_arrays(Arena &arena) {
+        sums_size = a.rows * round_up(a.widest);
+        q = arena.take<T>(a.rows * a.widest);
+        k = arena.take<T>(a.rows * a.widest);
+        v = arena.take<T>(a.rows * a.widest);
+        y = arena.take<T>(a.rows * a.widest);
+        for (auto &area : sums) area = arena.take<float>(a.threads * sums_size);
+        bytes = arena.take<int64_t>(a.threads);
+        for (int64_t t = 0; t < a.threads; ++t) {
+            own[t].hidden = arena.take<float>(a.rows * a.d);
+            own[t].values = arena.take<float>(a.rows * round_up(a.widest));
+            own[t].stored = arena.take<T>(2 * a.rows * a.widest);
+            own[t].x = arena.take<Factor<T>>(a.rows * round_up(a.widest));
+            own[t].mask = arena.take<uint8_t>(a.rows * a.widest);
+            own[t].zeroed = arena.take<T>(a.rows * a.widest);
+            own[t].any = arena.take<uint8_t>(a.widest);
+            own[t].kept = arena.take<int32_t>(a.widest);
+            own[t].rounded = Rounded::take(arena, a.rows, a.widest);
+            own[t].scores = arena.take<float>(a.past + 1 + kTogether);
+        }
+    }
+
     void load(const DecodeNorm &norm, Own &my) {
         for (int64_t r = 0; r < a.rows; ++r) {
             normalize<T>(norm, my.hidden + r * a.d, a.d, my.values);
@@ -166,8 +164,9 @@ class Decoding {
         my.rounded_from = x;
         return to;
     }
-    static Blocks blocks(const DecodeLinear &w) {
-        return {w.kind, at<uint8_t>(w.weight, 0), w.stride, at<uint8_t>(w.scales, 0), w.scales_stride};
+    static Weight stored(const DecodeLinear &w) {
+        const int64_t unit = w.kind == Format::plain ? bytes_of<T>(1) : 1;  // of the stride
+        return {w.kind, w.by_columns ? Order::columns : Order::rows, w.q, w.n, w.weight, w.stride * unit, w.scales, w.scales_stride};
     }
 
     // my.kept = the pieces that a row keeps, by |x_i| * factor_i > threshold in the model's type (as the method computes it).
@@ -185,10 +184,10 @@ class Decoding {
 
     // This thread's part of out (rows, q) = x · Wᵀ: whole outputs, or sums that `finish` brings together.
     void start(const DecodeLinear &w, const T *x, Own &my, const Team &team, T *out, float *area) {
-        LinearArgs args = {a.rows, w.n, w.q, a.threads, x, w.n, w.weight, w.stride, nullptr, 0, w.bias, out};
-        const bool in_blocks = w.kind != Kind::plain;
+        LinearArgs args = {a.rows, a.threads, x, w.n, stored(w), nullptr, 0, w.bias, out};
+        const bool in_blocks = w.kind != Format::plain;
         if (!w.by_columns) {
-            bytes[team.thread] += in_blocks ? block_rows_share<T>(args, blocks(w), round(x, w.n, my), nullptr, w.q, team)
+            bytes[team.thread] += in_blocks ? grouped_rows_share<T>(args, args.weight, round(x, w.n, my), nullptr, w.q, team)
                                             : rows_share<T>(args, my.x, nullptr, w.q, team);
             return;
         }
@@ -198,18 +197,18 @@ class Decoding {
         args.mask = my.mask;
         args.mask_stride = w.n;
         if (in_blocks) {
-            bytes[team.thread] += block_columns_share<T>(args, blocks(w), my.kept, count, team, own);
+            bytes[team.thread] += grouped_columns_share<T>(args, args.weight, my.kept, count, team, own);
         } else {
             LinearArgs kept = args;  // `args` keeps x and the mask as they are, for what follows
             take_together<T>(kept, count, my.zeroed);
             bytes[team.thread] += columns_share<T>(kept, my.kept, count, team, own);
         }
-        if (w.rest.kind == Kind::plain) return;
+        if (w.rest.address == nullptr) return;
         for (int64_t i = 0; i < a.rows * w.n; ++i) my.mask[i] = !my.mask[i];  // which args.mask points to
         const int64_t others = list_kept(my.mask, w.n, a.rows, w.n, my.any, my.kept);
         float *more = in_blocks ? own : my.values;
         if (!in_blocks) clear(more, a.rows, w.q);
-        bytes[team.thread] += block_columns_share<T>(args, w.rest, my.kept, others, team, more);
+        bytes[team.thread] += grouped_columns_share<T>(args, w.rest, my.kept, others, team, more);
         if (!in_blocks) add_sums<T>(more, a.rows, w.q, own);
     }
     int64_t sums_size_of(const DecodeLinear &w) const { return a.rows * round_up(w.q); }
@@ -217,7 +216,7 @@ class Decoding {
         if (w.by_columns) bytes[team.thread] += write(w, area, team, w.q, out);
     }
     int64_t write(const DecodeLinear &w, const float *area, const Team &team, int64_t n, T *out) const {
-        return w.kind == Kind::plain ? write_sums<T>(area, team.threads, a.rows, n, w.bias, out, team)
+        return w.kind == Format::plain ? write_sums<T>(area, team.threads, a.rows, n, w.bias, out, team)
                                      : write_sums<T, false>(area, team.threads, a.rows, n, w.bias, out, team);
     }
 
@@ -269,7 +268,7 @@ class Decoding {
 
         const int64_t length = a.past + 1;
         const uint8_t *allowed = a.mask ? a.mask + row * length : nullptr;
-        Weights<T> pieces;
+        Pieces<T> pieces;
         auto point = [&](const T *from, int64_t t) {
             pieces.count = static_cast<int>(length - t < kTogether ? length - t : kTogether);
             for (int i = 0; i < pieces.count; ++i) {
@@ -344,9 +343,9 @@ class Decoding {
     // Neuron by neuron: those of a mask that is known before, or those that gate (or up), computed first, keeps.
     void together(const DecodeLayer &layer, const DecodeMemory &memory, Own &my, const Team &team) {
         const int64_t f = layer.down.n;
-        NeuronsArgs args = {a.rows, a.d, f, a.d, a.threads, layer.act, my.stored, a.d, layer.gate.weight, layer.gate.stride,
-                            layer.up.weight, layer.up.stride, layer.down.weight, layer.down.stride, memory.mask,
-                            memory.mask_stride, layer.gate.bias, layer.up.bias, layer.down.bias, nullptr, 0, y};
+        NeuronsArgs args = {a.rows, a.threads, layer.act, my.stored, a.d, stored(layer.gate), stored(layer.up),
+                            stored(layer.down), memory.mask, memory.mask_stride, layer.gate.bias, layer.up.bias,
+                            layer.down.bias, nullptr, 0, y};
         int64_t count = f;
         const int32_t *kept = nullptr;
         if (layer.network == moyu::Network::neurons) {
@@ -363,7 +362,7 @@ class Decoding {
             if (gate_first) open(layer, k, 0, a.rows * f, my, given);
             args.given = gate_first ? given : k;
             args.given_stride = f;
-            (gate_first ? args.gate : args.up) = nullptr;
+            (gate_first ? args.gate : args.up) = {};
             (gate_first ? args.gate_bias : args.up_bias) = nullptr;
             count = decide(layer.down, gate_first ? given : k, f, my);
             kept = my.kept;
@@ -372,12 +371,11 @@ class Decoding {
         }
         const int64_t size = a.rows * round_up(a.d);
         float *own_sums = sums[0] + team.thread * size;
-        if (layer.down.kind == Kind::plain)
+        if (layer.down.kind == Format::plain)
             bytes[team.thread] += neurons_share<T>(args, my.x, kept, count, team, own_sums);
         else
             bytes[team.thread] +=
-                block_neurons_share<T>(args, blocks(layer.gate), blocks(layer.up), blocks(layer.down),
-                                       round(my.stored, a.d, my), kept, count, team, own_sums);
+                grouped_neurons_share<T>(args, round(my.stored, a.d, my), kept, count, team, own_sums);
         team.wait();
         bytes[team.thread] += write(layer.down, sums[0], team, a.d, y);
         team.wait();
@@ -388,8 +386,7 @@ template <class T>
 int64_t decode(const DecodeArgs &args) {
     DecodeArgs a = args;
     a.threads = a.threads < moyu::kMostThreads ? a.threads : moyu::kMostThreads;
-    Arena arena(Decoding<T>::room(a));
-    Decoding<T> step(a, arena);
+    Decoding<T> step(a);
     auto work = [&](const Team &team) { step.run(team); };
     run_parallel(a.threads, work);
     return step.total();

@@ -1,9 +1,9 @@
-// What the integer products of blocks share in 256 and in 512 bits: loads, rounding to blocks, and the way through columns.
+// What the integer products of groups share in 256 and in 512 bits: loads, rounding to groups, and the way through columns.
 #pragma once
 
 #include <immintrin.h>
 
-#include "blocks_rest.h"
+#include "isa/integers_common.h"
 
 namespace {
 
@@ -22,7 +22,7 @@ inline float sum_lanes(__m256 a) {
 }
 
 // 32 values as 8 bits and a scale, half to even; returns the sum of the integers. What is not finite gives no number.
-inline int32_t quantise_block(const float *x, int8_t *q, float *scale) {
+inline int32_t quantise_group(const float *x, int8_t *q, float *scale) {
     const __m256 a = _mm256_loadu_ps(x), b = _mm256_loadu_ps(x + 8), c = _mm256_loadu_ps(x + 16), d = _mm256_loadu_ps(x + 24);
     const __m256 sign = _mm256_set1_ps(-0.0f);
     const __m256 most = _mm256_max_ps(_mm256_max_ps(_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b)),
@@ -70,29 +70,27 @@ struct Following {
     }
 };
 
-// y += scale * scales * (sum over columns of v * column), integers first. `then` are up to 8 lines that are read next; `after`
-// of them, or below 0 where nothing is to be prefetched. Sums: codes stand for code - offset, a register has `lanes`
-// integers, a byte of a column `outputs`; `add` and `scale` take `step` outputs at a time.
-template <class Sums>
-inline void sum_columns(const uint8_t *const *column, int count, const int8_t *v, float scale, const uint8_t *scales, float *y,
-                        int64_t q, const uint8_t *const *then, int after) {
+// add_columns of a format F. Sums: codes stand for code - offset, a register has `lanes` integers, a byte of a column
+// `outputs`; `add` and `scale` take `step` outputs at a time.
+template <class F, class Sums>
+inline void sum_columns(const Columns &c, float *y, int64_t q) {
     typename Sums::Reg sums[kTile / Sums::lanes];
     int less = 0;
-    for (int i = 0; i < count; ++i) less -= Sums::offset * v[i];
+    for (int i = 0; i < c.count; ++i) less -= Sums::offset * c.v[i];
     const int64_t whole = q / Sums::step * Sums::step;
     for (int64_t from = 0; from < whole; from += kTile) {
         const int64_t n = whole - from < kTile ? whole - from : kTile;
-        for (int c = 0, some; c < count; c += some) {
-            some = side_by_side(count - c);
-            const Following ahead(column, c + some, count, from / Sums::outputs, (from + n) / Sums::outputs, from + n == whole,
-                                  then, after);
-            if (c == 0) Sums::template add<true>(column, some, v, from, n, less, sums, ahead);
-            else Sums::template add<false>(column + c, some, v + c, from, n, less, sums, ahead);
+        for (int i = 0, some; i < c.count; i += some) {
+            some = side_by_side(c.count - i);
+            const Following ahead(c.column, i + some, c.count, from / Sums::outputs, (from + n) / Sums::outputs,
+                                  from + n == whole, c.then, c.after);
+            if (i == 0) Sums::template add<true>(c.column, some, c.v, from, n, less, sums, ahead);
+            else Sums::template add<false>(c.column + i, some, c.v + i, from, n, less, sums, ahead);
         }
         for (int64_t o = 0; o < n; o += Sums::step)
-            Sums::scale(sums + o / Sums::lanes, scales + 2 * (from + o), scale, y + from + o);
+            Sums::scale(sums + o / Sums::lanes, c.scales + 2 * (from + o), c.scale, y + from + o);
     }
-    sum_rest(column, count, v, scale, scales, y, whole, q, Sums::at);
+    add_outputs<F>(c, y, whole, q);
 }
 
 }  // namespace

@@ -2,10 +2,12 @@
 //
 // OpenMP on purpose: torch has loaded libgomp by the time we are, we get the same copy (same SONAME), and so share its
 // workers, which spin for a while after each torch op. A pool of our own would have to compete with them for the cores.
-#include "kernels.h"
+#include "core/kernels.h"
 
 #include <atomic>
 #include <cstddef>
+#include <cstdio>
+#include <cstdlib>
 #include <new>
 #include <thread>
 #ifdef _OPENMP
@@ -67,6 +69,11 @@ struct Buffer {
 };
 thread_local Buffer buffer;
 }  // namespace
+
+void fail(const char *what) {
+    std::fprintf(stderr, "moyu.kernels._cpu: %s\n", what);
+    std::abort();
+}
 
 void *scratch(int64_t bytes) {
     if (bytes > buffer.bytes) {

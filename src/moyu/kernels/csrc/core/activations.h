@@ -3,8 +3,8 @@
 
 #include <math.h>
 
-#include "element.h"
-#include "kernels.h"
+#include "core/element.h"
+#include "core/kernels.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "element.h"
+#include "core/element.h"
 
 namespace {
 

@@ -10,18 +10,36 @@ namespace moyu {
 enum class Act : int { relu, relu2, silu, gelu, gelu_tanh, quick_gelu, identity };
 enum class Dtype : int { fp32, bf16, fp16 };
 
-// Strides are in elements and step from one piece (row, column, neuron) to the next; inside a piece they are 1.
+// How a weight's numbers are stored: plain (in the Dtype of the call), or one of formats/formats.def.
+enum class Format : int {
+    plain,
+#define X(name, Struct) name,
+#include "formats/formats.def"
+#undef X
+};
+constexpr int64_t kMostRows = 32;  // of x that are taken together; weights are read once for them
+
+enum class Order : int { rows, columns };
+
+// A weight (outputs, inputs). By rows, the inputs of an output are contiguous; by columns, the outputs of an input.
+struct Weight {
+    Format format;
+    Order order;
+    int64_t outputs, inputs;
+    const void *address;     // null = no weight
+    int64_t stride;          // bytes from one row to the next, or from one column
+    const void *scales;      // of a format with groups: rows of fp16, one for each row or for each group of columns
+    int64_t scales_stride;   // bytes from one row of scales to the next
+};
+
+// Strides of x, masks and `given` are in elements, from one row to the next; inside a row they are 1.
 struct NeuronsArgs {
-    int64_t rows, d, f, d_out, threads;
+    int64_t rows, threads;
     Act act;
     const void *x;           // (rows, d)
     int64_t x_stride;
-    const void *gate;        // (f, d) or null
-    int64_t gate_stride;
-    const void *up;          // (f, d) or null
-    int64_t up_stride;
-    const void *down;        // (d_out, f), a column contiguous
-    int64_t down_stride;
+    Weight gate, up;         // (f, d) by rows; one of them may be null
+    Weight down;             // (d_out, f) by columns
     const uint8_t *mask;     // (rows, f)
     int64_t mask_stride;
     const void *gate_bias, *up_bias, *down_bias;  // (f,) (f,) (d_out,) or null
@@ -30,27 +48,15 @@ struct NeuronsArgs {
     void *out;               // (rows, d_out), contiguous
 };
 
-struct LinearArgs {          // both `rows` and `columns`
-    int64_t rows, n, q, threads;
-    const void *x;           // (rows, n)
+struct LinearArgs {          // `rows` takes a weight by rows, `columns` one by columns
+    int64_t rows, threads;
+    const void *x;           // (rows, inputs)
     int64_t x_stride;
-    const void *weight;      // (q, n), a row contiguous for `rows`, a column for `columns`
-    int64_t weight_stride;
-    const uint8_t *mask;     // (rows, q) for `rows`, (rows, n) for `columns`; null = all
+    Weight weight;
+    const uint8_t *mask;     // (rows, outputs) for `rows`, (rows, inputs) for `columns`; null = all
     int64_t mask_stride;
-    const void *bias;        // (q,) or null
-    void *out;               // (rows, q), contiguous
-};
-
-// A weight as blocks of 32 values with one fp16 scale each; src/moyu/blocks.py says how they lie. Strides are in bytes: from
-// one row to the next, or from one column, and from one row of scales, to the next.
-enum class Kind : int { plain, q8_0, q4_0 };
-struct Blocks {
-    Kind kind;
-    const uint8_t *quants;
-    int64_t quants_stride;
-    const uint8_t *scales;
-    int64_t scales_stride;
+    const void *bias;        // (outputs,) or null
+    void *out;               // (rows, outputs), contiguous
 };
 
 // A decode step of consecutive decoder layers. Nothing here has initialisers (see above): make them with {}.
@@ -69,10 +75,10 @@ struct DecodeLinear {
     bool by_columns;         // skip columns whose |x_i| * factor_i is not above the threshold
     float threshold;
     const void *factor;      // (n,) float or null = 1
-    Kind kind;               // not plain: `weight` are quants, and strides are bytes
+    Format kind;             // not plain: `weight` are codes, and strides are bytes
     const void *scales;
     int64_t scales_stride;
-    Blocks rest;             // not plain: columns that skipped inputs are multiplied with instead, where `by_columns`
+    Weight rest;             // not null: columns that skipped inputs are multiplied with instead, where `by_columns`
 };
 
 // How the network skips: each product by columns (or not at all), or whole neurons by a mask that is known before
@@ -128,10 +134,6 @@ struct Table {
     int64_t (*neurons[3])(const NeuronsArgs &);
     int64_t (*rows[3])(const LinearArgs &);
     int64_t (*columns[3])(const LinearArgs &);
-    // The same with weights in blocks, whose own addresses the arguments leave out (of gate and up: those not null are used).
-    int64_t (*block_neurons[3])(const NeuronsArgs &, const Blocks &gate, const Blocks &up, const Blocks &down);
-    int64_t (*block_rows[3])(const LinearArgs &, const Blocks &);
-    int64_t (*block_columns[3])(const LinearArgs &, const Blocks &);
     int64_t (*decode[3])(const DecodeArgs &);
     uint64_t (*read)(const void *data, int64_t bytes, int loop, int64_t threads);
 };
@@ -154,6 +156,9 @@ struct Team {
 
 // Calls fn on a team of at most `threads` (fewer inside somebody else's parallel region) and returns when all are done.
 void parallel(int64_t threads, void (*fn)(const Team &team, void *context), void *context);
+
+// Prints what is wrong with MOYU's own code and ends the process. What callers can get wrong is refused by module.cpp.
+[[noreturn]] void fail(const char *what);
 
 // Memory of the calling thread, 64-byte aligned, kept between calls; valid until its next call.
 void *scratch(int64_t bytes);

@@ -1,8 +1,8 @@
-#include "kernels.h"
+#include "core/kernels.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include "vec_avx2.h"  // first: the shapes are written in terms of its Vec
-#include "shapes.h"
+#include "isa/vec_avx2.h"  // first: the table is written in terms of its Vec
+#include "core/table.h"
 
 const moyu::Table *moyu::avx2_table() { return &table; }
 #else

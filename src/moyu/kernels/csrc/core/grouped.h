@@ -1,0 +1,286 @@
+// Products with weights in groups (the formats of formats/), in integers: what they are multiplied with is rounded to 8 bits,
+// a float scale for every 32 values. A group's sum is exact; sums of groups are float.
+//
+// By rows: dot products of rows with x. By columns: the kept columns of a group of 32 share a row of scales, so a group's
+// integers are summed first and meet the scales once. What a mask skips is 0 before it is rounded.
+#pragma once
+
+#include "core/activations.h"
+#include "core/formats.h"
+#include "core/neurons.h"
+#include "core/sums.h"
+
+namespace {
+
+// Rows of weights at once, and what is prefetched meanwhile.
+struct Lines {
+    const uint8_t *codes[kTogether], *scales[kTogether], *then[kTogether];
+    int count = 0;
+    void add(const Weight &w, int64_t row, const uint8_t *after) {
+        codes[count] = piece_of(w, row);
+        scales[count] = scales_of(w, row);
+        then[count++] = after;
+    }
+};
+
+// out[c] = row c · x, for every row of weights; the first row of x prefetches (`ahead`), the others find them in the cache.
+template <class F, bool Ahead>
+inline void dot_lines_of(const Lines &w, const Rounded &x, int64_t groups, float *out) {
+    int c = 0;
+    const auto some = [&](auto at_once) {
+        constexpr int C = decltype(at_once)::value;
+        for (; c + C <= w.count; c += C) F::template dot<C, Ahead>(w.codes + c, w.scales + c, w.then + c, x, groups, out + c);
+    };
+    some(std::integral_constant<int, 4>{});
+    some(std::integral_constant<int, 2>{});
+    some(std::integral_constant<int, 1>{});
+}
+inline void dot_rows_of(const Weight &w, const Lines &lines, const Rounded &x, bool ahead, float *out) {
+    const int64_t groups = groups_of(w.inputs);
+    with_format(w.format, [&](auto f) {
+        if (ahead) dot_lines_of<decltype(f), true>(lines, x, groups, out);
+        else dot_lines_of<decltype(f), false>(lines, x, groups, out);
+    });
+}
+
+// The kept columns of one group, at most kGroup, and up to 8 lines that are read after them.
+struct Group {
+    const uint8_t *column[kGroup], *then[8];
+    int count = 0, after = 0;
+    void follow(const uint8_t *line) {
+        if (after < 8) then[after++] = line;
+    }
+};
+
+// y (outputs,) += sum over the group's columns of value_c * column c, the values rounded to integers; `values` are 0 beyond
+// the count.
+inline void add_group(const Weight &w, const Group &group, const float *values, const uint8_t *scales, float *y, bool ahead) {
+    int8_t v[kGroup];
+    Columns columns;
+    quantise_group(values, v, &columns.scale);
+    for (int i = 0; i < kGroup; ++i) columns.column[i] = group.column[i < group.count ? i : 0];
+    columns.count = group.count, columns.v = v, columns.scales = scales;
+    columns.then = group.then, columns.after = ahead ? group.after : -1;
+    with_format(w.format, [&](auto f) { decltype(f)::add_columns(columns, y, w.outputs); });
+}
+
+// A thread's part of a list of kept columns or neurons, cut where one group of 32 ends and the next begins.
+inline Share share_groups(const int32_t *kept, int64_t count, const moyu::Team &team) {
+    Share share(count, team);
+    const auto next = [&](int64_t i) {
+        if (kept == nullptr) return i >= count ? count : round_up(i) < count ? round_up(i) : count;
+        while (i > 0 && i < count && kept[i] / kGroup == kept[i - 1] / kGroup) ++i;
+        return i;
+    };
+    share.begin = next(share.begin);
+    share.end = next(share.end);
+    return share;
+}
+
+// Where the group that begins at `i` ends.
+inline int64_t group_end(const int32_t *kept, int64_t i, int64_t end) {
+    int64_t k = i;
+    while (k < end && (kept ? kept[k] : k) / kGroup == (kept ? kept[i] : i) / kGroup) ++k;
+    return k;
+}
+
+// out (rows, outputs): the kept rows of W that are this thread's. Returns the bytes read.
+template <class T>
+int64_t grouped_rows_share(const LinearArgs &a, const Weight &w, const Rounded &x, const int32_t *kept, int64_t count,
+                           const moyu::Team &team) {
+    const int64_t bytes = row_bytes(w.format, w.inputs) + (a.bias ? bytes_of<T>(1) : 0);
+    const Share share(count, team);
+    T *out = static_cast<T *>(a.out);
+    const int64_t hop = Taken::hop(bytes);
+    for (int64_t step = 0; step < Taken::steps(share, 4); ++step) {
+        const Taken taken(kept, share, 4, step, hop);
+        Lines lines;
+        for (int c = 0; c < taken.count; ++c) lines.add(w, taken.piece[c], piece_of(w, taken.next[c]));
+        for (int64_t r = 0; r < a.rows; ++r) {
+            float value[kTogether];
+            dot_rows_of(w, lines, x.row(r), r == 0, value);
+            for (int c = 0; c < lines.count; ++c) {
+                const int64_t j = taken.piece[c];
+                if (a.mask == nullptr || a.rows == 1 || a.mask[r * a.mask_stride + j])
+                    narrow(value[c] + bias_at<T>(a.bias, j), out[r * w.outputs + j]);
+            }
+        }
+    }
+    return (share.end - share.begin) * bytes;
+}
+
+// sums (rows, padded outputs) += the kept columns of W that are this thread's, times their x. Returns the bytes read.
+template <class T>
+int64_t grouped_columns_share(const LinearArgs &a, const Weight &w, const int32_t *kept, int64_t count,
+                              const moyu::Team &team, float *sums) {
+    const Share share = share_groups(kept, count, team);
+    int64_t read = 0;
+    for (int64_t i = share.begin; i < share.end;) {
+        const int64_t end = group_end(kept, i, share.end), after = group_end(kept, end, share.end);
+        const int64_t number = (kept ? kept[i] : i) / kGroup;
+        Group group;
+        for (int64_t k = i; k < end; ++k) group.column[group.count++] = piece_of(w, kept ? kept[k] : k);
+        for (int64_t k = end; k < after; ++k) group.follow(piece_of(w, kept ? kept[k] : k));
+        for (int64_t r = 0; r < a.rows; ++r) {
+            float values[kGroup];
+            for (int c = 0; c < kGroup; ++c) values[c] = 0.0f;
+            for (int c = 0; c < group.count; ++c) {
+                const int64_t j = kept ? kept[i + c] : i + c;
+                const bool keeps = a.mask == nullptr || a.mask[r * a.mask_stride + j];
+                values[c] = keeps ? widen(*at<T>(a.x, r * a.x_stride + j)) : 0.0f;
+            }
+            add_group(w, group, values, scales_of(w, number), sums + r * round_up(w.outputs), r == 0);
+        }
+        read += (end - i) * column_bytes(w.format, w.outputs) + w.outputs * 2;
+        i = end;
+    }
+    return read;
+}
+
+// sums (rows, padded d_out) = the kept neurons that are this thread's, as many groups after the other as have 32 of them, and
+// at least one: gate and up of four neurons at a time, then all of down. What is prefetched meanwhile is what the next four
+// neurons or the next columns need.
+template <class T>
+int64_t grouped_neurons_share(const NeuronsArgs &a, const Rounded &x, const int32_t *kept, int64_t count,
+                              const moyu::Team &team, float *sums) {
+    const Weight &gate = a.gate, &up = a.up, &down = a.down;
+    const bool has_gate = gate.address != nullptr, has_up = up.address != nullptr;
+    const int64_t d_out = down.outputs;
+    const int64_t neuron_bytes = (has_gate ? row_bytes(gate.format, gate.inputs) : 0) +
+                                 (has_up ? row_bytes(up.format, up.inputs) : 0) + column_bytes(down.format, d_out);
+    const int64_t bias_bytes = bytes_of<T>((a.gate_bias ? 1 : 0) + (a.up_bias ? 1 : 0));
+    const Share share = share_groups(kept, count, team);
+    clear(sums, a.rows, d_out);
+    int64_t read = 0;
+    for (int64_t i = share.begin, end; i < share.end; i = end) {
+        int ends[kGroup], groups = 0;  // where each ends, among the neurons taken
+        for (end = i; groups == 0 || (end < share.end && group_end(kept, end, share.end) - i <= kGroup); ++groups) {
+            end = group_end(kept, end, share.end);
+            ends[groups] = static_cast<int>(end - i);
+        }
+        const int size = ends[groups - 1];
+        int64_t neuron[kGroup];
+        for (int c = 0; c < size; ++c) neuron[c] = kept ? kept[i + c] : i + c;
+        const auto scales = [&](int c) { return scales_of(down, neuron[c] / kGroup); };
+        float value[kMostRows][kGroup], rise[kMostRows][kGroup];
+        // After row k row k + 4; after the last four columns of down, those of gate's before those of up's.
+        const auto project = [&](const Weight &w, int c, int columns, float(*to)[kGroup]) {
+            Lines lines;
+            for (int k = c; k < c + 4 && k < size; ++k) {
+                const int column = k + 4 - size + columns;
+                lines.add(w, neuron[k], column < columns ? piece_of(w, neuron[k + 4])
+                                                         : piece_of(down, neuron[column < size ? column : 0]));
+            }
+            for (int64_t r = 0; r < a.rows; ++r) dot_rows_of(w, lines, x.row(r), r == 0, to[r] + c);
+        };
+        for (int c = 0, g = 0, first = 0; c < size; c += 4) {
+            if (has_gate) project(gate, c, 0, value);
+            if (has_up) project(up, c, has_gate ? 4 : 0, has_gate ? rise : value);
+            for (; g < groups && first < c + 4; first = ends[g++])
+                for (int64_t b = 0; b < 2 * d_out; b += kLineBytes) prefetch<kLineBytes>(scales(first) + b);
+        }
+        for (int64_t r = 0; r < a.rows; ++r) {
+            const auto add_bias = [&](const void *bias, float *to) {
+                for (int c = 0; c < size && bias; ++c) to[c] += bias_at<T>(bias, neuron[c]);
+            };
+            if (has_gate) add_bias(a.gate_bias, value[r]);
+            if (has_up) add_bias(a.up_bias, has_gate ? rise[r] : value[r]);
+            if (has_gate || !a.given) activate(a.act, value[r], size);
+            for (int c = 0; c < size && has_gate && has_up; ++c) value[r][c] *= rise[r][c];
+            for (int c = 0; c < size; ++c) {
+                if (a.mask && !a.mask[r * a.mask_stride + neuron[c]]) value[r][c] = 0.0f;
+                else if (a.given) value[r][c] *= widen(*at<T>(a.given, r * a.given_stride + neuron[c]));
+            }
+        }
+        for (int g = 0, c = 0; g < groups; c = ends[g++]) {
+            Group group;
+            for (int k = c; k < ends[g]; ++k) group.column[group.count++] = piece_of(down, neuron[k]);
+            for (int k = ends[g]; k < size; ++k) group.follow(piece_of(down, neuron[k]));
+            for (int64_t k = end; k < share.end && k < end + 4 && g + 1 == groups; ++k) {
+                if (has_gate) group.follow(piece_of(gate, kept ? kept[k] : k));
+                if (has_up) group.follow(piece_of(up, kept ? kept[k] : k));
+            }
+            for (int64_t r = 0; r < a.rows; ++r) {
+                float own[kGroup];
+                for (int k = 0; k < kGroup; ++k) own[k] = k < group.count ? value[r][c + k] : 0.0f;
+                add_group(down, group, own, scales(c), sums + r * round_up(d_out), r == 0);
+            }
+        }
+        read += size * (neuron_bytes + bias_bytes) + groups * 2 * d_out;
+    }
+    return read;
+}
+
+template <class T>
+int64_t grouped_rows(const LinearArgs &a) {
+    const Weight &w = a.weight;
+    Rounded x;
+    int32_t *kept;
+    uint8_t *any;
+    int64_t *bytes;
+    in_scratch([&](Arena &arena) {
+        x = Rounded::take(arena, a.rows, w.inputs);
+        kept = arena.take<int32_t>(w.outputs);
+        any = arena.take<uint8_t>(w.outputs);
+        bytes = arena.take<int64_t>(a.threads);
+    });
+    fill_rows<T>(x, a.x, a.x_stride, a.rows, w.inputs);
+    clear_skipped<T>(a);
+    const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, w.outputs, any, kept);
+    auto work = [&](const moyu::Team &team) { bytes[team.thread] = grouped_rows_share<T>(a, w, x, kept, count, team); };
+    return total_of(bytes, a.threads, threads_for(count * row_bytes(w.format, w.inputs), count, a.threads), work);
+}
+
+template <class T>
+int64_t grouped_columns(const LinearArgs &a) {
+    const Weight &w = a.weight;
+    const int64_t sums_size = a.rows * round_up(w.outputs);
+    float *sums;
+    int32_t *kept;
+    uint8_t *any;
+    int64_t *bytes;
+    in_scratch([&](Arena &arena) {
+        sums = arena.take<float>(a.threads * sums_size);
+        kept = arena.take<int32_t>(w.inputs);
+        any = arena.take<uint8_t>(w.inputs);
+        bytes = arena.take<int64_t>(a.threads);
+    });
+    const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, w.inputs, any, kept);
+    auto work = [&](const moyu::Team &team) {
+        float *own = sums + team.thread * sums_size;
+        clear(own, a.rows, w.outputs);
+        bytes[team.thread] = grouped_columns_share<T>(a, w, kept, count, team, own);
+        team.wait();
+        bytes[team.thread] +=
+            write_sums<T, false>(sums, team.threads, a.rows, w.outputs, a.bias, static_cast<T *>(a.out), team);
+    };
+    return total_of(bytes, a.threads, threads_for(count * column_bytes(w.format, w.outputs), count, a.threads), work);
+}
+
+template <class T>
+int64_t grouped_neurons(const NeuronsArgs &a) {
+    const int64_t d = inputs_of(a), f = a.down.inputs, d_out = a.down.outputs, sums_size = a.rows * round_up(d_out);
+    Rounded x;
+    float *sums;
+    int32_t *kept;
+    uint8_t *any;
+    int64_t *bytes;
+    in_scratch([&](Arena &arena) {
+        x = Rounded::take(arena, a.rows, d);
+        sums = arena.take<float>(a.threads * sums_size);
+        kept = arena.take<int32_t>(f);
+        any = arena.take<uint8_t>(f);
+        bytes = arena.take<int64_t>(a.threads);
+    });
+    fill_rows<T>(x, a.x, a.x_stride, a.rows, d);
+    const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, f, any, kept);
+    auto work = [&](const moyu::Team &team) {
+        bytes[team.thread] = grouped_neurons_share<T>(a, x, kept, count, team, sums + team.thread * sums_size);
+        team.wait();
+        bytes[team.thread] +=
+            write_sums<T, false>(sums, team.threads, a.rows, d_out, a.down_bias, static_cast<T *>(a.out), team);
+    };
+    return total_of(bytes, a.threads, threads_for(count * column_bytes(a.down.format, d_out), count, a.threads), work);
+}
+
+}  // namespace
