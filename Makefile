@@ -24,7 +24,7 @@ checksum = $(shell cat $(1) 2>/dev/null | cksum | cut -d ' ' -f 1)
 DEPS_KEY := $(call checksum,pyproject.toml constraints.txt)
 CORE := $(VENV)/.stamp-core-$(DEPS_KEY)
 DEV := $(VENV)/.stamp-dev-$(DEPS_KEY)
-BUILT := $(VENV)/.stamp-kernels-$(call checksum,constraints.txt CMakeLists.txt $(sort $(wildcard src/moyu/kernels/csrc/*)))
+BUILT := $(VENV)/.stamp-kernels-$(call checksum,constraints.txt CMakeLists.txt $(sort $(wildcard src/moyu/kernels/csrc/*/*)))
 EXTENSION := src/moyu/kernels/_cpu.*.so
 BUILD_LOG := build/kernels/make.log
 

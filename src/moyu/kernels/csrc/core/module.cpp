@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -77,6 +78,11 @@ const Table *table = nullptr;
 
 const void *pointer(uintptr_t address) { return reinterpret_cast<const void *>(address); }
 
+// Raises "<name><what>" unless it holds; makes no string where it does.
+void need(bool holds, const char *name, const char *what) {
+    if (!holds) throw std::invalid_argument(std::string(name) + what);
+}
+
 void need(bool holds, const std::string &what) {
     if (!holds) throw std::invalid_argument(what);
 }
@@ -94,17 +100,16 @@ const char *const kActivations[] = {"relu", "relu2", "silu", "gelu", "gelu_tanh"
 // An enum's value by its number or its name; raises for one that it does not have.
 template <class E, size_t count>
 E numbered(const char *what, int value, const char *const (&)[count]) {
-    need(value >= 0 && static_cast<size_t>(value) < count,
-         std::string("there is no ") + what + " " + std::to_string(value) + ", the last is " + std::to_string(count - 1));
-    return static_cast<E>(value);
+    if (value >= 0 && static_cast<size_t>(value) < count) return static_cast<E>(value);
+    throw std::invalid_argument(std::string("there is no ") + what + " " + std::to_string(value) + ", the last is " +
+                                std::to_string(count - 1));
 }
 template <class E, size_t count>
-E named(const char *what, const std::string &name, const char *const (&names)[count]) {
-    std::string all;
-    for (size_t i = 0; i < count; ++i) {
-        if (name == names[i]) return static_cast<E>(i);
-        all += (i == 0 ? "" : ", ") + std::string(names[i]);
-    }
+E named(const char *what, const char *name, const char *const (&names)[count]) {
+    for (size_t i = 0; i < count; ++i)
+        if (std::strcmp(name, names[i]) == 0) return static_cast<E>(i);
+    std::string all = names[0];
+    for (size_t i = 1; i < count; ++i) all += std::string(", ") + names[i];
     throw std::invalid_argument("the C++ kernels have no " + std::string(what) + " '" + name + "', only " + all);
 }
 template <size_t count>
@@ -119,22 +124,23 @@ Dtype dtype_of(int code) {
     return numbered<Dtype>("dtype", code, dtypes);
 }
 
-// Whether a row or column of a weight may be longer than the step to the next one is for torch's checks to say; here is what
-// would read memory that is not there.
+// What would read memory that is not there; shapes and strides of tensors are checked in Python (checks.py).
 void check(const char *name, const Weight &w) {
-    const std::string what(name);
-    need(w.address != nullptr || w.outputs == 0 || w.inputs == 0, what + " has no address");
-    need(w.outputs >= 0 && w.inputs >= 0 && w.stride >= 0 && w.scales_stride >= 0, what + " has a negative size or stride");
-    need(w.format == Format::plain || w.scales != nullptr || w.outputs == 0 || w.inputs == 0, what + " has no scales");
+    const bool empty = w.outputs == 0 || w.inputs == 0;
+    need(w.outputs >= 0 && w.inputs >= 0 && w.stride >= 0 && w.scales_stride >= 0, name, " has a negative size or stride");
+    need(w.address != nullptr || empty, name, " has no address");
+    need(w.format == Format::plain || w.scales != nullptr || empty, name, " has no scales");
 }
 void check_order(const char *name, const Weight &w, Order order) {
-    need(w.order == order, std::string(name) + " lies by " + kOrders[static_cast<int>(w.order)] + ", not by " +
-                               kOrders[static_cast<int>(order)]);
+    need(w.order == order, name, order == Order::rows ? " lies by columns, not by rows" : " lies by rows, not by columns");
 }
-void check_rows(int64_t rows, int64_t threads, int64_t width, int64_t x_stride, const void *x, const void *out) {
-    need(rows >= 0 && threads >= 1, "rows must be 0 or more and threads 1 or more");
-    need(rows == 0 || (x != nullptr && out != nullptr) || width == 0, "x or out has no address");
-    need(rows <= 1 || x_stride >= 0, "the stride of x is negative");
+void check_rows(int64_t rows, int64_t threads, int64_t width, int64_t outputs, int64_t x_stride, const void *x,
+                const void *out) {
+    need(rows >= 0, "rows", " must be 0 or more");
+    need(threads >= 1, "threads", " must be 1 or more");
+    need(rows == 0 || width == 0 || x != nullptr, "x", " has no address");
+    need(rows == 0 || outputs == 0 || out != nullptr, "out", " has no address");
+    need(x_stride >= 0, "x", " has a negative stride");
 }
 
 struct Linear {
@@ -146,7 +152,7 @@ int64_t multiply(const Linear &call) {
     const LinearArgs &a = call.args;
     check("weight", a.weight);
     check_order("weight", a.weight, order);
-    check_rows(a.rows, a.threads, a.weight.inputs, a.x_stride, a.x, a.out);
+    check_rows(a.rows, a.threads, a.weight.inputs, a.weight.outputs, a.x_stride, a.x, a.out);
     return (order == Order::rows ? table->rows : table->columns)[static_cast<int>(call.dtype)](a);
 }
 
@@ -164,15 +170,14 @@ int64_t neurons(const Neurons &call) {
         if (w->address == nullptr) continue;
         check(name, *w);
         check_order(name, *w, Order::rows);
-        need(w->outputs == a.down.inputs, std::string(name) + " has another number of neurons than down");
-        need(width < 0 || w->inputs == width, "gate and up have different widths");
-        need((w->format == Format::plain) == (a.down.format == Format::plain),
-             std::string(name) + " and down must both be plain, or neither");
+        need(w->outputs == a.down.inputs, name, " has another number of neurons than down");
+        need(width < 0 || w->inputs == width, "gate and up", " have different widths");
+        need((w->format == Format::plain) == (a.down.format == Format::plain), name, " and down must both be plain, or neither");
         width = w->inputs;
     }
-    need(width >= 0 || a.down.inputs == 0, "neither gate nor up has an address");
-    need(a.mask != nullptr || a.rows == 0 || a.down.inputs == 0, "the mask has no address");
-    check_rows(a.rows, a.threads, width, a.x_stride, a.x, a.out);
+    need(width >= 0 || a.down.inputs == 0, "gate and up", " have no address");
+    need(a.mask != nullptr || a.rows == 0 || a.down.inputs == 0, "mask", " has no address");
+    check_rows(a.rows, a.threads, width, a.down.outputs, a.x_stride, a.x, a.out);
     return table->neurons[static_cast<int>(call.dtype)](a);
 }
 
@@ -183,7 +188,7 @@ void bind_products(nb::module_ &m) {
 
     nb::class_<Weight>(m, "Weight")
         .def("__init__",
-             [](Weight *self, const std::string &format, const std::string &order, int64_t outputs, int64_t inputs,
+             [](Weight *self, const char *format, const char *order, int64_t outputs, int64_t inputs,
                 uintptr_t address, int64_t stride, uintptr_t scales, int64_t scales_stride) {
                  new (self) Weight{named<Format>("weight format", format, kFormats), named<Order>("order", order, kOrders),
                                    outputs, inputs, pointer(address), stride, pointer(scales), scales_stride};
