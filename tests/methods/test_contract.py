@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from moyu.engine.executor import Executor
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
@@ -16,6 +15,7 @@ from equality import LENGTH, PROMPT, QUICK, assert_same_masks, has_sites, one_pa
 from moyu import kernels, methods
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter, Recorder
+from moyu.engine.executor import Executor
 from moyu.measure import accounting
 from moyu.measure.windows import Windows
 from moyu.methods import knobs

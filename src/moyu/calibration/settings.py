@@ -57,6 +57,7 @@ class Settings:
     new_tokens: int = 48
     seed: int = 0
     backend: Backend = "auto"
+    strict: bool = False  # refuse a decode step that is not the fastest there is
     device: str = "cpu"
     dense_layers: tuple[int, ...] = ()  # left alone; -1 is the last
     weights: str | None = None  # of machine.WEIGHTS; None: as the checkpoint has them

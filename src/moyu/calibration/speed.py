@@ -31,9 +31,15 @@ ROUNDS = 2  # variants alternate this often
 
 
 def bench_model(
-    context: Context, plans: Mapping[str, Plan], *, tokens: int = 24, rounds: int = ROUNDS, stage: Stage = quiet
+    context: Context,
+    plans: Mapping[str, Plan],
+    *,
+    tokens: int = 24,
+    rounds: int = ROUNDS,
+    strict: bool = False,
+    stage: Stage = quiet,
 ) -> list[Record]:
-    """Time the model itself, dense and under each plan."""
+    """Time the model itself, dense and under each plan. strict: UserError where a step is not the fastest there is."""
     model, backend = context.loaded.model, context.settings.backend
     comparison = compare(
         model,
@@ -42,6 +48,7 @@ def bench_model(
         tokens=tokens,
         rounds=rounds,
         backend=backend,
+        strict=strict,
         anatomy=context.anatomy,
         progress=lambda done, total: stage("benchmark", done, total),
     )
@@ -71,6 +78,7 @@ def bench_shape(
     dtype: torch.dtype = torch.bfloat16,
     weights: str | None = None,
     backend: Backend = "auto",
+    strict: bool = False,
     device: str = "cpu",
     seed: int = 0,
     stage: Stage = quiet,
@@ -111,6 +119,7 @@ def bench_shape(
         tokens=tokens,
         rounds=rounds,
         backend=backend,
+        strict=strict,
         anatomy=anatomy,
         progress=lambda done, whole: stage(f"time random {shape}", done, whole),
     )
@@ -187,6 +196,7 @@ def speed_records(
             p50=timing.quantile(0.5),
             p80=timing.quantile(0.8),
             backend=backend,
+            step=timing.step,
             batch=1,
             dense_baseline="transformers eager",
         )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moyu.commands.options import BackendName, Device, Json, Methods, Seed, Sparsity, Weights
+from moyu.commands.options import BackendName, Device, Json, Methods, Seed, Sparsity, Strict, Weights
 from moyu.commands.output import progress, show
 from moyu.errors import UserError
 
@@ -28,6 +28,7 @@ def bench(
     weights: Weights = None,
     device: Device = "cpu",
     backend: BackendName = "auto",
+    strict: Strict = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -64,6 +65,7 @@ def bench(
                 rounds=rounds,
                 weights=weights,
                 backend=settings.backend,
+                strict=strict,
                 device=device,
                 seed=seed,
                 stage=stage,
@@ -72,5 +74,5 @@ def bench(
             context = Context.open(model, settings, stage)
             names = method or context.applicable(settings.methods)[0]
             plans = {name: context.plan(name) for name in names}
-            rows = bench_model(context, plans, tokens=tokens, rounds=rounds, stage=stage)
+            rows = bench_model(context, plans, tokens=tokens, rounds=rounds, strict=strict, stage=stage)
     show(rows, as_json)

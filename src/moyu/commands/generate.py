@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moyu.commands.options import BackendName, Device, Json, Model, Prompt, Seed, Weights
+from moyu.commands.options import BackendName, Device, Json, Model, Prompt, Seed, Strict, Weights
 from moyu.errors import UserError
 
 PROMPT = "def read_config(path):\n"  # for the embedded models, which know Python alone
@@ -39,6 +39,7 @@ def generate(
     weights: Weights = None,
     device: Device = "cpu",
     backend: BackendName = "auto",
+    strict: Strict = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -78,6 +79,7 @@ def generate(
         ids,
         new_tokens,
         backend=kernels,
+        strict=strict,
         correction=correction,
         seed=seed,
         show=None if as_json else pieces.show,

@@ -35,6 +35,9 @@ Boundary = Annotated[
         "--prompt-tokens", help="Tokens at the start of a window that run dense; the others skip and are scored."
     ),
 ]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop with an error where a decode step is not the fastest that there is.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 # ---------------------------------------------------------------------------------------------------- what is skipped

@@ -58,11 +58,13 @@ def show(rows: Sequence[Record], as_json: bool) -> None:
     from rich.console import Console
 
     from moyu.reporting import tables
-    from moyu.reporting.summary import notes, warnings
+    from moyu.reporting.summary import notes, steps, warnings
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH, soft_wrap=False)
     for table in tables(rows):
         console.print(table)
+    for who, step in steps(rows):
+        console.print(f"decode step: {step} ({who})", markup=False, highlight=False)
     for warning in warnings(rows):
         console.print(f"! {warning}", markup=False, highlight=False)
     for subject, note in notes(rows):

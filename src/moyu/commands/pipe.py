@@ -49,7 +49,7 @@ def run(
     if settings.boundary > 0:
         rows += without_prompt(context, [p for p in plans.values() if p.method.granularity == "token"], stage)
     rows += _generated(context, list(plans.values()), stage)
-    rows += bench_model(context, plans, stage=stage)
+    rows += bench_model(context, plans, strict=settings.strict, stage=stage)
     if shape is not None:
         skipped = {n: min(max(row.realized_sparsity or 0.0, 0.0), MOST) for n, row in qualities.items()}
         rows += bench_shape(
@@ -59,6 +59,7 @@ def run(
             layers=shape_layers,
             weights=settings.weights,
             backend=settings.backend,
+            strict=settings.strict,
             device=settings.device,
             seed=settings.seed,
             stage=stage,
@@ -126,7 +127,9 @@ def _generated(context: Context, plans: Sequence[Plan], stage: Stage) -> list[Re
     dense = write(loaded, anatomy, None, ids, settings.new_tokens)
     for done, plan in enumerate(plans):
         stage("generate", done, len(plans))
-        sparse = write(loaded, anatomy, plan, ids, settings.new_tokens, backend=settings.backend)
+        sparse = write(
+            loaded, anatomy, plan, ids, settings.new_tokens, backend=settings.backend, strict=settings.strict
+        )
         rows.append(generation_record(context.about(plan), plan, prompt, sparse, dense))
     stage("generate", len(plans), len(plans))
     return rows

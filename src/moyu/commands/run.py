@@ -26,6 +26,7 @@ from moyu.commands.options import (
     Prompt,
     Seed,
     Sparsity,
+    Strict,
     Text,
     Weights,
     Window,
@@ -57,6 +58,7 @@ def run(
     weights: Weights = None,
     device: Device = "cpu",
     backend: BackendName = "auto",
+    strict: Strict = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -78,6 +80,7 @@ def run(
         boundary=prompt_tokens,
         seed=seed,
         backend=machine.backend_of(backend),
+        strict=strict,
         device=device,
         dense_layers=parse_layers(dense_layers),
         weights=weights,

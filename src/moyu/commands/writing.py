@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from moyu import records
 from moyu.engine import speculation
 from moyu.engine.applied import Applied
+from moyu.engine.generate import generate
 from moyu.engine.speculation import Correction, Speculation
 from moyu.errors import UserError
 from moyu.kernels import Backend
@@ -38,6 +37,7 @@ class Written:
     first_token_s: float  # seconds to the first new token: prefill
     tok_s: float | None  # new tokens a second after the first; None for a single token
     drafted: Speculation | None = None  # where dense corrected what a plan drafted
+    step: str | None = None  # which implementation of a decode step ran, and why not a faster one
 
 
 def prompt_ids(loaded: Loaded, prompt: str) -> Tensor:
@@ -60,39 +60,33 @@ def check_length(loaded: Loaded, ids: Tensor, new_tokens: int) -> None:
         )
 
 
-class Receiver(BaseStreamer):
-    """Takes tokens as they are generated: when each came, and what text it adds.
+class Pieces:
+    """Shows text as its tokens come.
 
     Some characters span several tokens, and some tokenizers write a token differently at the start of a text. So a token is
     decoded behind the ones before it, and its text is shown once its characters are whole.
     """
 
-    def __init__(self, tokenizer: Any, show: Show | None = None) -> None:
-        self.tokenizer, self.show = tokenizer, show
-        self.times: list[float] = []  # of the prompt, then of each new token
-        self.ids: list[int] = []
-        self.start = self.shown = 0  # text of ids[start:shown] is what new text comes behind
+    def __init__(self, tokenizer: Any, prompt: list[int], show: Show) -> None:
+        """`prompt`: the ids before the text."""
+        self.tokenizer, self.show, self.ids = tokenizer, show, list(prompt)
+        self.start, self.shown = max(0, len(prompt) - 4), len(prompt)  # text of ids[start:shown] is before new text
 
-    def put(self, value: Tensor) -> None:
-        fresh = value.flatten().tolist()
-        self.times.append(time.perf_counter())
-        if len(self.times) == 1:  # the prompt
-            self.ids, self.start, self.shown = fresh, max(0, len(fresh) - 4), len(fresh)
-            return
-        self.ids += fresh
-        if self.show is not None:
-            self._show(self.show)
+    def take(self, token: int) -> None:
+        """Show what a token adds, where its characters are whole."""
+        self.ids.append(token)
+        self._show()
 
-    def _show(self, show: Show, last: bool = False) -> None:
+    def _show(self, last: bool = False) -> None:
         before = self.tokenizer.decode(self.ids[self.start : self.shown])
         now = self.tokenizer.decode(self.ids[self.start :])
         if len(now) > len(before) and (last or not now.endswith(BROKEN)):
-            show(now[len(before) :])
+            self.show(now[len(before) :])
             self.start, self.shown = self.shown, len(self.ids)
 
     def end(self) -> None:
-        if self.show is not None:
-            self._show(self.show, last=True)
+        """Show what is left."""
+        self._show(last=True)
 
 
 @torch.no_grad()
@@ -104,33 +98,34 @@ def write(
     new_tokens: int,
     *,
     backend: Backend = "auto",
+    strict: bool = False,
     correction: Correction | None = None,
     seed: int = 0,
     show: Show | None = None,
 ) -> Written:
-    """Greedy text after `ids` (1, T); dense where there is no plan. correction: dense checks what the plan drafts."""
+    """Greedy text after `ids` (1, T); dense where there is no plan. correction: dense checks what the plan drafts.
+
+    strict: UserError where a step is not the fastest there is.
+    """
     if plan is not None and correction is not None:
         return _corrected(loaded, anatomy, plan, ids, new_tokens, correction, backend=backend, seed=seed, show=show)
-    receiver = Receiver(loaded.tokenizer, show)
-    under = contextlib.nullcontext()
-    if plan is not None:
-        under = Applied(loaded.model, plan, backend=backend, anatomy=anatomy)
-    with under:
-        out: Any = loaded.model.generate(  # pyright: ignore[reportCallIssue]
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=loaded.tokenizer.pad_token_id or 0,
-            streamer=receiver,
-        )
-    fresh: list[int] = out[0, ids.shape[1] :].tolist()
-    start, first, last = receiver.times[0], receiver.times[1], receiver.times[-1]
+    pieces = None if show is None else Pieces(loaded.tokenizer, ids[0].tolist(), show)
+    fresh, times = list[int](), list[float]()
+    with Applied(loaded.model, plan, backend=backend, anatomy=anatomy) as session:
+        start = time.perf_counter()
+        for tokens in generate(session, ids, strict=strict, max_new_tokens=new_tokens, do_sample=False):
+            times.append(time.perf_counter())
+            fresh.append(int(tokens[0]))
+            if pieces is not None:
+                pieces.take(fresh[-1])
+    if pieces is not None:
+        pieces.end()
     return Written(
         fresh,
         *_decoded(loaded, fresh),
-        first_token_s=first - start,
-        tok_s=(len(fresh) - 1) / (last - first) if len(fresh) > 1 else None,
+        first_token_s=times[0] - start,
+        tok_s=(len(fresh) - 1) / (times[-1] - times[0]) if len(fresh) > 1 else None,
+        step=session.traces.summary() if len(fresh) > 1 else None,
     )
 
 
@@ -209,6 +204,7 @@ def generation_record(
         tok_s=sparse.tok_s,
         new_tokens=len(sparse.ids),
         first_difference=first,
+        step=sparse.step,
         correction=part,
     )
 

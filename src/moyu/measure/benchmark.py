@@ -32,6 +32,7 @@ class Timing:
     realized_sparsity: float = 0.0
     byte_fraction: float = 1.0
     step_bytes: float = 0.0
+    step: str | None = None  # which implementation of a decode step ran, and why not a faster one
     sparsity_by_layer: list[float] = field(default_factory=list)
 
     def quantile(self, share: float) -> float:
@@ -70,13 +71,14 @@ def compare(
     tokens: int = 16,
     rounds: int = 2,
     backend: Backend = "auto",
+    strict: bool = False,
     anatomy: Anatomy | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Time `tokens` greedy steps after `prompt` (B, P): eager, dense and one variant per plan, in turn, `rounds` times.
 
     All use the same weights in one process, on the device of `prompt`; read loops are timed in between. Raises UserError for
-    an empty prompt or fewer than 2 tokens.
+    an empty prompt, for fewer than 2 tokens, and under strict for a step that is not the fastest there is.
     """
     if prompt.shape[1] < 1 or tokens < 2:
         raise UserError("nothing to time", "use a prompt of at least 1 token and at least 2 new tokens")
@@ -95,6 +97,9 @@ def compare(
                     _time(variants[name], model, prompt, tokens)
                     if not variants[name].step_bytes:
                         _count(applied, model, prompt, variants[name], total, plan)
+                variants[name].step = applied.traces.summary()
+                if strict:
+                    applied.traces.require_fastest()
             if progress:
                 progress(done, rounds * len(wanted))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

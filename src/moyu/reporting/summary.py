@@ -138,6 +138,8 @@ def generated(record: Generation) -> list[str]:
         + ("" if rate is None else f", then {number(rate)} tokens per second (prefill excluded)")
         for name, first, rate in rates
     ]
+    if record.step is not None:
+        lines.append(f"decode step: {record.step}")
     if record.correction is not None:
         own = record.correction
         lines.append(
@@ -154,6 +156,15 @@ def generated(record: Generation) -> list[str]:
     elif record.method != "dense" and record.dense_text is not None:
         lines.append("the same text as dense")
     return lines
+
+
+def steps(records: Iterable[Record]) -> list[tuple[str, str]]:
+    """Which implementation of a decode step ran, and why not a faster one, each once with the methods that it ran for."""
+    found: dict[str, dict[str, None]] = {}
+    for r in records:
+        if isinstance(r, Speed | Generation) and r.step is not None:
+            found.setdefault(r.step, {})[r.method] = None
+    return [(", ".join(who), step) for step, who in found.items()]
 
 
 def notes(records: Iterable[Record]) -> list[tuple[str, str]]:
