@@ -46,7 +46,7 @@ STUDIES = (
     ("prefix_swap", "over_activation"),
     ("decoding", "figure2"),
 )
-MOYU = (sys.executable, "-c", "from moyu.cli import main; main()")
+MOYU = (sys.executable, "-c", "from moyu.commands.cli import main; main()")
 STOP = 20.0  # seconds before the end in which a training writes its checkpoint
 
 
