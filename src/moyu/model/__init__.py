@@ -1,1 +1,1 @@
-"""What a model is made of."""
+"""Models: loading, dissecting into blocks, and the modules that hold stored weights."""

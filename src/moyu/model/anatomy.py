@@ -1,4 +1,4 @@
-"""What dissecting finds in a model: logical linears, the feed-forward networks and attention of each layer, routed experts."""
+"""The result of dissecting a model: logical linears, the feed-forward networks and attention of each layer, routed experts."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def _refuse_random(record: MethodRecord, what: str) -> None:
         raise ValueError(f"weights are random: no {what} is recorded for them")
 
 
-def _check_numbers(record: MethodRecord, names: tuple[str, ...]) -> None:
+def _check_numbers(record: Quality | Cell, names: tuple[str, ...]) -> None:
     """A record has all of these numbers, or a status that says why it has none."""
     status, given = record.status, [n for n in names if getattr(record, n) is not None]
     if status is None and len(given) < len(names):

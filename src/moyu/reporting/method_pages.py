@@ -112,7 +112,7 @@ def _needs(method: Method) -> str:
 
 
 def _skips(method: Method, blocks: dict[str, Block]) -> str:
-    """What a block's sites read and skip; marked if this holds for ReLU only."""
+    """The taps and skipped units of a block's sites; marked if they exist for ReLU only."""
     found = {act: _phrases(method, method.sites(block)) for act, block in blocks.items()}
     if found["silu"]:
         return found["silu"]

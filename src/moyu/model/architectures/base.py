@@ -1,4 +1,4 @@
-"""What MOYU must know of an architecture to load it from a GGUF file: its configuration and the names of its tensors."""
+"""An architecture of GGUF files: its configuration in transformers, and the names of its tensors."""
 
 from __future__ import annotations
 

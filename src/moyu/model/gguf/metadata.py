@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file say of its architecture, with types and limits checked."""
+"""The metadata of a GGUF file, with checks of types and limits."""
 
 from __future__ import annotations
 
