@@ -22,6 +22,7 @@ from moyu.methods import knobs
 from moyu.methods.magnitude import factors_of, remainder_of, rest_of
 from moyu.methods.needs import needs
 from moyu.methods.selection import Threshold, TopK
+from moyu.methods.values import Rows
 from moyu.model import dissect
 from moyu.plan import Plan
 from tiny import build, tokens
@@ -133,6 +134,16 @@ def test_target_is_met_on_text_that_was_not_calibrated_on(name):
     assert counter.sparsity == pytest.approx(0.5, abs=tolerance)
 
 
+def read_to_score(model, method, site, params):
+    """Bytes that kernels read while one row is scored."""
+    block = dissect.dissect(model).blocks[site.layer]
+    width = site.units if site.skips == "rows" else block.pieces[site.linears[0]].shape[1]
+    x = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), kernels.count_bytes() as counted:
+        method.score(x, Rows.one_each(1, x.device), site, params, {})
+    return counted.total
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_kernels_read_what_the_formula_says(name):
     """Weights that the skipping kernels read in a step: all, less what is skipped."""
@@ -159,9 +170,12 @@ def test_kernels_read_what_the_formula_says(name):
         if rest is not None and rest.blocks is not None:  # a group of 32 columns has its scales read with any of them
             groups = {i // 32 for i in skipped.nonzero()[:, 0].tolist()}
             proxy += int(skipped.sum()) * rest.blocks.column_bytes + len(groups) * 2 * rest.blocks.outputs
-        if method.scores_on_kernels:  # all that it reads to decide, but for factors
+        if method.granularity == "token":
+            own = read_to_score(model, method, site, params)
             factors = factors_of(method, site, params)
-            proxy += method.score_bytes(site, params) - (0 if factors is None else factors.nbytes)
+            declared = method.score_bytes(site, params) - (0 if factors is None else factors.nbytes)
+            assert own in (0, declared)  # scores that run on kernels read there all that they declare, but for factors
+            proxy += own
     # Nor is the embedding's row the kernels'.
     assert counted.total == total - counter.skipped_bytes - norms - 64 * 4 + proxy
 

@@ -41,7 +41,6 @@ class Method(ABC):
     trains: ClassVar[bool] = False
     joint: ClassVar[bool] = False  # what `fit` leaves is then trained through the model's own loss, all sites together
     matrices: ClassVar[tuple[str, ...]] = ()  # buffers that are weights, kept in few bits where the model's are
-    scores_on_kernels: ClassVar[bool] = False  # weights that the score reads are read, and counted, by kernels
     divides: ClassVar[bool] = False  # a byte budget goes to the sites, and to their settings, where it costs least
 
     def __post_init__(self) -> None:

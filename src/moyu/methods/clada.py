@@ -27,7 +27,8 @@ from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 class Clada(Sequence):
     """CLADA, arXiv 2502.19078, with a refresh of the KV cache.
 
-    window: tokens whose surprisal and entropy a new one is compared with. quantile: of them, in (0, 1), to exceed.
+    window: how many earlier tokens a new one's surprisal and entropy are compared with.
+    quantile: the quantile of those, in (0, 1), that both must exceed.
     refresh: tokens that run dense again, and that the new mask is selected from; their keys and values become dense.
     """
 

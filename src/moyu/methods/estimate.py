@@ -1,13 +1,13 @@
 """Estimate: what a token needs most is computed exactly, what it needs least from few bits or not at all.
 
-Neurons are ranked by |act(g^_j) u^_j| ||w_j||, w_j column j of down, with g^ and u^ from one of
-  svd     U V x, the best rank-r map of the inputs that were met (Eckart-Young under their second moment), in few bits;
+Neurons are ranked by an estimate of what they add, |act(g^_j) u^_j| ||w_j||, with w_j column j of down. g^ and u^ come from
+  svd     U V x, the rank-r map with the least error on the inputs of the calibration text (Eckart-Young), stored in few bits; or
   copy    a copy of gate and up in few bits.
-A neuron that is not computed exactly may still give act(g^_j) u^_j w^_j, with w^_j in few bits. In a third way
-  channels  the inputs of every projection are ranked by |x_i| ||W_i - w^_i||, which needs no estimate, and x_i w^_i stands for W_i.
-What is missing on average is added: b = E[y - y^]. Of channels, w^ in 4 and 8 bits are the blocks that kernels read (Q4_0,
-Q8_0). For weights that are kept in few bits, few bits are the first of theirs (bit planes): what is computed exactly is not
-read twice.
+A skipped neuron may still add act(g^_j) u^_j w^_j, with w^_j a copy of w_j in few bits. The third way needs no estimate:
+  channels  the inputs of every projection are ranked by |x_i| ||W_i - w^_i||, and a skipped one adds x_i w^_i.
+The mean of what is still missing is added as a bias: b = E[y - y^]. For `channels` a copy in 4 or 8 bits is stored as Q4_0 or
+Q8_0, which the kernels read. If the model is itself kept in few bits, the copy is the first bits of the stored codes (bit
+planes), so nothing is read twice.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ class Estimate(Magnitude):
     """Own; near Prox (arXiv 2607.27591), SparseInfer (arXiv 2411.12692) and SVD predictors of ReGLU models.
 
     way: "svd", "copy" or "channels".
-    bits: bits of the factors or of the copy, 1 .. 8.
-    rank: rank over d, for "svd", in (0, 1].
-    rest: bits of the weights of what is not computed exactly, 0 .. 8; 0: it gives nothing. Kernels have 0, 4 and 8, of channels.
-    stored: bits the model's weights are kept in, 16 or 2 .. 8; below 16, few bits are their first ones.
-    weighted: rank by what is lost, |x_i| ||W_i - w^_i||; else by |x_i| alone.
-    bias: add what is missing on average.
+    bits: bits of the SVD's factors or of the copy of gate and up, 1 .. 8.
+    rank: rank of the SVD over d, in (0, 1].
+    rest: bits of the copy that stands in for skipped weights, 0 .. 8; with 0 what is skipped adds nothing. The kernels read
+    copies of 4 and 8 bits, for "channels".
+    stored: bits that the model's weights are kept in, 16 or 2 .. 8; below 16 the copies are their first bits.
+    weighted: rank inputs by what skipping loses, |x_i| ||W_i - w^_i||; else by |x_i| alone.
+    bias: add the mean of what is missing.
     """
 
     way: str = knob("channels", one_of=WAYS)
@@ -66,12 +67,12 @@ class Estimate(Magnitude):
 
     @property
     def nested(self) -> bool:
-        """Whether few bits are the first ones of the weights, and not read again with the others."""
+        """Whether the copies are the first bits of the stored weights, and so are not read twice."""
         return self.stored < 16
 
     @property
     def in_blocks(self) -> bool:
-        """Whether the rest is a copy in blocks that kernels read."""
+        """Whether the copy of skipped weights is in blocks that kernels read."""
         return self.way == "channels" and not self.nested and self.rest in KIND_OF
 
     def settings_for(self, bits: int, planes: bool = False) -> tuple[Method, ...]:
@@ -169,9 +170,9 @@ class Estimate(Magnitude):
         return FewBits(buffers[f"{name}.codes"], buffers[f"{name}.scales"], bits)
 
     def score_bytes(self, site: Site, params: SiteParams) -> int:
-        """Codes count in their bits and with their scales; where only what is skipped is read, at the target.
+        """Codes count with their bits and scales. A copy that is read for skipped units alone counts for the target's share.
 
-        A block's scale is of 32 channels, and is read with any of them.
+        One row of scales belongs to 32 channels, and is read with any of them.
         """
         skipped = float(params.buffers["skipped"])
         total = 0.0

@@ -39,7 +39,7 @@ class Legal:
         """As in "rank must be ..."."""
         none = " or None" if self.optional else ""
         if self.one_of is not None:
-            return f"one of {', '.join(map(repr, self.one_of))}{none}"
+            return f"one of {', '.join(map(str, self.one_of))}{none}"
         bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
         return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None) + none
 

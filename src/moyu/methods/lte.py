@@ -29,8 +29,10 @@ from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 class Lte(Joint):
     """LTE, arXiv 2402.06126, on a frozen model unless its weights are tuned as well (`moyu fit lte --tune`).
 
-    block: neurons that one number of the router governs. steps: of stage 1. separation: weight of the term that drives G away
-    from 1/2; the paper's term has no 1/20 and a weight of 0.5, next to a loss that also tunes the model.
+    steps: of stage 1.
+    block: neurons that share one number of the router.
+    separation: weight of the term that drives G away from 1/2. The paper's term has no 1/20 and a weight of 0.5, next to a
+    loss that also tunes the model.
     """
 
     block: int = knob(32, at_least=1)
@@ -45,7 +47,7 @@ class Lte(Joint):
         return tuple(grouped(site, max(2, round(site.units / self.block))) for site in sites)
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
-        """Blocks, and a router that has learned off the loop which of them hold most: where stage 1 starts."""
+        """Groups of neurons, and a router that has learned off the loop which groups add most: where stage 1 starts."""
         rows = acts.weights["gate" if "gate" in acts.weights else "up"].float()  # (f, d)
         blocks = balanced_clusters(functional.normalize(rows, dim=1), site.units)  # (f,)
         x = acts.met("mlp_in")

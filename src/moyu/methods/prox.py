@@ -41,7 +41,6 @@ class Prox(Magnitude):
     name: ClassVar[str] = "prox"
     paper: ClassVar[str] = "Prox, arXiv 2607.27591"
     family: ClassVar[Family] = "threshold"
-    scores_on_kernels: ClassVar[bool] = True
 
     def sites(self, block) -> tuple[Site, ...]:
         return neuron_sites(block, "mlp_in")
