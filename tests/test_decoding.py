@@ -455,6 +455,32 @@ def test_a_layer_that_computes_something_else_is_not_plain():
             assert (applied.native is not None) == plain, change.__name__
 
 
+@pytest.mark.parametrize("weights", [*DTYPES, "q8_0", "q4_0"])
+def test_a_part_that_is_a_little_off_is_not_plain(weights):
+    """The proof's tolerance is what rounding explains: 4 % more attention is not taken for it, in any type."""
+    for factor, plain in ((1.04, False), (1.0, True)):
+        model = make("llama", DTYPES.get(weights, torch.float32))
+        if weights not in DTYPES:
+            loading.quantise_model(model, weights)
+        attention = model.model.layers[1].self_attn
+        inner = attention.forward
+        attention.forward = lambda *a, inner=inner, factor=factor, **k: (inner(*a, **k)[0] * factor, None)
+        with Applied(model, None) as applied:
+            assert (applied.decode_run is not None) is plain, applied.general_because
+
+
+def test_something_between_the_layers_is_seen():
+    model = make("llama")
+
+    class Doubling(type(model.model.layers[1])):
+        def __call__(self, hidden, *args, **kwargs):
+            return super().__call__(hidden * 2, *args, **kwargs)
+
+    model.model.layers[1].__class__ = Doubling
+    with Applied(model, None) as applied:
+        assert applied.decode_run is None and applied.general_because == "something comes between its layers"
+
+
 def test_gelu_is_not_taken_for_relu_in_bfloat16():
     blocks = dissect.dissect(loading.load("gelu", dtype=torch.bfloat16).model).blocks
     assert {block.act for block in blocks} == {"gelu"}

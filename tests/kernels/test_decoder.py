@@ -342,15 +342,31 @@ def test_unknown_codes_and_fields_are_refused():
         extension.Step().row = 1
 
 
+def test_a_step_without_layers_is_the_ends_alone():
+    model = Model("separate")
+    step, logits, _, _held = model.step()
+    decoder, whole = cpu.extension().Decoder(), model.decoder()
+    decoder.ends = whole.ends
+    step.memory, step.rotary = 0, 0
+    decoder.step(step)
+    expected = torch.stack(
+        [model.head.double() @ model.normed(x.double(), model.last) for x in model.embedding[model.ids]]
+    )
+    assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
 def test_a_decoder_without_layers_or_ends_is_refused():
     model, extension = Model("separate"), cpu.extension()
-    step, _, _, _held = model.step()
-    with pytest.raises(ValueError, match="no layers"):
+    step, logits, _, _held = model.step()
+    with pytest.raises(ValueError, match="an embedding and a head"):
         extension.Decoder().step(step)
     decoder = model.decoder()
     decoder.ends = extension.Ends()
     with pytest.raises(ValueError, match="an embedding and a head"):
         decoder.step(step)
+    step.ids, step.logits, step.hidden = 0, 0, logits.data_ptr()
+    with pytest.raises(ValueError, match="no layers"):
+        extension.Decoder().step(step)
     with pytest.raises(ValueError, match="heads > 0"):
         decoder.add(extension.Layer())
 

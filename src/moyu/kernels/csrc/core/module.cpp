@@ -286,28 +286,30 @@ struct Decoder {
         layers.push_back(layer);
     }
 
-    // From `ids` to `logits`, or from `hidden` to `hidden`. Returns the bytes read; raises before it touches memory.
+    // From `ids` to `logits` (also without layers), or from `hidden` to `hidden`. Returns the bytes read; raises before it
+    // touches memory.
     int64_t step(const DecodeStep &step) const {
-        check(step);
-        const DecodeArgs args = {step, d, widest, step.ids ? &ends : nullptr, layers.data(),
+        const int64_t width = layers.empty() ? ends.embedding.n : d;
+        check(step, width);
+        const DecodeArgs args = {step, width, std::max(widest, width), step.ids ? &ends : nullptr, layers.data(),
                                  static_cast<int64_t>(layers.size())};
         return table->decode[static_cast<int>(step.dtype)](args);
     }
 
   private:
-    void check(const DecodeStep &step) const {
-        need(!layers.empty(), "the decoder has no layers");
+    void check(const DecodeStep &step, int64_t width) const {
+        need(!layers.empty() || step.ids != nullptr, "the decoder has no layers");
         need(step.rows >= 1 && step.rows <= kMostRows,
              "a step takes 1 to " + std::to_string(kMostRows) + " rows, got " + std::to_string(step.rows));
         need(step.threads >= 1, "a step needs threads >= 1, got " + std::to_string(step.threads));
-        need(step.past != nullptr && step.memory != nullptr, "a step needs the lengths and the memory of its rows");
+        need(step.past != nullptr && (step.memory != nullptr || layers.empty()), "a step needs the lengths and the memory of its rows");
         if (step.ids == nullptr) {
             need(step.hidden != nullptr, "a step needs ids or hidden states");
         } else {
             need(step.logits != nullptr && step.hidden == nullptr, "a step from ids needs logits, and no hidden states");
             const DecodeLinear *const tables[] = {&ends.embedding, &ends.head};
             for (const DecodeLinear *w : tables)
-                need(w->weight != nullptr && w->n == d && w->q > 0 && !w->by_columns &&
+                need(w->weight != nullptr && w->n == width && w->n > 0 && w->q > 0 && !w->by_columns &&
                          (w->kind == Format::plain || w->scales != nullptr),
                      "a step from ids needs an embedding and a head, both by rows of the layers' width");
             need(ends.norm.weight != nullptr, "a step from ids needs the norm before the head");
