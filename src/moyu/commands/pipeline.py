@@ -29,7 +29,7 @@ from moyu.engine import speculation
 from moyu.engine.applied import Applied
 from moyu.engine.speculation import Correction, Speculation
 from moyu.errors import OutOfReach, UserError
-from moyu.kernels import Backend
+from moyu.kernels import Asked
 from moyu.measure import accounting, text
 from moyu.measure.benchmark import Comparison, compare
 from moyu.measure.environment import device_name
@@ -43,7 +43,7 @@ from moyu.model.loading import Loaded
 from moyu.model.quantised import weight_format
 from moyu.plan import Plan, digests, fingerprint
 from moyu.records import Record
-from moyu.weights.blocks import KINDS, Kind
+from moyu.weights import QUANTISED
 
 DEFAULT_METHODS = ("cett", "cats", "teal", "estimate", "griffin", "tda", "popularity")
 DEFAULT_SPARSITY = 0.5
@@ -83,7 +83,7 @@ class Settings:
     test: int = 32
     new_tokens: int = 48
     seed: int = 0
-    backend: Backend = "auto"
+    backend: Asked = "auto"
     device: str = "cpu"
     dense_layers: tuple[int, ...] = ()  # left alone; -1 is the last
     weights: str | None = None  # of models.WEIGHTS; None: as the checkpoint has them
@@ -130,7 +130,7 @@ class Quantising:
         )
 
     @classmethod
-    def measure(cls, model: Any, kind: Kind, windows: Windows) -> Quantising:
+    def measure(cls, model: Any, kind: str, windows: Windows) -> Quantising:
         """Quantise a model in place, and hold it against what it was before on the first of the windows.
 
         Their log-probabilities take REFERENCE_BYTES at most: some thousand tokens of a large vocabulary.
@@ -186,7 +186,7 @@ class Context:
             seed=settings.seed,
         )
         quantising = None
-        if settings.weights in KINDS:
+        if settings.weights in QUANTISED:
             quantising = Quantising.measure(loaded.model, settings.weights, split.test)
         anatomy = dissect.dissect(loaded.model, settings.dense_layers)
         stage("load", 1, 1)
@@ -435,7 +435,7 @@ def speed_records(
     return out
 
 
-def _backend(asked: Backend) -> str:
+def _backend(asked: Asked) -> str:
     """What ran: back end, instruction set, threads."""
     with kernels.use(asked):
         return kernels.describe()
@@ -612,7 +612,7 @@ def bench_shape(
     rounds: int = 2,
     dtype: torch.dtype = torch.bfloat16,
     weights: str | None = None,
-    backend: Backend = "auto",
+    backend: Asked = "auto",
     seed: int = 0,
     stage: Stage = quiet,
 ) -> list[Record]:
@@ -625,7 +625,7 @@ def bench_shape(
     total = len(targets) + 1
     stage(f"random {shape}", 0, total)
     model = loading.random_model(shape, layers=layers, dtype=dtype, seed=seed)
-    if weights in KINDS:
+    if weights in QUANTISED:
         loading.quantise_model(model, weights)
     anatomy = dissect.dissect(model)
     generator = torch.Generator().manual_seed(seed)
@@ -947,7 +947,7 @@ def generate_command(
     plan_folder: Path | None,
     prompt: str | None,
     new_tokens: int,
-    backend: Backend,
+    backend: Asked,
     correction: Correction | None = None,
     seed: int = 0,
     weights: str | None = None,
@@ -956,7 +956,7 @@ def generate_command(
     settings = Settings(new_tokens=new_tokens, backend=backend, seed=seed, weights=weights)
     loading.check_weights(weights)
     loaded = open_model(name, weights)
-    if weights in KINDS:
+    if weights in QUANTISED:
         loading.quantise_model(loaded.model, weights)
     plan = None if plan_folder is None else Plan.load(plan_folder)
     nothing = Windows(torch.zeros(1, 2, dtype=torch.long), 1)

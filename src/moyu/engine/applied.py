@@ -17,7 +17,7 @@ from moyu.engine.attention import AttentionCall, AttentionLinear
 from moyu.engine.execution import DenseLinear, ExpertsCall, FfnCall, SiteState
 from moyu.engine.runtime import Chooser, ForwardCall, GenerateCall, Observer, Pass, SequenceMemory, TrainCall
 from moyu.errors import UserError
-from moyu.kernels import Backend
+from moyu.kernels import Asked
 from moyu.methods.base import ATTENTION, Controller, Rows, Tap
 from moyu.model import anatomy, dissect, layout, networks
 from moyu.model.anatomy import Anatomy
@@ -40,7 +40,7 @@ class Applied(AbstractContextManager):
         model: nn.Module,
         plan: Plan | None,
         *,
-        backend: Backend = "auto",
+        backend: Asked = "auto",
         engine: Engine = "skip",
         controller: Controller | None = None,
         anatomy: Anatomy | None = None,
@@ -60,7 +60,7 @@ class Applied(AbstractContextManager):
         except (ValueError, RuntimeError) as error:
             raise UserError(str(error), "or use backend 'auto'") from error
         self.model, self.plan, self.engine = model, plan, engine
-        self.backend: Backend = backend
+        self.backend: Asked = backend
         self.own_products = engine == "skip" and backend in ("auto", "cpu")
         self.controller = controller or (None if plan is None else plan.method.controller())
         self.anatomy = anatomy or dissect.dissect(model)
@@ -326,7 +326,7 @@ def apply(
     model: nn.Module,
     plan: Plan,
     *,
-    backend: Backend = "auto",
+    backend: Asked = "auto",
     engine: Engine = "skip",
     controller: Controller | None = None,
 ) -> Applied:

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moyu import methods, records
 from moyu.engine.applied import Applied, Engine
 from moyu.errors import UserError
-from moyu.kernels import Backend
+from moyu.kernels import Asked
 from moyu.model import dissect
 from moyu.plan import Plan
 from moyu.records import Quality
@@ -45,7 +45,7 @@ class MoyuConfig(QuantizationConfigMixin):
         plan: str | Path | None = None,
         method: str | None = None,
         sparsity: float = 0.5,
-        backend: Backend = "auto",
+        backend: Asked = "auto",
         engine: Engine = "skip",
         quant_method: str = "moyu",
         **knobs: Any,

@@ -16,7 +16,7 @@ from moyu import kernels
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter
 from moyu.errors import UserError
-from moyu.kernels import Backend
+from moyu.kernels import Asked
 from moyu.measure import accounting
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy
@@ -69,7 +69,7 @@ def compare(
     prompt: Tensor,
     tokens: int = 16,
     rounds: int = 2,
-    backend: Backend = "auto",
+    backend: Asked = "auto",
     anatomy: Anatomy | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from moyu import kernels
 from moyu.methods import routers, selection
 from moyu.methods.selection import PerUnitThreshold, Rule, Threshold, TopK
-from moyu.weights.blocks import Blocks
+from moyu.weights import Stored
 
 if TYPE_CHECKING:
     from moyu.model.anatomy import Block
@@ -195,7 +195,7 @@ class Method(ABC):
         """
         return (self,)
 
-    def rest_blocks(self, site: Site, params: SiteParams) -> Blocks | None:
+    def rest_blocks(self, site: Site, params: SiteParams) -> Stored | None:
         """Of a site of columns: what stands for the columns (q, n) of skipped inputs, by columns; None: nothing."""
         return None
 
@@ -205,7 +205,7 @@ class Method(ABC):
         if rest is None:
             return None
         if x.requires_grad or x.device.type != "cpu":  # where kernels have no blocks
-            return functional.linear(torch.where(mask, 0, x), rest.dequantise(x.dtype))
+            return functional.linear(torch.where(mask, 0, x), rest.values(x.dtype))
         return kernels.columns(x, rest, ~mask)
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:

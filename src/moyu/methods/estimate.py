@@ -36,11 +36,11 @@ from moyu.methods.base import (
     neuron_site,
     projection_sites,
 )
-from moyu.weights.blocks import KIND_BITS, KINDS, Blocks, Kind, quantise
+from moyu.weights import FORMATS, QUANTISED, Format, Stored
 from moyu.weights.few_bits import GROUP, dequantize, quantize
 
 WAYS = ("svd", "copy", "channels")
-KIND_OF: Mapping[int, Kind] = {KIND_BITS[kind]: kind for kind in KINDS}
+KIND_OF: Mapping[int, Format] = {FORMATS[name].bits: FORMATS[name] for name in QUANTISED}
 DAMPING = 1e-3  # of the mean second moment, for inputs that calibration hardly saw
 
 
@@ -128,9 +128,9 @@ class Estimate(Method):
             else:
                 parts["rows"] = stack
         if self.in_blocks:
-            copy = quantise(last, KIND_OF[self.rest]).in_order("columns")
-            buffers |= {"rest.quants": copy.quants, "rest.scales": copy.scales}
-            given = copy.dequantise()
+            copy = KIND_OF[self.rest].store(last).laid_out("columns")
+            buffers["rest.quants"], buffers["rest.scales"] = copy.tensors
+            given = copy.values()
         elif self.rest:
             parts["rest"] = last.t()  # (units, q)
         for name, weight in parts.items():
@@ -182,7 +182,7 @@ class Estimate(Method):
         sides = [s if b is None else s + b.to(s) for s, b in zip(sides, biases, strict=True)]
         return act(sides[0]) * sides[1] if len(sides) == 2 else act(sides[0])
 
-    def rest_blocks(self, site: Site, params: SiteParams) -> Blocks | None:
+    def rest_blocks(self, site: Site, params: SiteParams) -> Stored | None:
         if not self.in_blocks:
             return None
         if "rest.quants" not in params.buffers:
@@ -190,7 +190,7 @@ class Estimate(Method):
                 "this plan of `estimate` is of a version without kernels", "make it again: `moyu calibrate`"
             )
         quants, scales = params.buffers["rest.quants"], params.buffers["rest.scales"]
-        return Blocks(KIND_OF[self.rest], quants, scales, scales.shape[1], "columns")
+        return Stored(KIND_OF[self.rest], "columns", (quants, scales), (scales.shape[1], len(quants)))
 
     def rest_of(self, x: Tensor, mask: Tensor, site: Site, params: SiteParams) -> Tensor | None:
         if self.in_blocks or not self.rest:

@@ -19,9 +19,8 @@ from moyu import kernels
 from moyu.methods import selection
 from moyu.methods.base import Acts, Family, Granularity, Memory, Method, Rows, Site, SiteParams, neuron_site
 from moyu.methods.selection import TopK, keep_count
-from moyu.weights.blocks import Blocks, quantise
-
-KIND = "q4_0"
+from moyu.weights import Stored
+from moyu.weights.q4_0 import Q4_0
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class Prox(Method):
         buffers = {}
         for name in ("gate", "up"):
             if name in acts.weights:
-                copy = quantise(acts.weights[name], KIND).in_order("columns")
-                buffers[f"{name}.codes"], buffers[f"{name}.scales"] = copy.quants, copy.scales
+                copy = Q4_0.store(acts.weights[name]).laid_out("columns")
+                buffers[f"{name}.codes"], buffers[f"{name}.scales"] = copy.tensors
             if name in acts.biases:
                 buffers[f"{name}.bias"] = acts.biases[name].clone()
         if self.weighted:
@@ -80,6 +79,7 @@ class Prox(Method):
 
 def _foreseen(x: Tensor, kept: Tensor, name: str, neurons: int, params: SiteParams) -> Tensor:
     """The copy times S(x): x (N, d), kept (N, d) bool -> (N, f)."""
-    copy = Blocks(KIND, params.buffers[f"{name}.codes"], params.buffers[f"{name}.scales"], neurons, "columns")
+    tensors = params.buffers[f"{name}.codes"], params.buffers[f"{name}.scales"]
+    copy = Stored(Q4_0, "columns", tensors, (neurons, x.shape[1]))
     bias = params.buffers.get(f"{name}.bias")
     return kernels.columns(x, copy, kept, bias=None if bias is None else bias.to(x))

@@ -25,10 +25,9 @@ from transformers.utils import logging
 from moyu.errors import UserError
 from moyu.model import gguf, zoo
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
-from moyu.weights import mapped
-from moyu.weights.blocks import KINDS, Blocks, Kind, quantise
+from moyu.weights import QUANTISED, Stored, mapped, named
 
-WEIGHTS = ("bf16", *KINDS)
+WEIGHTS = ("bf16", *QUANTISED)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -97,19 +96,19 @@ def check_weights(weights: str | None) -> None:
 
 
 @torch.no_grad()
-def quantise_model(model: PreTrainedModel, kind: Kind) -> None:
+def quantise_model(model: PreTrainedModel, kind: str) -> None:
     """Keep every linear and the token embedding as blocks, in place and one at a time: no second copy is held.
 
     A tied head shares the embedding's blocks.
     """
-    done: dict[Tensor, Blocks] = {}  # by parameter: a tied one is quantised once
+    done: dict[Tensor, Stored] = {}  # by parameter: a tied one is quantised once
     table = model.get_input_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is not nn.Linear and not (child is table and type(child) is nn.Embedding):
                 continue
             weight = child.weight
-            blocks = done.get(weight) or quantise(weight, kind)
+            blocks = done.get(weight) or named(kind).store(weight)
             done[weight] = blocks
             new = QuantisedLinear(blocks, child.bias, weight.dtype) if isinstance(child, nn.Linear) else None
             setattr(parent, name, (new or QuantisedEmbedding(blocks, weight.dtype)).eval())

@@ -17,7 +17,7 @@ from moyu.engine import runtime
 from moyu.engine.steps.layers import Norm, native_linear
 from moyu.kernels import cpu
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
-from moyu.weights.blocks import Blocks
+from moyu.weights import Stored
 
 if TYPE_CHECKING:
     from moyu.engine.runtime import SequenceMemory
@@ -77,7 +77,7 @@ class Ends:
         return ends
 
 
-def _held(module: nn.Module) -> Tensor | Blocks:
+def _held(module: nn.Module) -> Tensor | Stored:
     return module.blocks if isinstance(module, QuantisedEmbedding | QuantisedLinear) else module.weight  # pyright: ignore
 
 
