@@ -18,13 +18,13 @@ from moyu.engine.choosers import Recorder, Replayer
 from moyu.measure.windows import Windows
 from moyu.model import dissect, loading
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
-from moyu.weights.blocks import KINDS
+from moyu.weights import QUANTISED
 from tiny import build, tokens
 
 PROMPT, LENGTH = 8, 14
 QUICK = {"lte": {"steps": 2, "block": 12}}  # less training than by default: these tests are not about what was learned
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WEIGHTS = ("fp32", "bf16", *KINDS)
+WEIGHTS = ("fp32", "bf16", *QUANTISED)
 
 
 def plan_for(model, method, sparsity=0.5, windows=None, **kwargs):
@@ -108,7 +108,7 @@ def general_steps(applied: Applied) -> Iterator[None]:
 def built(structure: str, weights: str) -> nn.Module:
     """A tiny model whose weights are kept as `weights` says."""
     model = build(structure, DTYPES.get(weights, torch.float32))
-    if weights in KINDS:
+    if weights in QUANTISED:
         loading.quantise_model(model, weights)
     return model
 
@@ -164,14 +164,14 @@ def rounding(model: nn.Module, weights: str, *, thinned: bool = False) -> float:
     square = sums * UNIT["fp32"] ** 2 / 3
     if weights in ("bf16", "fp16"):
         square += (layers * OUTPUTS_PER_LAYER + OUTPUTS_AROUND) * UNIT[weights] ** 2 / 3
-    if weights in KINDS or thinned:
+    if weights in QUANTISED or thinned:
         square += (layers * PRODUCTS_PER_LAYER + 1) * EIGHT_BITS**2
     return square**0.5
 
 
 def rounds_x(weights: str, name: str) -> bool:
     """Whether kernels round what they multiply to 8 bits."""
-    return weights in KINDS or name == "estimate"
+    return weights in QUANTISED or name == "estimate"
 
 
 def assert_near(a: Tensor, b: Tensor, most: float, what: str) -> None:

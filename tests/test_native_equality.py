@@ -267,13 +267,13 @@ ISA_PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[2])
 import torch
-from equality import KINDS, DTYPES, built, one_pass, padded, plan_for, steps_from_one_cache
+from equality import QUANTISED, DTYPES, built, one_pass, padded, plan_for, steps_from_one_cache
 from moyu import methods
 from moyu.engine.choosers import Recorder
 from moyu.kernels import cpu
 assert cpu.extension().isa() == sys.argv[1]
 torch.set_num_threads(1)
-for weights in (*DTYPES, *KINDS):
+for weights in (*DTYPES, *QUANTISED):
     for name in ("teal", "cats", "griffin", "estimate"):
         model = built("sharp", weights)
         plan, levels = plan_for(model, methods.method(name)), Recorder()

@@ -17,7 +17,7 @@ from moyu.measure.windows import Windows
 from moyu.model import dissect, loading
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear, weight_format
 from moyu.plan import Plan
-from moyu.weights.blocks import KINDS, quantise
+from moyu.weights import QUANTISED, named
 
 PROMPT, STEPS = 8, 6
 METHODS = ("cats", "teal", "griffin", "popularity")
@@ -43,7 +43,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=QUANTISED)
 def pair(request):
     return make(request.param)
 
@@ -69,8 +69,11 @@ def test_every_linear_and_the_table_are_blocks(pair):
     linears = [m for m in twin.modules() if isinstance(m, QuantisedLinear)]
     assert len(linears) == 15 and not any(type(m) is torch.nn.Linear for m in twin.modules())
     table, head = twin.get_input_embeddings(), twin.get_output_embeddings()
-    assert isinstance(table, QuantisedEmbedding) and head.quants.data_ptr() == table.quants.data_ptr()
-    expected = quantise(model.model.layers[1].mlp.down_proj.weight, kind).dequantise()
+    assert (
+        isinstance(table, QuantisedEmbedding)
+        and head.blocks.tensors[0].data_ptr() == table.blocks.tensors[0].data_ptr()
+    )
+    expected = named(kind).store(model.model.layers[1].mlp.down_proj.weight).values()
     assert torch.equal(twin.model.layers[1].mlp.down_proj.weight, expected)
     assert weight_format(model) is None
     bytes_ = accounting.dense_step_bytes(twin, dissect.dissect(twin))

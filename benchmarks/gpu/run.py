@@ -39,9 +39,9 @@ from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
 from moyu.engine.memory import memory_of
 from moyu.engine.steps.compiled import frozen
-from moyu.kernels import gpu_packed
 from moyu.measure.windows import Windows
 from moyu.model import dissect, loading
+from moyu.weights import named
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {"llama-3.2-1b": (2048, 8192, 8), "llama-3-8b": (4096, 14336, 4), "llama-3-70b": (8192, 28672, 2)}
@@ -173,7 +173,7 @@ def cut_networks(x: Tensor, weights: list[tuple[Tensor, Tensor]]) -> None:
 def packed_networks(x: Tensor, weights: list[tuple], masks: list[Tensor]) -> None:
     """The same with packed weights."""
     for packed, mask in zip(weights, masks, strict=True):
-        gpu_packed.neurons(x, *packed, mask, act="silu")
+        kernels.neurons(x, *packed, mask, act="silu")
 
 
 def products(x: Tensor, weights: list[Tensor]) -> None:
@@ -234,18 +234,23 @@ def packed_rates(run: Run, shapes: list[str]) -> None:
         x = torch.randn(1, d, device=run.device).to(run.dtype)
         for bits in (8, 4):
             made = [
-                tuple(gpu_packed.pack(torch.randn(f, d, device=run.device) * d**-0.5, bits) for _ in range(3))
+                tuple(
+                    named(f"packed{bits}").store(torch.randn(size, device=run.device) * d**-0.5, order)
+                    for size, order in (((f, d), "rows"), ((f, d), "rows"), ((d, f), "columns"))
+                )
                 for _ in range(2 * layers)
             ]
-            gate, up, down = (gpu_packed.unpack(p) for p in made[0])
+            gate, up, down = (p.values() for p in made[0])
             calls, sizes, errors = {}, {}, {}
             for kept in (1.0, 0.5, 0.2):
                 masks = [random_mask(run, 1, f, kept) for _ in made]
                 name = f"{bits} bits, kept {kept}"
                 mid = F.silu(x.float() @ gate.t()) * (x.float() @ up.t()) * masks[0]
-                error = gpu_packed.neurons(x, *made[0], masks[0], act="silu").float() - mid @ down
-                errors[name] = float((error.abs() / (mid.abs() @ down.abs())).max())
-                sizes[name] = sum(int(m.sum()) for m in masks) * sum(p.row_bytes for p in made[0])
+                error = kernels.neurons(x, *made[0], masks[0], act="silu").float() - mid @ down.t()
+                errors[name] = float((error.abs() / (mid.abs() @ down.abs().t())).max())
+                sizes[name] = sum(int(m.sum()) for m in masks) * sum(
+                    p.row_bytes if p.order == "rows" else p.column_bytes for p in made[0]
+                )
                 calls[name] = run.graph(partial(packed_networks, x, made, masks))
             for name, seconds in run.seconds(calls).items():
                 run.row(

@@ -21,7 +21,7 @@ import torch
 from moyu import kernels, records
 from moyu.kernels import cpu
 from moyu.model import anatomy, layout, quantised
-from moyu.weights import blocks
+from moyu.weights import held, named
 
 LAYERS, SETS, ROUNDS = 8, 16, 41
 KEPT = (1.0, 0.7, 0.5, 0.3)
@@ -47,10 +47,10 @@ def weights(kind: str, d: int, f: int) -> tuple:
     """Random gate (f, d), up (f, d) and down (d, f), laid out neuron by neuron."""
     if kind == "bf16":
         storage = cpu.empty_weights(f, 3, d, dtype=torch.bfloat16).normal_(0, 0.02)
-        return storage[:, 0], storage[:, 1], storage[:, 2].t()
+        return held(storage[:, 0], "rows"), held(storage[:, 1], "rows"), held(storage[:, 2].t(), "columns")
     shapes = [(f, d), (f, d), (d, f)]
     modules = [
-        quantised.QuantisedLinear(blocks.quantise(torch.randn(s) * 0.02, kind), None, torch.bfloat16) for s in shapes
+        quantised.QuantisedLinear(named(kind).store(torch.randn(s) * 0.02), None, torch.bfloat16) for s in shapes
     ]
     layout.lay_out([anatomy.Piece(m) for m in modules], ["row", "row", "column"])
     return tuple(m.blocks for m in modules)

@@ -15,6 +15,7 @@ from kernel_cases import DTYPES, FORMS, assert_close, linear_truth, make_mask, m
 
 from moyu import kernels
 from moyu.kernels import gpu
+from moyu.kernels.gpu import common, many
 
 DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
 BATCHES = (1, 2, 5, 16)
@@ -73,7 +74,7 @@ def check_repeats():
     case = there(make_neurons(3, 64, 90, dtype=torch.bfloat16))
     first = case.run()
     assert all(torch.equal(first, case.run()) for _ in range(3))
-    assert not any(t.any() for t in gpu._all_tickets.values())
+    assert not any(t.any() for t in common.all_tickets.values())
 
 
 def check_skipped_pieces_are_not_loaded():
@@ -96,21 +97,21 @@ def check_bytes():
 
 
 def check_a_corrupted_kernel_fails():
-    case, kept = there(make_neurons(2, 40, 50)), gpu._launch_combine
+    case, kept = there(make_neurons(2, 40, 50)), many.combine
     truth = make_neurons(2, 40, 50).truth()
-    gpu._launch_combine = lambda v, w, mask, *rest: kept(v, w, mask.roll(1, 1), *rest)
+    many.combine = lambda v, w, mask, *rest: kept(v, w, mask.roll(1, 1), *rest)
     try:
         assert_close(case.run().cpu(), truth)
     except AssertionError:
         return
     finally:
-        gpu._launch_combine = kept
+        many.combine = kept
     raise AssertionError("a corrupted kernel passes")
 
 
 def main() -> None:
     """Every check, by name, with one configuration of each kernel: which one is fastest is not looked for here."""
-    for kernel in (gpu._project, gpu._combine):
+    for kernel in (many._project, many._combine):
         kernel.configs = kernel.configs[:1]
     with kernels.use("gpu"):
         for name, check in list(globals().items()):

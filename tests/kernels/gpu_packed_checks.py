@@ -13,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from kernel_cases import DTYPES, FORMS, Neurons, assert_close, linear_truth, make_mask, make_neurons
 
 from moyu import kernels
-from moyu.kernels import gpu, gpu_packed, gpu_single
+from moyu.kernels import gpu
+from moyu.kernels.gpu import single
+from moyu.weights import Stored, named
 
 DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
 CASES = tuple(itertools.product((8, 4), DTYPES, (1, 3, 16)))
@@ -23,22 +25,41 @@ def there(*tensors):
     return tuple(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in tensors)
 
 
-def packed(*shape, bits, generator):
-    """On the device, and as float64 what it stands for."""
-    weight = gpu_packed.pack(torch.randn(*shape, generator=generator), bits)
-    return gpu_packed.Packed(*there(weight.data, weight.scales)), gpu_packed.unpack(weight).double()
+def packed(*shape, bits, generator, order="rows"):
+    """A weight (q, n) on the device, and as float64 what it stands for."""
+    weight = named(f"packed{bits}").store(torch.randn(*shape, generator=generator), order)  # pyright: ignore[reportCallIssue]
+    return Stored(weight.format, order, there(*weight.tensors), weight.shape), weight.values().double()
 
 
 def check_packed_neurons():
     for bits, dtype, n in CASES:
         generator = torch.Generator().manual_seed(n)
         x, mask = torch.randn(n, 96, generator=generator).to(dtype), make_mask(n, 50, 0.5, generator)
-        weights = [packed(50, 96, bits=bits, generator=generator) for _ in range(3)]
-        (gate, gate_), (up, up_), (down, down_) = weights
-        y = gpu_packed.neurons(*there(x), gate, up, down, *there(mask), act="silu").cpu()
-        assert_close(y, Neurons(x, gate_, up_, down_.T, mask).truth())
-        y = gpu_packed.neurons(*there(x), None, up, down, *there(mask), act="relu2").cpu()
-        assert_close(y, Neurons(x, None, up_, down_.T, mask, act="relu2").truth())
+        (gate, gate_), (up, up_) = (packed(50, 96, bits=bits, generator=generator) for _ in range(2))
+        down, down_ = packed(96, 50, bits=bits, generator=generator, order="columns")
+        y = kernels.neurons(*there(x), gate, up, down, *there(mask), act="silu").cpu()
+        assert_close(y, Neurons(x, gate_, up_, down_, mask).truth())
+        y = kernels.neurons(*there(x), None, up, down, *there(mask), act="relu2").cpu()
+        assert_close(y, Neurons(x, None, up_, down_, mask, act="relu2").truth())
+
+
+def check_packed_neurons_with_biases_and_given():
+    """Products one after the other: in float32, so that rounding in between does not show."""
+    for bits, n, form in itertools.product((8, 4), (1, 3), FORMS):
+        generator = torch.Generator().manual_seed(n)
+        case = make_neurons(n, 96, 50, form=form, layout="separate")
+        gate, up = (None if w is None else packed(50, 96, bits=bits, generator=generator) for w in (case.gate, case.up))
+        down, down_ = packed(96, 50, bits=bits, generator=generator, order="columns")
+        own = {"gate": gate and gate[1].float(), "up": up and up[1].float(), "down": down_.float()}
+        truth = Neurons(**vars(case) | own).truth()
+        biases = {
+            k: v.to(DEVICE)
+            for k in ("gate_bias", "up_bias", "down_bias", "given")
+            if (v := getattr(case, k)) is not None
+        }
+        weights = (gate and gate[0], up and up[0], down)
+        y = kernels.neurons(*there(case.x), *weights, *there(case.mask), act=case.act, **biases)
+        assert_close(y.cpu(), truth)
 
 
 def check_packed_rows_and_columns():
@@ -50,11 +71,12 @@ def check_packed_rows_and_columns():
         )
         bias = torch.randn(70, generator=generator).to(dtype)
         for mask in (None, make_mask(n, 70, 0.5, generator), make_mask(n, 70, 0.0)):
-            y = gpu_packed.rows(*there(x), weight, *there(mask), bias=there(bias)[0]).cpu()
+            y = kernels.rows(*there(x), weight, *there(mask), bias=there(bias)[0]).cpu()
             assert_close(y, linear_truth(x, plain, mask, bias, "rows"))
         x, mask, bias = torch.randn(n, 70, generator=generator).to(dtype), make_mask(n, 70, 0.5, generator), bias[:64]
-        y = gpu_packed.columns(*there(x), weight, *there(mask), bias=there(bias)[0]).cpu()
-        assert_close(y, linear_truth(x, plain.T, mask, bias, "columns"))
+        weight, plain = packed(64, 70, bits=bits, generator=generator, order="columns")
+        y = kernels.columns(*there(x), weight, *there(mask), bias=there(bias)[0]).cpu()
+        assert_close(y, linear_truth(x, plain, mask, bias, "columns"))
 
 
 def check_neurons_of_one_row():
@@ -81,19 +103,17 @@ def check_columns_of_one_row():
         generator = torch.Generator().manual_seed(q)
         x, turned = (torch.randn(*s, generator=generator).to(dtype) for s in ((1, size), (size, q)))
         mask, bias = make_mask(1, size, density, generator), torch.randn(q, generator=generator).to(dtype)
-        y = gpu_single.columns(*there(x), there(turned)[0].t(), *there(mask, bias))
+        y = single.columns(*there(x), there(turned)[0].t(), *there(mask, bias))
         assert_close(y.cpu(), linear_truth(x, turned.t(), mask, bias, "columns"))
         least = float(x.abs().max()) * (1 - density)
-        y = gpu_single.columns_above(*there(x), there(turned)[0].t(), torch.full((q,), least, device=DEVICE), None)
+        y = single.columns_above(*there(x), there(turned)[0].t(), torch.full((q,), least, device=DEVICE), None)
         mask = x.abs() > torch.tensor(least, dtype=dtype)
         assert_close(y.cpu(), linear_truth(x, turned.t(), mask, None, "columns"))
 
 
 def one_row(case):
     weights = there(case.x, case.gate, case.up, case.down, case.mask)
-    return gpu_single.neurons(
-        *weights, case.act, *there(case.gate_bias, case.up_bias, case.down_bias, case.given)
-    ).cpu()
+    return single.neurons(*weights, case.act, *there(case.gate_bias, case.up_bias, case.down_bias, case.given)).cpu()
 
 
 def main() -> None:

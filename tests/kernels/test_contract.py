@@ -10,6 +10,8 @@ import torch
 from kernel_cases import DTYPES, FORMS, make_mask, make_neurons
 
 from moyu import kernels
+from moyu.kernels import operators
+from moyu.weights.q4_0 import Q4_0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,6 +56,19 @@ def test_counters_nest_and_keep_to_their_thread(backend):
     assert (outer.total, inner.total) == (0, 128)
 
 
+def flat(case):
+    """The arguments of a call of `neurons` as the operator takes them."""
+    weights = [
+        operators.opened("neurons", n, case[n], "columns" if n == "down" else "rows") for n in ("gate", "up", "down")
+    ]
+    rest = ("mask", "act", "gate_bias", "up_bias", "down_bias", "given")
+    return (
+        case["x"],
+        *(list(part) if isinstance(part, tuple) else part for w in weights for part in w),
+        *map(case.get, rest),
+    )
+
+
 def change(**changes):
     return lambda case: vars(case) | {k: v(getattr(case, k)) if callable(v) else v for k, v in changes.items()}
 
@@ -86,9 +101,8 @@ def test_bad_neurons_raise(backend, arguments, error, message):
     bad = arguments(make_neurons(2, 8, 10))
     with pytest.raises(error, match=message):
         kernels.neurons(**bad)
-    names = ("x", "gate", "up", "down", "mask", "act", "gate_bias", "up_bias", "down_bias", "given")
     with pytest.raises(error, match=message):  # the operator itself is checked as well
-        torch.ops.moyu.neurons(*(bad[name] for name in names))
+        torch.ops.moyu.neurons(*flat(bad))
 
 
 def test_bad_rows_and_columns_raise(backend):
@@ -113,7 +127,7 @@ def test_bad_rows_and_columns_raise(backend):
 
 def test_asked_means_obeyed():
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match=r"gpu back end was asked for but is not available: .*'moyu\[gpu\]'"):
+        with pytest.raises(RuntimeError, match=r"gpu back end was asked for but is not available: .*'moyu-llm\[gpu\]'"):
             kernels.use("gpu").__enter__()
     with pytest.raises(ValueError, match="'cqu'; the nearest is 'cpu'"):
         kernels.require("cqu")
@@ -184,13 +198,27 @@ else:
 
 def test_operators_are_registered_as_torch_wants_them(backend):
     case = make_neurons(2, 8, 10, form="up_given")
-    torch.library.opcheck(torch.ops.moyu.neurons.default, tuple(vars(case).values()))
+    torch.library.opcheck(torch.ops.moyu.neurons.default, flat(vars(case)))
     case = make_neurons(2, 8, 10)
-    torch.library.opcheck(torch.ops.moyu.neurons.default, tuple(vars(case).values()))
+    torch.library.opcheck(torch.ops.moyu.neurons.default, flat(vars(case)))
     x, weight = torch.randn(2, 8), torch.randn(5, 8)
-    torch.library.opcheck(torch.ops.moyu.rows.default, (x, weight))
-    torch.library.opcheck(torch.ops.moyu.rows.default, (x, weight, make_mask(2, 5, 0.5), torch.ones(5)))
-    torch.library.opcheck(torch.ops.moyu.columns.default, (x, weight.T.contiguous().T, make_mask(2, 8, 0.5)))
+    plain = ([weight], "float32", [5, 8])
+    torch.library.opcheck(torch.ops.moyu.rows.default, (x, *plain))
+    torch.library.opcheck(torch.ops.moyu.rows.default, (x, *plain, make_mask(2, 5, 0.5), torch.ones(5)))
+    turned = ([weight.T.contiguous().T], "float32", [5, 8])
+    torch.library.opcheck(torch.ops.moyu.columns.default, (x, *turned, make_mask(2, 8, 0.5)))
+    stored = Q4_0.store(weight)
+    for op, w, mask in (
+        (torch.ops.moyu.rows, stored, None),
+        (torch.ops.moyu.columns, stored.laid_out("columns"), make_mask(2, 8, 0.5)),
+    ):
+        torch.library.opcheck(op.default, (x, list(w.tensors), "q4_0", [5, 8], mask, torch.ones(5)))
+    quantised = flat(
+        vars(case)
+        | {n: Q4_0.store(getattr(case, n)) for n in ("gate", "up")}
+        | {"down": Q4_0.store(case.down).laid_out("columns")}
+    )
+    torch.library.opcheck(torch.ops.moyu.neurons.default, quantised)
 
 
 def test_fake_tensors_are_checked_too():

@@ -26,5 +26,5 @@ def test_the_kernels_in_the_interpreter():
 def test_without_a_gpu_the_reason_and_the_remedy_are_said():
     if kernels.available()["gpu"] is None:
         pytest.skip("there is a GPU here")
-    with pytest.raises(RuntimeError, match=r"moyu\[gpu\]"):
+    with pytest.raises(RuntimeError, match=r"moyu-llm\[gpu\]"):
         kernels.use("gpu").__enter__()

@@ -1,4 +1,4 @@
-"""Products with weights in blocks, on each back end, against sums of integers."""
+"""Products with quantised weights, on each back end, against sums of integers."""
 
 import subprocess
 import sys
@@ -11,7 +11,8 @@ from kernel_cases import DTYPES, FORMS, TOLERANCE, make_mask
 from torch import Tensor
 
 from moyu import kernels
-from moyu.weights.blocks import BLOCK, KINDS, Blocks, quantise
+from moyu.weights import QUANTISED, Stored, named
+from moyu.weights.grouped import GROUP
 
 each_backend = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
 widths = st.sampled_from([1, 20, 32, 64, 96, 100, 128, 224, 256, 288, 300, 544])
@@ -27,7 +28,7 @@ def draw(generator, *shape, dtype=torch.float32):
 
 def integers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, n) as integers (N, n) int64, the scale of each, and by how much the output may move where a value is on an edge."""
-    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     most = padded.abs().amax(2, keepdim=True)
     moved = padded * torch.where(most == 0, 0, 127 / most)
     edge = ((moved - moved.floor() - 0.5).abs() < EDGE).double()
@@ -35,20 +36,20 @@ def integers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(t.flatten(1)[:, : x.shape[1]] for t in (moved.round().long(), scale.double(), edge))  # pyright: ignore
 
 
-def codes(weight: Blocks) -> tuple[Tensor, Tensor]:
+def codes(weight: Stored) -> tuple[Tensor, Tensor]:
     """The weight's integers (q, n) int64 and the scale of each."""
-    weight = weight.in_order("rows")
-    scales = weight.scales.double().repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
-    ones = Blocks(weight.kind, weight.quants, torch.ones_like(weight.scales), weight.outputs, inputs=weight.inputs)
-    return ones.dequantise().long(), scales
+    weight = weight.laid_out("rows")
+    own, scale = weight.tensors
+    ones = Stored(weight.format, "rows", (own, torch.ones_like(scale)), weight.shape)
+    return ones.values().long(), scale.double().repeat_interleave(GROUP, 1)[:, : weight.shape[1]]
 
 
-def product(x: Tensor, weight: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+def product(x: Tensor, weight: Stored) -> tuple[Tensor, Tensor, Tensor]:
     """x @ W.T with exact sums of integers in each block, in float64; the magnitude added up; what edges may move."""
     (xi, xs, edge), (wi, ws) = integers(x), codes(weight)
 
     def groups(t):
-        return torch.nn.functional.pad(t, (0, -t.shape[2] % BLOCK)).unflatten(2, (-1, BLOCK))
+        return torch.nn.functional.pad(t, (0, -t.shape[2] % GROUP)).unflatten(2, (-1, GROUP))
 
     whole = groups(xi[:, None] * wi[None]).sum(3)  # (N, q, n / 32) int64
     scale = groups(xs[:, None] * ws[None])[..., 0]
@@ -70,20 +71,20 @@ def plus(truth, bias):
 
 def touched(mask: Tensor) -> int:
     """Groups of 32 that any row keeps something of."""
-    kept = torch.nn.functional.pad(mask.any(0), (0, -mask.shape[1] % BLOCK))
-    return int(kept.unflatten(0, (-1, BLOCK)).any(1).sum())
+    kept = torch.nn.functional.pad(mask.any(0), (0, -mask.shape[1] % GROUP))
+    return int(kept.unflatten(0, (-1, GROUP)).any(1).sum())
 
 
-def spread(weight: Blocks, pad: int) -> Blocks:
-    """The same blocks with a gap behind each row of memory."""
+def spread(weight: Stored, pad: int) -> Stored:
+    """The same weight with a gap behind each row of memory."""
 
     def apart(tensor):
         return torch.cat([tensor, tensor.new_zeros(len(tensor), 16 * pad)], 1)[:, : tensor.shape[1]]
 
-    return Blocks(weight.kind, apart(weight.quants), apart(weight.scales), weight.outputs, weight.order, weight.inputs)
+    return Stored(weight.format, weight.order, tuple(map(apart, weight.tensors)), weight.shape)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTISED)
 @each_backend
 @given(
     n=st.integers(1, 9), width=widths, q=heights, dtype=st.sampled_from(DTYPES), pad=st.sampled_from([0, 1]),
@@ -91,7 +92,7 @@ def spread(weight: Blocks, pad: int) -> Blocks:
 )  # fmt: skip
 def test_rows_and_columns_are_sums_of_integers(backend, kind, n, width, q, dtype, pad, density, biased, seed):
     generator = torch.Generator().manual_seed(seed)
-    x, weight = draw(generator, n, width, dtype=dtype), quantise(draw(generator, q, width), kind)
+    x, weight = draw(generator, n, width, dtype=dtype), named(kind).store(draw(generator, q, width))
     bias = torch.randn(q, generator=generator).to(dtype) if biased else None
     mask = None if density is None else make_mask(n, q, density, generator)
     kept = q if mask is None else int(mask.any(0).sum())
@@ -104,7 +105,7 @@ def test_rows_and_columns_are_sums_of_integers(backend, kind, n, width, q, dtype
     if mask is not None:
         assert (y[~mask] == 0).all()
 
-    columns = spread(weight.in_order("columns"), pad)
+    columns = spread(weight.laid_out("columns"), pad)
     mask = make_mask(n, width, 1.0 if density is None else density, generator)
     with kernels.count_bytes() as counter:
         y = kernels.columns(x, columns, mask, bias=bias)
@@ -114,29 +115,29 @@ def test_rows_and_columns_are_sums_of_integers(backend, kind, n, width, q, dtype
     assert counter.total == size + (bias.nbytes if biased else 0)  # pyright: ignore
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTISED)
 @pytest.mark.parametrize("outputs", [2048, 2145, 4200])
 @pytest.mark.parametrize("kept", [5, 12, 13, 20, 32])
 def test_columns_of_more_outputs_than_a_tile(backend, kind, outputs, kept):
     """Kept columns of a group are taken 8 to 12 at a time, over 2048 outputs at a time."""
     generator = torch.Generator().manual_seed(kept)
-    x, weight = draw(generator, 2, 96), quantise(draw(generator, outputs, 96), kind)
-    mask = (torch.arange(96) % BLOCK < kept).expand(2, -1).contiguous()
-    y = kernels.columns(x, weight.in_order("columns"), mask)
+    x, weight = draw(generator, 2, 96), named(kind).store(draw(generator, outputs, 96))
+    mask = (torch.arange(96) % GROUP < kept).expand(2, -1).contiguous()
+    y = kernels.columns(x, weight.laid_out("columns"), mask)
     assert_close(y, product(torch.where(mask, x, 0), weight))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTISED)
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_the_largest_sum_of_a_group_fits(backend, kind, sign):
     """32 columns of the largest code times 127, in 4 bits -32512: all that 16 bits hold."""
-    weight = quantise(torch.full((128, BLOCK), -1.0), kind)
-    x = torch.full((1, BLOCK), sign)
-    y = kernels.columns(x, weight.in_order("columns"), torch.ones(1, BLOCK, dtype=torch.bool))
+    weight = named(kind).store(torch.full((128, GROUP), -1.0))
+    x = torch.full((1, GROUP), sign)
+    y = kernels.columns(x, weight.laid_out("columns"), torch.ones(1, GROUP, dtype=torch.bool))
     assert_close(y, product(x, weight))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTISED)
 @each_backend
 @given(
     n=st.integers(1, 9), d=widths, f=st.sampled_from([9, 32, 64, 96, 320, 344]), form=st.sampled_from(FORMS),
@@ -145,8 +146,8 @@ def test_the_largest_sum_of_a_group_fits(backend, kind, sign):
 def test_neurons_are_sums_of_integers(backend, kind, n, d, f, form, dtype, density, biased, seed):
     generator = torch.Generator().manual_seed(seed)
     x, mask = draw(generator, n, d, dtype=dtype), make_mask(n, f, density, generator)
-    gate, up = (quantise(draw(generator, f, d) * d**-0.5, kind) for _ in range(2))
-    down = quantise(draw(generator, d, f), kind).in_order("columns")
+    gate, up = (named(kind).store(draw(generator, f, d) * d**-0.5) for _ in range(2))
+    down = named(kind).store(draw(generator, d, f)).laid_out("columns")
     given_ = draw(generator, n, f, dtype=dtype) if form.endswith("given") else None
     has_gate, has_up = form in ("gated", "gate_given"), form != "gate_given"
     biases = [torch.randn(k, generator=generator).to(dtype) if biased else None for k in (f, f, d)]
@@ -170,10 +171,10 @@ def test_neurons_are_sums_of_integers(backend, kind, n, d, f, form, dtype, densi
     assert counter.total == size + extra
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTISED)
 def test_many_rows_and_threads_agree_with_one(needs_cpu, kind):
     generator = torch.Generator().manual_seed(3)
-    weight, x = quantise(draw(generator, 320, 512), kind), draw(generator, 70, 512)
+    weight, x = named(kind).store(draw(generator, 320, 512)), draw(generator, 70, 512)
     mask = make_mask(70, 512, 0.5, generator)
     threads = torch.get_num_threads()
     try:
@@ -181,14 +182,14 @@ def test_many_rows_and_threads_agree_with_one(needs_cpu, kind):
             torch.set_num_threads(number)
             with kernels.use("cpu"):
                 assert_close(kernels.rows(x, weight), product(x, weight))
-                y = kernels.columns(x, weight.in_order("columns"), mask)
+                y = kernels.columns(x, weight.laid_out("columns"), mask)
                 assert_close(y, product(torch.where(mask, x, 0), weight))
     finally:
         torch.set_num_threads(threads)
 
 
 def test_what_does_not_fit_is_refused():
-    weight, x = quantise(torch.randn(8, 64), "q8_0"), torch.randn(1, 64)
+    weight, x = named("q8_0").store(torch.randn(8, 64)), torch.randn(1, 64)
     with pytest.raises(ValueError, match="lies by rows"):
         kernels.columns(x, weight, torch.ones(1, 64, dtype=torch.bool))
     with pytest.raises(ValueError, match="shape"):
@@ -203,12 +204,12 @@ def test_each_instruction_set(needs_cpu):
     for isa in kernels.cpu.extension().isas()[1:]:
         code = (
             "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_quantised as t; from moyu import kernels\n"
-            "for kind in t.KINDS:\n"
+            "for kind in t.QUANTISED:\n"
             "    for q, width in ((33, 96), (200, 288)):\n"
             "        g = torch.Generator().manual_seed(1); x = t.draw(g, 3, width)\n"
-            "        w = t.quantise(t.draw(g, q, width), kind); mask = t.make_mask(3, width, 0.5, g)\n"
+            "        w = t.named(kind).store(t.draw(g, q, width)); mask = t.make_mask(3, width, 0.5, g)\n"
             "        t.assert_close(kernels.rows(x, w), t.product(x, w))\n"
-            "        y = kernels.columns(x, w.in_order('columns'), mask)\n"
+            "        y = kernels.columns(x, w.laid_out('columns'), mask)\n"
             "        t.assert_close(y, t.product(torch.where(mask, x, 0), w))\n"
             "print(kernels.describe())"
         )

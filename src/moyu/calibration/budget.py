@@ -32,7 +32,6 @@ from moyu.methods.base import Method
 from moyu.methods.values import Site, SiteParams
 from moyu.model.anatomy import Anatomy, Block
 from moyu.plan import Plan
-from moyu.weights.blocks import KIND_BITS
 
 PROBE = 2  # calibration windows, enough to measure the bytes that a plan adds
 ROUNDS = 4
@@ -56,7 +55,7 @@ class Reader:
         if self.storage is not None:
             return self.storage.bits
         kept = [p.blocks for b in self.anatomy.all_blocks() for p in b.pieces.values()]
-        return max((16 if blocks is None else KIND_BITS[blocks.kind] for blocks in kept), default=16)
+        return max((16 if blocks is None else blocks.format.bits for blocks in kept), default=16)
 
     @property
     def planes(self) -> bool:

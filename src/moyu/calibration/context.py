@@ -25,7 +25,7 @@ from moyu.model.loading import Loaded
 from moyu.plan import Plan
 from moyu.records import Protocol
 from moyu.records.about import AboutModel, about_model
-from moyu.weights.blocks import KINDS, Kind
+from moyu.weights import QUANTISED
 
 REFERENCE_BYTES = 512 << 20
 
@@ -51,7 +51,7 @@ class Quantising:
         )
 
     @classmethod
-    def measure(cls, loaded: Loaded, kind: Kind, windows: Windows) -> Quantising:
+    def measure(cls, loaded: Loaded, kind: str, windows: Windows) -> Quantising:
         """Quantise a model in place, and hold it against what it was before on the first of the windows.
 
         Their log-probabilities take REFERENCE_BYTES at most: some thousand tokens of a large vocabulary.
@@ -102,7 +102,7 @@ class Context:
             seed=settings.seed,
         )
         quantising = None
-        if settings.weights in KINDS:
+        if settings.weights in QUANTISED:
             quantising = Quantising.measure(loaded, settings.weights, split.test)
         anatomy = dissect.dissect(loaded.model, settings.dense_layers)
         stage("load", 1, 1)

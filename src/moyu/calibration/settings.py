@@ -11,7 +11,7 @@ from typing import Any
 
 from moyu import methods
 from moyu.errors import UserError
-from moyu.kernels import Backend
+from moyu.kernels import BackendName
 from moyu.model import machine
 
 DEFAULT_METHODS = ("cett", "cats", "teal", "estimate", "griffin", "tda", "popularity")
@@ -56,7 +56,7 @@ class Settings:
     test: int = 32
     new_tokens: int = 48
     seed: int = 0
-    backend: Backend = "auto"
+    backend: BackendName = "auto"
     strict: bool = False  # refuse a decode step that is not the fastest there is
     device: str = "cpu"
     dense_layers: tuple[int, ...] = ()  # left alone; -1 is the last

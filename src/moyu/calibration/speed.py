@@ -15,7 +15,7 @@ from moyu.calibration.context import Context
 from moyu.calibration.settings import Stage, quiet
 from moyu.calibration.walk import calibrate
 from moyu.errors import OutOfReach, UserError
-from moyu.kernels import Backend
+from moyu.kernels import BackendName
 from moyu.measure import accounting
 from moyu.measure.benchmark import Comparison, compare
 from moyu.measure.text import Split
@@ -25,7 +25,7 @@ from moyu.model import dissect, loading
 from moyu.plan import Plan
 from moyu.records import Protocol, Record, Speed
 from moyu.records.about import AboutModel, about_model, about_plan
-from moyu.weights.blocks import KINDS
+from moyu.weights import QUANTISED
 
 ROUNDS = 2  # variants alternate this often
 
@@ -77,7 +77,7 @@ def bench_shape(
     rounds: int = ROUNDS,
     dtype: torch.dtype = torch.bfloat16,
     weights: str | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     strict: bool = False,
     device: str = "cpu",
     seed: int = 0,
@@ -92,7 +92,7 @@ def bench_shape(
     total = len(targets) + 1
     stage(f"random {shape}", 0, total)
     model = loading.random_model(shape, layers=layers, dtype=dtype, seed=seed, device=device)
-    if weights in KINDS:
+    if weights in QUANTISED:
         loading.quantise_model(model, weights)
     anatomy = dissect.dissect(model)
     generator = torch.Generator().manual_seed(seed)
@@ -148,7 +148,7 @@ def _kept(folder: Path, method: Method, make: Callable[[], Plan]) -> Plan:
     return plan
 
 
-def what_runs(asked: Backend, device: torch.device | str = "cpu") -> str:
+def what_runs(asked: BackendName, device: torch.device | str = "cpu") -> str:
     """What kernels run where this back end is asked for: back end, instruction set, threads."""
     with kernels.use(asked):
         return kernels.describe(device)

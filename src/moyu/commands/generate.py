@@ -58,7 +58,7 @@ def generate(
     from moyu.plan import Plan
     from moyu.records.about import about_model
     from moyu.reporting.summary import generated
-    from moyu.weights.blocks import KINDS
+    from moyu.weights import QUANTISED
 
     correction = None
     if lossless or sirius is not None:
@@ -68,7 +68,7 @@ def generate(
     loaded = open_model(model, weights, device)
     ids = prompt_ids(loaded, prompt)
     check_length(loaded, ids, new_tokens)
-    if weights in KINDS:
+    if weights in QUANTISED:
         loading.quantise_model(loaded.model, weights)
     anatomy = dissect.dissect(loaded.model)
     pieces = _Pieces(prompt)

@@ -16,7 +16,7 @@ from moyu.engine.applied import Applied
 from moyu.engine.generate import generate
 from moyu.engine.speculation import Correction, Speculation
 from moyu.errors import UserError
-from moyu.kernels import Backend
+from moyu.kernels import BackendName
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy
 from moyu.model.loading import Loaded
@@ -97,7 +97,7 @@ def write(
     ids: Tensor,
     new_tokens: int,
     *,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     strict: bool = False,
     correction: Correction | None = None,
     seed: int = 0,
@@ -137,7 +137,7 @@ def _corrected(
     new_tokens: int,
     correction: Correction,
     *,
-    backend: Backend,
+    backend: BackendName,
     seed: int,
     show: Show | None,
 ) -> Written:

@@ -19,7 +19,7 @@ from moyu.engine.network import FfnCall
 from moyu.engine.session import Engine, Session
 from moyu.engine.sites import SiteState, states_of
 from moyu.errors import UserError
-from moyu.kernels import Backend
+from moyu.kernels import BackendName
 from moyu.methods.control import Controller
 from moyu.methods.values import ATTENTION
 from moyu.model import layout
@@ -41,7 +41,7 @@ class Applied(Session, AbstractContextManager):
         model: nn.Module,
         plan: Plan | None,
         *,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         engine: Engine = "skip",
         controller: Controller | None = None,
         anatomy: Anatomy | None = None,
@@ -244,7 +244,7 @@ def apply(
     model: nn.Module,
     plan: Plan,
     *,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     engine: Engine = "skip",
     controller: Controller | None = None,
 ) -> Applied:

@@ -16,7 +16,7 @@ from moyu.engine.cache import KvCache
 from moyu.engine.memory import memory_of
 from moyu.engine.session import Session
 from moyu.errors import UserError
-from moyu.kernels import Backend
+from moyu.kernels import BackendName
 from moyu.plan import Plan
 
 
@@ -26,7 +26,7 @@ def generate(
     prompts: Tensor | Sequence[Tensor],
     plan: Plan | None = None,
     *,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     strict: bool = False,
     seed: int | None = None,
     **settings: Any,

@@ -23,7 +23,7 @@ from moyu.engine.products import Products
 from moyu.engine.rows import MAX_SKIPPING_ROWS
 from moyu.engine.trace import Traces
 from moyu.errors import UserError
-from moyu.kernels import Backend
+from moyu.kernels import BackendName
 from moyu.methods.control import Controller
 from moyu.methods.values import Rows, Site, Tap
 from moyu.model import layout
@@ -105,13 +105,13 @@ class Session:
         plan: Plan | None,
         anatomy: Anatomy,
         *,
-        backend: Backend,
+        backend: BackendName,
         engine: Engine,
         controller: Controller | None,
     ) -> None:
         """engine "mask" simulates: dense products, masked. "skip" uses the kernels of `backend`."""
         self.model, self.plan, self.anatomy, self.engine = model, plan, anatomy, engine
-        self.backend: Backend = backend
+        self.backend: BackendName = backend
         self.own_products = engine == "skip" and backend in ("auto", "cpu")
         self.controller = controller or (None if plan is None else plan.method.controller())
         self.owner = "dense" if plan is None else plan.hash

@@ -23,7 +23,7 @@ from moyu import methods, records
 from moyu.engine.applied import Applied
 from moyu.engine.session import Engine
 from moyu.errors import UserError
-from moyu.kernels import Backend
+from moyu.kernels import BackendName
 from moyu.model import dissect
 from moyu.plan import Plan
 from moyu.records import Quality
@@ -46,7 +46,7 @@ class MoyuConfig(QuantizationConfigMixin):
         plan: str | Path | None = None,
         method: str | None = None,
         sparsity: float = 0.5,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         engine: Engine = "skip",
         quant_method: str = "moyu",
         **knobs: Any,

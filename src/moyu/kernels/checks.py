@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moyu.kernels.reference import ACTIVATIONS
-from moyu.weights.blocks import Blocks
+from moyu.weights import Plain, Stored
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -20,9 +20,9 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 def check_neurons(
     x: Tensor,
-    gate: Tensor | None,
-    up: Tensor | None,
-    down: Tensor,
+    gate: Stored | None,
+    up: Stored | None,
+    down: Stored,
     mask: Tensor,
     act: str,
     gate_bias: Tensor | None,
@@ -33,97 +33,43 @@ def check_neurons(
     """Raise ValueError (a shape, a stride, a name) or TypeError (a dtype, a device) that says what to do."""
     activation(act)
     _matrix("neurons", "x", x)
-    _matrix("neurons", "down", down)
-    n, d = x.shape
-    d_out, f = down.shape
+    if len(down.shape) != 2:
+        raise ValueError(f"neurons: down has shape {down.shape}, not two dimensions; flatten it to rows first")
+    (n, d), (d_out, f) = x.shape, down.shape
     _combination(gate, up, gate_bias, up_bias, given)
-    if gate is not None:
-        _weight("neurons", "gate", gate, x, f, d)
-        _contiguous("neurons", "gate", gate, 1)
-    if up is not None:
-        _weight("neurons", "up", up, x, f, d)
-        _contiguous("neurons", "up", up, 1)
-    _weight("neurons", "down", down, x, d_out, f)
-    _contiguous("neurons", "down", down, 0)
-    _rest_of_neurons(x, mask, n, f, d_out, gate_bias, up_bias, down_bias, given)
+    for name, weight in (("gate", gate), ("up", up)):
+        if weight is None:
+            continue
+        if isinstance(weight.format, Plain) != isinstance(down.format, Plain):
+            raise TypeError(
+                f"neurons: {name} is in {weight.format} and down in {down.format}; quantise all of them or none"
+            )
+        _weight("neurons", name, weight, x, (f, d), "rows")
+    _weight("neurons", "down", down, x, (d_out, f), "columns")
+    _mask("neurons", mask, x, n, f)
+    for name, bias, size in (("gate_bias", gate_bias, f), ("up_bias", up_bias, f), ("down_bias", down_bias, d_out)):
+        if bias is not None:
+            _bias("neurons", name, bias, x, size)
+    if given is not None:
+        _activations("neurons", "given", given, x, n, f)
 
 
-def check_rows(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
-    """As check_neurons."""
-    _matrix("rows", "x", x)
-    _matrix("rows", "weight", weight)
-    q = weight.shape[0]
-    _weight("rows", "weight", weight, x, q, x.shape[1])
-    _contiguous("rows", "weight", weight, 1)
-    if mask is not None:
-        _mask("rows", mask, x, x.shape[0], q)
-    if bias is not None:
-        _bias("rows", "bias", bias, x, q)
-
-
-def check_columns(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
-    """As check_neurons."""
-    _matrix("columns", "x", x)
-    _matrix("columns", "weight", weight)
-    n, q = x.shape[1], weight.shape[0]
-    _weight("columns", "weight", weight, x, q, n)
-    _contiguous("columns", "weight", weight, 0)
-    _mask("columns", mask, x, x.shape[0], n)
-    if bias is not None:
-        _bias("columns", "bias", bias, x, q)
-
-
-def check_blocks(op: str, name: str, weight: Blocks, x: Tensor, shape: tuple[int, int], order: str) -> None:
-    """As check_neurons, of a weight in blocks that is read by rows or by columns."""
+def check_linear(op: str, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> None:
+    """As check_neurons, of `rows` and `columns`."""
     _matrix(op, "x", x)
-    if weight.shape != shape:
-        raise ValueError(f"{op}: {name} has shape {weight.shape}, expected {shape} beside x {tuple(x.shape)}")
-    if weight.order != order:
-        raise ValueError(f"{op}: {name} lies by {weight.order}, not by {order}; lay it out with Blocks.in_order")
-    if weight.device != x.device:
-        raise TypeError(f"{op}: {name} is on {weight.device}, x on {x.device}; move one of them")
-    _contiguous(op, f"{name}'s quants", weight.quants, 1)
-    _contiguous(op, f"{name}'s scales", weight.scales, 1)
-
-
-def check_block_linear(op: str, x: Tensor, weight: Blocks, mask: Tensor | None, bias: Tensor | None) -> None:
-    """As check_rows and check_columns."""
-    _matrix(op, "x", x)
+    if len(weight.shape) != 2:
+        raise ValueError(f"{op}: weight has shape {weight.shape}, not two dimensions; flatten it to rows first")
     q, n = weight.shape[0], x.shape[1]
-    check_blocks(op, "weight", weight, x, (q, n), op)
+    _weight(op, "weight", weight, x, (q, n), op)
     if mask is not None:
         _mask(op, mask, x, x.shape[0], q if op == "rows" else n)
     if bias is not None:
         _bias(op, "bias", bias, x, q)
 
 
-def check_block_neurons(
-    x: Tensor,
-    gate: Blocks | None,
-    up: Blocks | None,
-    down: Blocks,
-    mask: Tensor,
-    act: str,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    given: Tensor | None,
-) -> None:
-    """As check_neurons."""
-    activation(act)
-    _matrix("neurons", "x", x)
-    (n, d), (d_out, f) = x.shape, down.shape
-    _combination(gate, up, gate_bias, up_bias, given)
-    for name, weight in (("gate", gate), ("up", up)):
-        if weight is not None:
-            check_blocks("neurons", name, weight, x, (f, d), "rows")
-    check_blocks("neurons", "down", down, x, (d_out, f), "columns")
-    _rest_of_neurons(x, mask, n, f, d_out, gate_bias, up_bias, down_bias, given)
-
-
 def _combination(
-    gate: Tensor | Blocks | None,
-    up: Tensor | Blocks | None,
+    gate: Stored | None,
+    up: Stored | None,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     given: Tensor | None,
@@ -138,28 +84,6 @@ def _combination(
         raise ValueError("neurons: got gate, up and given; given stands for one of the two, leave that one out")
 
 
-def _rest_of_neurons(
-    x: Tensor,
-    mask: Tensor,
-    n: int,
-    f: int,
-    d_out: int,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    given: Tensor | None,
-) -> None:
-    _mask("neurons", mask, x, n, f)
-    if gate_bias is not None:
-        _bias("neurons", "gate_bias", gate_bias, x, f)
-    if up_bias is not None:
-        _bias("neurons", "up_bias", up_bias, x, f)
-    if down_bias is not None:
-        _bias("neurons", "down_bias", down_bias, x, d_out)
-    if given is not None:
-        _weight("neurons", "given", given, x, n, f)
-
-
 def _matrix(op: str, name: str, tensor: Tensor) -> None:
     if tensor.ndim != 2:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, not two dimensions; flatten it to rows first")
@@ -167,11 +91,27 @@ def _matrix(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} is {tensor.dtype}, not floating point")
 
 
-def _weight(op: str, name: str, weight: Tensor, x: Tensor, rows: int, columns: int) -> None:
-    shape = weight.shape
-    if len(shape) != 2 or shape[0] != rows or shape[1] != columns:
-        raise ValueError(f"{op}: {name} has shape {tuple(shape)}, expected {(rows, columns)} beside x {tuple(x.shape)}")
-    _alike(op, name, weight, x)
+def _weight(op: str, name: str, weight: Stored, x: Tensor, shape: tuple[int, int], order: str) -> None:
+    if weight.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {weight.shape}, expected {shape} beside x {tuple(x.shape)}")
+    if weight.order != order:
+        raise ValueError(f"{op}: {name} lies by {weight.order}, not by {order}; lay it out again with Stored.laid_out")
+    if isinstance(weight.format, Plain):
+        _alike(op, name, weight.tensors[0], x)
+        _contiguous(op, name, weight.tensors[0], 1 if order == "rows" else 0)
+        return
+    if weight.device != x.device:
+        raise TypeError(f"{op}: {name} is on {weight.device}, x on {x.device}; move one of them")
+    for tensor in weight.tensors:
+        _contiguous(op, f"a tensor of {name}", tensor, 1)
+
+
+def _activations(op: str, name: str, values: Tensor, x: Tensor, rows: int, units: int) -> None:
+    if values.shape != (rows, units):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(values.shape)}, expected {(rows, units)} beside x {tuple(x.shape)}"
+        )
+    _alike(op, name, values, x)
 
 
 def _bias(op: str, name: str, bias: Tensor, x: Tensor, size: int) -> None:

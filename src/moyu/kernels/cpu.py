@@ -2,8 +2,10 @@
 
 MOYU_ISA=avx512bf16|avx512vnni|avx512|avxvnni|avx2|portable asks for one of them. Threads: as many
 as torch.get_num_threads() says at each call.
-Each function returns its output and the bytes of weights and biases that were read, added up where they are read.
+The bytes of weights and biases that were read are added up where they are read.
 """
+
+from __future__ import annotations
 
 import contextlib
 import math
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moyu.weights.blocks import Blocks
+from moyu.kernels.backend import Backend
+from moyu.weights import Format, Plain, Stored, held
 
 _REMEDY = "install moyu where there is a C++17 compiler (g++ or clang), or run `make setup` in a checkout"
 try:
@@ -30,7 +33,8 @@ except (ImportError, RuntimeError) as error:  # not built, built for another Pyt
         _why_not = str(error)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-KIND_CODES: dict[str, int] = {} if _cpu is None else {name: code for code, name in enumerate(_cpu.formats)}
+_FORMATS: dict[str, int] = {} if _cpu is None else {name: code for code, name in enumerate(_cpu.formats)}
+_CODES: dict[str, int] = {} if _cpu is None else {name: code for code, name in enumerate(_cpu.formats)}
 _CODES: dict[str, int] = {} if _cpu is None else {name: code for code, name in enumerate(_cpu.activations)}
 if _CODES:
     _CODES["gelu_new"] = _CODES["gelu_pytorch_tanh"] = _CODES["gelu_tanh"]
@@ -55,10 +59,6 @@ def forced() -> bool:
     return bool(os.environ.get("MOYU_ISA"))
 
 
-def details() -> str:
-    return f"{extension().isa()}, {torch.get_num_threads()} threads"
-
-
 def dtype_code(dtype: torch.dtype) -> int:
     """The extension's number of a dtype."""
     return _DTYPES[dtype]
@@ -69,83 +69,81 @@ def activation_code(act: str) -> int:
     return _CODES[act]
 
 
-def neurons(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor | None,
-    down: Tensor,
-    mask: Tensor,
-    act: str,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    given: Tensor | None,
-) -> tuple[Tensor, int]:
-    return _neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given)
+def format_code(format: Format) -> int:
+    """The extension's number of a weight format."""
+    return _FORMATS[format.native or ""]
 
 
-def rows(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
-    return _multiply("rows", x, weight, mask, bias)
+class Cpu(Backend):
+    """The C++ kernels."""
+
+    name = "cpu"
+
+    def why_not(self) -> str | None:
+        return unavailable()
+
+    def supports(self, op: str, format: Format, x: Tensor) -> str | None:
+        if format.native is None or (_FORMATS and format.native not in _FORMATS):
+            return f"it has no kernels for weights in {format.name}"
+        return unsupported(x)
+
+    def details(self) -> str:
+        return f"{extension().isa()}, {torch.get_num_threads()} threads"
+
+    def rows(self, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
+        return _multiply(extension().rows, x, weight, mask, bias)
+
+    def columns(self, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
+        return _multiply(extension().columns, x, weight, mask, bias)
+
+    def neurons(
+        self,
+        x: Tensor,
+        gate: Stored | None,
+        up: Stored | None,
+        down: Stored,
+        mask: Tensor,
+        act: str,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        given: Tensor | None,
+    ) -> tuple[Tensor, int]:
+        x, mask = _inner(x), _inner(mask)
+        given = None if given is None else _inner(given)
+        y = torch.empty((len(x), down.shape[0]), dtype=x.dtype)
+        arguments = native_neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given, y)
+        return y, extension().neurons(arguments)
 
 
-def columns(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
-    return _multiply("columns", x, weight, mask, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``, (N, n) -> (N, q), of a plain weight whose rows or columns are contiguous."""
+    order = "rows" if weight.stride(1) == 1 else "columns"
+    return _multiply(getattr(extension(), order), x, held(weight, order), None, bias)[0]
 
 
-def block_neurons(
-    x: Tensor,
-    gate: Blocks | None,
-    up: Blocks | None,
-    down: Blocks,
-    mask: Tensor,
-    act: str,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    given: Tensor | None,
-) -> tuple[Tensor, int]:
-    return _neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given)
-
-
-def block_rows(x: Tensor, weight: Blocks, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
-    return _multiply("rows", x, weight, mask, bias)
-
-
-def block_columns(x: Tensor, weight: Blocks, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
-    return _multiply("columns", x, weight, mask, bias)
-
-
-def native_weight(weight: Tensor | Blocks, order: str) -> Any:
+def native_weight(weight: Stored) -> Any:
     """A weight as the extension takes it; its addresses are those of the live tensors."""
     outputs, inputs = weight.shape
-    if isinstance(weight, Tensor):
-        stride = weight.stride(0 if order == "rows" else 1) * weight.element_size()
-        return extension().Weight(
-            format="plain", order=order, outputs=outputs, inputs=inputs, address=weight.data_ptr(), stride=stride
-        )
-    quants, scales = weight.quants, weight.scales
+    first, *scales = weight.tensors
+    by_step = 1 if isinstance(weight.format, Plain) and weight.order == "columns" else 0
     return extension().Weight(
-        format=weight.kind,
+        format=weight.format.native,
         order=weight.order,
         outputs=outputs,
         inputs=inputs,
-        address=quants.data_ptr(),
-        stride=quants.stride(0),
-        scales=scales.data_ptr(),
-        scales_stride=scales.stride(0) * scales.element_size(),
+        address=first.data_ptr(),
+        stride=first.stride(by_step) * first.element_size(),
+        scales=scales[0].data_ptr() if scales else 0,
+        scales_stride=scales[0].stride(0) * scales[0].element_size() if scales else 0,
     )
-
-
-def native_blocks(weight: Blocks) -> Any:
-    """Blocks as the extension takes them."""
-    return native_weight(weight, weight.order)
 
 
 def native_neurons(
     x: Tensor,
-    gate: Tensor | Blocks | None,
-    up: Tensor | Blocks | None,
-    down: Tensor | Blocks,
+    gate: Stored | None,
+    up: Stored | None,
+    down: Stored,
     mask: Tensor,
     act: str,
     gate_bias: Tensor | None,
@@ -162,9 +160,9 @@ def native_neurons(
         rows=len(x),
         x=x.data_ptr(),
         x_stride=x.stride(0),
-        gate=None if gate is None else native_weight(gate, "rows"),
-        up=None if up is None else native_weight(up, "rows"),
-        down=native_weight(down, "columns"),
+        gate=None if gate is None else native_weight(gate),
+        up=None if up is None else native_weight(up),
+        down=native_weight(down),
         mask=mask.data_ptr(),
         mask_stride=mask.stride(0),
         gate_bias=_address(gate_bias),
@@ -176,32 +174,23 @@ def native_neurons(
     )
 
 
-def _neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given) -> tuple[Tensor, int]:
-    x, mask = _inner(x), _inner(mask)
-    given = None if given is None else _inner(given)
-    y = torch.empty((len(x), down.shape[0]), dtype=x.dtype)
-    arguments = native_neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given, y)
-    return y, extension().neurons(arguments)
-
-
-def _multiply(op: str, x: Tensor, weight: Tensor | Blocks, mask: Tensor | None, bias: Tensor | None):
+def _multiply(kernel: Any, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
     x = _inner(x)
     mask = None if mask is None else _inner(mask)
     y = torch.empty((len(x), weight.shape[0]), dtype=x.dtype)
-    native = extension()
-    arguments = native.LinearArgs(
+    arguments = extension().LinearArgs(
         dtype=_DTYPES[x.dtype],
         threads=torch.get_num_threads(),
         rows=len(x),
         x=x.data_ptr(),
         x_stride=x.stride(0),
-        weight=native_weight(weight, op),
+        weight=native_weight(weight),
         mask=_address(mask),
         mask_stride=0 if mask is None else mask.stride(0),
         bias=_address(bias),
         out=y.data_ptr(),
     )
-    return y, getattr(native, op)(arguments)
+    return y, kernel(arguments)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -236,7 +225,7 @@ class ReadCeiling:
         self._buffer = torch.ones(bytes // 4, dtype=torch.float32)
         self._seconds: list[list[float]] = [[] for _ in range(1 if _cpu is None else _cpu.read_loops)]
 
-    def sample(self, times: int = 1) -> "ReadCeiling":
+    def sample(self, times: int = 1) -> ReadCeiling:
         """Run each loop once, or so many times."""
         for _ in range(times):
             for loop, seconds in enumerate(self._seconds):

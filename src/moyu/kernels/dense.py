@@ -43,8 +43,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tenso
         return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     (rows, n), q = x.shape, len(weight)
     if rows <= FEW_ROWS and cpu.unavailable() is None and 1 in weight.stride():
-        by_rows = weight.stride(1) == 1
-        y = cpu.rows(x, weight, None, bias)[0] if by_rows else cpu.columns(x, weight, None, bias)[0]
+        y = cpu.linear(x, weight, bias)
         return y if out is None else out.copy_(y)
     out = x.new_empty(rows, q) if out is None else out
     wide = x.float()

@@ -45,7 +45,11 @@ def dense_step_bytes(model: nn.Module, anatomy: Anatomy) -> float:
 
 def count_weights(model: nn.Module) -> int:
     """Parameters of a model, quantised ones included; tied ones count once."""
-    kept = {m.quants.data_ptr(): m for m in model.modules() if isinstance(m, QuantisedLinear | QuantisedEmbedding)}
+    kept = {
+        m.blocks.tensors[0].data_ptr(): m
+        for m in model.modules()
+        if isinstance(m, QuantisedLinear | QuantisedEmbedding)
+    }
     return sum(p.numel() for p in model.parameters()) + sum(math.prod(m.blocks.shape) for m in kept.values())
 
 

@@ -16,7 +16,7 @@ from moyu import kernels
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter
 from moyu.errors import UserError
-from moyu.kernels import Backend
+from moyu.kernels import BackendName
 from moyu.measure import accounting
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy
@@ -70,7 +70,7 @@ def compare(
     prompt: Tensor,
     tokens: int = 16,
     rounds: int = 2,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     strict: bool = False,
     anatomy: Anatomy | None = None,
     progress: Callable[[int, int], None] | None = None,

@@ -30,11 +30,11 @@ from moyu.methods.remainder import FewBits, Remainder
 from moyu.methods.selection import select
 from moyu.methods.sites import neuron_sites, projection_sites
 from moyu.methods.values import Acts, Site, SiteParams
-from moyu.weights.blocks import KIND_BITS, KINDS, Blocks, Kind, quantise
+from moyu.weights import FORMATS, QUANTISED, Format, Stored
 from moyu.weights.few_bits import dequantize, quantize
 
 WAYS = ("svd", "copy", "channels")
-KIND_OF: Mapping[int, Kind] = {KIND_BITS[kind]: kind for kind in KINDS}
+KIND_OF: Mapping[int, Format] = {FORMATS[name].bits: FORMATS[name] for name in QUANTISED}
 DAMPING = 1e-3  # of the mean second moment, for inputs that calibration hardly saw
 
 
@@ -105,9 +105,9 @@ class Estimate(Magnitude):
             else:
                 parts["rows"] = stack
         if self.in_blocks:
-            copy = quantise(last, KIND_OF[self.rest]).in_order("columns")
-            buffers |= {"rest.quants": copy.quants, "rest.scales": copy.scales}
-            given = copy.dequantise()
+            copy = KIND_OF[self.rest].store(last).laid_out("columns")
+            buffers["rest.quants"], buffers["rest.scales"] = copy.tensors
+            given = copy.values()
         elif self.rest:
             parts["rest"] = last.t()  # (units, q)
         for name, weight in parts.items():
@@ -163,7 +163,7 @@ class Estimate(Magnitude):
                 "this plan of `estimate` is of a version without kernels", "make it again: `moyu calibrate`"
             )
         quants, scales = params.buffers["rest.quants"], params.buffers["rest.scales"]
-        return Remainder(Blocks(KIND_OF[self.rest], quants, scales, scales.shape[1], "columns"))
+        return Remainder(Stored(KIND_OF[self.rest], "columns", (quants, scales), (scales.shape[1], len(quants))))
 
     def _few_bits(self, name: str, buffers: Mapping[str, Tensor]) -> FewBits:
         bits = self.rest if name == "rest" else self.bits

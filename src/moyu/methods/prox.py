@@ -22,9 +22,8 @@ from moyu.methods.magnitude import Magnitude, column_norms
 from moyu.methods.selection import TopK, keep_count, select
 from moyu.methods.sites import neuron_sites
 from moyu.methods.values import Acts, Site, SiteParams
-from moyu.weights.blocks import Blocks, quantise
-
-KIND = "q4_0"
+from moyu.weights import Stored
+from moyu.weights.q4_0 import Q4_0
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Prox(Magnitude):
         buffers = {}
         for name in ("gate", "up"):
             if name in acts.weights:
-                copy = quantise(acts.weights[name], KIND).in_order("columns")
-                buffers[f"{name}.codes"], buffers[f"{name}.scales"] = copy.quants, copy.scales
+                copy = Q4_0.store(acts.weights[name]).laid_out("columns")
+                buffers[f"{name}.codes"], buffers[f"{name}.scales"] = copy.tensors
             if name in acts.biases:
                 buffers[f"{name}.bias"] = acts.biases[name].clone()
         if self.weighted:
@@ -79,6 +78,7 @@ class Prox(Magnitude):
 
 def _foreseen(x: Tensor, kept: Tensor, name: str, neurons: int, params: SiteParams) -> Tensor:
     """The copy times S(x): x (N, d), kept (N, d) bool -> (N, f)."""
-    copy = Blocks(KIND, params.buffers[f"{name}.codes"], params.buffers[f"{name}.scales"], neurons, "columns")
+    tensors = params.buffers[f"{name}.codes"], params.buffers[f"{name}.scales"]
+    copy = Stored(Q4_0, "columns", tensors, (neurons, x.shape[1]))
     bias = params.buffers.get(f"{name}.bias")
     return kernels.columns(x, copy, kept, bias=None if bias is None else bias.to(x))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moyu import kernels
-from moyu.weights.blocks import Blocks
+from moyu.weights import Stored
 from moyu.weights.few_bits import GROUP, dequantize
 
 
@@ -34,21 +34,21 @@ class Remainder:
     weight: (q, units) as blocks by columns, which kernels read; or (units, q) in few bits, which no kernel reads.
     """
 
-    weight: Blocks | FewBits
+    weight: Stored | FewBits
 
     @property
-    def blocks(self) -> Blocks | None:
+    def stored(self) -> Stored | None:
         """The weight where kernels read it."""
-        return self.weight if isinstance(self.weight, Blocks) else None
+        return self.weight if isinstance(self.weight, Stored) else None
 
     def needs(self) -> frozenset[str]:
         """What it asks of a step."""
-        return frozenset({"remainder" if self.blocks is not None else "remainder without a kernel"})
+        return frozenset({"remainder" if self.stored is not None else "remainder without a kernel"})
 
     def given(self, values: Tensor, mask: Tensor) -> Tensor:
         """What the units that the mask skips add to the output: (N, units), (N, units) bool -> (N, q)."""
         if isinstance(self.weight, FewBits):
             return torch.where(mask, 0, values) @ self.weight.dequantise(values)
-        if values.requires_grad or values.device.type != "cpu":  # where kernels have no blocks
-            return functional.linear(torch.where(mask, 0, values), self.weight.dequantise(values.dtype))
+        if values.requires_grad or values.device.type != "cpu":  # where no kernel reads it
+            return functional.linear(torch.where(mask, 0, values), self.weight.values(values.dtype))
         return kernels.columns(values, self.weight, ~mask)

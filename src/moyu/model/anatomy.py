@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moyu.model.quantised import QuantisedLinear
-from moyu.weights import mapped
-from moyu.weights.blocks import Blocks
+from moyu.weights import Stored, mapped
 
 
 def is_foreign(weight: Tensor) -> bool:
@@ -49,12 +48,12 @@ class Piece:
         return (weight.t() if self.transposed else weight)[self.rows]
 
     @property
-    def blocks(self) -> Blocks | None:
-        """The live weight if it is stored as blocks, else None. `weight` then returns a copy."""
+    def blocks(self) -> Stored | None:
+        """The live weight if it is quantised, else None. `weight` then returns a copy."""
         return self.module.blocks if isinstance(self.module, QuantisedLinear) else None
 
     @property
-    def operand(self) -> Tensor | Blocks:
+    def operand(self) -> Tensor | Stored:
         """The live weight as the kernels take it."""
         return self.blocks or self.weight
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from moyu import kernels
 from moyu.model.anatomy import Piece
 from moyu.model.quantised import QuantisedLinear
-from moyu.weights import mapped
+from moyu.weights import Stored, mapped
 
 Layout = Literal["neuron_major", "input_major"]
 
@@ -56,13 +55,13 @@ def _lay_out_blocks(pieces: list[Piece], roles: list[Literal["row", "column"]]) 
             if not is_laid_out(piece, role):
                 lay_out([piece], [role])
         return
-    planes = [m.blocks.in_order("rows" if r == "row" else "columns") for m, r in zip(modules, roles, strict=True)]
-    parts = [[b.quants, b.scales] if b.order == "rows" else [b.quants] for b in planes]
+    planes = [m.blocks.laid_out("rows" if r == "row" else "columns") for m, r in zip(modules, roles, strict=True)]
+    parts = [b.tensors if b.order == "rows" else b.tensors[:1] for b in planes]
     sizes = [[t.shape[1] * t.element_size() for t in part] for part in parts]
     width = sum(map(sum, sizes))
     width += width % 2  # scales are 16 bits wide
     width += 64 if width % 2048 == 0 else 0  # neurons of whole pages would fall into the same cache sets
-    storage = _empty((len(planes[0].quants), width), parts[0][0].view(torch.uint8))
+    storage = _empty((len(planes[0].tensors[0]), width), parts[0][0].view(torch.uint8))
     start = 0
     for module, blocks, part, widths in zip(modules, planes, parts, sizes, strict=True):
         views = []
@@ -70,10 +69,9 @@ def _lay_out_blocks(pieces: list[Piece], roles: list[Literal["row", "column"]]) 
             views.append(storage[:, start : start + size].view(tensor.dtype))
             views[-1].copy_(tensor)
             start += size
-        if len(views) == 1:
-            views.append(_empty(tuple(blocks.scales.shape), blocks.scales).copy_(blocks.scales))
-        before = module.quants.data
-        module.store(dataclasses.replace(blocks, quants=views[0], scales=views[1]))
+        views += [_empty(tuple(t.shape), t).copy_(t) for t in blocks.tensors[len(views) :]]
+        before = module.blocks.tensors[0]
+        module.store(Stored(blocks.format, blocks.order, tuple(views), blocks.shape))
         mapped.let_go(before)
 
 
@@ -99,8 +97,8 @@ def is_laid_out(piece: Piece, role: Literal["row", "column"]) -> bool:
 def pack(module: nn.Module) -> None:
     """Make every parameter of a module contiguous again; values do not change."""
     if isinstance(module, QuantisedLinear):
-        blocks = module.blocks.in_order("rows")
-        module.store(dataclasses.replace(blocks, quants=blocks.quants.contiguous(), scales=blocks.scales.contiguous()))
+        blocks = module.blocks.laid_out("rows")
+        module.store(Stored(blocks.format, "rows", tuple(t.contiguous() for t in blocks.tensors), blocks.shape))
     for parameter in module.parameters(recurse=False):
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()

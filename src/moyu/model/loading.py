@@ -27,8 +27,7 @@ from moyu.model import zoo
 from moyu.model.gguf import loading as gguf
 from moyu.model.machine import device_of
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
-from moyu.weights import mapped
-from moyu.weights.blocks import Blocks, Kind, quantise
+from moyu.weights import Stored, mapped, named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,19 +79,19 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None =
 
 
 @torch.no_grad()
-def quantise_model(model: PreTrainedModel, kind: Kind) -> None:
-    """Store every linear and the token embedding as blocks, in place. Weights go one at a time, so no second copy is held.
+def quantise_model(model: PreTrainedModel, kind: str) -> None:
+    """Quantise every linear and the token embedding in place. Weights go one at a time, so no second copy is held.
 
-    A tied head shares the embedding's blocks.
+    kind: of `weights.QUANTISED`. A tied head shares the embedding's weight.
     """
-    done: dict[Tensor, Blocks] = {}  # by parameter, so that a tied one is quantised once
+    done: dict[Tensor, Stored] = {}  # by parameter, so that a tied one is quantised once
     table = model.get_input_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is not nn.Linear and not (child is table and type(child) is nn.Embedding):
                 continue
             weight = child.weight
-            blocks = done.get(weight) or quantise(weight, kind)
+            blocks = done.get(weight) or named(kind).store(weight)
             done[weight] = blocks
             new = QuantisedLinear(blocks, child.bias, weight.dtype) if isinstance(child, nn.Linear) else None
             setattr(parent, name, (new or QuantisedEmbedding(blocks, weight.dtype)).eval())

@@ -9,10 +9,10 @@ import torch
 
 from moyu import kernels
 from moyu.errors import UserError
-from moyu.kernels import Backend
-from moyu.weights.blocks import KINDS, quantise
+from moyu.kernels import BackendName
+from moyu.weights import QUANTISED, named
 
-WEIGHTS = ("bf16", *KINDS)
+WEIGHTS = ("bf16", *QUANTISED)
 WIDTH = 32  # of the product that asks a back end whether it can
 
 
@@ -33,16 +33,16 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def backend_of(name: str) -> Backend:
+def backend_of(name: str) -> BackendName:
     """The back end of this name; UserError where there is none."""
     legal = ["auto", *kernels.available()]
     if name not in legal:
         near = difflib.get_close_matches(name, legal, n=1, cutoff=0.0)[0]
         raise UserError(f"no back end is called {name!r}", f"did you mean {near!r}? There are {', '.join(legal)}")
-    return cast(Backend, name)
+    return cast(BackendName, name)
 
 
-def check_backend(backend: Backend, device: str = "cpu", weights: str | None = None) -> None:
+def check_backend(backend: BackendName, device: str = "cpu", weights: str | None = None) -> None:
     """Refuse a back end that cannot be used here, or that cannot serve these weights on this device."""
     if backend_of(backend) == "auto":
         return
@@ -52,10 +52,10 @@ def check_backend(backend: Backend, device: str = "cpu", weights: str | None = N
     with kernels.use(backend):
         try:
             kernels.serves(x)
-            if weights in KINDS:
-                kernels.rows(x, quantise(torch.zeros(WIDTH, WIDTH, device=x.device), weights))
+            if weights in QUANTISED:
+                kernels.rows(x, named(weights).store(torch.zeros(WIDTH, WIDTH, device=x.device)))
         except RuntimeError as error:
-            kept = f" with weights in {weights}" if weights in KINDS else ""
+            kept = f" with weights in {weights}" if weights in QUANTISED else ""
             raise UserError(
                 f"back end {backend!r} cannot run on device {device!r}{kept}",
                 "give it its own --device (gpu runs on cuda, cpu on cpu), or leave out --backend",
@@ -69,7 +69,7 @@ def check_weights(weights: str | None) -> None:
         raise UserError(f"no weights are called {weights!r}", f"did you mean {near!r}? There are {', '.join(WEIGHTS)}")
 
 
-def check(device: str = "cpu", backend: Backend = "auto", weights: str | None = None) -> None:
+def check(device: str = "cpu", backend: BackendName = "auto", weights: str | None = None) -> None:
     """All three checks: the device, the back end on it, and the weights."""
     check_weights(weights)
     device_of(device)

@@ -25,7 +25,7 @@ from moyu.calibration.context import Context
 from moyu.calibration.settings import Settings, Stage, quiet
 from moyu.calibration.speed import bench_shape
 from moyu.errors import OutOfReach, UserError
-from moyu.kernels import Backend
+from moyu.kernels import BackendName
 from moyu.measure import evaluation, text
 from moyu.measure.evaluation import Scores
 from moyu.measure.statistics import bootstrap
@@ -70,7 +70,7 @@ class Asked:
     seed: int = 0
     speed: bool = True
     device: str = "cpu"
-    backend: Backend = "auto"  # of what is timed
+    backend: BackendName = "auto"  # of what is timed
 
     def check(self) -> None:
         """Refuse what cannot be run, before anything is loaded."""

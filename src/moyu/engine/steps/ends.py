@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moyu.engine.steps.layers import Norm, native_linear
 from moyu.kernels import cpu
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
-from moyu.weights.blocks import Blocks
+from moyu.weights import Stored
 
 FIRST = 512  # positions of the first table of angles
 
@@ -56,5 +56,5 @@ class Ends:
         return ends
 
 
-def _held(module: nn.Module) -> Tensor | Blocks:
+def _held(module: nn.Module) -> Tensor | Stored:
     return module.blocks if isinstance(module, QuantisedEmbedding | QuantisedLinear) else module.weight  # pyright: ignore

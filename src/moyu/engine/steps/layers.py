@@ -15,7 +15,7 @@ from moyu.methods.magnitude import factors_of, remainder_of
 from moyu.methods.selection import Threshold
 from moyu.methods.values import NOTHING
 from moyu.model.anatomy import Block
-from moyu.weights.blocks import Blocks
+from moyu.weights import Stored
 
 SEPARATE, NEURONS, GATE_FIRST, UP_FIRST = range(4)  # enum Network of kernels.h
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -105,8 +105,8 @@ class PlainLayer:
         if decides is not None:
             linear.bias = self._bias(name, decides, kept)
             rest = remainder_of(decides.method, decides.site, decides.params)
-            if rest is not None and rest.blocks is not None:
-                linear.rest = cpu.native_blocks(rest.blocks)
+            if rest is not None and rest.stored is not None:
+                linear.rest = cpu.native_weight(rest.stored)
             linear.threshold = threshold(decides, piece.dtype)
             factors = self.factors(decides, piece.dtype)
             linear.factor = 0 if factors is None else factors.data_ptr()
@@ -128,15 +128,15 @@ class PlainLayer:
         return None if state.factors is NOTHING else state.factors
 
 
-def native_linear(weight: Tensor | Blocks, bias: Tensor | None) -> Any:
+def native_linear(weight: Tensor | Stored, bias: Tensor | None) -> Any:
     """A linear as the extension takes it: (q, n), skipping nothing, by columns where those are contiguous."""
     linear = cpu.extension().Linear()
     linear.q, linear.n = weight.shape
-    if isinstance(weight, Blocks):
-        linear.by_columns, linear.kind = weight.order == "columns", cpu.KIND_CODES[weight.kind]
-        linear.weight, linear.stride = weight.quants.data_ptr(), weight.quants.stride(0)
-        linear.scales = weight.scales.data_ptr()
-        linear.scales_stride = weight.scales.stride(0) * weight.scales.element_size()
+    if isinstance(weight, Stored):
+        codes, scales = weight.tensors
+        linear.by_columns, linear.kind = weight.order == "columns", cpu.format_code(weight.format)
+        linear.weight, linear.stride = codes.data_ptr(), codes.stride(0)
+        linear.scales, linear.scales_stride = scales.data_ptr(), scales.stride(0) * scales.element_size()
     else:
         linear.by_columns = weight.stride(1) != 1
         linear.stride = weight.stride(1) if linear.by_columns else weight.stride(0)

@@ -15,10 +15,9 @@ from moyu.model.gguf.metadata import Metadata
 from moyu.model.gguf.reader import DTYPES, File, read
 from moyu.model.gguf.tokenizer import tokenizer_of
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
-from moyu.weights import mapped
-from moyu.weights.blocks import BLOCK, SCALE_BYTES, Blocks, Kind
+from moyu.weights import FORMATS, QUANTISED, Stored, mapped
 
-KINDS: dict[str, Kind] = {"Q8_0": "q8_0", "Q4_0": "q4_0"}
+KINDS = {name.upper(): FORMATS[name] for name in QUANTISED}
 
 
 def load(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -45,7 +44,7 @@ def load_model(file: File, dtype: torch.dtype | None = None) -> PreTrainedModel:
     dtype = dtype or (DTYPES.get(next(iter(kinds))) if len(kinds) == 1 else None) or torch.float32
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if architecture.paired else {}
     state: dict[str, Tensor] = {}
-    blocks: dict[str, Blocks] = {}
+    blocks: dict[str, Stored] = {}
     for parameter, name in names.items():
         turned = heads.get(parameter.split(".")[-2], 0)
         if file.tensors[name].kind in KINDS:
@@ -81,19 +80,15 @@ def _names(file: File, empty: nn.Module, architecture: Architecture) -> dict[str
     return found
 
 
-def _blocks(file: File, name: str, heads: int) -> Blocks:
+def _blocks(file: File, name: str, heads: int) -> Stored:
     """A quantised matrix of the file, scales and quants apart. heads: rows of that many heads change places (0: none do)."""
     entry, stored = file.tensors[name], file.stored(name)
-    rows = stored.view(len(stored), entry.shape[1] // BLOCK, -1)  # (q, n / 32, bytes of a block)
-    rows = in_halves(rows, heads) if heads else rows
-    scales = rows[..., :SCALE_BYTES].contiguous().view(torch.float16)[..., 0]
-    quants = rows[..., SCALE_BYTES:].flatten(1)
+    weight = KINDS[entry.kind].read(in_halves(stored, heads) if heads else stored, (entry.shape[0], entry.shape[1]))
     mapped.let_go(stored)
-    kind = KINDS[entry.kind]
-    return Blocks(kind, quants.view(torch.int8) if kind == "q8_0" else quants, scales, len(quants))
+    return weight
 
 
-def _keep(model: PreTrainedModel, place: str, blocks: Blocks, dtype: torch.dtype) -> None:
+def _keep(model: PreTrainedModel, place: str, blocks: Stored, dtype: torch.dtype) -> None:
     """Replace an embedding or a linear by a module that holds quantised weights."""
     module = model.get_submodule(place)
     if not isinstance(module, nn.Embedding):
@@ -109,7 +104,7 @@ def _keep(model: PreTrainedModel, place: str, blocks: Blocks, dtype: torch.dtype
 class _Scaled(QuantisedEmbedding):
     """An embedding whose rows are multiplied by a factor, which is rounded as transformers rounds it."""
 
-    def __init__(self, blocks: Blocks, dtype: torch.dtype, scale: float) -> None:
+    def __init__(self, blocks: Stored, dtype: torch.dtype, scale: float) -> None:
         super().__init__(blocks, dtype)
         self.scale = scale
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moyu.errors import UserError
+from moyu.weights import FORMATS, QUANTISED, held
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT, LARGEST_ALIGNMENT = 32, 1 << 16  # the default, and the largest that is accepted
@@ -30,10 +31,12 @@ NUMBERS = {
 MOST = {"pairs of metadata": 1 << 16, "tensors": 1 << 17, "strings in arrays": 1 << 22}
 LONGEST_KEY, LONGEST_NAME, MOST_DIMENSIONS = 65535, 64, 4  # bytes, bytes: limits of the format and of ggml
 
-# Types of tensors by their number in the file; for supported types, the weights per block and its bytes.
-KINDS = {0: "F32", 1: "F16", 2: "Q4_0", 8: "Q8_0", 30: "BF16"}
-BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q8_0": (32, 34)}
+# Types of tensors by their number in the file; for supported types, the weights that share a scale and their bytes.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TAKEN = {name: held(torch.empty(0, 1, dtype=dtype), "rows").format for name, dtype in DTYPES.items()}
+_TAKEN |= {name.upper(): FORMATS[name] for name in QUANTISED if FORMATS[name].ggml is not None}
+KINDS = {f.ggml: name for name, f in _TAKEN.items()}
+BLOCKS = {name: (f.group, f.row_bytes(f.group)) for name, f in _TAKEN.items()}
 OTHERS = {
     3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
     16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",

@@ -1,19 +1,17 @@
-"""The Triton programs of `gpu_packed`; imported with Triton, at the first call."""
+"""2 to 16 rows of x on a GPU with packed weights (and one row that is too long for `packed_single`)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moyu.kernels import gpu
-from moyu.kernels.gpu import _activation, _dot, _output, _tickets, _tile_rows
-
-if TYPE_CHECKING:
-    from moyu.kernels.gpu_packed import Packed
+from moyu.kernels.gpu.common import ACTS, INTERPRETED, inner, output, tickets, tile_rows
+from moyu.kernels.gpu.many import _activation, _dot
+from moyu.kernels.gpu.packed import Pieces
 
 MAX_SPLITS = 32
 _DOTS = {torch.float32: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -22,7 +20,7 @@ _DOTS = {torch.float32: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.flo
 def _configs(options: list[tuple[dict[str, int], int]]) -> list[triton.Config]:
     """The first is the interpreter's, which takes no time over choosing."""
     found = [triton.Config(sizes, num_warps=warps, num_stages=2) for sizes, warps in options]
-    return found[:1] if gpu.INTERPRETED else found[1:]
+    return found[:1] if INTERPRETED else found[1:]
 
 
 PROJECT = _configs(
@@ -49,11 +47,10 @@ def _prune(configs: list[triton.Config], _named: dict, **sizes: Any) -> list[tri
 
 
 def project(
-    out: Tensor, x: Tensor, gate: Packed | None, up: Packed, mask: Tensor | None, bias: Tensor | None, act: str
+    out: Tensor, x: Tensor, gate: Pieces | None, up: Pieces, mask: Tensor | None, bias: Tensor | None, act: str
 ) -> None:
     """out[r, j] (N, m) = act(gate_j . x_r) * (up_j . x_r + bias_j), or act(up_j . x_r + bias_j), 0 where r skips j."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
+    x, mask = inner(x), None if mask is None else inner(mask)
     m, n = up.shape
     if m == 0 or len(x) == 0:
         return
@@ -61,22 +58,21 @@ def project(
     _project[lambda meta: (triton.cdiv(m, meta["BLOCK_J"]),)](
         x, first.data, first.scales, up.data, up.scales, None if mask is None else mask.view(torch.int8), bias, out,
         len(x), m, n, x.stride(0), 0 if mask is None else mask.stride(0),
-        ACT=gpu._ACTS[act], GATE=gate is not None, BITS=up.bits, BITS16=_DOTS[x.dtype], ROWS=_tile_rows(x),
+        ACT=ACTS[act], GATE=gate is not None, BITS=up.bits, BITS16=_DOTS[x.dtype], ROWS=tile_rows(x),
     )  # fmt: skip
 
 
-def combine(v: Tensor, weight: Packed, mask: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def combine(v: Tensor, weight: Pieces, mask: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y[r] (N, n) = sum over the j that r keeps of v[r, j] * weight_j + bias, in `dtype`."""
-    v = v if v.stride(1) == 1 else v.contiguous()
-    mask = mask if mask.stride(1) == 1 else mask.contiguous()
+    v, mask = inner(v), inner(mask)
     m, n = weight.shape
-    y = _output(v, n, dtype)
+    y = output(v, n, dtype)
     if n == 0 or len(v) == 0:
         return y.to(dtype)
     partial = torch.empty(MAX_SPLITS, len(v), n, dtype=torch.float32, device=v.device)
     _combine[lambda meta: (triton.cdiv(n, 32 * meta["BLOCKS"]), meta["SPLITS"])](
-        v, mask.view(torch.int8), weight.data, weight.scales, bias, partial, _tickets(v.device), y,
-        len(v), m, n, v.stride(0), mask.stride(0), BITS=weight.bits, ROWS=_tile_rows(v),
+        v, mask.view(torch.int8), weight.data, weight.scales, bias, partial, tickets(v.device), y,
+        len(v), m, n, v.stride(0), mask.stride(0), BITS=weight.bits, ROWS=tile_rows(v),
         BITS16=_DOTS[dtype],
     )  # fmt: skip
     return y.to(dtype)

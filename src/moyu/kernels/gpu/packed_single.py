@@ -1,4 +1,4 @@
-"""One row of x and packed weights on a GPU: what is kept is listed first, as `gpu_single` does for 16-bit weights.
+"""One row of x and packed weights on a GPU: what is kept is listed first, as `single` does for plain weights.
 
 A program reads whole packed rows: 16 bytes a thread, the scale of a block applied to the block's sum (projections) or to its
 32 products (sums of columns). Two 4-bit neighbours share a byte, so that even and odd elements are summed apart.
@@ -9,21 +9,15 @@ A program reads whole packed rows: 16 bytes a thread, the scale of a block appli
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moyu.kernels import gpu
-from moyu.kernels.gpu import _activation
-from moyu.kernels.gpu_single import SHARE, _bring_together, _configs, _inner, _list
-
-if TYPE_CHECKING:
-    from moyu.kernels.gpu_packed import Packed
-
-WIDEST = 8192  # of a row that a program has in its registers
+from moyu.kernels.gpu.common import ACTS, INTERPRETED, inner, tickets
+from moyu.kernels.gpu.many import _activation
+from moyu.kernels.gpu.packed import Pieces
+from moyu.kernels.gpu.single import SHARE, _bring_together, _configs, _list
 
 ROWS = _configs(
     ("PROGRAMS", "BLOCK_J"),
@@ -55,8 +49,8 @@ SUMS = _configs(
 )
 
 
-def neurons(x: Tensor, gate: Packed | None, up: Packed, down: Packed, mask: Tensor, act: str) -> Tensor:
-    """`gpu_packed.neurons` for x (1, d), d up to WIDEST: (1, d_out) in x's dtype."""
+def neurons(x: Tensor, gate: Pieces | None, up: Pieces, down: Pieces, mask: Tensor, act: str) -> Tensor:
+    """`kernels.neurons` for x (1, d), d up to ONE_ROW_WIDEST: (1, d_out) in x's dtype."""
     picks = _listed(mask)
     values = torch.empty(up.shape[0], dtype=torch.float32, device=x.device)
     first, second = (up, None) if gate is None else (gate, up)  # the activation is of the first
@@ -64,17 +58,17 @@ def neurons(x: Tensor, gate: Packed | None, up: Packed, down: Packed, mask: Tens
     return _launch_sum(values, down, picks, None, x.dtype, listed=True)
 
 
-def rows(x: Tensor, weight: Packed, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`gpu_packed.rows` for x (1, n), n up to WIDEST: (1, q) in x's dtype."""
+def rows(x: Tensor, weight: Pieces, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`kernels.rows` for x (1, n), n up to ONE_ROW_WIDEST: (1, q) in x's dtype."""
     make = torch.empty if mask is None else torch.zeros
-    y = make(1, weight.shape[0], dtype=torch.float32 if gpu.INTERPRETED else x.dtype, device=x.device)
+    y = make(1, weight.shape[0], dtype=torch.float32 if INTERPRETED else x.dtype, device=x.device)
     _launch_rows(x, weight, None, bias, None if mask is None else _listed(mask), y, "identity", spread=True)
     return y.to(x.dtype)
 
 
-def columns(x: Tensor, weight: Packed, mask: Tensor, bias: Tensor | None) -> Tensor:
-    """`gpu_packed.columns` for x (1, n): (1, q) in x's dtype."""
-    return _launch_sum(_inner(x)[0], weight, _listed(mask), bias, x.dtype, listed=False)
+def columns(x: Tensor, weight: Pieces, mask: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`kernels.columns` for x (1, n): (1, q) in `dtype`."""
+    return _launch_sum(inner(x)[0], weight, _listed(mask), bias, dtype, listed=False)
 
 
 def _listed(mask: Tensor) -> Tensor:
@@ -82,30 +76,30 @@ def _listed(mask: Tensor) -> Tensor:
     f = mask.shape[1]
     picks = torch.empty(f + 1, dtype=torch.int32, device=mask.device)
     _list[(max(1, triton.cdiv(f, SHARE)),)](
-        _inner(mask).view(torch.int8), picks, f, EVERY=triton.next_power_of_2(max(1, f)), PART=SHARE, num_warps=8
+        inner(mask).view(torch.int8), picks, f, EVERY=triton.next_power_of_2(max(1, f)), PART=SHARE, num_warps=8
     )
     return picks
 
 
 def _launch_rows(
-    x: Tensor, first: Packed, second: Packed | None, bias: Tensor | None, picks: Tensor | None, out: Tensor, act: str,
+    x: Tensor, first: Pieces, second: Pieces | None, bias: Tensor | None, picks: Tensor | None, out: Tensor, act: str,
     *, spread: bool = False,
 ) -> None:  # fmt: skip
     m, n = first.shape
     if m == 0:
         return
     _rows[lambda meta: (meta["PROGRAMS"],)](
-        _inner(x), first.data, first.scales, None if second is None else second.data,
+        inner(x), first.data, first.scales, None if second is None else second.data,
         None if second is None else second.scales, bias, picks, out, m, n,
-        ACT=gpu._ACTS[act], BITS=first.bits, BLOCKS=triton.next_power_of_2(n // 32), SPREAD=spread,
+        ACT=ACTS[act], BITS=first.bits, BLOCKS=triton.next_power_of_2(n // 32), SPREAD=spread,
     )  # fmt: skip
 
 
 def _launch_sum(
-    v: Tensor, weight: Packed, picks: Tensor, bias: Tensor | None, dtype: torch.dtype, *, listed: bool
+    v: Tensor, weight: Pieces, picks: Tensor, bias: Tensor | None, dtype: torch.dtype, *, listed: bool
 ) -> Tensor:
     m, n = weight.shape
-    y = torch.empty(1, n, dtype=torch.float32 if gpu.INTERPRETED else dtype, device=v.device)
+    y = torch.empty(1, n, dtype=torch.float32 if INTERPRETED else dtype, device=v.device)
     if m == 0 or n == 0:
         return (y.zero_() if bias is None else y.copy_(bias)).to(dtype)
     partial = torch.empty(max(c.kwargs["SPLITS"] for c in SUMS), n, dtype=torch.float32, device=v.device)
@@ -116,7 +110,7 @@ def _launch_sum(
         picks,
         bias,
         partial,
-        gpu._tickets(v.device),
+        tickets(v.device),
         y,
         n,
         m,
@@ -135,7 +129,7 @@ def _halves(pair):
 
 @triton.jit
 def _times(data, scales, j, here, even, odd, n, BITS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Packed rows j (J,) times x, in BLOCKS blocks: x as it is (8 bits), or its even and odd elements (4 bits)."""
+    """Pieces rows j (J,) times x, in BLOCKS blocks: x as it is (8 bits), or its even and odd elements (4 bits)."""
     block = tl.arange(0, BLOCKS)
     inside = here[:, None] & (block < n // 32)[None, :]
     scale = tl.load(scales + j[:, None] * (n // 32) + block[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -150,7 +144,7 @@ def _times(data, scales, j, here, even, odd, n, BITS: tl.constexpr, BLOCKS: tl.c
     return tl.sum(part * scale, 1)
 
 
-@triton.autotune(ROWS, key=["m", "n", "BITS", "SPREAD"], cache_results=not gpu.INTERPRETED)
+@triton.autotune(ROWS, key=["m", "n", "BITS", "SPREAD"], cache_results=not INTERPRETED)
 @triton.jit
 def _rows(
     x, first, first_scales, second, second_scales, bias, picks, out, m, n,
@@ -186,7 +180,7 @@ def _rows(
             tl.store(out + k, z, mask=here)
 
 
-@triton.autotune(SUMS, key=["m", "n", "BITS", "LISTED"], cache_results=not gpu.INTERPRETED)
+@triton.autotune(SUMS, key=["m", "n", "BITS", "LISTED"], cache_results=not INTERPRETED)
 @triton.jit
 def _sum(
     v, data, scales, picks, bias, partial, tickets, y, n, m,

@@ -4,7 +4,7 @@ Neurons take three launches: the list of the kept ones, their values (a program 
 the sum of their down columns (a program takes an even share of the list). Columns take one: each program lists what its part
 of x keeps. Sums are float32; a sum that is split over programs is added up by the last one to arrive, in the order of splits.
 A launch may begin while the one before it ends (programmatic dependent launch) and waits itself for what that one writes.
-`gpu` asks here for calls of one row; the rows of wider calls share weights and go through its tensor-core kernels.
+Calls of one row come here; the rows of wider calls share weights and go through the tensor-core kernels of `many`.
 """
 
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
@@ -18,12 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moyu.kernels import gpu
-from moyu.kernels.gpu import _activation
+from moyu.kernels.gpu.common import ACTS, INTERPRETED, inner, tickets
+from moyu.kernels.gpu.many import _activation
 
-WIDEST = 8192  # of d: x and a whole row of gate and up live in a program's registers
 SHARE = 1024  # neurons that a program lists
-EARLY = {} if gpu.INTERPRETED else {"launch_pdl": True}
+EARLY = {} if INTERPRETED else {"launch_pdl": True}
 
 
 def neurons(
@@ -38,9 +37,9 @@ def neurons(
     down_bias: Tensor | None,
     given: Tensor | None,
 ) -> Tensor:
-    """`kernels.neurons` for x (1, d), d up to WIDEST: (1, d_out) in x's dtype."""
-    x, mask = _inner(x), _inner(mask)
-    given = None if given is None else _inner(given)
+    """`kernels.neurons` for x (1, d), d up to ONE_ROW_WIDEST of the back end: (1, d_out) in x's dtype."""
+    x, mask = inner(x), inner(mask)
+    given = None if given is None else inner(given)
     d, f = x.shape[1], mask.shape[1]
     if down.shape[0] == 0 or f == 0:
         return x.new_zeros(1, down.shape[0]) if down_bias is None else down_bias[None].clone()
@@ -54,7 +53,7 @@ def neurons(
     _values[lambda meta: (meta["PROGRAMS"],)](
         x, first, second, up_bias if gate is None else gate_bias, None if gate is None else up_bias, given, picks, values,
         first.stride(0), 0 if second is None else second.stride(0), d, f,
-        ACT=gpu._ACTS["identity" if gate is None and given is not None else act], D=triton.next_power_of_2(d),
+        ACT=ACTS["identity" if gate is None and given is not None else act], D=triton.next_power_of_2(d),
         EVEN=d == triton.next_power_of_2(d), **EARLY,
     )  # fmt: skip
     return _add_up(values, down, None, None, picks, down_bias, x.dtype)
@@ -62,14 +61,14 @@ def neurons(
 
 def columns(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
     """`kernels.columns` for x (1, n): (1, q) in x's dtype."""
-    return _add_up(_inner(x)[0], weight, _inner(mask), None, None, bias, x.dtype)
+    return _add_up(inner(x)[0], weight, inner(mask), None, None, bias, x.dtype)
 
 
 def columns_above(x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
     """`kernels.columns_above` for x (1, n): (1, q) in x's dtype."""
-    if gpu.INTERPRETED:  # it cuts bfloat16 instead of rounding it
+    if INTERPRETED:  # it cuts bfloat16 instead of rounding it
         thresholds = thresholds.to(x.dtype).float()
-    return _add_up(_inner(x)[0], weight, None, thresholds, None, bias, x.dtype)
+    return _add_up(inner(x)[0], weight, None, thresholds, None, bias, x.dtype)
 
 
 def _add_up(
@@ -77,7 +76,7 @@ def _add_up(
     bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     q, n = weight.shape
-    y = torch.empty(1, q, dtype=torch.float32 if gpu.INTERPRETED else dtype, device=values.device)
+    y = torch.empty(1, q, dtype=torch.float32 if INTERPRETED else dtype, device=values.device)
     if q == 0:
         return y.to(dtype)
     listed, tiles = picks is not None, triton.cdiv(q, min(c.kwargs["BLOCK_D"] for c in SUMS))
@@ -87,19 +86,15 @@ def _add_up(
         picks = torch.empty(tiles * (n + max(c.kwargs["CHUNK"] for c in SUMS)), dtype=torch.int32, device=values.device)
     _sum[lambda meta: (triton.cdiv(q, meta["BLOCK_D"]), triton.cdiv(n, meta["CHUNK"]))](
         values, weight, None if mask is None else mask.view(torch.int8), thresholds, picks, bias, partial,
-        gpu._tickets(values.device), y, weight.stride(1), n, q, LISTED=listed, **EARLY,
+        tickets(values.device), y, weight.stride(1), n, q, LISTED=listed, **EARLY,
     )  # fmt: skip
     return y.to(dtype)
-
-
-def _inner(activation: Tensor) -> Tensor:
-    return activation if activation.stride(1) == 1 else activation.contiguous()
 
 
 def _configs(names: tuple[str, ...], options: tuple[tuple[int, ...], ...]) -> list[triton.Config]:
     """Candidates: sizes, then warps. The interpreter takes the first, which small tests fill."""
     found = [triton.Config(dict(zip(names, o[:-1], strict=True)), num_warps=o[-1], num_stages=1) for o in options]
-    return found[:1] if gpu.INTERPRETED else found[1:]
+    return found[:1] if INTERPRETED else found[1:]
 
 
 VALUES = _configs(
@@ -151,7 +146,7 @@ def _list(mask, picks, f, EVERY: tl.constexpr, PART: tl.constexpr):
         tl.store(picks, before + tl.sum(kept, 0))
 
 
-@triton.autotune(VALUES, key=["d", "f"], cache_results=not gpu.INTERPRETED)
+@triton.autotune(VALUES, key=["d", "f"], cache_results=not INTERPRETED)
 @triton.jit
 def _values(
     x, first, second, first_bias, second_bias, given, picks, values, first_row, second_row, d, f,
@@ -189,7 +184,7 @@ def _values(
         j = after
 
 
-@triton.autotune(SUMS, key=["n", "q", "LISTED"], cache_results=not gpu.INTERPRETED)
+@triton.autotune(SUMS, key=["n", "q", "LISTED"], cache_results=not INTERPRETED)
 @triton.jit
 def _sum(
     values, w, mask, thresholds, picks, bias, partial, tickets, y, w_column, n, q,

@@ -1,0 +1,64 @@
+"""What a back end is: it computes rows, columns and neurons of stored weights. The list of them is in `choosing`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch import Tensor
+
+from moyu.weights import Format, Stored
+
+Read = int | Callable[[], int]  # bytes of weights and biases that were read, or what it takes to find out
+
+
+class Backend(ABC):
+    """One way to compute. The products are what `kernels.rows`, `columns` and `neurons` say, on arguments that were checked."""
+
+    name: str
+
+    @abstractmethod
+    def why_not(self) -> str | None:
+        """Why it cannot be used here, with the remedy; None = it can."""
+
+    @abstractmethod
+    def supports(self, op: str, format: Format, x: Tensor) -> str | None:
+        """Why it cannot compute `op` on weights of this format for x's device, dtype and rows; None = it can."""
+
+    @abstractmethod
+    def details(self) -> str:
+        """What runs, for records: an instruction set, a device."""
+
+    @abstractmethod
+    def rows(self, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Read]: ...
+
+    @abstractmethod
+    def columns(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Read]: ...
+
+    @abstractmethod
+    def neurons(
+        self,
+        x: Tensor,
+        gate: Stored | None,
+        up: Stored | None,
+        down: Stored,
+        mask: Tensor,
+        act: str,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        given: Tensor | None,
+    ) -> tuple[Tensor, Read]: ...
+
+
+def touched_groups(mask: Tensor, group: int) -> int:
+    """How many groups of inputs any row of the mask (N, n) keeps something of."""
+    kept = mask.any(0)
+    padded = kept.new_zeros(-(-len(kept) // group) * group)
+    padded[: len(kept)] = kept
+    return int(padded.unflatten(0, (-1, group)).any(1).sum())
+
+
+def columns_read(weight: Stored, mask: Tensor) -> int:
+    """Bytes of the columns that any row keeps, and of the scales of the groups that they are in."""
+    return int(mask.any(0).sum()) * weight.column_bytes + touched_groups(mask, weight.format.group) * weight.scale_bytes

@@ -1,0 +1,64 @@
+"""Products with weights in the formats `packed8` and `packed4` (weights/packed.py): unpacked on load, never stored.
+
+Products of one row are in float32; those of 2 to 16 rows run on the tensor cores on values rounded to x's dtype. Sums are
+float32, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moyu.kernels.gpu.common import output
+from moyu.weights import Stored
+
+ONE_ROW_WIDEST = 8192  # values of a piece that a program of `packed_single` holds in its registers
+
+
+class Pieces(NamedTuple):
+    """A packed weight as its contiguous pieces, rows or columns: m of them with n values each."""
+
+    data: Tensor  # (m, n) int8, or (m, n / 2) uint8
+    scales: Tensor  # (m, n / 32) float16
+    bits: int
+    shape: tuple[int, int]  # (m, n)
+
+
+def pieces(weight: Stored) -> Pieces:
+    """The pieces of a weight in a packed format."""
+    data, scales = weight.tensors
+    return Pieces(data, scales, weight.format.bits, weight.shape if weight.order == "rows" else weight.shape[::-1])
+
+
+def rows(x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`kernels.rows`."""
+    from moyu.kernels.gpu import packed_many, packed_single
+
+    if len(x) == 1 and x.shape[1] <= ONE_ROW_WIDEST:
+        return packed_single.rows(x, pieces(weight), mask, bias)
+    y = output(x, weight.shape[0], x.dtype)
+    packed_many.project(y, x, None, pieces(weight), mask, bias, "identity")
+    return y.to(x.dtype)
+
+
+def columns(x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`kernels.columns`, in `dtype`."""
+    from moyu.kernels.gpu import packed_many, packed_single
+
+    if len(x) == 1:
+        return packed_single.columns(x, pieces(weight), mask, bias, dtype)
+    return packed_many.combine(x, pieces(weight), mask, bias, dtype)
+
+
+def neurons(x: Tensor, gate: Stored | None, up: Stored, down: Stored, mask: Tensor, act: str) -> Tensor:
+    """`kernels.neurons` without biases and without `given`."""
+    from moyu.kernels.gpu import packed_many, packed_single
+
+    first, second, third = None if gate is None else pieces(gate), pieces(up), pieces(down)
+    if len(x) == 1 and x.shape[1] <= ONE_ROW_WIDEST:
+        return packed_single.neurons(x, first, second, third, mask, act)
+    value = torch.empty(mask.shape, dtype=torch.float32, device=x.device)
+    packed_many.project(value, x, first, second, mask, None, act)
+    return packed_many.combine(value, third, mask, None, x.dtype)

@@ -1,0 +1,131 @@
+"""The products as ``torch.library`` operators, so that torch.compile and fake tensors see them.
+
+An operator takes a weight as its tensors, the name of its format and its shape; an absent weight has no tensors. Order follows
+from the operator: `rows`, and gate and up of `neurons`, read rows; `columns` and down read columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moyu.kernels import choosing, gpu
+from moyu.kernels.backend import Read
+from moyu.kernels.checks import check_linear, check_neurons
+from moyu.kernels.gpu import Gpu
+from moyu.weights import Order, Stored, held, named
+
+Opened = tuple[Sequence[Tensor], str, Sequence[int]]
+
+_WEIGHT = "Tensor[] {0}, str {0}_format, int[] {0}_shape"
+# define and impl rather than torch.library.custom_op: 2 instead of 4 µs a call on top of the function itself.
+_library = torch.library.Library("moyu", "DEF")
+_library.define(
+    f"neurons(Tensor x, {_WEIGHT.format('gate')}, {_WEIGHT.format('up')}, {_WEIGHT.format('down')}, Tensor mask, str act, "
+    "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, Tensor? given=None) -> Tensor"
+)
+_library.define(f"rows(Tensor x, {_WEIGHT.format('weight')}, Tensor? mask=None, Tensor? bias=None) -> Tensor")
+_library.define(f"columns(Tensor x, {_WEIGHT.format('weight')}, Tensor mask, Tensor? bias=None) -> Tensor")
+_library.define("columns_above(Tensor x, Tensor weight, Tensor thresholds, Tensor? bias=None) -> Tensor")
+
+
+def opened(op: str, name: str, weight: Tensor | Stored | None, order: Order) -> Opened:
+    """A weight as an operator takes it. ValueError for one that is stored in another order."""
+    if weight is None:
+        return [], "", []
+    stored = weight if isinstance(weight, Stored) else held(weight, order)
+    if stored.order != order:
+        raise ValueError(f"{op}: {name} lies by {stored.order}, not by {order}; lay it out again with Stored.laid_out")
+    return stored.tensors, stored.format.name, stored.shape
+
+
+def _closed(tensors: Sequence[Tensor], format: str, shape: Sequence[int], order: Order) -> Stored | None:
+    return Stored(named(format), order, tuple(tensors), tuple(shape)) if tensors else None  # pyright: ignore
+
+
+def _finish(op: str, result: tuple[Tensor, Read]) -> Tensor:
+    choosing.count(op, result[1])
+    return result[0]
+
+
+def _neurons(x, g, g_format, g_shape, u, u_format, u_shape, d, d_format, d_shape, mask, act, *rest):
+    gate, up = _closed(g, g_format, g_shape, "rows"), _closed(u, u_format, u_shape, "rows")
+    down = _closed(d, d_format, d_shape, "columns")
+    arguments = (x, gate, up, down, mask, act, *rest, *[None] * (4 - len(rest)))
+    check_neurons(*arguments)
+    return arguments
+
+
+def _run_neurons(*args):
+    arguments = _neurons(*args)
+    formats = {w.format.name: w.format for w in arguments[1:4] if w is not None}
+    backends = [choosing.choose("neurons", f, arguments[0]) for f in formats.values()]
+    # Where formats differ and some back end lacks one of them, the one that comes last in the list serves all.
+    backend = max(backends, key=list(choosing.BACKENDS.values()).index)
+    return _finish("neurons", backend.neurons(*arguments))
+
+
+def _fake_neurons(*args):
+    x, down = (arguments := _neurons(*args))[0], arguments[3]
+    return x.new_empty((x.shape[0], down.shape[0]))
+
+
+def _linear(op: Order, x, tensors, format, shape, mask=None, bias=None):
+    weight = _closed(tensors, format, shape, op)
+    if weight is None:
+        raise ValueError(f"{op}: the weight has no tensors")
+    check_linear(op, x, weight, mask, bias)
+    return x, weight, mask, bias
+
+
+def _run_rows(*args):
+    x, weight, mask, bias = _linear("rows", *args)
+    return _finish("rows", choosing.choose("rows", weight.format, x).rows(x, weight, mask, bias))
+
+
+def _run_columns(*args):
+    x, weight, mask, bias = _linear("columns", *args)
+    return _finish("columns", choosing.choose("columns", weight.format, x).columns(x, weight, mask, bias))
+
+
+def _fake_rows(*args):
+    x, weight, _, _ = _linear("rows", *args)
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _fake_columns(*args):
+    x, weight, _, _ = _linear("columns", *args)
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _run_columns_above(x, weight, thresholds, bias=None):
+    if isinstance(choosing.choose("columns", held(weight, "columns").format, x), Gpu):
+        return gpu.columns_above(x, weight, thresholds, bias)
+    values, sizes = (t.tolist() for t in torch.unique_consecutive(thresholds.to(x.dtype), return_counts=True))
+    parts, biases = weight.split(sizes), [None] * len(sizes) if bias is None else bias.split(sizes)
+    done = (
+        columns(x, *opened("columns_above", "weight", w, "columns"), x.abs() > t, b)
+        for w, t, b in zip(parts, values, biases, strict=True)
+    )
+    return torch.cat(list(done), dim=1)
+
+
+def _fake_columns_above(x, weight, thresholds, bias=None):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+for _name, _run, _fake in (
+    ("neurons", _run_neurons, _fake_neurons),
+    ("rows", _run_rows, _fake_rows),
+    ("columns", _run_columns, _fake_columns),
+    ("columns_above", _run_columns_above, _fake_columns_above),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moyu::{_name}", _fake, lib=_library)
+
+neurons = torch.ops.moyu.neurons.default
+rows = torch.ops.moyu.rows.default
+columns = torch.ops.moyu.columns.default
+columns_above = torch.ops.moyu.columns_above.default
