@@ -13,6 +13,7 @@ FLOORS = (
     "errors", "weights", "kernels", "model", "methods", "plan", "engine", "measure", "records", "calibration", "reporting",
     "integrations", "research", "commands",
 )  # fmt: skip
+COMPILED = "kernels._cpu"  # a module that is no file of Python
 
 
 def imports() -> dict[str, set[str]]:
@@ -27,7 +28,7 @@ def imports() -> dict[str, set[str]]:
         assert not any(n.level for n in nodes if isinstance(n, ast.ImportFrom)), f"{name} has a relative import"
         for node in (n for n in nodes if isinstance(n, ast.ImportFrom)):
             inside = {f"{node.module}.{a.name}" for a in node.names}
-            modules += [m if m.removeprefix("moyu.") in files else str(node.module) for m in inside]
+            modules += [m if m.removeprefix("moyu.") in (*files, COMPILED) else str(node.module) for m in inside]
         found[name] = {m.removeprefix("moyu.") for m in modules if m.startswith("moyu.")} - {name}
     return found
 

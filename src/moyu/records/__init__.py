@@ -1,6 +1,7 @@
 """Records: one JSON object per line, validated when made, when written and when read."""
 
 from moyu.records.page import schema_markdown
+from moyu.records.parts import Correction, KvBytes, LayerNeed, PositionNeed, Protocol, Search
 from moyu.records.schema import (
     Cell,
     Coverage,
@@ -13,6 +14,7 @@ from moyu.records.schema import (
     Quality,
     Record,
     Speed,
+    Stamped,
     Study,
     Task,
 )
@@ -21,16 +23,23 @@ from moyu.records.store import FILE, append, read, stamp, validate, write
 __all__ = [
     "FILE",
     "Cell",
+    "Correction",
     "Coverage",
     "Environment",
     "Generation",
     "Kernel",
+    "KvBytes",
+    "LayerNeed",
     "MethodRecord",
     "ModelRecord",
+    "PositionNeed",
     "Profile",
+    "Protocol",
     "Quality",
     "Record",
+    "Search",
     "Speed",
+    "Stamped",
     "Study",
     "Task",
     "append",

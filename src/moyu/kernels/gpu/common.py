@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,3 +62,12 @@ def tickets(device: torch.device) -> Tensor:
     if device not in all_tickets:
         all_tickets[device] = torch.zeros(4096, dtype=torch.int32, device=device)
     return all_tickets[device]
+
+
+class Pieces(NamedTuple):
+    """A packed weight as its contiguous pieces, rows or columns: m of them with n values each."""
+
+    data: Tensor  # (m, n) int8, or (m, n / 2) uint8
+    scales: Tensor  # (m, n / 32) float16
+    bits: int
+    shape: tuple[int, int]  # (m, n)

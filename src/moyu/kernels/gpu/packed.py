@@ -6,24 +6,13 @@ float32, in a fixed order.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from moyu.kernels.gpu.common import output
+from moyu.kernels.gpu.common import Pieces, output
 from moyu.weights import Stored
 
 ONE_ROW_WIDEST = 8192  # values of a piece that a program of `packed_single` holds in its registers
-
-
-class Pieces(NamedTuple):
-    """A packed weight as its contiguous pieces, rows or columns: m of them with n values each."""
-
-    data: Tensor  # (m, n) int8, or (m, n / 2) uint8
-    scales: Tensor  # (m, n / 32) float16
-    bits: int
-    shape: tuple[int, int]  # (m, n)
 
 
 def pieces(weight: Stored) -> Pieces:

@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moyu.kernels.gpu.common import ACTS, INTERPRETED, inner, output, tickets, tile_rows
+from moyu.kernels.gpu.common import ACTS, INTERPRETED, Pieces, inner, output, tickets, tile_rows
 from moyu.kernels.gpu.many import _activation, _dot
-from moyu.kernels.gpu.packed import Pieces
 
 MAX_SPLITS = 32
 _DOTS = {torch.float32: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

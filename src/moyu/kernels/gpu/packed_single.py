@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moyu.kernels.gpu.common import ACTS, INTERPRETED, inner, tickets
+from moyu.kernels.gpu.common import ACTS, INTERPRETED, Pieces, inner, tickets
 from moyu.kernels.gpu.many import _activation
-from moyu.kernels.gpu.packed import Pieces
 from moyu.kernels.gpu.single import SHARE, _bring_together, _configs, _list
 
 ROWS = _configs(
