@@ -28,6 +28,7 @@ from moyu.engine.speculation import (
     sirius,
     speculate,
 )
+from moyu.model import dissect
 from test_equality import plan_for
 from tiny import GATED, WIDE, build, tokens
 
@@ -62,7 +63,7 @@ def test_expected_speedup_by_hand_and_best_length():
 @pytest.mark.parametrize("name", ["griffin", "teal", "cats"])
 def test_greedy_is_dense_greedy(name, structure):
     model = build(structure)
-    if not any(methods.method(name).sites(b) for b in moyu.surgery.dissect(model).all_blocks()):
+    if not any(methods.method(name).sites(b) for b in dissect.dissect(model).all_blocks()):
         pytest.skip("no site")
     plan = plan_for(model, methods.method(name))
     ids = tokens(1, 9)
