@@ -18,6 +18,7 @@ BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input -c constraints.txt $(PIP_ARGS)
 NEED_GB := 4
 OLDEST := 5.17.0
+NEWEST := 5.24.0
 TORCHAO := 0.18.0
 
 checksum = $(shell cat $(1) 2>/dev/null | cksum | cut -d ' ' -f 1)
@@ -34,7 +35,7 @@ say = echo "==>"
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo setup dev test lint types unit slow coverage oldest quantised sanitize format browser clean distclean
+.PHONY: help demo setup dev test lint types unit slow coverage oldest newest quantised sanitize format browser clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -77,6 +78,11 @@ oldest: $(CORE) $(BUILT)  ## the same with the oldest supported transformers; wr
 	@test -d build/oldest/$(OLDEST) || PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input $(PIP_ARGS) \
 	  --target build/oldest/$(OLDEST) transformers==$(OLDEST)
 	@PYTHONPATH=build/oldest/$(OLDEST) $(BIN)/moyu coverage --again --out build/oldest/coverage
+
+newest: dev  ## generation under plans with the newest supported transformers
+	@test -d build/newest/$(NEWEST) || PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input --no-deps $(PIP_ARGS) \
+	  --target build/newest/$(NEWEST) transformers==$(NEWEST)
+	@PYTHONPATH=build/newest/$(NEWEST) $(BIN)/python -m pytest -n 2 tests/test_generate.py tests/test_state.py tests/integrations
 
 # Apart, because transformers imports torchao wherever it is installed, in seconds and with warnings. Last run 2026-11-26: 16 passed.
 quantised: dev  ## quantised weights of torchao under a plan (not in CI, which has a quantiser of the tests' own)
