@@ -19,7 +19,7 @@ import typer
 from transformers import MambaConfig, MambaForCausalLM
 
 import moyu
-from moyu import methods, records
+from moyu import files, methods, records
 from moyu.calibration.walk import calibrate
 from moyu.commands import cli, writing
 from moyu.commands import info as info_command
@@ -27,7 +27,6 @@ from moyu.kernels import gpu
 from moyu.measure import text
 from moyu.measure.windows import Windows
 from moyu.model import loading, zoo
-from moyu.weights import files
 from tiny import build, tokens
 
 SMALL = ["--window", "32", "--prompt-tokens", "16"]
@@ -377,7 +376,7 @@ def test_a_mistake_is_named_before_transformers_is_imported():
     lines = err.splitlines()
     assert (code, out, lines[-1]) == (2, "", "['torch']")
     assert lines[:-1] == [
-        "moyu: error: no back end is called 'foo': did you mean 'auto'? There are auto, reference, cpu, gpu"
+        "moyu: error: no back end is called 'foo': did you mean 'auto'? There are auto, gpu, cpu, reference"
     ]
     assert seconds < 5
 
@@ -410,7 +409,7 @@ def test_text_streams_and_dense_runs_only_where_it_is_compared(moyu_command, pla
 
     code, out, err = moyu_command(*asked)
     assert (code, out) == (0, f"{row.prompt}{row.sparse_text}\n")
-    assert err.startswith("moyu: popularity: first token after") and err.count("\n") == 1
+    assert err.startswith("moyu: popularity: first token after") and "decode step: " in err and err.count("\n") == 2
 
     code, out, err = moyu_command(*asked, "--compare", "--json")
     compared = records.validate(json.loads(out))
@@ -430,11 +429,10 @@ def test_pieces_make_up_the_text_whatever_its_characters():
     for words in ("x = 'é ü 漢字 🙂'\n    return", "  indented\n\n\tand more"):
         ids = loaded.tokenizer(words, add_special_tokens=False)["input_ids"]
         pieces: list[str] = []
-        receiver = writing.Receiver(loaded.tokenizer, pieces.append)
-        receiver.put(torch.tensor([ids[:1]]))
+        text = writing.Pieces(loaded.tokenizer, ids[:1], pieces.append)
         for token in ids[1:]:
-            receiver.put(torch.tensor([token]))
-        receiver.end()
+            text.take(token)
+        text.end()
         assert loaded.tokenizer.decode(ids[:1]) + "".join(pieces) == loaded.tokenizer.decode(ids)
         assert not any(writing.BROKEN in piece for piece in pieces)
 

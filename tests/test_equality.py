@@ -277,7 +277,7 @@ def test_deep_copy_runs_alone():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        applied = clone.forward.applied
+        applied = clone.forward.session
         with applied.prompt(PROMPT):
             out = clone(ids[:, :PROMPT], use_cache=True)
             logits = [out.logits]

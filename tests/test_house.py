@@ -10,7 +10,7 @@ import moyu
 
 SOURCE = Path(moyu.__file__).parent
 FLOORS = (
-    "errors", "weights", "kernels", "model", "methods", "plan", "engine", "measure", "records", "calibration", "reporting",
+    "errors", "files", "weights", "kernels", "model", "methods", "plan", "engine", "measure", "records", "calibration", "reporting",
     "integrations", "research", "commands",
 )  # fmt: skip
 COMPILED = "kernels._cpu"  # a module that is no file of Python

@@ -9,8 +9,8 @@ import pytest
 
 from moyu import records
 from moyu.errors import UserError
+from moyu.files import atomic_write_bytes, atomic_write_text
 from moyu.measure.environment import checkout
-from moyu.weights.files import atomic_write_bytes, atomic_write_text
 
 STAMP = {"versions": {"moyu": "0"}, "device": "cpu", "threads": 1, "date": "2026-03-01T10:00:00Z"}
 MODEL = {**STAMP, "model": "swiglu", "weights": "trained", "method": "cett"}

@@ -20,13 +20,13 @@ from torch.distributed.tensor import DTensor
 
 from moyu import methods
 from moyu.errors import UserError
+from moyu.files import atomic_write_bytes
 from moyu.methods.base import Method
 from moyu.methods.heads import KvPolicy
 from moyu.methods.selection import Threshold, TopK
 from moyu.methods.values import Site, SiteParams
 from moyu.model.anatomy import Anatomy, Block, Piece
 from moyu.model.quantised import weight_format
-from moyu.weights.files import atomic_write_bytes
 
 FORMATS = (1, 2)  # 2: sites may have knobs of their own
 SAMPLES = 4096  # weights of each planned tensor that the digest looks at

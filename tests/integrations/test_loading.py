@@ -74,7 +74,7 @@ def test_offloading_is_refused_with_the_reason(tmp_path):
     names = ["embed_tokens", "norm", "rotary_emb", "layers.0", "layers.2"]
     places = {f"model.{name}": "cpu" for name in names} | {"lm_head": "cpu", "model.layers.1": "disk"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "off")
-    with pytest.raises(UserError, match="inside hooks, as where a device_map offloads"):
+    with pytest.raises(UserError, match="inside hooks, for example because a device_map offloads"):
         dissect(model.eval())
 
 

@@ -336,7 +336,7 @@ def test_unknown_codes_and_fields_are_refused():
         (extension.Linear(), "kind", -1),
         (extension.Layer(), "act", 99),
     ):
-        with pytest.raises(ValueError, match=f"{field} has no value {code}"):
+        with pytest.raises(ValueError, match=rf"(has no value|there is no weight format) {code}"):
             setattr(thing, field, code)
     with pytest.raises(AttributeError):
         extension.Step().row = 1

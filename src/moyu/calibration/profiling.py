@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from moyu.engine.applied import Applied
 from moyu.errors import UserError
+from moyu.files import atomic_write_bytes
 from moyu.measure.windows import Windows
 from moyu.methods import cett
 from moyu.methods.values import Rows, Site, Tap
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy, Block
-from moyu.weights.files import atomic_write_bytes
 
 QUANTILES = 101
 GRID = 64  # steps of each token's search for the needed neurons

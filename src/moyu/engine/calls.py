@@ -78,8 +78,8 @@ class ForwardCall:
             until = int(boundary.max()) if isinstance(boundary, Tensor) else boundary
             memory.dense_until = max(memory.dense_until, min(memory.seen, until))
         elif state.any_sparse:
-            trace = NATIVE if state.native else Trace("general", state.because or because)
-            session.traces.note(trace, int(rows.sparse.sum()))
+            session.traces.note(NATIVE if state.native else Trace("general", state.because or because))
+        session.traces.sparse_rows += int(rows.sparse.sum()) if state.any_sparse else 0
         made = cache_of(output)
         if cache is None and made is not None:
             remember(made, memory)

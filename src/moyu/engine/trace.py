@@ -34,10 +34,9 @@ class Traces:
         self.counts: Counter[Trace] = Counter()
         self.sparse_rows = 0  # activation rows that ran under the plan
 
-    def note(self, trace: Trace, sparse_rows: int) -> None:
-        """Count a decode step over so many sparse rows."""
+    def note(self, trace: Trace) -> None:
+        """Count a decode step."""
         self.counts[trace] += 1
-        self.sparse_rows += sparse_rows
 
     def main(self) -> Trace | None:
         """The implementation that most decode steps took; None before the first step."""

@@ -23,11 +23,11 @@ from moyu import methods, records
 from moyu.engine.applied import Applied
 from moyu.engine.session import Engine
 from moyu.errors import UserError
+from moyu.files import atomic_write_text
 from moyu.kernels import BackendName
 from moyu.model import dissect
 from moyu.plan import Plan
 from moyu.records import Quality
-from moyu.weights.files import atomic_write_text
 
 FOLDER = "moyu-plan"  # of a saved checkpoint
 

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from moyu.errors import UserError
+from moyu.files import atomic_write_bytes
 from moyu.measure.environment import machine
 from moyu.records.schema import KINDS, Record, kind_of
 from moyu.records.stamping import stamped
-from moyu.weights.files import atomic_write_bytes
 
 FILE = "records.jsonl"  # beside a plan: what was measured of it
 

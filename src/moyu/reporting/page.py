@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from moyu import records
 from moyu.errors import UserError
+from moyu.files import atomic_write_text
 from moyu.records import (
     Cell,
     Coverage,
@@ -29,7 +30,6 @@ from moyu.reporting import columns, figures, paper, scoreboard, summary
 from moyu.reporting.differences import marked
 from moyu.reporting.figures import Figure
 from moyu.reporting.groups import quality_groups, speed_groups, task_groups
-from moyu.weights.files import atomic_write_text
 
 
 def render(rows: Iterable[Record]) -> str:

@@ -71,7 +71,8 @@ def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[A
         levels = run.levels(session.chooser, rows)
     kernels.count("decode", run.launch(cache, masks, angles, allowed, levels, ids=ids.contiguous(), logits=logits))
     memory.seen = past + 1
-    session.traces.note(NATIVE, len(ids))
+    session.traces.note(NATIVE)
+    session.traces.sparse_rows += len(ids)
     return run.ends.output(logits=logits, past_key_values=cache), None
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from moyu import records
 from moyu.errors import UserError
+from moyu.files import atomic_write_bytes
 from moyu.records import Coverage
 from moyu.research.coverage import page as pages
-from moyu.weights.files import atomic_write_bytes
 
 SECONDS = 90  # the most time for one type
 MEMORY = 8 << 30  # the most address space for one type, in bytes; torch alone maps about 4 GB

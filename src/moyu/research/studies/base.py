@@ -18,9 +18,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moyu.files import atomic_write_bytes
 from moyu.research.studies.subject import Subject
 from moyu.research.studies.verdicts import Condition, Control, Finding
-from moyu.weights.files import atomic_write_bytes
 
 Observed = Mapping[str, NDArray[Any]]
 Progress = Callable[[str, int, int], None]  # (what, done, total)

@@ -31,13 +31,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from moyu.files import atomic_write_text
 from moyu.measure.evaluation import bits_per_byte
 from moyu.measure.text import scored_bytes
 from moyu.model import loading, zoo
 from moyu.model.zoo import corpus
 from moyu.research.studies import root_cause
 from moyu.research.studies.subject import Subject
-from moyu.weights.files import atomic_write_text
 
 VOCABULARY = 4096
 LENGTH = 512
