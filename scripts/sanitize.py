@@ -26,7 +26,12 @@ def build(kind: str) -> Path:
     ]  # fmt: skip
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL, env=environment)
-    subprocess.run(["cmake", "--build", folder, "--parallel", str(os.cpu_count())], check=True, stdout=subprocess.DEVNULL, env=environment)
+    subprocess.run(
+        ["cmake", "--build", folder, "--parallel", str(os.cpu_count())],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=environment,
+    )
     return next((folder / "out").glob("_cpu.*.so"))
 
 

@@ -127,7 +127,7 @@ class KvCache(DynamicCache):
     def __init__(self, config: PretrainedConfig) -> None:
         """An empty cache for a model of this config."""
         super().__init__(config=config)
-        self.layers = [KvLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers: list[Any] = [KvLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
 
     @property
     def per_row(self) -> bool:

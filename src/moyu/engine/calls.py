@@ -140,7 +140,7 @@ class GenerateCall:
         """
         call = self.__signature__.bind(*args, **kwargs).arguments
         extra = next((n for n, p in self.__signature__.parameters.items() if p.kind is p.VAR_KEYWORD), None)
-        given = {**call, **call.get(extra, {})}
+        given = {**call, **({} if extra is None else call.get(extra, {}))}
         ids = next((given[n] for n in ("inputs", "input_ids") if isinstance(given.get(n), Tensor)), None)
         end, session = PromptEnd(None if ids is None else ids.shape[1]), self.session
         kwargs["logits_processor"] = LogitsProcessorList([*(given.get("logits_processor") or ()), end])

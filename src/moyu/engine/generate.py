@@ -45,9 +45,9 @@ def generate(
     rows = [row.reshape(-1) for row in prompts]
     if not rows or any(len(row) == 0 for row in rows):
         raise UserError("a prompt has no token", "give at least one token, for example the tokenizer's first")
-    if not isinstance(model, Session) and plan is None and hasattr(model, "moyu_applied"):
-        model = model.moyu_applied  # loaded with its plan
-    manager = nullcontext(model) if isinstance(model, Session) else Applied(model, plan, backend=backend)
+    loaded = None if plan is not None else vars(model).get("moyu_applied")  # by `from_pretrained`, with its plan
+    given = model if isinstance(model, Session) else loaded
+    manager = nullcontext(given) if given is not None else Applied(model, plan, backend=backend)  # pyright: ignore
     with manager as session:
         core: Any = session.model
         device = next(core.parameters()).device

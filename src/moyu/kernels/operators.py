@@ -7,6 +7,7 @@ from the operator: `rows`, and gate and up of `neurons`, read rows; `columns` an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ def _finish(op: str, result: tuple[Tensor, Read]) -> Tensor:
 def _neurons(x, g, g_format, g_shape, u, u_format, u_shape, d, d_format, d_shape, mask, act, *rest):
     gate, up = _closed(g, g_format, g_shape, "rows"), _closed(u, u_format, u_shape, "rows")
     down = _closed(d, d_format, d_shape, "columns")
+    if down is None:
+        raise ValueError("neurons: down has no tensors")
     arguments = (x, gate, up, down, mask, act, *rest, *[None] * (4 - len(rest)))
     check_neurons(*arguments)
     return arguments
@@ -72,7 +75,7 @@ def _fake_neurons(*args):
     return x.new_empty((x.shape[0], down.shape[0]))
 
 
-def _linear(op: Order, x, tensors, format, shape, mask=None, bias=None):
+def _linear(op: Order, x, tensors, format, shape, mask: Any = None, bias=None):
     weight = _closed(tensors, format, shape, op)
     if weight is None:
         raise ValueError(f"{op}: the weight has no tensors")

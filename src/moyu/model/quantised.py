@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moyu import kernels
-from moyu.weights import Stored
+from moyu.weights import Order, Stored
 
 FEW_ROWS = 8  # up to these, integer products beat dequantising the whole weight first
 
@@ -23,7 +23,8 @@ class _Quantised(nn.Module):
 
     def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.format, self.order, self.shape = stored.format, stored.order, stored.shape
+        self.format, self.shape = stored.format, stored.shape
+        self.order: Order = stored.order
         self._dtypes = tuple(t.dtype for t in stored.tensors)
         # tensors of its own over the same memory: `store` gives them other memory, and nobody else's may follow
         for name, tensor in zip(self._names, stored.tensors, strict=True):

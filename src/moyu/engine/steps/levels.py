@@ -27,7 +27,8 @@ class StepLevels:
         self._taken: list[tuple[Site, Tensor]] = []
         self._given: list[Tensor] = []  # must live as long as the step
         for layer in layers:
-            columns, neurons = dict.fromkeys(LINEARS, NOTHING), NOTHING
+            columns: dict[str, Level] = dict.fromkeys(LINEARS, NOTHING)
+            neurons: Level = NOTHING
             for state in layer.states:
                 given, taken = self._level(layer, state)
                 if state.site.skips == "columns":  # its linears see one input: all replay, the first tells

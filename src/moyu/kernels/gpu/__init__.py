@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,10 +44,10 @@ class Gpu(Backend):
     ) -> tuple[Tensor, Callable[[], int]]:
         from moyu.kernels.gpu import many
 
-        product = many.rows if isinstance(weight.format, Plain) else packed.rows
-        operand = weight.tensors[0] if isinstance(weight.format, Plain) else weight
+        plain = isinstance(weight.format, Plain)
+        y = many.rows(x, weight.tensors[0], mask, bias) if plain else packed.rows(x, weight, mask, bias)
         each = weight.row_bytes + (0 if bias is None else bias.element_size())
-        return product(x, operand, mask, bias), lambda: (weight.shape[0] if mask is None else _kept(mask)) * each
+        return y, lambda: (weight.shape[0] if mask is None else _kept(mask)) * each
 
     def columns(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Callable[[], int]]:
         from moyu.kernels.gpu import many, single
@@ -88,13 +89,13 @@ class Gpu(Backend):
         return y, lambda: _kept(mask) * each + fixed
 
 
-def _neurons_in_parts(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given) -> Tensor:
+def _neurons_in_parts(x: Tensor, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given: Any) -> Tensor:
     """`neurons` of packed weights as products by rows, then one by columns; values are rounded to x's dtype in between."""
     value = None if gate is None else ACTIVATIONS[act](packed.rows(x, gate, mask, gate_bias))
     if up is not None:
         u = packed.rows(x, up, mask, up_bias)
         value = u * value if value is not None else u if given is not None else ACTIVATIONS[act](u)
-    value = value if given is None else value * given
+    value = given if value is None else value if given is None else value * given
     return packed.columns(value, down, mask, down_bias, x.dtype)
 
 
