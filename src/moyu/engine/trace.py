@@ -38,10 +38,6 @@ class Traces:
         """Count a decode step."""
         self.counts[trace] += 1
 
-    def main(self) -> Trace | None:
-        """The implementation that most decode steps took; None before the first step."""
-        return max(self.counts, key=self.counts.__getitem__, default=None)
-
     def summary(self) -> str:
         """What ran, for a line of output: each implementation with its reason, the most frequent first."""
         return "; ".join(str(trace) for trace, _ in self.counts.most_common()) or "no decode step ran"
