@@ -29,7 +29,8 @@ class Pieces(NamedTuple):
 def pieces(weight: Stored) -> Pieces:
     """The pieces of a weight in a packed format."""
     data, scales = weight.tensors
-    return Pieces(data, scales, weight.format.bits, weight.shape if weight.order == "rows" else weight.shape[::-1])
+    q, n = weight.shape
+    return Pieces(data, scales, weight.format.bits, (q, n) if weight.order == "rows" else (n, q))
 
 
 def rows(x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> Tensor:
