@@ -154,7 +154,7 @@ def test_kernels_read_what_the_formula_says(name):
         rest, skipped = method.rest_blocks(site, params), ~masks[site.key]
         if rest is not None:  # of a group of 32 columns its scales are read with any of them
             groups = {i // 32 for i in skipped.nonzero()[:, 0].tolist()}
-            proxy += int(skipped.sum()) * rest.column_bytes + len(groups) * 2 * rest.outputs
+            proxy += int(skipped.sum()) * rest.column_bytes + len(groups) * rest.scale_bytes
     if method.name == "prox":  # the kernels multiply its copy too; norms of columns are not theirs
         proxy += accounting.added_bytes(plan, dissect.dissect(model))
         proxy -= sum(p.buffers["norms"].nbytes for _, p in plan.parts.values() if "norms" in p.buffers)
