@@ -20,6 +20,7 @@ class _Quantised(nn.Module):
 
     like: Tensor
     bias: nn.Parameter | None
+    order: Order
 
     def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()

@@ -44,8 +44,10 @@ class Gpu(Backend):
     ) -> tuple[Tensor, Callable[[], int]]:
         from moyu.kernels.gpu import many
 
-        plain = isinstance(weight.format, Plain)
-        y = many.rows(x, weight.tensors[0], mask, bias) if plain else packed.rows(x, weight, mask, bias)
+        if isinstance(weight.format, Plain):
+            y = many.rows(x, weight.tensors[0], mask, bias)
+        else:
+            y = packed.rows(x, weight, mask, bias)
         each = weight.row_bytes + (0 if bias is None else bias.element_size())
         return y, lambda: (weight.shape[0] if mask is None else _kept(mask)) * each
 
@@ -89,13 +91,15 @@ class Gpu(Backend):
         return y, lambda: _kept(mask) * each + fixed
 
 
-def _neurons_in_parts(x: Tensor, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given: Any) -> Tensor:
+def _neurons_in_parts(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given) -> Tensor:
     """`neurons` of packed weights as products by rows, then one by columns; values are rounded to x's dtype in between."""
-    value = None if gate is None else ACTIVATIONS[act](packed.rows(x, gate, mask, gate_bias))
+    value = torch.ones((), dtype=x.dtype, device=x.device)
+    if gate is not None:
+        value = ACTIVATIONS[act](packed.rows(x, gate, mask, gate_bias))
     if up is not None:
         u = packed.rows(x, up, mask, up_bias)
-        value = u * value if value is not None else u if given is not None else ACTIVATIONS[act](u)
-    value = given if value is None else value if given is None else value * given
+        value = ACTIVATIONS[act](u) if gate is None and given is None else value * u
+    value = value if given is None else value * given
     return packed.columns(value, down, mask, down_bias, x.dtype)
 
 
