@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from moyu import kernels
 from moyu.engine.executor import Executor
+from moyu.engine.memory import cache_of
 from moyu.engine.session import Pass, Session
 from moyu.engine.sites import SiteState
 from moyu.errors import UserError
@@ -148,7 +149,7 @@ class AttentionCall(Executor):
             return self.inner(*args, **kwargs)
         names = list(inspect.signature(self.inner).parameters)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        hidden, cache = kwargs[names[0]], kwargs.get("past_key_values")  # (B, T, d)
+        hidden, cache = kwargs[names[0]], cache_of(kwargs)  # (B, T, d)
         batch, length = hidden.shape[:2]
         key, policy = heads.site.key, heads.method.kv_policy
         if state.any_sparse:
@@ -173,7 +174,7 @@ class AttentionCall(Executor):
 
     def _hindsight(self, kwargs: dict[str, Any]) -> Tensor:
         """What each head would add if none were skipped in this call, (N, units)."""
-        if kwargs.get("past_key_values") is not None:
+        if cache_of(kwargs) is not None:
             return _no_hindsight()
         o, seen = self.block.pieces["o"], []
         handle = o.module.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
@@ -213,7 +214,8 @@ class AttentionCall(Executor):
         values: Tensor = self._cached(cache).values  # (B, h, S, D)
         return values[:, :, min(past, values.shape[2]) - 1].flatten(1)
 
-    def _cached(self, cache: Cache) -> Any:
+    def _cached(self, cache: Cache | None) -> Any:
+        assert cache is not None
         return cache.layers[getattr(self.module, "layer_idx", self.block.layer)]
 
     def _fill(self, key: str, kwargs: dict[str, Any], kept: Tensor, state: Pass) -> None:
@@ -225,7 +227,7 @@ class AttentionCall(Executor):
         columns = wanted.any(-1).any(0).nonzero().squeeze(1)
         if not len(columns):
             return
-        fresh, layer = self._again(key, kwargs, columns, state), self._cached(kwargs["past_key_values"])
+        fresh, layer = self._again(key, kwargs, columns, state), self._cached(cache_of(kwargs))
         chosen = wanted[:, columns].transpose(1, 2)[..., None]  # (B, units, m, 1)
         for name, tensor in zip(("keys", "values"), fresh, strict=True):
             held = getattr(layer, name)
@@ -236,7 +238,8 @@ class AttentionCall(Executor):
         """Keys and values (B, h, m, D) of some columns, by the attention itself on their kept inputs."""
         held = state.memory.columns
         scratch = DynamicCache()
-        again = {**kwargs, "attention_mask": None, "past_key_values": scratch}
+        again = {name: scratch if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        again["attention_mask"] = None
         again[next(iter(inspect.signature(self.inner).parameters))] = held[f"{key} input"][:, columns]
         if kwargs.get("position_embeddings") is not None:
             again["position_embeddings"] = tuple(held[f"{key} angle{i}"][:, columns] for i in range(2))
@@ -253,7 +256,7 @@ class AttentionCall(Executor):
             memory.append(f"{key} angle{i}", state.past, angle.expand(len(hidden), -1, -1), 0.0)
         memory.append(key, state.past, kept if state.skipping else torch.ones_like(kept), True)
         if not state.any_sparse:
-            last, layer = torch.tensor([state.past + hidden.shape[1] - 1]), self._cached(kwargs["past_key_values"])
+            last, layer = torch.tensor([state.past + hidden.shape[1] - 1]), self._cached(cache_of(kwargs))
             fresh = self._again(key, kwargs, last, state)
             if not all(
                 networks.close(a, getattr(layer, n)[:, :, -1:]) for a, n in zip(fresh, ("keys", "values"), strict=True)

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from moyu.engine.applied import Applied
 from moyu.engine.cache import KvCache
-from moyu.engine.memory import memory_of
+from moyu.engine.memory import given_cache, memory_of
 from moyu.engine.session import Session
 from moyu.errors import UserError
 from moyu.kernels import BackendName
@@ -68,7 +68,7 @@ def _prefill(session: Session, cache: KvCache, rows: list[Tensor]) -> Tensor:
     """Run the prompts densely and fill `cache`; logits (B, V) behind each. Prompts of different lengths run one by one."""
     if len({len(row) for row in rows}) == 1:
         with session.prompt(len(rows[0])):
-            out: Any = session.model(input_ids=torch.stack(rows), past_key_values=cache, use_cache=True)
+            out: Any = session.model(input_ids=torch.stack(rows), use_cache=True, **given_cache(session.model, cache))
         return out.logits[:, -1]
     made = []
     for row in rows:
@@ -93,7 +93,7 @@ def leave(cache: KvCache, keep: Tensor) -> None:
 
 def step(session: Session, cache: KvCache, tokens: Tensor) -> Tensor:
     """One decode step: the next token of every row, (B,) -> logits (B, V)."""
-    kwargs: dict[str, Any] = {"input_ids": tokens[:, None], "past_key_values": cache, "use_cache": True}
+    kwargs: dict[str, Any] = {"input_ids": tokens[:, None], "use_cache": True, **given_cache(session.model, cache)}
     if cache.ragged:
         lengths = cache.lengths.to(tokens.device)
         kwargs["position_ids"] = lengths[:, None]

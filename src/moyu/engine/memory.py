@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from moyu.errors import UserError
@@ -142,6 +143,17 @@ def remember(cache: Cache, memory: SequenceMemory) -> None:
     for name in _FOLLOWED:
         if name not in vars(cache) and hasattr(type(cache), name):
             vars(cache)[name] = _Follower(cache, name)
+
+
+def cache_field(output: type) -> str:
+    """The field of a model's output that holds the cache."""
+    return "cache" if "cache" in getattr(output, "__dataclass_fields__", ()) else "past_key_values"
+
+
+def given_cache(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
+    """The cache as an argument of the model's forward, by the name that this version of transformers has for it."""
+    names = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def cache_of(values: Mapping[str, Any] | Any) -> Cache | None:

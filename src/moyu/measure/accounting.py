@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from moyu.engine.memory import cache_of
 from moyu.methods.base import Method
 from moyu.methods.heads import KvPolicy
 from moyu.methods.values import Site
@@ -108,7 +109,8 @@ def kv_bytes(
     and value.
     """
     ids = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    cache = cache_of(model(input_ids=ids, use_cache=True))
+    layers = () if cache is None else cache.layers
     width = model.config.get_text_config(decoder=True).hidden_size  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     found = []
     for context in KV_CONTEXTS:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moyu import kernels
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter
+from moyu.engine.memory import cache_of, given_cache
 from moyu.errors import UserError
 from moyu.kernels import BackendName
 from moyu.measure import accounting
@@ -137,12 +138,12 @@ def _time(timing: Timing, model: nn.Module, prompt: Tensor, tokens: int) -> None
     """Time the prompt and each greedy decode step. The first step is a warm-up and does not count."""
     start = _now(prompt.device)
     output = model(input_ids=prompt, use_cache=True)
-    cache = output.past_key_values
+    cache = given_cache(model, cache_of(output))
     token = output.logits[:, -1:].argmax(-1)
     timing.first.append(_now(prompt.device) - start)
     for step in range(tokens + 1):
         start = _now(prompt.device)
-        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **cache)
         token = output.logits[:, -1:].argmax(-1)
         if step:
             timing.seconds.append(_now(prompt.device) - start)
@@ -155,11 +156,11 @@ def _count(applied: Applied, model: nn.Module, prompt: Tensor, timing: Timing, t
         return
     steps = 4
     output: Any = model(input_ids=prompt, use_cache=True)
-    cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+    cache, token = given_cache(model, cache_of(output)), output.logits[:, -1:].argmax(-1)
     counter = Counter(len(prompt), prompt.shape[1] + steps + 1)
     with applied.watched(chooser=counter):
         for _ in range(steps):
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            output = model(input_ids=token, use_cache=True, **cache)
             token = output.logits[:, -1:].argmax(-1)
     added = accounting.added_bytes(plan, applied.anatomy)
     timing.step_bytes = total - counter.skipped_bytes / (steps * len(prompt)) + added

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moyu.engine.memory import cache_field
 from moyu.engine.session import Session
 from moyu.engine.sites import states_of
 from moyu.engine.steps.ends import Angles, Ends
@@ -227,7 +228,7 @@ def _plain_ends(session: Session, layers: list[PlainLayer], calls: dict[nn.Modul
         or not _same(calls[embedding].output, x)
         or any(getattr(config, name, None) for name in _UNSEEN_ENDS)
         or any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
-        or not {"logits", "past_key_values"} <= set(getattr(type(whole), "__dataclass_fields__", ()))
+        or not {"logits", cache_field(type(whole))} <= set(getattr(type(whole), "__dataclass_fields__", ()))
         or whole.logits.dtype != x.dtype
         or not torch.equal(whole.logits, calls[head].output)
         or not all(_readable(module, x.dtype) for module in (embedding, head))

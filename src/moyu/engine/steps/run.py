@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from moyu import kernels
 from moyu.engine.cache import KvCache, KvLayer
 from moyu.engine.choosers import Known
+from moyu.engine.memory import cache_of
 from moyu.engine.session import Pass, Session
 from moyu.engine.sites import SiteState
 from moyu.engine.steps.ends import Ends
@@ -57,7 +58,7 @@ class DecodeRun:
 
     def usable(self, state: Pass, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether this call is a decode step that the native layers may take."""
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
         if (
             not state.skipping
             or not isinstance(state.chooser, Known | None)
@@ -152,7 +153,8 @@ class DecodeRun:
 
     def step(self, state: Pass, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Hidden states (B, 1, d) after all layers; appends to the cache."""
-        y, cache = hidden.contiguous().clone(), kwargs["past_key_values"]
+        y, cache = hidden.contiguous().clone(), cache_of(kwargs)
+        assert cache is not None
         angles = kwargs.get("position_embeddings") if self.layers[0].rotary else None
         if angles is not None:
             angles = tuple(a.reshape(len(a), -1).float() for a in angles)

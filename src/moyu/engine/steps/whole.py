@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from moyu import kernels
 from moyu.engine.cache import KvCache
 from moyu.engine.choosers import Known
-from moyu.engine.memory import SequenceMemory, cache_of, memory_of
+from moyu.engine.memory import SequenceMemory, cache_field, cache_of, memory_of
 from moyu.engine.rows import MAX_SKIPPING_ROWS, rows_at, rows_of
 from moyu.engine.session import Pass, Session
 from moyu.engine.steps.run import DecodeRun
@@ -73,7 +73,8 @@ def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[A
     memory.seen = past + 1
     session.traces.note(NATIVE)
     session.traces.sparse_rows += len(ids)
-    return run.ends.output(logits=logits, past_key_values=cache), None
+    output = run.ends.output
+    return output(logits=logits, **{cache_field(output): cache}), None
 
 
 def _because(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moyu.engine.applied import Applied
+from moyu.engine.memory import cache_of, given_cache
 from moyu.errors import UserError
 from moyu.methods.values import Rows, Site, Tap
 from moyu.model import dissect, loading
@@ -134,8 +135,8 @@ class Subject:
             for t in range(tokens.shape[1]):
                 observer = _AllTaps(["mid"])
                 with applied.watched(observer=observer):
-                    output = self.model(input_ids=fed[:, t : t + 1], past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                    output = self.model(input_ids=fed[:, t : t + 1], use_cache=True, **given_cache(self.model, cache))
+                cache = cache_of(output)
                 steps.append(torch.stack([observer.kept[b.layer, "mid"] for b in self.blocks]))
         return torch.stack(steps, dim=2)
 
