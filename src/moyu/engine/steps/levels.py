@@ -12,8 +12,8 @@ from moyu.engine.sites import SiteState
 from moyu.engine.steps.layers import LINEARS, PlainLayer
 from moyu.methods.values import Rows, Site
 
-NOTHING = (0, 0, 0)  # struct DecodeLevels of kernels.h: nothing to replay, and nobody asks
 Level = tuple[int, int, int]
+NOTHING: Level = (0, 0, 0)  # struct DecodeLevels of kernels.h: nothing to replay, and nobody asks
 
 
 class StepLevels:
