@@ -376,7 +376,7 @@ def test_a_mistake_is_named_before_transformers_is_imported():
     lines = err.splitlines()
     assert (code, out, lines[-1]) == (2, "", "['torch']")
     assert lines[:-1] == [
-        "moyu: error: no back end is called 'foo': did you mean 'auto'? There are auto, gpu, cpu, reference"
+        "moyu: error: no back end is called 'foo': did you mean 'auto'? There are auto, cpu, gpu, reference"
     ]
     assert seconds < 5
 
