@@ -466,7 +466,7 @@ def test_a_part_that_is_a_little_off_is_not_plain(weights):
         inner = attention.forward
         attention.forward = lambda *a, inner=inner, factor=factor, **k: (inner(*a, **k)[0] * factor, None)
         with Applied(model, None) as applied:
-            assert (applied.decode_run is not None) is plain, applied.general_because
+            assert (applied.native is not None) is plain, applied.general_because
 
 
 def test_something_between_the_layers_is_seen():
@@ -478,7 +478,7 @@ def test_something_between_the_layers_is_seen():
 
     model.model.layers[1].__class__ = Doubling
     with Applied(model, None) as applied:
-        assert applied.decode_run is None and applied.general_because == "something comes between its layers"
+        assert applied.native is None and applied.general_because == "something comes between its layers"
 
 
 def test_gelu_is_not_taken_for_relu_in_bfloat16():
