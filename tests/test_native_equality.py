@@ -162,7 +162,8 @@ def attention_scale(layer, native, held):
 def weight_scale(layer, native, held):
     piece = layer.block.pieces["up"]
     if piece.blocks is not None:
-        native.up.scales = kept(held, (piece.blocks.tensors[1].float() * 1.02).half())
+        _codes, scales = piece.blocks.tensors
+        native.up.scales = kept(held, (scales.float() * 1.02).half())
     else:
         weight = piece.weight.detach() * 1.02
         native.up.weight = kept(held, weight.t().contiguous() if native.up.by_columns else weight.contiguous())

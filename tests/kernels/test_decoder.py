@@ -331,12 +331,12 @@ def test_a_mask_that_is_too_short_is_refused():
 
 def test_unknown_codes_and_fields_are_refused():
     extension = cpu.extension()
-    for thing, field, code in (
-        (extension.Step(), "dtype", 3),
-        (extension.Linear(), "kind", -1),
-        (extension.Layer(), "act", 99),
+    for thing, field, code, message in (
+        (extension.Step(), "dtype", 3, "dtype has no value 3"),
+        (extension.Linear(), "kind", -1, "no weight format -1"),
+        (extension.Layer(), "act", 99, "act has no value 99"),
     ):
-        with pytest.raises(ValueError, match=rf"(has no value|there is no weight format) {code}"):
+        with pytest.raises(ValueError, match=message):
             setattr(thing, field, code)
     with pytest.raises(AttributeError):
         extension.Step().row = 1
