@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 import moyu
 from equality import plan_for
-from moyu import methods
+from moyu import UserError, methods
 from moyu.engine.applied import Applied
 from moyu.engine.rows import columns_of, rows_of
 from tiny import build, tokens
@@ -122,3 +122,20 @@ def test_padding_under_a_static_cache_is_padding(name, windows):
         alone = greedy(model, input_ids=ids[1:, 4:])
     assert torch.equal(got, wanted)
     assert torch.equal(wanted[1, PROMPT:], alone[0, PROMPT - 4 :])
+
+
+class Sidestep(LlamaForCausalLM):
+    """Calls its forward past what an applied plan has put in its place, as a wrapper or a new version of transformers may."""
+
+    def __call__(self, *args, **kwargs):
+        return LlamaForCausalLM.forward(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["griffin", "cats"])
+def test_a_plan_that_does_nothing_is_an_error(name):
+    model, ids = build("llama", torch.float32), tokens(1, PROMPT)
+    plan = plan_for(model, methods.method(name))
+    model.__class__ = Sidestep
+    with moyu.apply(model, plan), pytest.raises(UserError, match="the plan was used for none of them"):
+        greedy(model, input_ids=ids)
+    greedy(model, input_ids=ids)
