@@ -135,7 +135,7 @@ class Sidestep(LlamaForCausalLM):
 def test_a_plan_that_does_nothing_is_an_error(name):
     model, ids = build("llama", torch.float32), tokens(1, PROMPT)
     plan = plan_for(model, methods.method(name))
-    model.__class__ = Sidestep
-    with moyu.apply(model, plan), pytest.raises(UserError, match="the plan was used for none of them"):
-        greedy(model, input_ids=ids)
-    greedy(model, input_ids=ids)
+    with moyu.apply(model, plan):
+        model.__class__ = Sidestep
+        with pytest.raises(UserError, match="the plan was used for none of them"):
+            greedy(model, input_ids=ids)
