@@ -188,12 +188,6 @@ class Applied(Session, AbstractContextManager):
         if self.engine == "skip":
             call.lay_out()
             self._laid_out += [p.module for p in block.pieces.values()]
-        if isinstance(call, spread.SpreadFfn):
-            for name in (n for n in ("gate", "up", "down") if n in block.pieces):
-                module = block.pieces[name].module
-                taken.add(id(module))
-                self._replace(module, "forward", call.entry(name, module.forward))
-            return
         call.bind()
         if block.middle is not None:
             for module in block.middle.modules:

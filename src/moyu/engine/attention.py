@@ -64,14 +64,16 @@ class AttentionLinear(Executor):
             if state is None or not self.own_prompts(x, [self.piece], state):
                 return self.inner(x)
             return self.whole(self.piece, flat).reshape(*x.shape[:-1], -1)
-        rows = state.rows
-        if self.shows:
-            self.see(self.tap, flat, rows, state)
-        if self.heads is not None and state.any_sparse:
-            y = self._with_heads(flat, rows, state)
-        else:
-            y = self.columns(self.piece, self.name, flat, self.own if state.any_sparse else None, rows, state)
+        y = self.run(flat, state.rows, state)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def run(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
+        """The linear on N rows, (N, in) -> (N, out)."""
+        if self.shows:
+            self.see(self.tap, x, rows, state)
+        if self.heads is not None and state.any_sparse:
+            return self._with_heads(x, rows, state)
+        return self.columns(self.piece, self.name, x, self.own if state.any_sparse else None, rows, state)
 
     def _with_heads(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
         """The query's linear without rows of skipped heads, o without their columns; k and v as the KV policy has it.
@@ -118,7 +120,7 @@ class AttentionLinear(Executor):
             mask = self.choose(heads, state.pending.pop(key), rows, state, hindsight)
         wide = _widen(mask, inputs)  # (N, in)
         self.observe(heads, x, wide, rows, state)
-        return self._masked_columns(self.piece, "o", x, wide, heads, rows, state)
+        return self.masked(self.piece, "o", x, wide, heads, rows, state)
 
 
 class AttentionCall(Executor):

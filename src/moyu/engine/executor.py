@@ -115,42 +115,38 @@ class Executor:
     def _columns(self, piece: Piece, name: str, x: Tensor, site: SiteState | None, rows: Rows, state: Pass) -> Tensor:
         if site is None:
             return self.dense(piece, x, state)
-        params = site.params
-        if params.basis is not None or params.centre is not None:
-            return self._transformed(piece, name, x, site, rows, state)
-        mask = self.choose(site, x, rows, state, Hindsight(self, site, x, rows))
-        self.observe(site, x, mask, rows, state)
-        return self._masked_columns(piece, name, x, mask, site, rows, state)
+        params, turned = site.params, site.params.turned(x)  # x itself without a basis and a centre
+        mask = self.choose(site, turned, rows, state, Hindsight(self, site, turned, rows))
+        self.observe(site, turned, mask, rows, state)
+        if turned is x:
+            return self.masked(piece, name, x, mask, site, rows, state)
+        # S(v) = Q (mask * Q.T (v - c)) + c, and products stay dense.
+        back = params.turned_back(torch.where(mask, turned, 0))
+        back = back if params.centre is None else back + params.centre.to(back)
+        back = torch.where(rows.sparse[:, None], back, x)  # dense rows see no rounding
+        y = _with_low_rank(self.whole(piece, back), x - back, site)
+        return self.compensate(y, name, site, rows)
 
-    def _masked_columns(
-        self, piece: Piece, name: str, x: Tensor, mask: Tensor, site: SiteState, rows: Rows, state: Pass
+    def masked(
+        self,
+        piece: Piece,
+        name: str,
+        x: Tensor,
+        mask: Tensor,
+        site: SiteState,
+        rows: Rows,
+        state: Pass,
+        decided: Tensor | None = None,
     ) -> Tensor:
+        """The product of the inputs that a mask keeps, (N, in) -> (N, out); decided: what the mask came from, if not x."""
         if state.skipping:
             self._ensure([piece], ["column"])
             y = kernels.columns(x, piece.operand, mask, bias=site.whole_bias(name, self.block))
         else:
-            y = self.compensate(self.whole(piece, torch.where(mask, x, 0)), name, site, rows)
+            y = self.compensate(self.whole(piece, kept(x, mask)), name, site, rows)
         if site.params.low_rank is not None:
-            outer, inner = (t.to(x.dtype) for t in site.params.low_rank)
-            y = y + functional.linear(functional.linear(torch.where(mask, 0, x), inner), outer)
-        return self.complete(y, x, mask, site, rows)
-
-    def _transformed(self, piece: Piece, name: str, x: Tensor, site: SiteState, rows: Rows, state: Pass) -> Tensor:
-        """Masks in a rotated or centred basis: S(v) = Q (mask * Q.T (v - c)) + c. Products stay dense."""
-        basis, centre = site.params.basis, site.params.centre
-        shifted = x if centre is None else x - centre.to(x.dtype)
-        turned = shifted if basis is None else shifted @ basis.to(x.dtype)
-        mask = self.choose(site, turned, rows, state, Hindsight(self, site, turned, rows))
-        self.observe(site, turned, mask, rows, state)
-        kept = torch.where(mask, turned, 0)
-        back = kept if basis is None else kept @ basis.to(x.dtype).t()
-        back = back if centre is None else back + centre.to(x.dtype)
-        back = torch.where(rows.sparse[:, None], back, x)  # dense rows see no rounding
-        y = self.whole(piece, back)
-        if site.params.low_rank is not None:
-            outer, inner = (t.to(x.dtype) for t in site.params.low_rank)
-            y = y + functional.linear(functional.linear(x - back, inner), outer)
-        return self.compensate(y, name, site, rows)
+            y = _with_low_rank(y, torch.where(mask, 0, x), site)
+        return self.complete(y, x if decided is None else decided, mask, site, rows)
 
     def complete(self, y: Tensor, x: Tensor, mask: Tensor, site: SiteState, rows: Rows) -> Tensor:
         """Add what skipped units give all the same to sparse rows: y (N, q), what was decided from (N, n), mask (N, units)."""
@@ -174,6 +170,19 @@ class Executor:
             self.session.lay_out_again(pieces, roles)
 
 
+def kept(x: Tensor, mask: Tensor) -> Tensor:
+    """x with 0 where a mask skips it; x times the mask where training has made it a number."""
+    return x * mask if mask.is_floating_point() else torch.where(mask, x, 0)
+
+
+def _with_low_rank(y: Tensor, missing: Tensor, site: SiteState) -> Tensor:
+    """y (N, q) with what the low-rank path gives for missing inputs (N, n)."""
+    if site.params.low_rank is None:
+        return y
+    outer, inner = (t.to(y.dtype) for t in site.params.low_rank)
+    return y + functional.linear(functional.linear(missing, inner), outer)
+
+
 @dataclass(frozen=True)
 class Hindsight:
     """What the matched oracle knows of columns x (N, n), in the basis of their mask: contributions, and the error of a choice."""
@@ -194,13 +203,9 @@ class Hindsight:
     def error(self, mask: Tensor) -> Tensor:
         """Squared error (N,) of the outputs of all linears of the site under a mask (N, n), the plan's bias aside."""
         params, total = self.site.params, self.x.new_zeros(len(self.x))
-        rest = torch.where(mask, 0, self.x)
-        rest = rest if params.basis is None else rest @ params.basis.to(rest).t()
+        missing = params.turned_back(torch.where(mask, 0, self.x))
         given = rest_of(self.site.method, self.x, mask, self.site.site, params)
         for name in self.site.site.linears:
-            lost = functional.linear(rest, self.executor.block.pieces[name].weight.detach())
-            if params.low_rank is not None:
-                outer, inner = (t.to(rest) for t in params.low_rank)
-                lost = lost - functional.linear(functional.linear(rest, inner), outer)
+            lost = params.lost(self.executor.block.pieces[name].weight.detach(), missing)
             total = total + (lost if given is None else lost - given.to(lost)).square().sum(1)
         return total

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moyu import kernels
-from moyu.engine.executor import Executor
+from moyu.engine.executor import Executor, kept
 from moyu.engine.session import Pass, Session
 from moyu.engine.sites import SiteState
 from moyu.methods.values import ATTENTION, NOTHING, Rows
@@ -100,147 +100,95 @@ class FfnCall(Executor):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def run(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
-        """The network on N rows, (N, d) -> (N, d)."""
-        if self.block.middle is not None:
-            return self._run_own(x, rows, state)
-        pieces, act = self.block.pieces, kernels.activation(self.block.act or "identity")
-        up, down, gate = pieces["up"], pieces["down"], pieces.get("gate")
+        """The network on N rows, (N, d) -> (N, d). What decides is one of
+
+        whole neurons   the network's input, or the prompt: before any product;
+        gate first      act(gate), or up first: up. That product is whole, the others skip;
+        columns         the input of each product, for that product alone.
+        """
+        block, pieces, own = self.block, self.block.pieces, self.block.middle is not None
         self.see("mlp_in", x, rows, state)
+        free = not (state.any_sparse or self._watched(state) or torch.is_grad_enabled())  # nobody decides or looks
         neurons = self.site(skips="neurons")
-        if not (state.any_sparse or self._watched(state) or torch.is_grad_enabled()):
-            return self._dense_prompt(x, neurons, rows, state)
-        gate_first, up_first = self.site(reads="gate"), self.site(reads="up")
-        norms = column_norms(down) if state.chooser is not None else None
+        from_prompt = neurons is not None and neurons.site.reads == "mid"
+        first = next((n for n in ("gate", "up") if block.gated and self.site(reads=n)), None)  # pyright: ignore
+        site, mask, tap = neurons, None, None
+        made: dict[str, Tensor] = {}  # gate and up, (N, f)
 
-        def hindsight() -> Tensor:  # oracle score ||n_j||, (N, f)
-            value = product(up, x)
-            gated = act(value) if gate is None else act(product(gate, x)) * value
-            return gated.abs() * (column_norms(down) if norms is None else norms)
+        def choose(site: SiteState, given: Tensor) -> Tensor:  # (N, f)
+            return self.choose(site, given, rows, state, lambda: self.contributions(x))
 
-        if neurons is not None and state.skipping:
-            given = x if neurons.site.reads == "mlp_in" else NOTHING
-            return self._neurons(x, None, neurons, self.choose(neurons, given, rows, state, hindsight), rows)
-        mask, decided = None, None
-        if gate is not None and gate_first is not None:
-            opened = act(self.dense(gate, x, state))  # (N, f)
-            self.see("gate", opened, rows, state)
-            mask, decided = self.choose(gate_first, opened, rows, state, hindsight), gate_first
-            if state.skipping:
-                return self._neurons(x, opened, gate_first, mask, rows)
-            value = opened * self.dense(up, x, state)
-        elif gate is not None and up_first is not None:
-            risen = self.dense(up, x, state)  # (N, f)
-            self.see("up", risen, rows, state)
-            mask, decided = self.choose(up_first, risen, rows, state, hindsight), up_first
-            if state.skipping:
-                return self._neurons(x, risen, up_first, mask, rows)
-            value = act(self.dense(gate, x, state)) * risen
-        else:
-            site = self.site(reads="mlp_in", skips="columns", linear="up")
-            value = self.columns(up, "up", x, site, rows, state)
-            if gate is None:
-                value = act(value)
-            else:
-                self.see("up", value, rows, state)
-                site = self.site(reads="mlp_in", skips="columns", linear="gate")
-                opened = act(self.columns(gate, "gate", x, site, rows, state))
-                self.see("gate", opened, rows, state)
-                value = opened * value
-        self.see("mid", value, rows, state)
         if neurons is not None:
-            if neurons.site.reads == "mid":
-                neurons.remember(value, rows, state)
-            if state.any_sparse:
-                mask, decided = self.choose(neurons, x, rows, state, hindsight), neurons
-        if decided is None:
-            return self.columns(down, "down", value, self.site(reads="mid", skips="columns"), rows, state)
-        self.observe(decided, value, mask, rows, state)  # pyright: ignore[reportArgumentType]
-        kept = value * mask if mask.is_floating_point() else torch.where(mask, value, 0)  # pyright: ignore
-        y = self.whole(down, kept)
-        return self.compensate(self.complete(y, x, mask, decided, rows), "down", decided, rows)  # pyright: ignore
-
-    def _dense_prompt(self, x: Tensor, neurons: SiteState | None, rows: Rows, state: Pass) -> Tensor:
-        """The network on a prompt's rows of which nothing is skipped, (N, d) -> (N, d), in memory that all layers share.
-
-        A prompt's values are megabytes, and fresh ones cost as much in page faults as the arithmetic on them.
-        """
-        pieces, act = self.block.pieces, kernels.activation(self.block.act or "identity")
-        first = [name for name in ("gate", "up") if name in pieces]
-        made = [self.whole(pieces[n], x, state.space(n, x, pieces[n].shape[0])) for n in first]  # each (N, f)
-        for parts in zip(*(values.split(AT_ONCE) for values in made), strict=True):
-            parts[-1].copy_(act(parts[0])) if len(parts) == 1 else parts[-1].mul_(act(parts[0]))
-        value = made[-1]
-        if neurons is not None and neurons.site.reads == "mid":
-            neurons.remember(value, rows, state)
-        return self.whole(pieces["down"], value)
-
-    def _run_own(self, x: Tensor, rows: Rows, state: Pass) -> Tensor:
-        """The same order of events where only the network's own module makes the middle.
-
-        It sees 0 for what a mask skips, in both engines, so that a norm inside it means the same in both.
-        """
-        pieces, middle = self.block.pieces, self.block.middle
-        assert middle is not None
-        up, down, gate = pieces["up"], pieces["down"], pieces.get("gate")
-        self.see("mlp_in", x, rows, state)
-        neurons, gate_first, up_first = self.site(skips="neurons"), self.site(reads="gate"), self.site(reads="up")
-        g: Tensor | None = None
-        u: Tensor | None = None
-
-        def hindsight() -> Tensor:  # (N, f)
-            opened = None if gate is None else product(gate, x)
-            return middle(x, opened, product(up, x)).abs() * column_norms(down)
-
-        mask, decided = None, None
-        if neurons is not None and state.any_sparse and (neurons.site.reads == "mlp_in" or state.skipping):
-            given = x if neurons.site.reads == "mlp_in" else NOTHING
-            mask, decided = self.choose(neurons, given, rows, state, hindsight), neurons
-        elif gate is not None and gate_first is not None:
-            g = self.dense(gate, x, state)
-            opened = middle(x, g, torch.ones_like(g))
-            self.see("gate", opened, rows, state)
-            mask, decided = self.choose(gate_first, opened, rows, state, hindsight), gate_first
-        elif gate is not None and up_first is not None:
-            u = self.dense(up, x, state)
-            self.see("up", u, rows, state)
-            mask, decided = self.choose(up_first, u, rows, state, hindsight), up_first
-        if u is None:
-            site = self.site(reads="mlp_in", skips="columns", linear="up")
-            u = self._kept(up, "up", x, mask, site, rows, state)
-        if gate is not None and g is None:
-            site = self.site(reads="mlp_in", skips="columns", linear="gate")
-            g = self._kept(gate, "gate", x, mask, site, rows, state)
-            if decided is None:
-                self.see("up", u, rows, state)
-                self.see("gate", middle(x, g, torch.ones_like(g)), rows, state)
-        value = middle(x, g, u)  # (N, f)
-        if neurons is not None and neurons.site.reads == "mid":
+            if state.any_sparse and (state.skipping or not from_prompt):
+                mask = choose(neurons, NOTHING if from_prompt else x)
+        elif first is not None and not free:
+            site = self.site(reads=first)  # pyright: ignore[reportArgumentType]
+            made[first] = tap = self.dense(pieces[first], x, state)
+            if first == "gate":
+                tap = self.middle(x, tap, torch.ones_like(tap))
+            self.see(first, tap, rows, state)  # pyright: ignore[reportArgumentType]
+            mask = choose(site, tap)  # pyright: ignore[reportArgumentType]
+        if mask is not None and state.skipping and not own:
+            return self._neurons(x, tap, site, mask, rows)  # pyright: ignore[reportArgumentType]
+        hidden = mask if own else None
+        for name in (n for n in ("up", "gate") if n in pieces and n not in made):
+            made[name] = self._risen(name, x, hidden, rows, state, free)
+        gate, up = made.get("gate"), made["up"]
+        if first is None and hidden is None and gate is not None and self._watched(state):
+            self.see("up", up, rows, state)
+            self.see("gate", self.middle(x, gate, torch.ones_like(gate)), rows, state)
+        value = self.middle(x, gate, up, free)  # (N, f)
+        if neurons is not None and from_prompt:
             neurons.remember(value, rows, state)
             if mask is None and state.any_sparse:  # masked: the prompt's rows had to come first
-                mask, decided = self.choose(neurons, NOTHING, rows, state, hindsight), neurons
-                kept = None if g is None else torch.where(mask, g, 0)
-                value = middle(x, kept, torch.where(mask, u, 0))
-        if mask is None or decided is None:
-            self.see("mid", value, rows, state)
-            return self.columns(down, "down", value, self.site(reads="mid", skips="columns"), rows, state)
-        value = torch.where(mask, value, 0)
+                mask = choose(neurons, NOTHING)
+                if own:
+                    value = self.middle(x, None if gate is None else kept(gate, mask), kept(up, mask))
+        if mask is not None and own:
+            value = kept(value, mask)
         self.see("mid", value, rows, state)
-        self.observe(decided, value, mask, rows, state)
-        if state.skipping:
-            self._ensure([down], ["column"])
-            y = kernels.columns(value, down.operand, mask, bias=down.bias)
-        else:
-            y = self.whole(down, value)
-        return self.compensate(y, "down", decided, rows)
-
-    def _kept(
-        self, piece: Piece, name: str, x: Tensor, mask: Tensor | None, site: SiteState | None, rows: Rows, state: Pass
-    ) -> Tensor:
-        """gate or up where a mask of neurons keeps it, exactly 0 elsewhere; its input's columns where none is."""
         if mask is None:
+            site = None if free else self.site(reads="mid", skips="columns")
+            return self.columns(pieces["down"], "down", value, site, rows, state)
+        assert site is not None
+        self.observe(site, value, mask, rows, state)
+        return self.masked(pieces["down"], "down", value, mask, site, rows, state, decided=x)
+
+    def middle(self, x: Tensor, gate: Tensor | None, up: Tensor, free: bool = False) -> Tensor:
+        """act(gate) * up, act(up), or what the network's own module makes of them, (N, f); free: in up's memory.
+
+        With up = 1 it is the tap `gate`.
+        """
+        if self.block.middle is not None:
+            return self.block.middle(x, gate, up)
+        act = kernels.activation(self.block.act or "identity")
+        if not free:
+            return act(up) if gate is None else act(gate) * up
+        for u, g in zip(up.split(AT_ONCE), (up if gate is None else gate).split(AT_ONCE), strict=True):
+            u.copy_(act(u)) if gate is None else u.mul_(act(g))
+        return up
+
+    def contributions(self, x: Tensor) -> Tensor:
+        """The size of what each neuron adds to the output, which the matched oracle ranks, (N, d) -> (N, f)."""
+        gate, up, down = (self.block.pieces.get(n) for n in ("gate", "up", "down"))
+        assert up is not None and down is not None
+        value = self.middle(x, None if gate is None else product(gate, x), product(up, x))
+        return value.abs() * down.weight.detach().float().norm(dim=0)
+
+    def _risen(self, name: str, x: Tensor, mask: Tensor | None, rows: Rows, state: Pass, free: bool) -> Tensor:
+        """gate or up, (N, d) -> (N, f), with skipped columns of its input; exactly 0 where a mask (N, f) skips it.
+
+        The module that makes the middle sees those zeros in both engines, so that a norm in it means the same in both.
+        free: in memory that all layers share, since fresh megabytes cost a prompt as much in page faults as the arithmetic.
+        """
+        piece = self.block.pieces[name]
+        if free:
+            return self.whole(piece, x, state.space(name, x, piece.shape[0]))
+        if mask is None:
+            site = self.site(reads="mlp_in", skips="columns", linear=name)
             return self.columns(piece, name, x, site, rows, state)
         if not state.skipping:
-            return torch.where(mask, self.whole(piece, x), 0)
+            return kept(self.whole(piece, x), mask)
         self._ensure([piece], ["row"])
         return kernels.rows(x, piece.operand, mask, bias=piece.bias)
 
@@ -266,8 +214,3 @@ class FfnCall(Executor):
             given=given,
         )
         return self.complete(y, x, mask, site, rows)
-
-
-def column_norms(piece: Piece) -> Tensor:
-    """||W[:, i]||_2 of a logical linear, (in,) float."""
-    return piece.weight.detach().float().norm(dim=0)
