@@ -213,11 +213,9 @@ def test_operators_are_registered_as_torch_wants_them(backend):
         (torch.ops.moyu.columns, stored.laid_out("columns"), make_mask(2, 8, 0.5)),
     ):
         torch.library.opcheck(op.default, (x, list(w.tensors), "q4_0", [5, 8], mask, torch.ones(5)))
-    quantised = flat(
-        vars(case)
-        | {n: Q4_0.store(getattr(case, n)) for n in ("gate", "up")}
-        | {"down": Q4_0.store(case.down).laid_out("columns")}
-    )
+    parts = {n: Q4_0.store(getattr(case, n)) for n in ("gate", "up")}
+    parts["down"] = Q4_0.store(case.down).laid_out("columns")
+    quantised = flat(vars(case) | parts)
     torch.library.opcheck(torch.ops.moyu.neurons.default, quantised)
 
 

@@ -194,8 +194,9 @@ def test_what_does_not_fit_is_refused():
         kernels.columns(x, weight, torch.ones(1, 64, dtype=torch.bool))
     with pytest.raises(ValueError, match="shape"):
         kernels.rows(torch.randn(1, 32), weight)
+    down = named("q8_0").store(torch.randn(64, 32)).laid_out("columns")
     with pytest.raises(TypeError, match="quantise all"):
-        kernels.neurons(x, torch.randn(32, 64), None, weight, torch.ones(1, 64, dtype=torch.bool), act="silu")
+        kernels.neurons(x, None, torch.randn(32, 64), down, torch.ones(1, 32, dtype=torch.bool), act="silu")
 
 
 @pytest.mark.skipif("MOYU_ISA" in __import__("os").environ, reason="this is what the test sets")
