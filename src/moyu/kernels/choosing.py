@@ -23,7 +23,7 @@ from moyu.weights.plain import BFLOAT16, held
 BackendName = Literal["auto", "reference", "cpu", "gpu"]
 
 # The one list of back ends, by name. `auto` takes the first that can be used here and supports the call.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Gpu(), Cpu(), Reference())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Gpu(), Reference())}
 
 _asked: ContextVar[str] = ContextVar("moyu_backend", default="auto")
 _counter: ContextVar[ByteCounter | None] = ContextVar("moyu_byte_counter", default=None)
@@ -70,11 +70,14 @@ def choose(op: str, format: Format, x: Tensor) -> Backend:
         raise RuntimeError(
             f"The {asked} back end was asked for but cannot serve this call: {reason}; use('auto') would"
         )
-    if x.device.type == "cpu" and cpu.forced() and cpu.unavailable() is not None:
-        raise RuntimeError(f"The cpu kernels were configured but are not available: {cpu.unavailable()}")
     for backend in BACKENDS.values():
-        if backend.why_not() is None and backend.supports(op, format, x) is None:
+        if backend.supports(op, format, x) is not None:
+            continue
+        reason = backend.why_not()
+        if reason is None:
             return backend
+        if isinstance(backend, Cpu) and cpu.forced():
+            raise RuntimeError(f"The cpu kernels were configured but are not available: {reason}")
     raise RuntimeError(f"no back end computes {op} of weights in {format.name} for {x.dtype} on {x.device}")
 
 

@@ -41,8 +41,8 @@ def opened(op: str, name: str, weight: Tensor | Stored | None, order: Order) -> 
     return stored.tensors, stored.format.name, stored.shape
 
 
-def _closed(tensors: Sequence[Tensor], format: str, shape: Sequence[int], order: Order) -> Stored | None:
-    return Stored(named(format), order, tuple(tensors), tuple(shape)) if tensors else None  # pyright: ignore
+def _closed(tensors: Sequence[Tensor], format: str, shape: Sequence[int], order: Order) -> Stored:
+    return Stored(named(format), order, tuple(tensors), tuple(shape))  # pyright: ignore[reportArgumentType]
 
 
 def _finish(op: str, result: tuple[Tensor, Read]) -> Tensor:
@@ -51,7 +51,8 @@ def _finish(op: str, result: tuple[Tensor, Read]) -> Tensor:
 
 
 def _neurons(x, g, g_format, g_shape, u, u_format, u_shape, d, d_format, d_shape, mask, act, *rest):
-    gate, up = _closed(g, g_format, g_shape, "rows"), _closed(u, u_format, u_shape, "rows")
+    gate = _closed(g, g_format, g_shape, "rows") if g else None
+    up = _closed(u, u_format, u_shape, "rows") if u else None
     down = _closed(d, d_format, d_shape, "columns")
     arguments = (x, gate, up, down, mask, act, *rest, *[None] * (4 - len(rest)))
     check_neurons(*arguments)
@@ -74,8 +75,6 @@ def _fake_neurons(*args):
 
 def _linear(op: Order, x, tensors, format, shape, mask=None, bias=None):
     weight = _closed(tensors, format, shape, op)
-    if weight is None:
-        raise ValueError(f"{op}: the weight has no tensors")
     check_linear(op, x, weight, mask, bias)
     return x, weight, mask, bias
 
@@ -87,6 +86,7 @@ def _run_rows(*args):
 
 def _run_columns(*args):
     x, weight, mask, bias = _linear("columns", *args)
+    assert mask is not None  # so says the operator's definition
     return _finish("columns", choosing.choose("columns", weight.format, x).columns(x, weight, mask, bias))
 
 

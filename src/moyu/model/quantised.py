@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moyu import kernels
-from moyu.weights import Stored
+from moyu.weights import Order, Stored
 
 FEW_ROWS = 8  # up to these, integer products beat dequantising the whole weight first
 
@@ -20,6 +20,7 @@ class _Quantised(nn.Module):
 
     like: Tensor
     bias: nn.Parameter | None
+    order: Order
 
     def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ class Packed(Format):
         self.bits, self.name = bits, f"packed{bits}"
 
     def store(self, weight: Tensor, order: Order = "rows") -> Stored:
-        pieces = (weight if order == "rows" else weight.t()).detach().float()
+        pieces = (weight if order == "rows" else weight.t()).detach().float().contiguous()
         if pieces.ndim != 2 or pieces.shape[1] % GROUP:
             raise ValueError(f"{self.name} takes {order} of a multiple of {GROUP} values, got {tuple(weight.shape)}")
         groups = pieces.unflatten(1, (-1, GROUP))  # (m, n / 32, 32)

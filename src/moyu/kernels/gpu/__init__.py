@@ -43,10 +43,12 @@ class Gpu(Backend):
     ) -> tuple[Tensor, Callable[[], int]]:
         from moyu.kernels.gpu import many
 
-        product = many.rows if isinstance(weight.format, Plain) else packed.rows
-        operand = weight.tensors[0] if isinstance(weight.format, Plain) else weight
+        if isinstance(weight.format, Plain):
+            y = many.rows(x, weight.tensors[0], mask, bias)
+        else:
+            y = packed.rows(x, weight, mask, bias)
         each = weight.row_bytes + (0 if bias is None else bias.element_size())
-        return product(x, operand, mask, bias), lambda: (weight.shape[0] if mask is None else _kept(mask)) * each
+        return y, lambda: (weight.shape[0] if mask is None else _kept(mask)) * each
 
     def columns(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Callable[[], int]]:
         from moyu.kernels.gpu import many, single
@@ -90,10 +92,12 @@ class Gpu(Backend):
 
 def _neurons_in_parts(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given) -> Tensor:
     """`neurons` of packed weights as products by rows, then one by columns; values are rounded to x's dtype in between."""
-    value = None if gate is None else ACTIVATIONS[act](packed.rows(x, gate, mask, gate_bias))
+    value = torch.ones((), dtype=x.dtype, device=x.device)
+    if gate is not None:
+        value = ACTIVATIONS[act](packed.rows(x, gate, mask, gate_bias))
     if up is not None:
         u = packed.rows(x, up, mask, up_bias)
-        value = u * value if value is not None else u if given is not None else ACTIVATIONS[act](u)
+        value = ACTIVATIONS[act](u) if gate is None and given is None else value * u
     value = value if given is None else value * given
     return packed.columns(value, down, mask, down_bias, x.dtype)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _REMEDY = "pip install 'moyu-llm[gpu]', on a machine with an NVIDIA GPU"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_ROWS = 16  # of a call; the reference serves more
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,7 +22,7 @@ ACTS = {
 
 def unavailable() -> str | None:
     """Why this back end cannot be used here, with the remedy; None = it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return f"Triton is not installed; {_REMEDY}"
     if not INTERPRETED and not torch.cuda.is_available():
         return f"no GPU is visible to torch; {_REMEDY}"

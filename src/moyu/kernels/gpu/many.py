@@ -132,7 +132,8 @@ def _prune(configs: list, named: dict, **sizes: Any) -> list:
 
     def fits(sizes_: dict[str, int]) -> bool:
         programs = triton.cdiv(named["q"], sizes_["BLOCK_D"]) * sizes_["SPLITS"] if "SPLITS" in sizes_ else PROGRAMS[0]
-        return sizes_["BLOCK_J"] >= (16 if sizes["ROWS"] == 16 else 1) and PROGRAMS[0] <= programs <= PROGRAMS[1]
+        least = 16 if sizes["ROWS"] == 16 else 1
+        return bool(sizes_["BLOCK_J"] >= least and PROGRAMS[0] <= programs <= PROGRAMS[1])
 
     return [c for c in configs if fits(c.kwargs)] or configs[-1:]
 

@@ -18,7 +18,8 @@ ONE_ROW_WIDEST = 8192  # values of a piece that a program of `packed_single` hol
 def pieces(weight: Stored) -> Pieces:
     """The pieces of a weight in a packed format."""
     data, scales = weight.tensors
-    return Pieces(data, scales, weight.format.bits, weight.shape if weight.order == "rows" else weight.shape[::-1])
+    q, n = weight.shape
+    return Pieces(data, scales, weight.format.bits, (q, n) if weight.order == "rows" else (n, q))
 
 
 def rows(x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> Tensor:
