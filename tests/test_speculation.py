@@ -302,7 +302,8 @@ def test_the_command_writes_dense_text_and_says_what_it_took(tmp_path):
     assert rows[0]["correction"]["drafts"] == 3 and 1 <= rows[0]["correction"]["tokens_per_pass"] <= 4
     assert rows[2]["sparse_text"] != rows[2]["dense_text"]  # a sample
     told = run(cli.app, [*plan, "--lossless"])
-    assert "tokens a dense pass" in told.stderr
+    assert "tokens per dense pass" in told.stderr and "decode step: " in told.stderr
+    assert told.stdout.endswith(rows[0]["dense_text"] + "\n")
     for bad, message in (
         (["generate", "swiglu", "--lossless"], "no plan to draft with"),
         ([*plan, "--lossless", "--sirius", "0.1"], "give one of them"),

@@ -184,6 +184,7 @@ def _complete(model: Any, settings: dict[str, Any], longest: int) -> GenerationC
         )
     limited = config.max_new_tokens is not None or config.max_length is not None
     config, _ = model._prepare_generation_config(config)
+    config.update(**settings)  # again: a setting of None is not the model's own
     model._prepare_special_tokens(config, True, device="cpu")
     if config.max_new_tokens is not None:
         config.max_length = longest + config.max_new_tokens
