@@ -9,26 +9,46 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections import defaultdict
 from typing import Any
 
 import torch
+from transformers.generation import BaseStreamer
 
 from moyu.calibration.context import Context
 from moyu.calibration.settings import Settings
-from moyu.commands.writing import Receiver
 from moyu.engine.applied import Applied
-from moyu.engine.speculation import best_drafts, expected_speedup, sirius, speculate
+from moyu.engine.generate import generate
+from moyu.engine.speculation import Speculation, best_drafts, expected_speedup, lossless, sirius, speculate
 
 PLANS = (("griffin", 0.5), ("deja-vu", 0.5), ("teal", 0.4))
 
 
-def dense_rate(model: Any, ids: torch.Tensor, count: int) -> float:
-    """Tokens a second of a greedy loop, the first token apart."""
-    clock = Receiver(None)
-    options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "streamer": clock}
-    model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    return (count - 1) / (clock.times[-1] - clock.times[1])
+class Clock(BaseStreamer):
+    """Notes when transformers' loop hands over the prompt and each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to note."""
+
+
+def transformers_rate(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> float:
+    """Tokens a second of transformers' loop, the first token apart."""
+    clock = Clock()
+    model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
+    return (len(clock.times) - 2) / (clock.times[-1] - clock.times[1])
+
+
+def own_rate(session: Applied, ids: torch.Tensor, options: dict[str, Any]) -> float:
+    """Tokens a second of MOYU's loop, the first token apart."""
+    times = [time.perf_counter() for _ in generate(session, ids, **options)]
+    return (len(times) - 1) / (times[-1] - times[0])
 
 
 @torch.no_grad()
@@ -44,19 +64,24 @@ def main() -> None:
     plans = {name: context.plan(name, sparsity=sparsity) for name, sparsity in PLANS}
     prompts = [row[None, :64] for row in context.split.test.tokens]
     costs = {}
+    options = {"max_new_tokens": asked.tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     for ids in prompts:
-        rates["transformers eager"].append(dense_rate(model, ids, asked.tokens))
+        rates["transformers eager"].append(transformers_rate(model, ids, options))
     for name, plan in [(None, None), *plans.items()]:
         with Applied(model, plan, anatomy=context.anatomy) as applied:
             for ids in prompts:
-                plain = dense_rate(model, ids, asked.tokens)
+                plain = own_rate(applied, ids, options)
                 rates["dense on the kernels" if name is None else f"{name}, uncorrected"].append(plain)
                 if name is None:
                     continue
-                for label, drafts, rule in (("lossless", 2, None), ("lossless", 4, None), ("sirius 0.1", 16, sirius())):
-                    made = speculate(
-                        applied, ids, asked.tokens, drafts=drafts, **({} if rule is None else {"rule": rule})
-                    )
+                for label, drafts, rule in (
+                    ("lossless", 2, lossless),
+                    ("lossless", 4, lossless),
+                    ("sirius 0.1", 16, sirius()),
+                ):
+                    made = Speculation()
+                    for _ in speculate(applied, ids, drafts=drafts, rule=rule, out=made, **options):
+                        pass
                     key = f"{name}, {label}, {drafts} drafts"
                     rates[key].append(made.tok_s)
                     told[key].append((made.acceptance, made.tokens_per_pass))

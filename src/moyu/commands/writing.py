@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from moyu import records
-from moyu.engine import speculation
 from moyu.engine.applied import Applied
 from moyu.engine.generate import generate
-from moyu.engine.speculation import Correction, Speculation
+from moyu.engine.speculation import Correction, Speculation, speculate
 from moyu.errors import UserError
 from moyu.kernels import BackendName
 from moyu.model import dissect
@@ -103,17 +102,23 @@ def write(
     seed: int = 0,
     show: Show | None = None,
 ) -> Written:
-    """Greedy text after `ids` (1, T); dense where there is no plan. correction: dense checks what the plan drafts.
+    """Text after `ids` (1, T); dense where there is no plan. correction: dense checks what the plan drafts; else it is greedy.
 
     strict: UserError where a step is not the fastest there is.
     """
-    if plan is not None and correction is not None:
-        return _corrected(loaded, anatomy, plan, ids, new_tokens, correction, backend=backend, seed=seed, show=show)
     pieces = None if show is None else Pieces(loaded.tokenizer, ids[0].tolist(), show)
+    drafted = None if plan is None or correction is None else Speculation()
     fresh, times = list[int](), list[float]()
     with Applied(loaded.model, plan, backend=backend, anatomy=anatomy) as session:
         start = time.perf_counter()
-        for tokens in generate(session, ids, strict=strict, max_new_tokens=new_tokens, do_sample=False):
+        if drafted is None or correction is None:
+            stream = generate(session, ids, strict=strict, max_new_tokens=new_tokens, do_sample=False)
+        else:
+            drafts, settings = correction.drafts, {"max_new_tokens": new_tokens, **correction.sampling}
+            stream = speculate(
+                session, ids, drafts=drafts, rule=correction.decide, strict=strict, seed=seed, out=drafted, **settings
+            )
+        for tokens in stream:
             times.append(time.perf_counter())
             fresh.append(int(tokens[0]))
             if pieces is not None:
@@ -125,39 +130,9 @@ def write(
         *_decoded(loaded, fresh),
         first_token_s=times[0] - start,
         tok_s=(len(fresh) - 1) / (times[-1] - times[0]) if len(fresh) > 1 else None,
+        drafted=drafted,
         step=session.traces.summary() if len(fresh) > 1 else None,
     )
-
-
-def _corrected(
-    loaded: Loaded,
-    anatomy: Anatomy,
-    plan: Plan,
-    ids: Tensor,
-    new_tokens: int,
-    correction: Correction,
-    *,
-    backend: BackendName,
-    seed: int,
-    show: Show | None,
-) -> Written:
-    """Text that `plan` drafts and the dense model corrects; shown when it is whole."""
-    ends = getattr(loaded.model.generation_config, "eos_token_id", None)
-    with Applied(loaded.model, plan, backend=backend, anatomy=anatomy) as applied:
-        drafted = speculation.speculate(
-            applied,
-            ids,
-            new_tokens,
-            drafts=correction.drafts,
-            temperature=correction.temperature,
-            rule=correction.decide,
-            ends=[] if ends is None else ends if isinstance(ends, list) else [ends],
-            seed=seed,
-        )
-    tokens, text = _decoded(loaded, drafted.tokens)
-    if show is not None:
-        show(text)
-    return Written(drafted.tokens, tokens, text, drafted.first_token_s, drafted.tok_s, drafted)
 
 
 def _decoded(loaded: Loaded, ids: Sequence[int]) -> tuple[list[str], str]:

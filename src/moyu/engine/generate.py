@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from moyu.engine.applied import Applied
 from moyu.engine.cache import KvCache
-from moyu.engine.memory import given_cache, memory_of
+from moyu.engine.memory import given_cache, memory_of, remember
 from moyu.engine.session import Session
 from moyu.errors import UserError
 from moyu.kernels import BackendName
@@ -67,9 +67,7 @@ def generate(
 def _prefill(session: Session, cache: KvCache, rows: list[Tensor]) -> Tensor:
     """Run the prompts densely and fill `cache`; logits (B, V) behind each. Prompts of different lengths run one by one."""
     if len({len(row) for row in rows}) == 1:
-        with session.prompt(len(rows[0])):
-            out: Any = session.model(input_ids=torch.stack(rows), use_cache=True, **given_cache(session.model, cache))
-        return out.logits[:, -1]
+        return read(session, cache, torch.stack(rows))[:, -1]
     made = []
     for row in rows:
         own = KvCache(session.model.config.get_text_config(decoder=True))  # pyright: ignore
@@ -78,12 +76,19 @@ def _prefill(session: Session, cache: KvCache, rows: list[Tensor]) -> Tensor:
     return torch.cat(made)
 
 
+def read(session: Session, cache: KvCache, ids: Tensor) -> Tensor:
+    """Run ids (B, T) densely behind what `cache` holds; their logits (B, T, V)."""
+    with session.prompt(int(cache.get_seq_length()) + ids.shape[1]):
+        out: Any = session.model(input_ids=ids, use_cache=True, **given_cache(session.model, cache))
+    return out.logits
+
+
 def join(cache: KvCache, other: KvCache) -> None:
     """Let the rows of `other` take part in the steps of `cache`, behind its own rows."""
     empty = not len(cache.lengths)
     memory = memory_of(other) if empty else memory_of(cache).joined(memory_of(other), cache.lengths, other.lengths)
     cache.join(other)
-    vars(cache)["_moyu_memory"] = memory
+    remember(cache, memory)
 
 
 def leave(cache: KvCache, keep: Tensor) -> None:
@@ -109,53 +114,77 @@ class Draw:
 
     def __init__(self, model: Any, prompts: list[Tensor], seed: int | None, settings: dict[str, Any]) -> None:
         """settings: of the generation config, in place of the model's own."""
-        config = copy.deepcopy(model.generation_config)
-        unknown = config.update(**settings)
-        if unknown:
-            raise UserError(f"{', '.join(unknown)}: no setting of a generation", "see transformers.GenerationConfig")
-        if config.num_beams not in (None, 1) or config.num_return_sequences not in (None, 1) or config.penalty_alpha:
-            raise UserError(
-                "beams and several sequences a prompt are not drawn one token at a time",
-                "use the model's own generate() with the plan applied",
-            )
         longest = max(map(len, prompts))
-        config = _complete(model, config, longest)
-        pad = config.pad_token_id
-        self.pad = 0 if pad is None else int(pad)
-        self.ids = torch.stack(
-            [torch.nn.functional.pad(p.cpu(), (longest - len(p), 0), value=self.pad) for p in prompts]
-        )
+        try:
+            config = _complete(model, settings, longest)
+            pad = config.pad_token_id
+            self.pad = 0 if pad is None else int(pad)
+            self.ids = torch.stack(
+                [torch.nn.functional.pad(p.cpu(), (longest - len(p), 0), value=self.pad) for p in prompts]
+            )
+            self.processors = model._get_logits_processor(
+                generation_config=config,
+                input_ids_seq_length=longest,
+                encoder_input_ids=self.ids,
+                prefix_allowed_tokens_fn=None,
+                logits_processor=LogitsProcessorList(),
+                device="cpu",
+                model_kwargs={},
+            )
+            self.criteria = model._get_stopping_criteria(
+                generation_config=config, stopping_criteria=StoppingCriteriaList()
+            )
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error), "see transformers.GenerationConfig") from error
         self.sample = bool(config.do_sample)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.unfinished = torch.ones(len(prompts), dtype=torch.bool)
-        self.processors = model._get_logits_processor(
-            generation_config=config,
-            input_ids_seq_length=longest,
-            encoder_input_ids=self.ids,
-            prefix_allowed_tokens_fn=None,
-            logits_processor=LogitsProcessorList(),
-            device="cpu",
-            model_kwargs={},
-        )
-        self.criteria = model._get_stopping_criteria(generation_config=config, stopping_criteria=StoppingCriteriaList())
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, bool]:
         """The next tokens (B,) from logits (B, V), and whether every sequence has ended."""
-        scores = self.processors(self.ids, logits.to("cpu", torch.float32, copy=True))
+        scores = self.scores(self.ids, logits)
+        return self.take(self.pick(self.distribution(scores)), scores)
+
+    def scores(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """What the processors make of logits (B, V) that follow ids (B, T); float32, on the CPU."""
+        return self.processors(ids, logits.to("cpu", torch.float32, copy=True))
+
+    def distribution(self, scores: Tensor) -> Tensor:
+        """How likely each token is to be drawn, (B, V); all on the largest score where nothing is sampled."""
         if self.sample:
-            tokens = torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)
-        else:
-            tokens = scores.argmax(-1)
+            return scores.softmax(-1)
+        return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
+
+    def pick(self, chances: Tensor) -> Tensor:
+        """Draw a token (B,) from each distribution (B, V)."""
+        if self.sample:
+            return torch.multinomial(chances, 1, generator=self.generator).squeeze(1)
+        return chances.argmax(-1)
+
+    def take(self, tokens: Tensor, scores: Tensor) -> tuple[Tensor, bool]:
+        """Append tokens (B,), which follow scores (B, V): them, or the pad token, and whether every sequence has ended."""
         tokens = torch.where(self.unfinished, tokens, self.pad)
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-        self.unfinished &= ~self.criteria(self.ids, scores)
+        self.unfinished = self.unfinished & ~self.criteria(self.ids, scores)
         return tokens, not bool(self.unfinished.any())
 
 
-def _complete(model: Any, config: GenerationConfig, longest: int) -> GenerationConfig:
-    """The config with transformers' defaults, special tokens as tensors, and a maximal length."""
+def _complete(model: Any, settings: dict[str, Any], longest: int) -> GenerationConfig:
+    """The model's config with `settings`, transformers' defaults, special tokens as tensors, and a maximal length."""
+    config = copy.deepcopy(model.generation_config)
+    unknown = config.update(**settings)
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: no setting of a generation", "see transformers.GenerationConfig")
+    if config.num_beams not in (None, 1) or config.num_return_sequences not in (None, 1) or config.penalty_alpha:
+        raise UserError(
+            "beams and several sequences a prompt are not drawn one token at a time",
+            "use the model's own generate() with the plan applied",
+        )
     limited = config.max_new_tokens is not None or config.max_length is not None
     config, _ = model._prepare_generation_config(config)
+    config.update(**settings)  # again: a setting of None is not the model's own
     model._prepare_special_tokens(config, True, device="cpu")
     if config.max_new_tokens is not None:
         config.max_length = longest + config.max_new_tokens

@@ -4,27 +4,34 @@ Lossless mode is speculative sampling (arXiv 2211.17192) with a model that draft
 probability min(1, p / q), p dense and q sparse, and in place of the first refused one a token is drawn from the positive part
 of p - q. The text is distributed as the dense model's; greedy text is the dense model's, up to near-ties between kernels.
 Sirius (arXiv 2409.03856) is the same loop with another rule: what dense finds likelier than a threshold stays. It is not
-lossless. Either way every position that stays has the dense model's keys and values.
+lossless. Either way every position that stays has the dense model's keys and values, and both models' logits pass through
+the processors that `generate` applies at that position.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.cache_utils import DynamicLayer
 
-from moyu.engine.applied import Applied
+from moyu.engine.cache import KvCache
+from moyu.engine.generate import Draw, read, step
 from moyu.engine.memory import memory_of
+from moyu.engine.session import Session
 from moyu.errors import UserError
 
 # (drafted (D,), sparse (D, V), dense (D + 1, V), dense likelihoods of the drafted (D,), generator)
-# -> (accepted tokens, the token after them). Distributions are those that tokens are drawn from; likelihoods the model's own.
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor, torch.Generator], tuple[int, int]]
+# -> (accepted tokens, the distribution (V,) of the token after them). Distributions are those that tokens are drawn from;
+# likelihoods the model's own.
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor, torch.Generator | None], tuple[int, Tensor]]
+COUNTING = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)  # a call is a token
 
 
 def acceptance(dense: Tensor, sparse: Tensor) -> Tensor:
@@ -46,24 +53,23 @@ def first_unlikely(likelihoods: Tensor, threshold: float) -> int:
 
 
 def lossless(
-    drafted: Tensor, sparse: Tensor, dense: Tensor, likelihoods: Tensor, generator: torch.Generator
-) -> tuple[int, int]:
-    """The rule of speculative sampling: drafted (D,), q (D, V), p (D + 1, V) -> (accepted, next token)."""
+    drafted: Tensor, sparse: Tensor, dense: Tensor, likelihoods: Tensor, generator: torch.Generator | None
+) -> tuple[int, Tensor]:
+    """The rule of speculative sampling: drafted (D,), q (D, V), p (D + 1, V) -> (accepted, distribution of the next)."""
     chances = acceptance(dense[:-1], sparse).gather(1, drafted[:, None])[:, 0]
     refused = (torch.rand(len(drafted), generator=generator, dtype=chances.dtype) >= chances).nonzero()
     accepted = int(refused[0]) if len(refused) else len(drafted)
-    following = dense[accepted] if accepted == len(drafted) else remainder(dense[accepted], sparse[accepted])
-    return accepted, _draw(following, generator)
+    return accepted, dense[accepted] if accepted == len(drafted) else remainder(dense[accepted], sparse[accepted])
 
 
 def sirius(threshold: float = 0.1) -> Rule:
     """Sirius' rule: text is kept up to the first token that dense finds less likely than `threshold`, in [0, 1]."""
 
     def rule(
-        drafted: Tensor, sparse: Tensor, dense: Tensor, likelihoods: Tensor, generator: torch.Generator
-    ) -> tuple[int, int]:
+        drafted: Tensor, sparse: Tensor, dense: Tensor, likelihoods: Tensor, generator: torch.Generator | None
+    ) -> tuple[int, Tensor]:
         accepted = first_unlikely(likelihoods, threshold)
-        return accepted, _draw(dense[accepted], generator)
+        return accepted, dense[accepted]
 
     return rule
 
@@ -96,21 +102,23 @@ class Correction:
         """The rule itself."""
         return lossless if self.rule == "lossless" else sirius(self.threshold)
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings of a generation that say how a token is drawn."""
+        return {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+
 
 @dataclass
 class Speculation:
-    """What a generation wrote and what it took."""
+    """What a generation has written so far, and what it took."""
 
     tokens: list[int] = field(default_factory=list)  # new ones
-    margins: list[float] = field(
-        default_factory=list
-    )  # of each: the two largest dense logits apart, near-ties are small
+    margins: list[float] = field(default_factory=list)  # of each: how far the two largest dense scores are apart
     drafted: int = 0  # sparse steps
     accepted: int = 0  # of them
     judged: int = 0  # drafts that were looked at: a refusal ends its round
     passes: int = 0  # dense verifications, the prompt's pass apart
-    first_token_s: float = 0.0  # seconds of the prompt's pass
-    draft_s: float = 0.0
+    draft_s: float = 0.0  # seconds
     verify_s: float = 0.0
 
     @property
@@ -138,134 +146,110 @@ class Speculation:
 
 @torch.no_grad()
 def speculate(
-    applied: Applied,
+    session: Session,
     ids: Tensor,
-    new_tokens: int,
     *,
     drafts: int = 4,
-    temperature: float = 0.0,
     rule: Rule = lossless,
-    ends: Sequence[int] = (),
-    seed: int = 0,
-) -> Speculation:
-    """Write `new_tokens` after `ids` (1, T): `drafts` sparse steps, then one dense pass over them, until it is done.
+    strict: bool = False,
+    seed: int | None = None,
+    out: Speculation | None = None,
+    **settings: Any,
+) -> Iterator[Tensor]:
+    """Yield the tokens after `ids` (1, T), each (1,) int64: `drafts` sparse steps, then one dense pass over them, and again.
 
-    applied: the model with a plan. temperature 0 is greedy. rule: `lossless`, or `sirius(threshold)`. Stops behind a token
-    of `ends`. A sequence-level method keeps the prompt's masks. Raises UserError for a batch, an empty prompt, no drafts,
-    and for a cache that cannot go back.
+    session: the model with a plan. rule: `lossless`, or `sirius(threshold)`. seed, strict, settings: as of `generate`.
+    out: notes what the text took. A sequence-level method keeps the prompt's masks. Raises UserError for a batch, an empty
+    prompt, no drafts, settings that need each token's scores once and in order, and for a cache that cannot go back.
     """
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 1:
         raise UserError(f"drafting takes one prompt at a time, not ids of shape {tuple(ids.shape)}", "call it a row")
-    if drafts < 1 or new_tokens < 1 or temperature < 0:
+    if drafts < 1:
+        raise UserError(f"{drafts} drafts", "draft at least 1 token")
+    if session.controller is not None:
         raise UserError(
-            f"{drafts} drafts, {new_tokens} new tokens, temperature {temperature}",
-            "at least 1 draft, 1 token, and a temperature of 0 (greedy) or more",
-        )
-    if applied.controller is not None:
-        raise UserError(
-            f"{applied.method_name!r} runs dense again by its own rule, which verification replaces",
+            f"{session.method_name!r} runs dense again by its own rule, which verification replaces",
             "draft with 'griffin', for example",
         )
-    model: Any = applied.model
-    generator = torch.Generator().manual_seed(seed)
-    out = Speculation()
-    start = time.perf_counter()
-    with applied.prompt(ids.shape[1]):
-        first = model(input_ids=ids, use_cache=True)
-    cache = first.past_key_values
-    _check_cache(cache, ids.shape[1] + new_tokens + drafts)
-    token = _draw(_probabilities(first.logits[0, -1:], temperature)[0], generator)
-    _keep(out, [token], first.logits[0, -1:])
-    out.first_token_s = time.perf_counter() - start
-    while len(out.tokens) < new_tokens and token not in ends:
-        length = int(cache.get_seq_length())
-        count = min(drafts, new_tokens - len(out.tokens))
-        start = time.perf_counter()
-        drafted, sparse = _draft(applied, cache, token, count, temperature, generator)
-        middle = time.perf_counter()
-        logits = _verify(applied, cache, [token, *drafted.tolist()], length)
-        dense = _probabilities(logits, temperature)
+    core: Any = session.model
+    draw = Draw(core, list(ids), seed, settings)
+    if any(isinstance(processor, COUNTING) for processor in draw.processors):
+        raise UserError(
+            "guidance and SynthID watermarks cannot take a drafted token back", "generate without correction"
+        )
+    cache = KvCache(core.config.get_text_config(decoder=True))
+    _check_cache(cache, draw.criteria.max_length)
+    out = Speculation() if out is None else out
+    while True:
+        start, written = time.perf_counter(), draw.ids.shape[1]
+        _go_back(cache, written - 1)  # the last token is not read yet; nor is the prompt before the first round
+        past = int(cache.get_seq_length())
+        ahead, sparse = _draft(session, cache, draw, drafts if past else 0)
+        if strict:
+            session.traces.require_fastest()
+        middle, drafted = time.perf_counter(), ahead.ids[0, written:]
+        logits = _verify(session, cache, ahead.ids, past)[-1 - len(drafted) :]
+        scores = torch.cat([draw.scores(ahead.ids[:, : written + i], row[None]) for i, row in enumerate(logits)])
+        dense = draw.distribution(scores)
         likelihoods = logits[:-1].double().cpu().softmax(-1).gather(1, drafted[:, None])[:, 0]
-        accepted, token = rule(drafted, sparse, dense, likelihoods, generator)
-        fresh = [*drafted[:accepted].tolist(), token]
-        stop = next((i for i, t in enumerate(fresh) if t in ends), len(fresh) - 1)
-        fresh = fresh[: min(stop + 1, new_tokens - len(out.tokens))]
-        token = fresh[-1]
-        _keep(out, fresh, logits)
-        _go_back(cache, length + len(fresh))
-        out.draft_s += middle - start
-        out.verify_s += time.perf_counter() - middle
-        out.drafted += count
-        out.accepted += accepted
-        out.judged += min(accepted + 1, count)
-        out.passes += 1
-    return out
+        accepted, following = rule(drafted, torch.cat([dense[:0], *sparse]), dense, likelihoods, draw.generator)
+        fresh = torch.cat([drafted[:accepted], draw.pick(following[None])])
+        if past:
+            out.draft_s += middle - start
+            out.verify_s += time.perf_counter() - middle
+            out.drafted += len(drafted)
+            out.accepted += accepted
+            out.judged += min(accepted + 1, len(drafted))
+            out.passes += 1
+        for token, own in zip(fresh.split(1), scores.split(1), strict=False):
+            token, ended = draw.take(token, own)
+            best = own[0].topk(2).values
+            out.tokens.append(int(token))
+            out.margins.append(float(best[0] - best[1]))
+            yield token
+            if ended:  # drafts and a token behind the end are dropped
+                return
 
 
-def _draft(
-    applied: Applied, cache: Any, token: int, count: int, temperature: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """`count` sparse steps: the tokens drawn (count,) and the distributions that they were drawn from (count, V)."""
-    length, tokens, made = int(cache.get_seq_length()), [token], []
-    device = next(applied.model.parameters()).device
-    with applied.prompt(length):
-        for _ in range(count):
-            step: Any = applied.model(
-                input_ids=torch.tensor([[tokens[-1]]], device=device), past_key_values=cache, use_cache=True
-            )
-            made.append(_probabilities(step.logits[0, -1:], temperature)[0])
-            tokens.append(_draw(made[-1], generator))
-    return torch.tensor(tokens[1:]), torch.stack(made)
+def _draft(session: Session, cache: KvCache, draw: Draw, most: int) -> tuple[Draw, list[Tensor]]:
+    """Up to `most` sparse steps: a copy of `draw` with the tokens drawn, and the distributions (1, V) they were drawn from."""
+    ahead, made = copy.copy(draw), []
+    device = next(session.model.parameters()).device
+    with session.prompt(int(cache.get_seq_length())):
+        while len(made) < most and bool(ahead.unfinished.any()):
+            scores = ahead.scores(ahead.ids, step(session, cache, ahead.ids[:, -1].to(device)))
+            made.append(ahead.distribution(scores))
+            ahead.take(ahead.pick(made[-1]), scores)
+    return ahead, made
 
 
-def _verify(applied: Applied, cache: Any, tokens: list[int], length: int) -> Tensor:
-    """Dense logits (len(tokens), V) of tokens that follow `length` verified ones; their keys and values replace the drafts'.
+def _verify(session: Session, cache: KvCache, ids: Tensor, past: int) -> Tensor:
+    """Dense logits of the ids (1, T) behind `past` verified ones, (T - past, V); their keys and values replace the drafts'.
 
-    What a sequence-level method knows stays what it knew: refused drafts must not enter it.
+    What a sequence-level method knows of the prompt stays what it was: refused drafts must not enter it.
     """
-    _go_back(cache, length)
+    _go_back(cache, past)
     memory = memory_of(cache)
     known = dict(memory.sites), dict(memory.masks), memory.dense_until
-    device = next(applied.model.parameters()).device
-    with applied.prompt(length + len(tokens)):
-        out: Any = applied.model(input_ids=torch.tensor([tokens], device=device), past_key_values=cache, use_cache=True)
-    memory.sites, memory.masks, memory.dense_until = known
-    return out.logits[0]
+    logits = read(session, cache, ids[:, past:].to(next(session.model.parameters()).device))[0]
+    if past:
+        memory.sites, memory.masks, memory.dense_until = known
+    return logits
 
 
-def _go_back(cache: Any, length: int) -> None:
+def _go_back(cache: KvCache, length: int) -> None:
     """Forget what came after `length` tokens."""
     held = int(cache.get_seq_length())
     if held > length:
         cache.crop(length - held)
 
 
-def _check_cache(cache: Any, length: int) -> None:
-    layers = getattr(cache, "layers", [None])
-    if any(not isinstance(own, DynamicLayer) for own in layers):
+def _check_cache(cache: KvCache, length: int) -> None:
+    if any(not isinstance(own, DynamicLayer) for own in cache.layers):
         raise UserError("this model's cache cannot go back to an earlier token", "generate without correction")
-    windows = [own.sliding_window for own in layers if hasattr(type(own), "is_sliding") and own.is_sliding]
+    windows = [own.sliding_window for own in cache.layers if hasattr(type(own), "is_sliding") and own.is_sliding]
     if windows and length >= min(windows):
         raise UserError(
             f"{length} tokens pass the sliding window of {min(windows)}, behind which the cache cannot go back",
             "write fewer tokens, or generate without correction",
         )
-
-
-def _probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """(N, V) -> (N, V) float64 on the CPU; all on the largest where the temperature is 0."""
-    logits = logits.double().cpu()
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-    return (logits / temperature).softmax(-1)
-
-
-def _draw(probabilities: Tensor, generator: torch.Generator) -> int:
-    return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-def _keep(out: Speculation, tokens: list[int], logits: Tensor) -> None:
-    """Note new tokens, the i-th of which the i-th row of dense logits speaks about."""
-    best = logits[: len(tokens)].float().topk(2).values
-    out.tokens += tokens
-    out.margins += (best[:, 0] - best[:, 1]).tolist()

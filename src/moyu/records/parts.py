@@ -80,7 +80,7 @@ class Correction(Strict):
     acceptance: Fraction = Field(description="accepted fraction of the checked drafts")
     tokens_per_pass: float = Field(ge=0, description="new tokens per dense pass")
     margin: float | None = Field(
-        default=None, description="gap between the two largest dense logits at the first token that differs"
+        default=None, description="gap between the two largest dense scores at the first token that differs"
     )
 
 

@@ -151,7 +151,7 @@ def generated(record: Generation) -> list[str]:
         margin = None if record.correction is None else record.correction.margin
         lines.append(
             f"first difference from dense at token {record.first_difference}"
-            + ("" if margin is None else f", dense logits {number(margin)} apart")
+            + ("" if margin is None else f", dense scores {number(margin)} apart")
         )
     elif record.method != "dense" and record.dense_text is not None:
         lines.append("the same text as dense")
