@@ -102,6 +102,19 @@ def test_a_clamp_that_the_probe_does_not_reach_is_kept():
             assert torch.allclose(model(tokens(1, 4), use_cache=False).logits, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("engine", ["mask", "skip"])
+def test_a_plan_means_the_same_where_the_module_makes_the_middle(engine):
+    models = build("llama", torch.float32), _clamped(broken=False)
+    ids = tokens(1, 5)
+    plan = calibrate(models[0], method("estimate", way="svd", rest=2), Windows(tokens(4, 24), 4), sparsity=0.5)
+    logits = []
+    for model in models:
+        with torch.no_grad(), Applied(model, plan, engine=engine, check=False) as applied, applied.prompt(4):
+            cache = model(ids[:, :4], use_cache=True).past_key_values
+            logits.append(model(ids[:, 4:], past_key_values=cache).logits)
+    assert torch.allclose(*logits, atol=1e-4)
+
+
 def test_rows_that_mix_are_refused_with_the_reason():
     with pytest.raises(moyu.UserError, match="layer 2: no linear takes"):
         dissect.dissect(_clamped(broken=True))

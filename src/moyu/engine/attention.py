@@ -56,11 +56,8 @@ class AttentionLinear(Executor):
         """Stands for the linear's forward, (..., in) -> (..., out)."""
         state = self.session.current()
         works = state is not None and (self.own or self.heads) and state.any_sparse
-        watched = state is not None and (
-            state.observer is not None or state.products is not None or bool(self.lookahead)
-        )
         flat = x.reshape(-1, x.shape[-1])
-        if state is None or not (works or watched or state.skipping):
+        if state is None or not (works or self._watched(state) or state.skipping):
             if state is None or not self.own_prompts(x, [self.piece], state):
                 return self.inner(x)
             return self.whole(self.piece, flat).reshape(*x.shape[:-1], -1)

@@ -109,10 +109,10 @@ class FfnCall(Executor):
         block, pieces, own = self.block, self.block.pieces, self.block.middle is not None
         self.see("mlp_in", x, rows, state)
         free = not (state.any_sparse or self._watched(state) or torch.is_grad_enabled())  # nobody decides or looks
-        neurons = self.site(skips="neurons")
+        site = neurons = self.site(skips="neurons")
         from_prompt = neurons is not None and neurons.site.reads == "mid"
-        first = next((n for n in ("gate", "up") if block.gated and self.site(reads=n)), None)  # pyright: ignore
-        site, mask, tap = neurons, None, None
+        first = (self.site(reads="gate") or self.site(reads="up")) if block.gated else None
+        mask, tap = None, None
         made: dict[str, Tensor] = {}  # gate and up, (N, f)
 
         def choose(site: SiteState, given: Tensor) -> Tensor:  # (N, f)
@@ -122,14 +122,14 @@ class FfnCall(Executor):
             if state.any_sparse and (state.skipping or not from_prompt):
                 mask = choose(neurons, NOTHING if from_prompt else x)
         elif first is not None and not free:
-            site = self.site(reads=first)  # pyright: ignore[reportArgumentType]
-            made[first] = tap = self.dense(pieces[first], x, state)
-            if first == "gate":
+            site, name = first, first.site.reads
+            made[name] = tap = self.dense(pieces[name], x, state)
+            if name == "gate":
                 tap = self.middle(x, tap, torch.ones_like(tap))
-            self.see(first, tap, rows, state)  # pyright: ignore[reportArgumentType]
-            mask = choose(site, tap)  # pyright: ignore[reportArgumentType]
-        if mask is not None and state.skipping and not own:
-            return self._neurons(x, tap, site, mask, rows)  # pyright: ignore[reportArgumentType]
+            self.see(name, tap, rows, state)
+            mask = choose(first, tap)
+        if mask is not None and site is not None and state.skipping and not own:
+            return self._neurons(x, tap, site, mask, rows)
         hidden = mask if own else None
         for name in (n for n in ("up", "gate") if n in pieces and n not in made):
             made[name] = self._risen(name, x, hidden, rows, state, free)
@@ -147,10 +147,9 @@ class FfnCall(Executor):
         if mask is not None and own:
             value = kept(value, mask)
         self.see("mid", value, rows, state)
-        if mask is None:
+        if mask is None or site is None:
             site = None if free else self.site(reads="mid", skips="columns")
             return self.columns(pieces["down"], "down", value, site, rows, state)
-        assert site is not None
         self.observe(site, value, mask, rows, state)
         return self.masked(pieces["down"], "down", value, mask, site, rows, state, decided=x)
 

@@ -1,9 +1,8 @@
-"""Weights spread over processes (tensor parallelism, DTensor): what every process masks of its own part.
+"""Weights spread over processes (tensor parallelism, DTensor): products of logical linears, made by the model's own forwards.
 
-A linear holds rows of a logical weight, and gives a part of the outputs, or columns, and takes a part of the inputs before one sum over the
-processes. A mask is decided from the whole activation, gathered first: every process decides alike, and top-k, norms of a
-row and statistics of a prompt mean what they mean on one process. Each then masks what its own columns take. Products
-stay dense and run as the model's own linears run them.
+A linear holds rows of a logical weight, and gives a part of the outputs; or columns, and takes a part of the inputs before one
+sum over the processes. Masks are decided from whole activations, so every process decides alike, and top-k, norms of a row
+and statistics of a prompt mean what they mean on one process. The order of events is that of one process; only products differ.
 """
 
 from __future__ import annotations
