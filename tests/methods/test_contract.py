@@ -167,9 +167,9 @@ def test_kernels_read_what_the_formula_says(name):
     proxy = sum(p.bias.numel() * 4 for _, p in plan.parts.values() if p.bias is not None)
     for site, params in plan.parts.values():
         rest, skipped = remainder_of(method, site, params), ~masks[site.key]
-        if rest is not None and rest.blocks is not None:  # a group of 32 columns has its scales read with any of them
+        if rest is not None and rest.stored is not None:  # a group of 32 columns has its scales read with any of them
             groups = {i // 32 for i in skipped.nonzero()[:, 0].tolist()}
-            proxy += int(skipped.sum()) * rest.blocks.column_bytes + len(groups) * rest.blocks.scale_bytes
+            proxy += int(skipped.sum()) * rest.stored.column_bytes + len(groups) * rest.stored.scale_bytes
         if method.granularity == "token":
             own = read_to_score(model, method, site, params)
             factors = factors_of(method, site, params)
