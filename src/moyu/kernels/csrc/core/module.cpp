@@ -101,7 +101,7 @@ const char *const kActivations[] = {"relu", "relu2", "silu", "gelu", "gelu_tanh"
 template <class E, size_t count>
 E numbered(const char *what, int value, const char *const (&)[count]) {
     if (value >= 0 && static_cast<size_t>(value) < count) return static_cast<E>(value);
-    throw std::invalid_argument(std::string("there is no ") + what + " " + std::to_string(value) + ", the last is " +
+    throw std::invalid_argument(std::string(what) + " has no value " + std::to_string(value) + ", the last is " +
                                 std::to_string(count - 1));
 }
 template <class E, size_t count>
@@ -346,7 +346,7 @@ void bind_decode(nb::module_ &m) {
     def_address(linear, "scales", &DecodeLinear::scales);
     linear.def_rw("scales_stride", &DecodeLinear::scales_stride);
     linear.def_prop_rw("kind", [](const DecodeLinear &self) { return static_cast<int>(self.kind); },
-                       [](DecodeLinear &self, int value) { self.kind = numbered<Format>("weight format", value, kFormats); });
+                       [](DecodeLinear &self, int value) { self.kind = numbered<Format>("kind", value, kFormats); });
     linear.def_rw("stride", &DecodeLinear::stride).def_rw("n", &DecodeLinear::n).def_rw("q", &DecodeLinear::q);
     linear.def_rw("rest", &DecodeLinear::rest);
     linear.def_rw("by_columns", &DecodeLinear::by_columns).def_rw("threshold", &DecodeLinear::threshold);
