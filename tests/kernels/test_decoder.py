@@ -333,7 +333,7 @@ def test_unknown_codes_and_fields_are_refused():
     extension = cpu.extension()
     for thing, field, code, message in (
         (extension.Step(), "dtype", 3, "dtype has no value 3"),
-        (extension.Linear(), "kind", -1, "no weight format -1"),
+        (extension.Linear(), "kind", -1, "kind has no value -1"),
         (extension.Layer(), "act", 99, "act has no value 99"),
     ):
         with pytest.raises(ValueError, match=message):
