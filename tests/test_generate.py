@@ -152,6 +152,14 @@ def test_a_cache_that_a_plan_has_seen_is_pickled_and_copied(dense):
                     torch.testing.assert_close(got, wanted[t], rtol=1e-4, atol=1e-4)
 
 
+def test_another_plan_or_back_end_beside_an_applied_plan_is_refused():
+    model, plan = planned("cats")
+    with Applied(model, plan) as session:
+        for other in ({"plan": plan}, {"backend": "reference"}):
+            with pytest.raises(UserError, match="applied already"):
+                next(generate(session, tokens(1, 4), max_new_tokens=2, **other))
+
+
 def test_bad_settings_are_one_line():
     model = endless()
     for settings, said in (({"num_beams": 4}, "beams"), ({"tempratur": 1.0}, "tempratur")):

@@ -40,13 +40,19 @@ def generate(
     has ended yields the pad token. The cache, and which implementation of a step ran, are the session's to tell
     (`Session.traces`).
 
-    Raises UserError for an empty prompt, for settings that are no single draw a step (beams, assistants), and under strict.
+    Raises UserError for an empty prompt, for settings that are no single draw a step (beams, assistants), for a plan or a back
+    end beside an applied plan, and under strict.
     """
     rows = [row.reshape(-1) for row in prompts]
     if not rows or any(len(row) == 0 for row in rows):
         raise UserError("a prompt has no token", "give at least one token, for example the tokenizer's first")
     loaded = None if plan is not None else vars(model).get("moyu_applied")  # by `from_pretrained`, with its plan
     given = model if isinstance(model, Session) else loaded
+    if given is not None and (plan is not None or backend not in ("auto", given.backend)):
+        raise UserError(
+            "a plan is applied already, and another plan or back end was asked for",
+            "leave `plan` and `backend` out, or give the model itself after restore()",
+        )
     manager = nullcontext(given) if given is not None else Applied(model, plan, backend=backend)  # pyright: ignore
     with manager as session:
         core: Any = session.model
@@ -145,7 +151,7 @@ class Draw:
     def __call__(self, logits: Tensor) -> tuple[Tensor, bool]:
         """The next tokens (B,) from logits (B, V), and whether every sequence has ended."""
         scores = self.scores(self.ids, logits)
-        return self.take(self.pick(self.distribution(scores)), scores)
+        return self.take(self.pick(self.distribution(scores)) if self.sample else scores.argmax(-1), scores)
 
     def scores(self, ids: Tensor, logits: Tensor) -> Tensor:
         """What the processors make of logits (B, V) that follow ids (B, T); float32, on the CPU."""

@@ -65,7 +65,7 @@ class Pass:
     taps: dict[tuple[int, Tap], Tensor] = field(default_factory=dict)  # kept for look-ahead sites
     masks: dict[str, Tensor] = field(default_factory=dict)  # head masks, from q to o
     native: bool = False  # this step went through `moyu.engine.steps`
-    because: str | None = None  # why it did not
+    because: str | None = None  # why it did not, where the layers alone could have been native
     pending: dict[int | str, Tensor] = field(default_factory=dict)  # inputs: of inline networks, of masked heads
     past: int = 0  # columns of the cache before this call
     products: Products | None = None  # where a layer runs again and again at other levels

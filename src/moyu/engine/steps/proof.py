@@ -58,6 +58,9 @@ class _Call:
 def plain_run(session: Session) -> tuple[DecodeRun | None, str | None]:
     """The native run of a model, or None and the reason why its decode steps take the general path."""
     model = session.model
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        return None, f"there is no native step on {device.type} yet"
     reason = cpu.unavailable() or cpu.unsupported(next(model.parameters()))
     if reason is not None:
         return None, reason

@@ -226,6 +226,8 @@ class _LayerCall:
             state.native = not args and self.run.usable(state, hidden, kwargs)
             if state.native:
                 return self.run.step(state, hidden, kwargs)
+            if self.run.ends is None:  # else the step from token ids has said why
+                state.because = "the call is no step of one more token on a cache that native layers can append to"
         return hidden if state.native else self.inner(hidden, *args, **kwargs)
 
 
