@@ -29,7 +29,8 @@ from moyu.measure import accounting
 from moyu.measure.windows import Windows
 from moyu.model import loading, zoo
 from moyu.model.architectures import ARCHITECTURES
-from moyu.model.architectures.base import LAYER, Architecture, rope
+from moyu.model.architectures.base import LAYER, Architecture
+from moyu.model.architectures.rope import rope
 from moyu.model.gguf.loading import load_model
 from moyu.model.gguf.reader import read
 from tiny import IDS, tokens
