@@ -160,7 +160,7 @@ MALFORMED = {
     "many dimensions": (with_tensors(parts.text("w") + struct.pack("<I", 2**31)), "w has 2147483648 dimensions"),
     "no rows": (with_tensors(parts.description("w", (0, 32), 0, 0)), r"w has shape \(0, 32\)"),
     "a broken block": (with_tensors(parts.description("w", (2, 48), 8, 0)), "rows are made of blocks of 32"),
-    "another type": (with_tensors(parts.description("w", (2, 256), 12, 0)), "w is Q4_K; MOYU supports.*llama-quantize --pure"),
+    "another type": (with_tensors(parts.description("w", (2, 256), 21, 0)), "w is IQ3_S; MOYU supports.*llama-quantize"),
     "no type": (with_tensors(parts.description("w", (2, 256), 77, 0)), "w is of type 77"),
     "misaligned": (with_tensors(parts.description("w", (2, 32), 0, 8)), "offset 8, not a multiple of 32"),
     "overflowing": (with_tensors(parts.description("w", (LARGE, LARGE, LARGE, 2**62), 0, 0)), "w would end at byte"),

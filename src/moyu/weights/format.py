@@ -65,6 +65,16 @@ class Format(ABC):
     def scale_bytes(self, outputs: int) -> int:
         """Bytes of the scales that a group of columns shares."""
 
+    @property
+    def block(self) -> int:
+        """Weights of a block in a GGUF file: rows there are whole blocks."""
+        return self.group
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of such a block. Here a row may take more: scales that a file packs into six bits have eight."""
+        return self.row_bytes(self.block)
+
     def read(self, raw: Tensor, shape: tuple[int, int]) -> Stored:
         """A tensor of a GGUF file, bit for bit: raw (q, bytes of a row) uint8. ValueError: files do not have the format."""
         raise ValueError(f"GGUF files have no {self.name}")

@@ -1,8 +1,13 @@
-"""What formats of integers with one float16 scale for every 32 inputs share.
+"""What formats of integers share that have scales for every 32 inputs, as the types of GGUF files do.
 
-A stored weight has two tensors, codes and scales. By rows (as in a GGUF file) the codes of 32 neighbouring inputs lie side by
-side: codes (q, bytes of n), scales (q, n / 32), n rounded up to 32. By columns the same integers lie the other way round: codes
-(n, bytes of q), scales (n / 32, q), one row of them for 32 columns.
+A weight is (level of its code) * scale + offset. Levels are integers of 8 bits: the code minus `zero`, or an entry of `table`. Scale
+and offset are those of its group of 32 inputs, or of half a group (`halves` = 2); they follow from `fields`, of which some belong to
+one group and some to a block of `span` groups.
+
+A stored weight has two tensors, codes and scales. By rows, a line of codes is a row; by columns, it is a column, and its numbers are
+those of outputs. A line is a plane of the codes' low bits (4 of them, or 2, or all 8) and one of the high bits, if any. A plane of b
+bits has 4 b bytes for 32 numbers: number i is in byte i % (4 b), from bit b * (i // (4 b)) on. Scales by rows are (q, bytes): field
+after field. By columns they are (n / (32 span), bytes): field after field, each (count, q).
 """
 
 from __future__ import annotations
@@ -16,90 +21,227 @@ from torch.nn import functional
 from moyu.weights.format import Format, Order, Stored, parts
 
 GROUP = 32
-SCALE_BYTES = 2
+PLANES = {
+    8: (8,),
+    6: (4, 2),
+    5: (4, 1),
+    4: (4,),
+    3: (2, 1),
+    2: (2,),
+}  # bits of a code: of its planes, the low one first
+HALF, BYTE, SIGNED = torch.float16, torch.uint8, torch.int8
 
 
 class Grouped(Format):
-    """A weight is its integer times the scale of its group."""
+    """A format of integers.
+
+    zero, table: what codes stand for. code: the type of the tensor of codes.
+    fields: the type of each field of the scales, and how many a block of `span` groups has of it.
+    """
 
     group = GROUP
     rounds_inputs = True
-    code: torch.dtype = torch.uint8  # what the tensor of codes is made of
+    code: torch.dtype = BYTE
+    zero: int = 0
+    table: tuple[int, ...] | None = None
+    halves: int = 1
+    span: int = 1
+    fields: tuple[tuple[torch.dtype, int], ...] = ((HALF, 1),)
 
     @abstractmethod
+    def split(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        """Blocks of a file (q, B, bytes) uint8 as codes (q, n) and as many fields (q, B, count) as the format has."""
+
     def rounded(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Integers (q, G, 32) int8 of values and the scales (q, G) float32, as llama.cpp's quantiser (ggml-quants.c) rounds."""
+        """Codes (q, G, 32) of values, and the scales (q, G) float32. ValueError: MOYU does not quantise to this format."""
+        raise ValueError(f"MOYU reads weights in {self.name} but does not make them; use llama.cpp's `llama-quantize`")
 
-    @abstractmethod
-    def packed(self, integers: Tensor) -> Tensor:
-        """The codes of integers (m, k) int8."""
+    def scaled(self, *fields: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and offset, float32, (q, B, span * halves), of the fields (q, B, count); no offset: None."""
+        return fields[0].float(), None
 
-    @abstractmethod
-    def unpacked(self, codes: Tensor) -> Tensor:
-        """The integers of codes, (m, k or more) int8."""
-
-    @abstractmethod
-    def integer_at(self, codes: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Single integers: place `second` of row `first` of the codes, both (k,)."""
+    @property
+    def block(self) -> int:
+        return GROUP * self.span
 
     @torch.no_grad()
     def store(self, weight: Tensor) -> Stored:
         """As llama.cpp's quantiser rounds. Where n is no multiple of 32, the last group of a row is filled up with zeros."""
         q, inputs = weight.shape
         n = whole(inputs)
-        codes = torch.empty((q, self.column_bytes(n)), dtype=self.code, device=weight.device)
-        scales = torch.empty((q, n // GROUP), dtype=torch.float16, device=weight.device)
+        codes = torch.empty((q, self._line_bytes(n)), dtype=self.code, device=weight.device)
+        scales = torch.empty((q, n // GROUP), dtype=HALF, device=weight.device)
         for part in parts(q, n):
             values = functional.pad(weight[part].detach().float(), (0, n - inputs))
-            integers, scale = self.rounded(values.unflatten(1, (-1, GROUP)))
-            codes[part], scales[part] = self.packed(integers.flatten(1)), scale.half()
+            code, scale = self.rounded(values.unflatten(1, (-1, GROUP)))
+            codes[part], scales[part] = self.packed(code.flatten(1)), scale.half()
         return Stored(self, "rows", (codes, scales), (q, inputs))
 
     def read(self, raw: Tensor, shape: tuple[int, int]) -> Stored:
-        groups = raw.unflatten(1, (shape[1] // GROUP, -1))  # a scale, then codes
-        scales = groups[..., :SCALE_BYTES].contiguous().view(torch.float16)[..., 0]
-        return Stored(self, "rows", (groups[..., SCALE_BYTES:].flatten(1).view(self.code), scales), shape)
+        q, n = shape
+        codes = torch.empty((q, self._line_bytes(n)), dtype=self.code)
+        scales = torch.empty((q, n // self.block * self._field_bytes), dtype=BYTE)
+        for part in parts(q, n):
+            code, *fields = self.split(raw[part].unflatten(1, (n // self.block, -1)))
+            codes[part], scales[part] = self.packed(code), _joined([field.flatten(1) for field in fields])
+        return Stored(self, "rows", (codes, self._typed(scales)), shape)
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """What codes stand for, int8."""
+        if self.table is not None:
+            return torch.tensor(self.table, dtype=SIGNED, device=codes.device)[codes.int()]
+        return codes.view(SIGNED) - self.zero if self.zero else codes.view(SIGNED)
+
+    def packed(self, codes: Tensor) -> Tensor:
+        """Lines (m, bytes) of codes (m, k)."""
+        if self.bits == 8:
+            return codes.view(self.code)
+        codes = functional.pad(codes, (0, -codes.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+        lines, low = [], 0
+        for bits in PLANES[self.bits]:
+            numbers = (codes >> low & (1 << bits) - 1).unflatten(2, (8 // bits, 4 * bits))
+            line = numbers[:, :, 0]
+            for i in range(1, 8 // bits):
+                line = line | numbers[:, :, i] << bits * i
+            lines.append(line.flatten(1))
+            low += bits
+        return torch.cat(lines, 1) if len(lines) > 1 else lines[0]
+
+    def unpacked(self, lines: Tensor) -> Tensor:
+        """The codes of lines, (m, k or more)."""
+        if self.bits == 8:
+            return lines
+        codes, low, start, groups = None, 0, 0, lines.shape[1] // (4 * self.bits)
+        for bits in PLANES[self.bits]:
+            plane = lines[:, start : start + groups * 4 * bits].unflatten(1, (groups, 1, 4 * bits))
+            shifts = torch.arange(0, 8, bits, dtype=BYTE, device=lines.device)[:, None]
+            numbers = (plane >> shifts & (1 << bits) - 1).flatten(1)
+            codes = numbers if codes is None else codes | numbers << low
+            low, start = low + bits, start + groups * 4 * bits
+        assert codes is not None
+        return codes
+
+    def _code_at(self, lines: Tensor, line: Tensor, place: Tensor) -> Tensor:
+        """Single codes: place `place` of line `line`, both (k,)."""
+        if self.bits == 8:
+            return lines[line, place]
+        codes, low, start = torch.zeros_like(place, dtype=BYTE), 0, 0
+        groups = lines.shape[1] // (4 * self.bits)
+        for bits in PLANES[self.bits]:
+            byte = lines[line, start + place // GROUP * 4 * bits + place % (4 * bits)]
+            shift = (place % GROUP // (4 * bits) * bits).to(BYTE)
+            codes |= (byte >> shift & (1 << bits) - 1) << low
+            low, start = low + bits, start + groups * 4 * bits
+        return codes
+
+    def _fields(self, scales: Tensor, order: Order, q: int) -> list[Tensor]:
+        """The fields of scales, each (q, B, count)."""
+        scales = scales.view(BYTE)
+        blocks = scales.shape[1] // self._field_bytes if order == "rows" else len(scales)
+        fields, start = [], 0
+        for dtype, count in self.fields:
+            size = count * dtype.itemsize * (blocks if order == "rows" else q)
+            field = scales[:, start : start + size].view(dtype)
+            start += size
+            by_rows = order == "rows"
+            fields.append(field.unflatten(1, (blocks, count) if by_rows else (count, q)))
+        return fields if order == "rows" else [field.permute(2, 0, 1) for field in fields]
+
+    def _scales(self, stored: Stored, rows: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor | None]:
+        """Scale and offset of each part of a group, (q, parts) float32; rows: of a weight by rows, only of these."""
+        scales = stored.tensors[1][rows] if stored.order == "rows" else stored.tensors[1]
+        scale, offset = self.scaled(*self._fields(scales, stored.order, stored.shape[0]))
+        return scale.flatten(1), None if offset is None else offset.flatten(1)
 
     def values(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        (codes, scales), (q, n) = stored.tensors, stored.shape
-        out = torch.empty(stored.shape, dtype=dtype, device=codes.device)
+        q, n = stored.shape
+        out = torch.empty(stored.shape, dtype=dtype, device=stored.device)
         if stored.order == "columns":
-            wide = scales.float().repeat_interleave(GROUP, 0)[:n]  # (n, q)
-            return out.copy_((self.unpacked(codes)[:, :q] * wide).t())
+            for part in parts(n, q):
+                index = torch.arange(part.start, part.stop, device=stored.device)
+                out[:, part] = self.pieces(stored, index, dtype).t()
+            return out
         for part in parts(q, n):
-            out[part] = self._rows(codes[part], scales[part], n)
+            out[part] = self._rows(stored, part)
         return out
 
     def pieces(self, stored: Stored, index: Tensor, dtype: torch.dtype) -> Tensor:
-        (codes, scales), (q, n) = stored.tensors, stored.shape
         if stored.order == "rows":
-            return self._rows(codes[index], scales[index], n).to(dtype)
-        return (self.unpacked(codes[index])[:, :q] * scales[index // GROUP].float()).to(dtype)
+            return self._rows(stored, index).to(dtype)
+        part = index * self.halves // GROUP
+        scale, offset = self._scales(stored)
+        values = self.levels(self.unpacked(stored.tensors[0][index]))[:, : stored.shape[0]] * scale.t()[part]
+        return (values if offset is None else values + offset.t()[part]).to(dtype)
 
-    def _rows(self, codes: Tensor, scales: Tensor, n: int) -> Tensor:
-        return (self.unpacked(codes).unflatten(1, (-1, GROUP)) * scales.float()[..., None]).flatten(1)[:, :n]
+    def _rows(self, stored: Stored, index: slice | Tensor) -> Tensor:
+        scale, offset = self._scales(stored, index)
+        levels = self.levels(self.unpacked(stored.tensors[0][index])).unflatten(1, (-1, GROUP // self.halves))
+        levels = levels[:, : scale.shape[1]]
+        values = levels * scale[..., None]
+        values = values if offset is None else values + offset[..., None]
+        return values.flatten(1)[:, : stored.shape[1]]
 
     def at(self, stored: Stored, row: Tensor, column: Tensor) -> Tensor:
-        codes, scales = stored.tensors
-        if stored.order == "rows":
-            return self.integer_at(codes, row, column) * scales[row, column // GROUP].float()
-        return self.integer_at(codes, column, row) * scales[column // GROUP, row].float()
+        by_rows = stored.order == "rows"
+        code = self._code_at(stored.tensors[0], *((row, column) if by_rows else (column, row)))
+        scale, offset = self._scales(stored, row if by_rows else slice(None))
+        place = (torch.arange(len(row), device=row.device) if by_rows else row, column * self.halves // GROUP)
+        values = self.levels(code) * scale[place]
+        return values if offset is None else values + offset[place]
 
     def laid_out(self, stored: Stored, order: Order) -> Stored:
         if order == stored.order:
             return stored
-        (codes, scales), (q, n) = stored.tensors, stored.shape
+        (lines, scales), (q, n) = stored.tensors, stored.shape
+        count, padded = (n, q) if stored.order == "rows" else (q, whole(n))
+        codes = self.unpacked(lines)[:, :count].t()
+        code = self.packed(functional.pad(codes, (0, padded - codes.shape[1])).contiguous())
+        fields = self._fields(scales, stored.order, q)
         if order == "columns":
-            integers = self.unpacked(codes)[:, :n].t()
+            turned = _joined([field.permute(1, 2, 0).flatten(1) for field in fields])
         else:
-            integers = functional.pad(self.unpacked(codes)[:, :q].t(), (0, whole(n) - n))
-        return Stored(self, order, (self.packed(integers).contiguous(), scales.t().contiguous()), stored.shape)
+            turned = _joined([field.flatten(1) for field in fields])
+        return Stored(self, order, (code, self._typed(turned)), stored.shape)
 
     def row_bytes(self, inputs: int) -> int:
-        return self.column_bytes(whole(inputs)) + whole(inputs) // GROUP * SCALE_BYTES
+        return self._line_bytes(whole(inputs)) + -(-inputs // self.block) * self._field_bytes
+
+    def column_bytes(self, outputs: int) -> int:
+        return self._line_bytes(outputs if self.bits == 8 else whole(outputs))
 
     def scale_bytes(self, outputs: int) -> int:
-        return outputs * SCALE_BYTES
+        return -(-outputs * self._field_bytes // self.span)
+
+    def _line_bytes(self, count: int) -> int:
+        return count * self.bits // 8
+
+    @property
+    def _field_bytes(self) -> int:
+        return sum(dtype.itemsize * count for dtype, count in self.fields)
+
+    def _typed(self, scales: Tensor) -> Tensor:
+        return scales.view(HALF) if len(self.fields) == 1 and self.fields[0][0] == HALF else scales
+
+
+def _joined(fields: list[Tensor]) -> Tensor:
+    """Fields (m, count) one after the other, as bytes (m, bytes)."""
+    return torch.cat([_copy(field).view(BYTE) for field in fields], 1)
+
+
+def _copy(t: Tensor) -> Tensor:
+    # A copy, because `contiguous` keeps the odd strides of dimensions of one element, which no view of another type bears.
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def numbers(lines: Tensor, bits: int) -> Tensor:
+    """Numbers of `bits` bits, the lowest first, of bytes (..., k): (..., 8 / bits, k)."""
+    shifts = torch.arange(0, 8, bits, dtype=BYTE, device=lines.device)
+    return lines[..., None, :] >> shifts[:, None] & (1 << bits) - 1
+
+
+def half(raw: Tensor) -> Tensor:
+    """Two bytes (..., 2) as a float16 (..., 1)."""
+    return _copy(raw).view(HALF)
 
 
 def whole(count: int) -> int:

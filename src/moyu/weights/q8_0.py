@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moyu.weights.grouped import Grouped, inverse
+from moyu.weights.grouped import SIGNED, Grouped, half, inverse
 
 
 class Q8(Grouped):
@@ -14,23 +14,14 @@ class Q8(Grouped):
     name = native = "q8_0"
     bits = 8
     ggml = 8
-    code = torch.int8
+    code = SIGNED
 
     def rounded(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         scale = groups.abs().amax(2) / 127
         return _round(groups * inverse(scale)[..., None]).to(torch.int8), scale
 
-    def packed(self, integers: Tensor) -> Tensor:
-        return integers
-
-    def unpacked(self, codes: Tensor) -> Tensor:
-        return codes
-
-    def integer_at(self, codes: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        return codes[first, second]
-
-    def column_bytes(self, outputs: int) -> int:
-        return outputs
+    def split(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        return blocks[..., 2:].flatten(1), half(blocks[..., :2])
 
 
 def _round(x: Tensor) -> Tensor:

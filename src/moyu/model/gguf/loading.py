@@ -16,9 +16,9 @@ from moyu.model.gguf.reader import DTYPES, File, read
 from moyu.model.gguf.sources import sources
 from moyu.model.gguf.tokenizer import tokenizer_of
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
-from moyu.weights import FORMATS, QUANTISED, Stored, mapped
+from moyu.weights import FORMATS, IN_FILES, Stored, mapped
 
-KINDS = {name.upper(): FORMATS[name] for name in QUANTISED}
+KINDS = {name.upper(): FORMATS[name] for name in IN_FILES}
 
 
 def load(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

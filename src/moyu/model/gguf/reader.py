@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moyu.errors import UserError
-from moyu.weights import FORMATS, QUANTISED, held
+from moyu.weights import FORMATS, IN_FILES, held
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT, LARGEST_ALIGNMENT = 32, 1 << 16  # the default, and the largest that is accepted
@@ -34,13 +34,12 @@ LONGEST_KEY, LONGEST_NAME, MOST_DIMENSIONS = 65535, 64, 4  # bytes, bytes: limit
 # Types of tensors by their number in the file; for supported types, the weights that share a scale and their bytes.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TAKEN = {name: held(torch.empty(0, 1, dtype=dtype), "rows").format for name, dtype in DTYPES.items()}
-_TAKEN |= {name.upper(): FORMATS[name] for name in QUANTISED if FORMATS[name].ggml is not None}
+_TAKEN |= {name.upper(): FORMATS[name] for name in IN_FILES}
 KINDS = {f.ggml: name for name, f in _TAKEN.items()}
-BLOCKS = {name: (f.group, f.row_bytes(f.group)) for name, f in _TAKEN.items()}
+BLOCKS = {name: (f.block, f.block_bytes) for name, f in _TAKEN.items()}
 OTHERS = {
-    3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
-    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
+    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
 }  # fmt: skip
 
 DAMAGED = "the file is damaged or not a GGUF file: download or convert it again"
@@ -180,8 +179,8 @@ class _Reading:
             kind = OTHERS.get(number, f"of type {number}")
             self.refuse(
                 f"{name} is {kind}; MOYU supports {', '.join(BLOCKS)}", start,
-                "make a file of one type from a 16-bit one: `llama-quantize --pure --output-tensor-type q8_0 --token-embedding-type "
-                "q8_0 IN.gguf OUT.gguf q8_0`" if number in OTHERS else DAMAGED,
+                "make a file of another type from a 16-bit one: `llama-quantize IN.gguf OUT.gguf Q4_K_M`"
+                if number in OTHERS else DAMAGED,
             )  # fmt: skip
         kind = KINDS[number]
         weights, size = BLOCKS[kind]

@@ -1,0 +1,33 @@
+"""Q3_K: x_i = d * s * (q_i - 4) with q_i in 0 .. 7 and s in -32 .. 31 for 16 weights; 110 bytes for 256 weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moyu.weights.grouped import HALF, SIGNED, Grouped, half, numbers
+
+
+class Q3K(Grouped):
+    """Three bits, scales in six."""
+
+    name = native = "q3_k"
+    bits = 3
+    ggml = 11
+    block_bytes = 110  # pyright: ignore[reportAssignmentType]
+    zero = 4
+    halves, span = 2, 8
+    fields = (HALF, 1), (SIGNED, 16)  # d, s
+
+    def split(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        low = numbers(blocks[..., 32:96].unflatten(-1, (2, 32)), 2).flatten(-3, -2)  # (q, B, 8, 32)
+        codes = low | numbers(blocks[..., :32], 1) << 2
+        first, high = blocks[..., 96:104], blocks[..., 104:108]
+        scales = torch.cat([first & 15, first >> 4], -1) | numbers(high, 2).flatten(-2) << 4
+        return codes.flatten(1), half(blocks[..., 108:]), scales.view(SIGNED) - 32
+
+    def scaled(self, *fields: Tensor) -> tuple[Tensor, Tensor | None]:
+        return fields[0].float() * fields[1], None
+
+
+Q3_K = Q3K()

@@ -1,0 +1,31 @@
+"""Q6_K: x_i = d * s * (q_i - 32) with q_i in 0 .. 63 and s in -128 .. 127 for 16 weights; 210 bytes for 256 weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moyu.weights.grouped import HALF, SIGNED, Grouped, half, numbers
+
+
+class Q6K(Grouped):
+    """Six bits, scales in eight."""
+
+    name = native = "q6_k"
+    bits = 6
+    ggml = 14
+    zero = 32
+    halves, span = 2, 8
+    fields = (HALF, 1), (SIGNED, 16)  # d, s
+
+    def split(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        low = (
+            numbers(blocks[..., :128].unflatten(-1, (2, 64)), 4).unflatten(-1, (2, 32)).flatten(-3, -2)
+        )  # (q, B, 2, 4, 32)
+        high = numbers(blocks[..., 128:192].unflatten(-1, (2, 32)), 2)
+        return (low | high << 4).flatten(1), half(blocks[..., 208:]), blocks[..., 192:208].view(SIGNED)
+
+    def scaled(self, *fields: Tensor) -> tuple[Tensor, Tensor | None]:
+        return fields[0].float() * fields[1], None
+
+
+Q6_K = Q6K()
