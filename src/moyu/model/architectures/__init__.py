@@ -15,6 +15,5 @@ from moyu.model.architectures.qwen3moe import QWEN3MOE
 from moyu.model.architectures.smollm3 import SMOLLM3
 
 ARCHITECTURES: dict[str, Architecture] = {
-    a.name: a
-    for a in (LLAMA, QWEN2, QWEN3, QWEN2MOE, QWEN3MOE, GEMMA2, GEMMA3, PHI3, OLMO2, GRANITE, SMOLLM3, GPT_OSS)
+    a.name: a for a in (LLAMA, QWEN2, QWEN3, QWEN2MOE, QWEN3MOE, GEMMA2, GEMMA3, PHI3, OLMO2, GRANITE, SMOLLM3, GPT_OSS)
 }

@@ -26,7 +26,9 @@ def rope(told: Metadata, base: float = 10000.0) -> dict[str, Any]:
     length = told.integer("rope.scaling.original_context_length", told.integer("context_length"))
     attention = told.number("rope.scaling.attn_factor", 1.0)
     if kind not in ("none", "linear", "yarn", "longrope"):
-        raise told.refuse(f"the scaling of rotary embeddings is {kind!r}; MOYU supports linear, yarn, longrope and Llama 3's")
+        raise told.refuse(
+            f"the scaling of rotary embeddings is {kind!r}; MOYU supports linear, yarn, longrope and Llama 3's"
+        )
     stretched = kind in ("linear", "yarn") and factor != 1
     if told.has(LONG) or told.has(SHORT) or kind == "longrope":
         scaled = _longrope(told, length, attention)
@@ -42,7 +44,9 @@ def rope(told: Metadata, base: float = 10000.0) -> dict[str, Any]:
     if stretched:
         raise told.refuse(f"rotary embeddings are scaled twice, by {kind} and by divisors")
     if attention != 1 and "attention_factor" not in scaled:
-        raise told.refuse(f"{told.architecture}.rope.scaling.attn_factor is {attention}, which only yarn and longrope have")
+        raise told.refuse(
+            f"{told.architecture}.rope.scaling.attn_factor is {attention}, which only yarn and longrope have"
+        )
     return found | scaled
 
 

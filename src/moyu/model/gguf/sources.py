@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from moyu.model.architectures.base import Architecture
 from moyu.model.architectures.rope import TENSORS
@@ -25,12 +25,14 @@ class Source:
 
     file: File
     names: tuple[str, ...]  # of tensors
-    how: Callable[..., Tensor] | None = None  # what makes a parameter of several; None: there is one, and it is the parameter
+    how: Callable[..., Tensor] | None = (
+        None  # what makes a parameter of several; None: there is one, and it is the parameter
+    )
     heads: int = 0  # rows of so many heads change places
     held: bool = False  # a quantised matrix, which a module of MOYU holds as it is
 
 
-def sources(file: File, empty: nn.Module, architecture: Architecture) -> dict[str, Source]:
+def sources(file: File, empty: PreTrainedModel, architecture: Architecture) -> dict[str, Source]:
     """The source of each parameter. Raises UserError if a tensor is missing, left over or of another shape.
 
     empty: the model that the file's metadata make, without values.
@@ -46,7 +48,7 @@ def sources(file: File, empty: nn.Module, architecture: Architecture) -> dict[st
         if source is not None:
             found[parameter] = source
             left -= set(source.names)
-    for name in sorted(left):
+    for name in (name for name in file.tensors if name in left):
         parameter = target(architecture, name)
         if parameter is None or parameter not in wanted or parameter in found:
             raise told.refuse(f"a {told.architecture} model has no tensor {name!r}")
@@ -58,7 +60,8 @@ def sources(file: File, empty: nn.Module, architecture: Architecture) -> dict[st
         if parameter not in found:
             raise told.refuse(f"there is no tensor for {parameter}, which a {told.architecture} model has")
         _check(told, found[parameter], tuple(like.shape))
-    return found
+    # in the order of the file, whose pages are given back one after another
+    return dict(sorted(found.items(), key=lambda item: item[1].file.tensors[item[1].names[0]].offset))
 
 
 def _made(file: File, parameter: str, architecture: Architecture) -> Source | None:
@@ -71,7 +74,7 @@ def _made(file: File, parameter: str, architecture: Architecture) -> Source | No
     return Source(file, names, made.how) if all(name in file.tensors for name in names) else None
 
 
-def _separated(file: File, config: PreTrainedConfig, architecture: Architecture) -> File:
+def _separated(file: File, config: PretrainedConfig, architecture: Architecture) -> File:
     """The file with q, k and v as tensors of their own, where it has them in one and the model does not: views, no copies."""
     if "attn_qkv" in architecture.layer:
         return file

@@ -47,7 +47,9 @@ def tokenizer_of(file: File) -> PreTrainedTokenizerBase:
             raise told.refuse(f"texts get a {name.upper()} token, but the file does not name one", ANOTHER)
     try:
         if kind == "llama":
-            made = _sentencepiece(tokens, entries["scores"], special.get("unk_token"), entries["add_space_prefix"] is not False)
+            made = _sentencepiece(
+                tokens, entries["scores"], special.get("unk_token"), entries["add_space_prefix"] is not False
+            )
         else:
             made = _byte_level(told, tokens, entries["merges"], entries["pre"] or "default")
         made.add_tokens(_added(told, tokens, entries["token_type"]))
@@ -110,7 +112,9 @@ def _byte_level(told: Metadata, tokens: list[str], merges: list[str], kind: str)
     vocabulary = {word: i for i, word in enumerate(tokens)}
     made = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre.whole_words))
     cuts = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
-    made.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     made.decoder = decoders.ByteLevel()
     return made
 
