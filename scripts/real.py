@@ -82,7 +82,9 @@ def fetch(model: Model) -> Path:
                     out.write(chunk)
     if digest.hexdigest() != model.sha256:
         shutil.rmtree(parts)
-        sys.exit(f"{model.file}: SHA-256 {digest.hexdigest()}, not {model.sha256}; its parts are removed: run this again")
+        sys.exit(
+            f"{model.file}: SHA-256 {digest.hexdigest()}, not {model.sha256}; its parts are removed: run this again"
+        )
     whole.replace(target)
     shutil.rmtree(parts)
     return target

@@ -258,7 +258,7 @@ def test_missing_metadata_are_named(place, key):
 
 WRONG = {
     "architecture": ({"general.architecture": "bloom"}, {}, "architecture is 'bloom'; MOYU supports llama"),
-    "a part": ({"split.count": 3}, {}, "llama-gguf-split --merge"),
+    "a part": ({"split.count": 3}, {}, "one of 3 parts of a model: its name must end in -00001-of-00003.gguf"),
     "experts": ({"llama.expert_count": 8, "llama.expert_used_count": 2}, {}, "has no tensor 'blk.0.ffn_gate.weight'"),
     "a factor": ({"llama.logit_scale": 8.0}, {}, "llama.logit_scale is 8.0, which MOYU does not understand"),
     "a new key": ({"llama.attention.twist": 1}, {}, "llama.attention.twist is 1, which MOYU does not understand"),

@@ -38,10 +38,6 @@ def configuration(file: File) -> PretrainedConfig:
             f"the architecture is {told.architecture!r}; MOYU supports {', '.join(ARCHITECTURES)}",
             FOLDER,
         )
-    if told.file.metadata.get("split.count", 1) not in (0, 1):
-        raise told.refuse(
-            "the file is one part of a model", "join the parts: `llama-gguf-split --merge FIRST.gguf OUT.gguf`"
-        )
     layers = told.integer("block_count")
     found = {int(m[1]) for name in file.tensors if (m := _IN_LAYER.fullmatch(name))}
     if len(found) != layers or max(found) != layers - 1:
