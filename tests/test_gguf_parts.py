@@ -51,7 +51,7 @@ def test_any_part_stands_for_the_model(places, given):
 
 def test_missing_parts_are_named(places):
     places[2].unlink()
-    with pytest.raises(UserError, match="one of 5 parts of a model, and some-model-00003-of-00005.gguf is missing"):
+    with pytest.raises(UserError, match=r"one of 5 parts of a model, and some-model-00003-of-00005\.gguf is missing"):
         read(places[0])
     for place in places[1:]:
         place.unlink(missing_ok=True)
