@@ -8,11 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, FORMS, TOLERANCE, make_mask
+from raw_weights import extreme, weight_of
 from torch import Tensor
 
 from moyu import kernels
-from moyu.weights import QUANTISED, Stored, named
-from moyu.weights.grouped import GROUP
+from moyu.weights import IN_FILES, QUANTISED, Stored, named
+from moyu.weights.grouped import GROUP, Grouped
 
 each_backend = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
 widths = st.sampled_from([1, 20, 32, 64, 96, 100, 128, 224, 256, 288, 300, 544])
@@ -26,6 +27,14 @@ def draw(generator, *shape, dtype=torch.float32):
     return (torch.randn(*shape, generator=generator) * torch.rand(shape[0], 1, generator=generator) * 3).to(dtype)
 
 
+def make(generator, kind: str, q: int, n: int) -> Stored:
+    """A weight (q, n), n up to whole blocks where MOYU does not quantise to the format."""
+    if kind in QUANTISED:
+        return named(kind).store(draw(generator, q, n))
+    block = named(kind).block
+    return weight_of(kind, q, -(-n // block) * block, seed=int(torch.randint(1 << 30, (), generator=generator)))
+
+
 def integers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, n) as integers (N, n) int64, the scale of each, and by how much the output may move where a value is on an edge."""
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
@@ -36,25 +45,18 @@ def integers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(t.flatten(1)[:, : x.shape[1]] for t in (moved.round().long(), scale.double(), edge))  # pyright: ignore
 
 
-def codes(weight: Stored) -> tuple[Tensor, Tensor]:
-    """The weight's integers (q, n) int64 and the scale of each."""
-    weight = weight.laid_out("rows")
-    own, scale = weight.tensors
-    ones = Stored(weight.format, "rows", (own, torch.ones_like(scale)), weight.shape)
-    return ones.values().long(), scale.double().repeat_interleave(GROUP, 1)[:, : weight.shape[1]]
-
-
 def product(x: Tensor, weight: Stored) -> tuple[Tensor, Tensor, Tensor]:
-    """x @ W.T with exact sums of integers in each block, in float64; the magnitude added up; what edges may move."""
-    (xi, xs, edge), (wi, ws) = integers(x), codes(weight)
-
-    def groups(t):
-        return torch.nn.functional.pad(t, (0, -t.shape[2] % GROUP)).unflatten(2, (-1, GROUP))
-
-    whole = groups(xi[:, None] * wi[None]).sum(3)  # (N, q, n / 32) int64
-    scale = groups(xs[:, None] * ws[None])[..., 0]
-    size = groups(xi.abs()[:, None] * (wi.abs()[None] + 8)).sum(3) * scale.abs()
-    return (whole * scale).sum(2), size.sum(2), (edge * xs) @ (wi * ws).abs().T
+    """x @ W.T of rounded x, in float64; the magnitude added up; what edges may move."""
+    (xi, xs, edge), weight = integers(x), weight.laid_out("rows")
+    values = weight.values(torch.float64)
+    form = weight.format
+    assert isinstance(form, Grouped)
+    scale, offset = (None if t is None else t.double().abs() for t in form._scales(weight))
+    # Kernels add codes that are not yet levels, and offsets apart: both are as large as the sums may get on the way.
+    size = scale * (32 if form.table is None else 128) if offset is None else scale * 32 + offset
+    size = values.abs() + size.repeat_interleave(GROUP // form.halves, 1)[:, : weight.shape[1]]
+    x = xi * xs
+    return x @ values.T, x.abs() @ size.T, (edge * xs) @ values.abs().T
 
 
 def assert_close(y: Tensor, truth: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -84,7 +86,7 @@ def spread(weight: Stored, pad: int) -> Stored:
     return Stored(weight.format, weight.order, tuple(map(apart, weight.tensors)), weight.shape)
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", IN_FILES)
 @each_backend
 @given(
     n=st.integers(1, 9), width=widths, q=heights, dtype=st.sampled_from(DTYPES), pad=st.sampled_from([0, 1]),
@@ -92,7 +94,9 @@ def spread(weight: Stored, pad: int) -> Stored:
 )  # fmt: skip
 def test_rows_and_columns_are_sums_of_integers(backend, kind, n, width, q, dtype, pad, density, biased, seed):
     generator = torch.Generator().manual_seed(seed)
-    x, weight = draw(generator, n, width, dtype=dtype), named(kind).store(draw(generator, q, width))
+    weight = make(generator, kind, q, width)
+    width = weight.shape[1]
+    x = draw(generator, n, width, dtype=dtype)
     bias = torch.randn(q, generator=generator).to(dtype) if biased else None
     mask = None if density is None else make_mask(n, q, density, generator)
     kept = q if mask is None else int(mask.any(0).sum())
@@ -111,33 +115,36 @@ def test_rows_and_columns_are_sums_of_integers(backend, kind, n, width, q, dtype
         y = kernels.columns(x, columns, mask, bias=bias)
     assert_close(y, plus(product(torch.where(mask, x, 0), weight), bias))
     groups = touched(mask)
-    size = int(mask.any(0).sum()) * columns.column_bytes + groups * 2 * q
+    size = int(mask.any(0).sum()) * columns.column_bytes + groups * columns.scale_bytes
     assert counter.total == size + (bias.nbytes if biased else 0)  # pyright: ignore
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", IN_FILES)
 @pytest.mark.parametrize("outputs", [2048, 2145, 4200])
 @pytest.mark.parametrize("kept", [5, 12, 13, 20, 32])
 def test_columns_of_more_outputs_than_a_tile(backend, kind, outputs, kept):
     """Kept columns of a group are taken 8 to 12 at a time, over 2048 outputs at a time."""
     generator = torch.Generator().manual_seed(kept)
-    x, weight = draw(generator, 2, 96), named(kind).store(draw(generator, outputs, 96))
-    mask = (torch.arange(96) % GROUP < kept).expand(2, -1).contiguous()
+    weight = make(generator, kind, outputs, 96)
+    x = draw(generator, 2, weight.shape[1])
+    mask = (torch.arange(x.shape[1]) % GROUP < kept).expand(2, -1).contiguous()
     y = kernels.columns(x, weight.laid_out("columns"), mask)
     assert_close(y, product(torch.where(mask, x, 0), weight))
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", IN_FILES)
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
-def test_the_largest_sum_of_a_group_fits(backend, kind, sign):
-    """32 columns of the largest code times 127, in 4 bits -32512: all that 16 bits hold."""
-    weight = named(kind).store(torch.full((128, GROUP), -1.0))
-    x = torch.full((1, GROUP), sign)
-    y = kernels.columns(x, weight.laid_out("columns"), torch.ones(1, GROUP, dtype=torch.bool))
+@pytest.mark.parametrize("byte", [0, 0x80, 255])
+def test_the_largest_sum_of_a_group_fits(backend, kind, sign, byte):
+    """32 columns of the least or the largest code times 127: with 4 bits -32512, nearly all that 16 bits hold."""
+    weight = extreme(kind, 128, 1, byte)
+    x = torch.full((1, weight.shape[1]), sign)
+    y = kernels.columns(x, weight.laid_out("columns"), torch.ones(x.shape, dtype=torch.bool))
     assert_close(y, product(x, weight))
+    assert_close(kernels.rows(x, weight), product(x, weight))
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", IN_FILES)
 @each_backend
 @given(
     n=st.integers(1, 9), d=widths, f=st.sampled_from([9, 32, 64, 96, 320, 344]), form=st.sampled_from(FORMS),
@@ -145,9 +152,10 @@ def test_the_largest_sum_of_a_group_fits(backend, kind, sign):
 )  # fmt: skip
 def test_neurons_are_sums_of_integers(backend, kind, n, d, f, form, dtype, density, biased, seed):
     generator = torch.Generator().manual_seed(seed)
-    x, mask = draw(generator, n, d, dtype=dtype), make_mask(n, f, density, generator)
-    gate, up = (named(kind).store(draw(generator, f, d) * d**-0.5) for _ in range(2))
-    down = named(kind).store(draw(generator, d, f)).laid_out("columns")
+    d, f = (size if kind in QUANTISED else -(-size // named(kind).block) * named(kind).block for size in (d, f))
+    gate, up = (make(generator, kind, f, d) for _ in range(2))
+    down = make(generator, kind, d, f).laid_out("columns")
+    x, mask = draw(generator, n, d, dtype=dtype) * d**-0.5, make_mask(n, f, density, generator)
     given_ = draw(generator, n, f, dtype=dtype) if form.endswith("given") else None
     has_gate, has_up = form in ("gated", "gate_given"), form != "gate_given"
     biases = [torch.randn(k, generator=generator).to(dtype) if biased else None for k in (f, f, d)]
@@ -166,15 +174,15 @@ def test_neurons_are_sums_of_integers(backend, kind, n, d, f, form, dtype, densi
     assert_close(y, (expected, size * 10, slack))
     kept, groups = int(mask.any(0).sum()), touched(mask)
     parts = has_gate + has_up
-    size = kept * (parts * gate.nbytes // f + down.column_bytes) + groups * 2 * d
+    size = kept * (parts * gate.nbytes // f + down.column_bytes) + groups * down.scale_bytes
     extra = (kept * parts + d) * x.element_size() if biased else 0
     assert counter.total == size + extra
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", IN_FILES)
 def test_many_rows_and_threads_agree_with_one(needs_cpu, kind):
     generator = torch.Generator().manual_seed(3)
-    weight, x = named(kind).store(draw(generator, 320, 512)), draw(generator, 70, 512)
+    weight, x = make(generator, kind, 320, 512), draw(generator, 70, 512)
     mask = make_mask(70, 512, 0.5, generator)
     threads = torch.get_num_threads()
     try:
@@ -205,10 +213,11 @@ def test_each_instruction_set(needs_cpu):
     for isa in kernels.cpu.extension().isas()[1:]:
         code = (
             "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_quantised as t; from moyu import kernels\n"
-            "for kind in t.QUANTISED:\n"
+            "for kind in t.IN_FILES:\n"
             "    for q, width in ((33, 96), (200, 288)):\n"
-            "        g = torch.Generator().manual_seed(1); x = t.draw(g, 3, width)\n"
-            "        w = t.named(kind).store(t.draw(g, q, width)); mask = t.make_mask(3, width, 0.5, g)\n"
+            "        g = torch.Generator().manual_seed(1)\n"
+            "        w = t.make(g, kind, q, width); x = t.draw(g, 3, w.shape[1])\n"
+            "        mask = t.make_mask(*x.shape, 0.5, g)\n"
             "        t.assert_close(kernels.rows(x, w), t.product(x, w))\n"
             "        y = kernels.columns(x, w.laid_out('columns'), mask)\n"
             "        t.assert_close(y, t.product(torch.where(mask, x, 0), w))\n"

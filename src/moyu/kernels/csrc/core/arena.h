@@ -11,6 +11,13 @@ namespace {
 
 constexpr int64_t kLineBytes = 64;
 
+// On functions of which there is one for each weight format: a copy at each place that calls them would take minutes to compile.
+#if defined(__GNUC__) || defined(__clang__)
+#define MOYU_ONCE __attribute__((noinline))
+#else
+#define MOYU_ONCE
+#endif
+
 #if !defined(NDEBUG) || defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr bool kChecked = true;
 #else

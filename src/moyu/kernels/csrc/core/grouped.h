@@ -32,10 +32,9 @@ inline void dot_lines_of(const Lines &w, const Rounded &x, int64_t groups, float
         for (; c + C <= w.count; c += C) F::template dot<C, Ahead>(w.codes + c, w.scales + c, w.then + c, x, groups, out + c);
     };
     some(std::integral_constant<int, 4>{});
-    some(std::integral_constant<int, 2>{});
     some(std::integral_constant<int, 1>{});
 }
-inline void dot_rows_of(const Weight &w, const Lines &lines, const Rounded &x, bool ahead, float *out) {
+MOYU_ONCE void dot_rows_of(const Weight &w, const Lines &lines, const Rounded &x, bool ahead, float *out) {
     const int64_t groups = groups_of(w.inputs);
     with_format(w.format, [&](auto f) {
         if (ahead) dot_lines_of<decltype(f), true>(lines, x, groups, out);
@@ -46,22 +45,30 @@ inline void dot_rows_of(const Weight &w, const Lines &lines, const Rounded &x, b
 // The kept columns of one group, at most kGroup, and up to 8 lines that are read after them.
 struct Group {
     const uint8_t *column[kGroup], *then[8];
-    int count = 0, after = 0;
+    int count = 0, first = 0, after = 0;  // first: how many are of the group's first half
+    void add(const Weight &w, int64_t i) {
+        column[count++] = piece_of(w, i);
+        if (i % kGroup < kGroup / 2) first = count;
+    }
     void follow(const uint8_t *line) {
         if (after < 8) then[after++] = line;
     }
 };
 
-// y (outputs,) += sum over the group's columns of value_c * column c, the values rounded to integers; `values` are 0 beyond
-// the count.
-inline void add_group(const Weight &w, const Group &group, const float *values, const uint8_t *scales, float *y, bool ahead) {
-    int8_t v[kGroup];
+// y (outputs,) += sum over the columns of group `number` of value_c * column c, the values rounded to integers; `values` are 0
+// beyond the count.
+MOYU_ONCE void add_group(const Weight &w, const Group &group, const float *values, int64_t number, float *y, bool ahead) {
     Columns columns;
-    quantise_group(values, v, &columns.scale);
+    int32_t first;
+    quantise_group(values, columns.v, &columns.by, &first);
     for (int i = 0; i < kGroup; ++i) columns.column[i] = group.column[i < group.count ? i : 0];
-    columns.count = group.count, columns.v = v, columns.scales = scales;
+    columns.count = group.count, columns.first = group.first;
     columns.then = group.then, columns.after = ahead ? group.after : -1;
-    with_format(w.format, [&](auto f) { decltype(f)::add_columns(columns, y, w.outputs); });
+    with_format(w.format, [&](auto f) {
+        constexpr int64_t span = decltype(f)::Scales::span;
+        columns.scales = scales_of(w, number / span), columns.place = number % span;
+        decltype(f)::add_columns(columns, y, w.outputs);
+    });
 }
 
 // A thread's part of a list of kept columns or neurons, cut where one group of 32 ends and the next begins.
@@ -119,7 +126,7 @@ int64_t grouped_columns_share(const LinearArgs &a, const Weight &w, const int32_
         const int64_t end = group_end(kept, i, share.end), after = group_end(kept, end, share.end);
         const int64_t number = (kept ? kept[i] : i) / kGroup;
         Group group;
-        for (int64_t k = i; k < end; ++k) group.column[group.count++] = piece_of(w, kept ? kept[k] : k);
+        for (int64_t k = i; k < end; ++k) group.add(w, kept ? kept[k] : k);
         for (int64_t k = end; k < after; ++k) group.follow(piece_of(w, kept ? kept[k] : k));
         for (int64_t r = 0; r < a.rows; ++r) {
             float values[kGroup];
@@ -129,9 +136,9 @@ int64_t grouped_columns_share(const LinearArgs &a, const Weight &w, const int32_
                 const bool keeps = a.mask == nullptr || a.mask[r * a.mask_stride + j];
                 values[c] = keeps ? widen(*at<T>(a.x, r * a.x_stride + j)) : 0.0f;
             }
-            add_group(w, group, values, scales_of(w, number), sums + r * round_up(w.outputs), r == 0);
+            add_group(w, group, values, number, sums + r * round_up(w.outputs), r == 0);
         }
-        read += (end - i) * column_bytes(w.format, w.outputs) + w.outputs * 2;
+        read += (end - i) * column_bytes(w.format, w.outputs) + scale_bytes(w);
         i = end;
     }
     return read;
@@ -161,7 +168,6 @@ int64_t grouped_neurons_share(const NeuronsArgs &a, const Rounded &x, const int3
         const int size = ends[groups - 1];
         int64_t neuron[kGroup];
         for (int c = 0; c < size; ++c) neuron[c] = kept ? kept[i + c] : i + c;
-        const auto scales = [&](int c) { return scales_of(down, neuron[c] / kGroup); };
         float value[kMostRows][kGroup], rise[kMostRows][kGroup];
         // After row k row k + 4; after the last four columns of down, those of gate's before those of up's.
         const auto project = [&](const Weight &w, int c, int columns, float(*to)[kGroup]) {
@@ -176,8 +182,7 @@ int64_t grouped_neurons_share(const NeuronsArgs &a, const Rounded &x, const int3
         for (int c = 0, g = 0, first = 0; c < size; c += 4) {
             if (has_gate) project(gate, c, 0, value);
             if (has_up) project(up, c, has_gate ? 4 : 0, has_gate ? rise : value);
-            for (; g < groups && first < c + 4; first = ends[g++])
-                for (int64_t b = 0; b < 2 * d_out; b += kLineBytes) prefetch<kLineBytes>(scales(first) + b);
+            for (; g < groups && first < c + 4; first = ends[g++]) prefetch_scales(down, neuron[first] / kGroup);
         }
         for (int64_t r = 0; r < a.rows; ++r) {
             const auto add_bias = [&](const void *bias, float *to) {
@@ -194,7 +199,7 @@ int64_t grouped_neurons_share(const NeuronsArgs &a, const Rounded &x, const int3
         }
         for (int g = 0, c = 0; g < groups; c = ends[g++]) {
             Group group;
-            for (int k = c; k < ends[g]; ++k) group.column[group.count++] = piece_of(down, neuron[k]);
+            for (int k = c; k < ends[g]; ++k) group.add(down, neuron[k]);
             for (int k = ends[g]; k < size; ++k) group.follow(piece_of(down, neuron[k]));
             for (int64_t k = end; k < share.end && k < end + 4 && g + 1 == groups; ++k) {
                 if (has_gate) group.follow(piece_of(gate, kept ? kept[k] : k));
@@ -203,10 +208,10 @@ int64_t grouped_neurons_share(const NeuronsArgs &a, const Rounded &x, const int3
             for (int64_t r = 0; r < a.rows; ++r) {
                 float own[kGroup];
                 for (int k = 0; k < kGroup; ++k) own[k] = k < group.count ? value[r][c + k] : 0.0f;
-                add_group(down, group, own, scales(c), sums + r * round_up(d_out), r == 0);
+                add_group(down, group, own, neuron[c] / kGroup, sums + r * round_up(d_out), r == 0);
             }
         }
-        read += size * (neuron_bytes + bias_bytes) + groups * 2 * d_out;
+        read += size * (neuron_bytes + bias_bytes) + groups * scale_bytes(down);
     }
     return read;
 }

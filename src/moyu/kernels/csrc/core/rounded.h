@@ -11,7 +11,8 @@ inline int64_t groups_of(int64_t values) { return (values + kGroup - 1) / kGroup
 struct Rounded {
     int8_t *ordered;      // in their order
     int8_t *halves;       // kBeside groups at a time: elements 0 .. 15 of each, then 16 .. 31
-    float *scale, *sums;  // sums: scale * sum of a group's integers, because unsigned codes stand for code - offset
+    // scale * sum of a group's integers, and of each half of it: codes stand for more than their levels, and groups have offsets.
+    float *scale, *sums, *half_sums;
     int64_t groups;       // of a row, padded
 
     static int64_t padded(int64_t n) { return (groups_of(n) + 7) / 8 * 8; }
@@ -22,11 +23,13 @@ struct Rounded {
         r.halves = arena.take<int8_t>(rows * r.groups * kGroup);
         r.scale = arena.take<float>(rows * r.groups);
         r.sums = arena.take<float>(rows * r.groups);
+        r.half_sums = arena.take<float>(2 * rows * r.groups);
         return r;
     }
-    Rounded fitted(int64_t n) const { return {ordered, halves, scale, sums, padded(n)}; }  // for rows as long or shorter
+    Rounded fitted(int64_t n) const { return {ordered, halves, scale, sums, half_sums, padded(n)}; }  // for rows as long or shorter
     Rounded row(int64_t r) const {
-        return {ordered + r * groups * kGroup, halves + r * groups * kGroup, scale + r * groups, sums + r * groups, groups};
+        return {ordered + r * groups * kGroup, halves + r * groups * kGroup, scale + r * groups, sums + r * groups,
+                half_sums + 2 * r * groups, groups};
     }
     template <class T>
     void fill(const T *x, int64_t n) {  // one row
@@ -39,7 +42,10 @@ struct Rounded {
             } else {
                 for (int i = 0; i < kGroup; ++i) values[i] = i < left ? widen(x[b * kGroup + i]) : 0.0f;
             }
-            sums[b] = static_cast<float>(quantise_group(values, q, scale + b)) * scale[b];
+            int32_t first;
+            const int32_t sum = quantise_group(values, q, scale + b, &first);
+            sums[b] = static_cast<float>(sum) * scale[b];
+            half_sums[2 * b] = static_cast<float>(first) * scale[b], half_sums[2 * b + 1] = static_cast<float>(sum - first) * scale[b];
             for (int i = 0; i < 16; ++i) half[i] = q[i], half[16 * kBeside + i] = q[16 + i];
         }
     }

@@ -1,40 +1,90 @@
-// What a weight format is to the kernels. formats.def lists them; each has a header with a struct F of static members:
+// What a weight format is to the kernels. formats.def lists them; each has a header with a struct F, most of them one line:
 //
+//   struct F : Planar<bits of a code, its kind of scales (core/scales.h), the code that stands for 0, its table> {};
+//
+//   F::Scales, F::bits
 //   row_bytes(n)        bytes that a row of n inputs takes, scales included
-//   column_bytes(q)     bytes of the codes that a column of q outputs takes; its scales belong to 32 columns
-//   at(codes, i)        the integer of input i of a row, or of output i of a column
+//   column_bytes(q)     bytes of the codes that a column of q outputs takes
+//   scale_bytes(q)      bytes of the scales that a group of 32 columns shares
+//   level(line, i, g)   the integer of input i of a row, or of output i of a column; the line has g groups of 32
 //   dot<C, Ahead>(...)  C rows times a row of x
 //   add_columns(...)    columns of a group, times what x has for them
 //   widen(...)          a row in float
-//
-// A format whose groups have 32 weights and one fp16 scale gets the last three from Plainly<F>, in plain loops over `at`,
-// and may put vector code in their place.
 #pragma once
 
-#include "core/rounded.h"
+#include "core/planes.h"
+#include "core/scales.h"
+// In this order: the loops are written in terms of the two.
+#include "core/group_columns.h"
+#include "core/group_rows.h"
 
 namespace {
 
-template <class F>
-struct Plainly {
-    // out[c] = row w[c] · x; with Ahead the lines `then` are prefetched. groups: of a row.
-    template <int C, bool Ahead>
-    static void dot(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *, const Rounded &x,
-                    int64_t groups, float *out) {
-        for (int c = 0; c < C; ++c) {
-            out[c] = 0.0f;
-            for (int64_t b = 0; b < groups; ++b) {
-                int32_t total = 0;
-                for (int64_t i = kGroup * b; i < kGroup * (b + 1); ++i) total += F::at(w[c], i) * x.ordered[i];
-                out[c] += static_cast<float>(total) * (half_at(scales[c], b) * x.scale[b]);
-            }
+struct NoTable {};
+
+template <int Bits, class ItsScales, int Zero = 0, class Table = NoTable>
+struct Planar {
+    using Self = Planar;
+    using Scales = ItsScales;
+    static constexpr int bits = Bits;
+    static constexpr bool has_table = !std::is_same_v<Table, NoTable>;
+    static constexpr bool is_signed = has_table || Bits == 8;  // what codes stand for takes 8 bits with a sign
+
+    static int64_t line_bytes(int64_t count) { return Bits == 8 ? count : groups_of(count) * 4 * Bits; }
+    static int64_t row_bytes(int64_t n) {
+        return line_bytes(groups_of(n) * kGroup) + (groups_of(n) + Scales::span - 1) / Scales::span * Scales::bytes;
+    }
+    static int64_t column_bytes(int64_t q) { return line_bytes(q); }
+    static int64_t scale_bytes(int64_t q) { return (q * Scales::bytes + Scales::span - 1) / Scales::span; }
+
+    static int32_t level(const uint8_t *line, int64_t i, int64_t groups) {
+        if constexpr (Bits == 8) return static_cast<int8_t>(line[i]);
+        else if constexpr (has_table) return Table::levels[code_at<Bits>(line, i, groups)];
+        else return code_at<Bits>(line, i, groups) - Zero;
+    }
+    // to[0 .. n) = a row.
+    MOYU_ONCE static void widen(const uint8_t *line, const uint8_t *scales, int64_t n, float *to) {
+        const int64_t groups = groups_of(n);
+        const auto fields = Scales::of_row(scales, groups);
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t part = i * Scales::halves / kGroup;
+            const auto own = Scales::at(fields, part / (Scales::halves * Scales::span), part);
+            to[i] = own.scale * static_cast<float>(level(line, i, groups)) + own.offset;
         }
     }
     // y (q,) += what Columns says.
-    static void add_columns(const Columns &columns, float *y, int64_t q) { add_outputs<F>(columns, y, 0, q); }
-    // to[0 .. n) = a row.
-    static void widen(const uint8_t *codes, const uint8_t *scales, int64_t n, float *to) {
-        for (int64_t i = 0; i < n; ++i) to[i] = half_at(scales, i / kGroup) * static_cast<float>(F::at(codes, i));
+    static void add_columns(const Columns &columns, float *y, int64_t q) { add_columns_of<Self>(columns, y, q); }
+
+#if MOYU_INTEGERS
+    // What codes in registers are more than levels, and whether they are signed bytes.
+    static constexpr bool stands_signed = is_signed && kLifted == 0;
+    static constexpr int lift = is_signed ? kLifted : Zero;
+
+    static Bytes stand(Bytes codes) {
+        if constexpr (has_table) codes = looked_up(Table::levels, codes);
+        return is_signed ? lifted(codes) : codes;
+    }
+    static void codes(const uint8_t *line, int64_t groups, int64_t g, int here, Bytes &front, Bytes &back) {
+        if constexpr (Bits == 8) {
+            constexpr int whole = kBytes / kGroup;  // groups of a register
+            front = load_some(line + 32 * g, 32 * (here < whole ? here : whole));
+            back = here > whole ? load_some(line + 32 * (g + whole), 32 * (here - whole)) : every(0);
+        } else {
+            codes_of_groups<Bits>(line, groups, g, here, front, back);
+        }
+        front = stand(front), back = stand(back);
+    }
+    static Bytes in_order(const uint8_t *line, int64_t groups, int64_t g) { return stand(codes_in_order<Bits>(line, groups, g)); }
+#endif
+    // out[c] = row w[c] · x; with Ahead the lines `then` are prefetched. groups: of a row.
+    template <int C, bool Ahead>
+    static void dot(const uint8_t *const *w, const uint8_t *const *scales, [[maybe_unused]] const uint8_t *const *then,
+                    const Rounded &x, int64_t groups, float *out) {
+#if MOYU_INTEGERS
+        dot_groups<Self, C, Ahead>(w, scales, then, x, groups, out);
+#else
+        dot_plainly<Self, C>(w, scales, x, groups, out);
+#endif
     }
 };
 

@@ -5,7 +5,53 @@
 
 namespace {
 
+using Bytes = __m256i;
+using Wide = Eight;
+constexpr int kBytes = 32, kLanes = 8;
 constexpr int kBeside = 2;  // groups of x.halves that lie side by side (see core/rounded.h)
+constexpr int kLifted = 0;  // there are products of signed bytes
+
+inline Bytes every(int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
+inline Bytes both_of(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
+inline Bytes either_of(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+template <int n> inline Bytes shifted_down(Bytes a) { return _mm256_srli_epi16(a, n); }  // bits of the neighbour come in
+template <int n> inline Bytes shifted_up(Bytes a) { return _mm256_slli_epi16(a, n); }
+inline Bytes looked_up(const int8_t *table, Bytes codes) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table))), codes);
+}
+inline Bytes lifted(Bytes bytes) { return bytes; }
+
+inline __m128i load_up_to_16(const uint8_t *p, int count) {
+    if (count == 16) return _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    if (count == 8) return _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm_cvtsi32_si128(four);
+}
+inline Bytes load_some(const uint8_t *p, int count) {  // 32 or 16, 0 beyond
+    return count == 32 ? load_bytes(p) : _mm256_zextsi128_si256(load_up_to_16(p, 16));
+}
+// See core/planes.h. Of each group: its 4 bytes shifted by 0 to 3, its 8 bytes by 0 and 2.
+inline Bytes spread_fours(const uint8_t *p, int groups) {
+    const __m256i all = _mm256_castsi128_si256(load_up_to_16(p, 4 * groups));
+    return _mm256_srlv_epi32(_mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)),
+                             _mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3));
+}
+inline Bytes spread_eights(const uint8_t *p, int groups) {
+    const __m256i all = _mm256_castsi128_si256(load_up_to_16(p, 8 * groups));
+    return _mm256_srlv_epi64(_mm256_permute4x64_epi64(all, 0x50), _mm256_setr_epi64x(0, 2, 0, 2));
+}
+// Of one group: 16 bytes shifted by 0 and 4, 8 by 0 to 6, 4 by 0 to 7.
+inline Bytes nibbles_in_order(const uint8_t *p) {
+    const __m256i all = _mm256_castsi128_si256(load_up_to_16(p, 16));
+    return _mm256_srlv_epi64(_mm256_permute4x64_epi64(all, 0x44), _mm256_setr_epi64x(0, 0, 4, 4));
+}
+inline Bytes pairs_in_order(const uint8_t *p) {
+    return _mm256_srlv_epi64(_mm256_broadcastq_epi64(load_up_to_16(p, 8)), _mm256_setr_epi64x(0, 2, 4, 6));
+}
+inline Bytes bits_in_order(const uint8_t *p) {
+    return _mm256_srlv_epi32(_mm256_broadcastd_epi32(load_up_to_16(p, 4)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
 
 // acc + for each of 8 lanes the sum of 4 products of unsigned and signed bytes. Without VNNI pairs are summed in 16 bits first:
 // 2 * 128 * 127 fits, 2 * 255 * 127 does not, and no caller has more than 128.
@@ -22,23 +68,60 @@ inline __m256i add_bytes(__m256i acc, __m256i u, __m256i s) {
 inline __m256i add_signed(__m256i acc, __m256i w, __m256i s) {
     return add_bytes(acc, _mm256_sign_epi8(w, w), _mm256_sign_epi8(s, w));
 }
+template <bool Signed>
+inline Bytes add_products(Bytes acc, Bytes w, Bytes s) { return Signed ? add_signed(acc, w, s) : add_bytes(acc, w, s); }
+// The sums of both, of codes of at most 6 bits where they are unsigned: 4 * 63 * 127 fits into 16 bits.
+template <bool Signed>
+inline Bytes two_products(Bytes front, Bytes s, Bytes back, Bytes t) {
+#if !(defined(__AVX512VNNI__) && defined(__AVX512VL__)) && !defined(__AVXVNNI__)
+    if (!Signed)
+        return _mm256_madd_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(front, s), _mm256_maddubs_epi16(back, t)), _mm256_set1_epi16(1));
+#endif
+    return add_products<Signed>(add_products<Signed>(_mm256_setzero_si256(), front, s), back, t);
+}
+
+inline __m256 in_floats(Bytes integers) { return _mm256_cvtepi32_ps(integers); }
+inline __m256 plus(__m256 a, float b) { return _mm256_add_ps(a, _mm256_set1_ps(b)); }
+inline __m256 add_product(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+inline __m256 widened(__m256 a) { return a; }
+// The scales of groups k and k + 1 in the lanes of their products; parts: those of 8 groups, two for each where Halves = 2.
+template <int Halves>
+inline __m256 own_scales(const __m256 *parts, int k, int half) {
+    const int a = Halves == 1 ? k : 2 * (k % 4) + half, b = a + Halves;
+    return _mm256_permutevar8x32_ps(parts[Halves == 1 ? 0 : k / 4], _mm256_setr_epi32(a, a, a, a, b, b, b, b));
+}
+// Where a register holds a whole group: the scale of group k, or of k + 1.
+inline __m256 whole_scales(__m256 scales, int k, int half) { return _mm256_permutevar8x32_ps(scales, _mm256_set1_epi32(k + half)); }
 
 // The lower and the upper lanes of two.
 inline __m256i lower(__m256i a, __m256i b) { return _mm256_permute2x128_si256(a, b, 0x20); }
 inline __m256i upper(__m256i a, __m256i b) { return _mm256_permute2x128_si256(a, b, 0x31); }
 
-// y[0 .. 16) += integers * scales, for integers of 32 bits in two halves, and of 16 bits.
-inline void add_scaled(__m256i front, __m256i back, const uint8_t *scales, float scale, float *y) {
-    const auto half = [&](__m256i integers, int64_t o) {
-        const __m256 by = _mm256_mul_ps(load_halves(scales + 2 * o), _mm256_set1_ps(scale));
-        _mm256_storeu_ps(y + o, _mm256_fmadd_ps(_mm256_cvtepi32_ps(integers), by, _mm256_loadu_ps(y + o)));
+// add(integers of 8 neighbouring outputs, the first of them) of four registers whose bytes unpack_four has put together, of 32
+// outputs: 0 .. 3 and 16 .. 19, 4 .. 7 and 20 .. 23, 8 .. 11 and 24 .. 27, the others.
+template <class Fn>
+inline void in_order_32(const Bytes *s, Fn add) {
+    add(lower(s[0], s[1]), 0), add(lower(s[2], s[3]), 8), add(upper(s[0], s[1]), 16), add(upper(s[2], s[3]), 24);
+}
+// Of four registers of 16 bits, of 64 outputs: 0 .. 7 and 32 .. 39, 8 and 40, 16 and 48, 24 and 56.
+template <class Fn>
+inline void in_order_16(const Bytes *s, Fn add) {
+    const auto wide = [&](__m256i integers, int64_t o) {
+        add(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(integers)), o);
+        add(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(integers, 1)), o + 8);
     };
-    half(front, 0);
-    half(back, 8);
+    wide(lower(s[0], s[1]), 0), wide(lower(s[2], s[3]), 16), wide(upper(s[0], s[1]), 32), wide(upper(s[2], s[3]), 48);
 }
-inline void add_scaled(__m256i integers, const uint8_t *scales, float scale, float *y) {
-    add_scaled(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(integers)),
-               _mm256_cvtepi16_epi32(_mm256_extracti128_si256(integers, 1)), scales, scale, y);
-}
+inline Bytes unpack_low_8(Bytes a, Bytes b) { return _mm256_unpacklo_epi8(a, b); }
+inline Bytes unpack_high_8(Bytes a, Bytes b) { return _mm256_unpackhi_epi8(a, b); }
+inline Bytes unpack_low_16(Bytes a, Bytes b) { return _mm256_unpacklo_epi16(a, b); }
+inline Bytes unpack_high_16(Bytes a, Bytes b) { return _mm256_unpackhi_epi16(a, b); }
+inline Bytes set_16(int value) { return _mm256_set1_epi16(static_cast<int16_t>(value)); }
+inline Bytes set_32(int value) { return _mm256_set1_epi32(value); }
+inline Bytes sum_16(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
+inline Bytes pairs_16(Bytes u, Bytes s) { return _mm256_maddubs_epi16(u, s); }
+inline __m256 load_floats(const float *p) { return _mm256_loadu_ps(p); }
+inline void store_floats(float *p, __m256 a) { _mm256_storeu_ps(p, a); }
+inline float total(__m256 a) { return sum_lanes(a); }
 
 }  // namespace

@@ -6,63 +6,129 @@
 
 namespace {
 
-constexpr int kBeside = 4;  // groups of x.halves that lie side by side (see core/rounded.h)
+// 16 floats of what scales are made of.
+struct Sixteen {
+    using Reg = __m512;
+    static Reg set(float value) { return _mm512_set1_ps(value); }
+    static Reg times(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+    static Reg halves(const uint8_t *p) { return _mm512_cvtph_ps(load_bytes(p)); }
+    static __m128i sixteen(const uint8_t *p) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(p)); }
+    static __m512i whole(const uint8_t *p) { return _mm512_cvtepu8_epi32(sixteen(p)); }
+    static Reg bytes(const uint8_t *p) { return _mm512_cvtepi32_ps(whole(p)); }
+    static Reg signed_bytes(const uint8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen(p))); }
+    static Reg low_nibbles(const uint8_t *p) { return _mm512_cvtepi32_ps(_mm512_and_si512(whole(p), _mm512_set1_epi32(15))); }
+    static Reg high_nibbles(const uint8_t *p) { return _mm512_cvtepi32_ps(_mm512_srli_epi32(whole(p), 4)); }
+    static Reg powers(const uint8_t *p) {  // 2^(byte - 128); below 2 they are subnormal
+        const __m512i power = whole(p), usual = _mm512_slli_epi32(_mm512_sub_epi32(power, _mm512_set1_epi32(1)), 23);
+        const __m512i small = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), power);
+        return _mm512_castsi512_ps(_mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(power, _mm512_set1_epi32(1)), small, usual));
+    }
+};
 
-inline __m512i load_line(const uint8_t *p, int count = 64) {  // 0 beyond the count, where nothing is read
+using Bytes = __m512i;
+using Wide = Sixteen;
+constexpr int kBytes = 64, kLanes = 16;
+constexpr int kBeside = 4;  // groups of x.halves that lie side by side (see core/rounded.h)
+constexpr int kLifted = 128;  // products are of unsigned bytes by signed ones: a signed byte stands for itself - 128
+
+inline Bytes load_some(const uint8_t *p, int count) {  // 0 beyond the count, where nothing is read
     return count >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((1ull << count) - 1, p);
 }
-// A signed byte as an unsigned one that stands for itself - 128.
-inline __m512i lifted(__m512i bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
+inline Bytes every(int byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
+inline Bytes both_of(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
+inline Bytes either_of(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+template <int n> inline Bytes shifted_down(Bytes a) { return _mm512_srli_epi16(a, n); }  // bits of the neighbour come in
+template <int n> inline Bytes shifted_up(Bytes a) { return _mm512_slli_epi16(a, n); }
+inline Bytes looked_up(const int8_t *table, Bytes codes) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table))), codes);
+}
+inline Bytes lifted(Bytes bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
 
-// out[c] = row c · x for C rows in lockstep, a line of `Groups` groups at a time; codes stand for code - Offset, which
-// the sums of x make up for. With Ahead `then` is prefetched line by line. The loops over 8 groups are unrolled because what
-// depends on a group's number is then a constant. products(line, b): each lane's share of the line's products with the
-// groups of x from b on.
-template <int C, bool Ahead, int Groups, int Offset, class F>
-inline void dot_lines(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *then, const float *x_scale,
-                      const float *x_sums, int64_t groups, float *out, F products) {
-    constexpr int kBytes = 64 / Groups, kLanes = 16 / Groups;
-    __m512 sum[C];
-    __m256 less[C];
-    for (int c = 0; c < C; ++c) sum[c] = _mm512_setzero_ps(), less[c] = _mm256_setzero_ps();
-    for (int64_t b = 0; b < groups; b += 8) {
-        const int count = groups - b < 8 ? static_cast<int>(groups - b) : 8;
-        const __m256 xs = _mm256_loadu_ps(x_scale + b), sums = _mm256_loadu_ps(x_sums + b);
-        __m512 scale[C];
-        for (int c = 0; c < C; ++c) {
-            const __m256 s = count == 8 ? load_halves(scales[c] + 2 * b) : load_halves(scales[c] + 2 * b, count);
-            scale[c] = _mm512_castps256_ps512(_mm256_mul_ps(s, xs));
-            less[c] = _mm256_fmadd_ps(s, sums, less[c]);
-        }
-        const auto line = [&](int k, int bytes) {
-            const __m512i own = _mm512_add_epi32(
-                _mm512_set1_epi32(k), _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                                        kLanes == 8 ? 3 : 2));
-            for (int c = 0; c < C; ++c) {
-                const int64_t at = kBytes * (b + k);
-                if (Ahead) prefetch<64>(then[c] + at);
-                const __m512 part = _mm512_cvtepi32_ps(products(load_line(w[c] + at, bytes), b + k));
-                sum[c] = _mm512_fmadd_ps(part, _mm512_permutexvar_ps(own, scale[c]), sum[c]);
-            }
-        };
-        if (count == 8) {
-#pragma GCC unroll 4
-            for (int k = 0; k < 8; k += Groups) line(k, 64);
-        } else {
-            for (int k = 0; k < count; k += Groups) line(k, kBytes * (count - k));
-        }
+// See core/planes.h. Of each group: its 4 bytes shifted by 0 to 3, its 8 bytes by 0 and 2.
+inline Bytes spread_fours(const uint8_t *p, int groups) {
+    const __m512i own = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_srlv_epi32(_mm512_permutexvar_epi32(own, load_some(p, 4 * groups)),
+                             _mm512_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3));
+}
+inline Bytes spread_eights(const uint8_t *p, int groups) {
+    const __m512i own = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
+    return _mm512_srlv_epi64(_mm512_permutexvar_epi64(own, load_some(p, 8 * groups)), _mm512_setr_epi64(0, 2, 0, 2, 0, 2, 0, 2));
+}
+// Of two groups: 16 bytes shifted by 0 and 4, 8 by 0 to 6, 4 by 0 to 7.
+inline Bytes nibbles_in_order(const uint8_t *p) {
+    const __m512i own = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3);
+    return _mm512_srlv_epi64(_mm512_permutexvar_epi64(own, load_some(p, 32)), _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
+}
+inline Bytes pairs_in_order(const uint8_t *p) {
+    const __m512i own = _mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1);
+    return _mm512_srlv_epi64(_mm512_permutexvar_epi64(own, load_some(p, 16)), _mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6));
+}
+inline Bytes bits_in_order(const uint8_t *p) {
+    const __m512i own = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    return _mm512_srlv_epi32(_mm512_permutexvar_epi32(own, load_some(p, 8)),
+                             _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+template <bool Signed>
+inline Bytes add_products(Bytes acc, Bytes w, Bytes s) {
+    static_assert(!Signed, "codes stand lifted");
+    return _mm512_dpbusd_epi32(acc, w, s);
+}
+template <bool Signed>
+inline Bytes two_products(Bytes front, Bytes s, Bytes back, Bytes t) {
+    return add_products<Signed>(add_products<Signed>(_mm512_setzero_si512(), front, s), back, t);
+}
+
+inline __m512 in_floats(Bytes integers) { return _mm512_cvtepi32_ps(integers); }
+inline __m512 plus(__m512 a, float b) { return _mm512_add_ps(a, _mm512_set1_ps(b)); }
+inline __m512 add_product(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+inline __m512 widened(__m256 a) { return _mm512_zextps256_ps512(a); }
+// The scales of groups k to k + 3 in the lanes of their products; parts: those of 8 groups, two for each where Halves = 2.
+template <int Halves>
+inline __m512 own_scales(const __m256 *parts, int k, int half) {
+    __m512 all = _mm512_castps256_ps512(parts[0]);
+    if constexpr (Halves == 2) all = _mm512_insertf32x8(all, parts[1], 1);
+    const int a = Halves * k + half, b = a + Halves, c = b + Halves, d = c + Halves;
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d), all);
+}
+// Where a register holds two whole groups: the scales of groups k and k + 1, or of the two after them.
+inline __m512 whole_scales(__m256 scales, int k, int half) {
+    const int a = k + 2 * half, b = a + 1;
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b), _mm512_castps256_ps512(scales));
+}
+
+// add(integers of 16 neighbouring outputs, the first of them) of four registers whose bytes unpack_four has put together, of 64
+// outputs: the first four of every 16, then the second, third and fourth four.
+template <class Fn>
+inline void in_order_32(const Bytes *s, Fn add) {
+    const __m512i a = _mm512_shuffle_i32x4(s[0], s[1], 0x44), b = _mm512_shuffle_i32x4(s[2], s[3], 0x44);  // 0 .. 31
+    const __m512i c = _mm512_shuffle_i32x4(s[0], s[1], 0xee), d = _mm512_shuffle_i32x4(s[2], s[3], 0xee);  // 32 .. 63
+    add(_mm512_shuffle_i32x4(a, b, 0x88), 0), add(_mm512_shuffle_i32x4(a, b, 0xdd), 16);
+    add(_mm512_shuffle_i32x4(c, d, 0x88), 32), add(_mm512_shuffle_i32x4(c, d, 0xdd), 48);
+}
+// Of four registers of 16 bits, of 128 outputs: the first eight of every 32, then the second, third and fourth eight.
+template <class Fn>
+inline void in_order_16(const Bytes *s, Fn add) {
+    const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    for (int half = 0; half < 2; ++half) {  // outputs 0 .. 15 of every 32, then the others
+        const __m512i a = s[2 * half], b = s[2 * half + 1];
+        const __m512i low = _mm512_permutex2var_epi64(a, front, b), high = _mm512_permutex2var_epi64(a, back, b);
+        add(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(low)), 16 * half);
+        add(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(low, 1)), 16 * half + 32);
+        add(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(high)), 16 * half + 64);
+        add(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16 * half + 96);
     }
-    for (int c = 0; c < C && Ahead; ++c) prefetch<128>(then[c] + kBytes * groups);
-    for (int c = 0; c < C; ++c) out[c] = _mm512_reduce_add_ps(sum[c]) - static_cast<float>(Offset) * sum_lanes(less[c]);
 }
-
-// y[0 .. 16) += integers * scales, for integers of 32 and of 16 bits.
-inline void add_scaled(__m512i integers, const uint8_t *scales, float scale, float *y) {
-    const __m512 by = _mm512_mul_ps(_mm512_cvtph_ps(load_bytes(scales)), _mm512_set1_ps(scale));
-    _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(integers), by, _mm512_loadu_ps(y)));
-}
-inline void add_scaled(__m256i integers, const uint8_t *scales, float scale, float *y) {
-    add_scaled(_mm512_cvtepi16_epi32(integers), scales, scale, y);
-}
+inline Bytes unpack_low_8(Bytes a, Bytes b) { return _mm512_unpacklo_epi8(a, b); }
+inline Bytes unpack_high_8(Bytes a, Bytes b) { return _mm512_unpackhi_epi8(a, b); }
+inline Bytes unpack_low_16(Bytes a, Bytes b) { return _mm512_unpacklo_epi16(a, b); }
+inline Bytes unpack_high_16(Bytes a, Bytes b) { return _mm512_unpackhi_epi16(a, b); }
+inline Bytes set_16(int value) { return _mm512_set1_epi16(static_cast<int16_t>(value)); }
+inline Bytes set_32(int value) { return _mm512_set1_epi32(value); }
+inline Bytes sum_16(Bytes a, Bytes b) { return _mm512_add_epi16(a, b); }
+inline Bytes pairs_16(Bytes u, Bytes s) { return _mm512_maddubs_epi16(u, s); }
+inline __m512 load_floats(const float *p) { return _mm512_loadu_ps(p); }
+inline void store_floats(float *p, __m512 a) { _mm512_storeu_ps(p, a); }
+inline float total(__m512 a) { return _mm512_reduce_add_ps(a); }
 
 }  // namespace

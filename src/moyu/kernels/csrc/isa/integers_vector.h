@@ -21,8 +21,9 @@ inline float sum_lanes(__m256 a) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
 
-// 32 values as 8 bits and a scale, half to even; returns the sum of the integers. What is not finite gives no number.
-inline int32_t quantise_group(const float *x, int8_t *q, float *scale) {
+// 32 values as 8 bits and a scale, half to even; returns the sum of the integers, and in `first` that of the first 16. What is
+// not finite gives no number.
+inline int32_t quantise_group(const float *x, int8_t *q, float *scale, int32_t *first) {
     const __m256 a = _mm256_loadu_ps(x), b = _mm256_loadu_ps(x + 8), c = _mm256_loadu_ps(x + 16), d = _mm256_loadu_ps(x + 24);
     const __m256 sign = _mm256_set1_ps(-0.0f);
     const __m256 most = _mm256_max_ps(_mm256_max_ps(_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b)),
@@ -38,59 +39,41 @@ inline int32_t quantise_group(const float *x, int8_t *q, float *scale) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(q), bytes);
     const __m256i ones = _mm256_set1_epi16(1);
     const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), ones);
-    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-    sum = _mm_add_epi32(sum, _mm_unpackhi_epi64(sum, sum));
-    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 1)));
+    const auto sum = [](__m128i four) {
+        const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+        return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+    };
+    *first = sum(_mm256_castsi256_si128(fours));
+    return *first + sum(_mm256_extracti128_si256(fours, 1));
 }
 
-// Of a group's columns few are read side by side, each over a whole tile of outputs before the next ones begin: 32 streams of
-// half lines cost a fifth to a quarter of the rate at which memory gives them. A tile's integers lie in L1 meanwhile.
-constexpr int64_t kTile = 2048;
-inline int side_by_side(int left) { return left <= 12 ? left : 8; }
+inline __m256 load_eight(const float *p) { return _mm256_loadu_ps(p); }
+inline __m256 twice_each(__m256 a, int half) {  // its first or its second four, each two times
+    const __m256i which = half == 0 ? _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3) : _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7);
+    return _mm256_permutevar8x32_ps(a, which);
+}
 
-// What is prefetched while some columns are read: the columns after them in this tile, or the first ones' next tile, or,
-// after the last, `then`.
-struct Following {
-    const uint8_t *line[8];
-    int count = 0;
-    Following(const uint8_t *const *column, int end, int columns, int64_t tile, int64_t next_tile, bool last,
-              const uint8_t *const *then, int after) {
-        if (after < 0) return;
-        if (end < columns) {
-            for (int i = end; i < columns && count < 8; ++i) line[count++] = column[i] + tile;
-        } else if (!last) {
-            for (int i = 0; i < columns && count < 8; ++i) line[count++] = column[i] + next_tile;
-        } else {
-            for (; count < after; ++count) line[count] = then[count];
-        }
+// 8 floats of what scales are made of.
+struct Eight {
+    using Reg = __m256;
+    static Reg set(float value) { return _mm256_set1_ps(value); }
+    static Reg times(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+    static Reg halves(const uint8_t *p) { return load_halves(p); }
+    static __m256i whole(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))); }
+    static Reg bytes(const uint8_t *p) { return _mm256_cvtepi32_ps(whole(p)); }
+    static Reg signed_bytes(const uint8_t *p) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
     }
-    template <int64_t bytes>
-    void at(int64_t offset) const {
-        for (int i = 0; i < count; ++i) prefetch<bytes>(line[i] + offset);
+    static Reg low_nibbles(const uint8_t *p) { return _mm256_cvtepi32_ps(_mm256_and_si256(whole(p), _mm256_set1_epi32(15))); }
+    static Reg high_nibbles(const uint8_t *p) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(whole(p), 4)); }
+    static Reg powers(const uint8_t *p) {  // 2^(byte - 128); below 2 they are subnormal
+        const __m256i power = whole(p), usual = _mm256_slli_epi32(_mm256_sub_epi32(power, _mm256_set1_epi32(1)), 23);
+        const __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), power);
+        return _mm256_castsi256_ps(_mm256_blendv_epi8(small, usual, _mm256_cmpgt_epi32(power, _mm256_set1_epi32(1))));
     }
 };
-
-// add_columns of a format F. Sums: codes stand for code - offset, a register has `lanes` integers, a byte of a column
-// `outputs`; `add` and `scale` take `step` outputs at a time.
-template <class F, class Sums>
-inline void sum_columns(const Columns &c, float *y, int64_t q) {
-    typename Sums::Reg sums[kTile / Sums::lanes];
-    int less = 0;
-    for (int i = 0; i < c.count; ++i) less -= Sums::offset * c.v[i];
-    const int64_t whole = q / Sums::step * Sums::step;
-    for (int64_t from = 0; from < whole; from += kTile) {
-        const int64_t n = whole - from < kTile ? whole - from : kTile;
-        for (int i = 0, some; i < c.count; i += some) {
-            some = side_by_side(c.count - i);
-            const Following ahead(c.column, i + some, c.count, from / Sums::outputs, (from + n) / Sums::outputs,
-                                  from + n == whole, c.then, c.after);
-            if (i == 0) Sums::template add<true>(c.column, some, c.v, from, n, less, sums, ahead);
-            else Sums::template add<false>(c.column + i, some, c.v + i, from, n, less, sums, ahead);
-        }
-        for (int64_t o = 0; o < n; o += Sums::step)
-            Sums::scale(sums + o / Sums::lanes, c.scales + 2 * (from + o), c.scale, y + from + o);
-    }
-    add_outputs<F>(c, y, whole, q);
+inline __m256 first_lanes(int count) {  // all bits of so many
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
 }
 
 }  // namespace

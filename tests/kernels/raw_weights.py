@@ -20,7 +20,7 @@ def raw(name: str, q: int, n: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (q, n // form.block, form.block_bytes), generator=generator, dtype=torch.uint8)
     for start in SCALES[name]:
-        scales = torch.randn(q, n // form.block, 1, generator=generator).half() / 16
+        scales = torch.randn(q, n // form.block, 1, generator=generator).half() / (16 if form.block == 32 else 512)
         blocks[..., start : start + 2] = scales.view(torch.uint8)
     if name == "mxfp4":
         blocks[..., 0] = torch.randint(118, 128, blocks.shape[:2], generator=generator, dtype=torch.uint8)
@@ -28,7 +28,16 @@ def raw(name: str, q: int, n: int, seed: int = 0) -> Tensor:
 
 
 def weight_of(name: str, q: int, n: int, seed: int = 0) -> Stored:
-    """A weight (q, n) of random blocks; n is cut where it is no whole number of blocks."""
+    """A weight (q, n) of random blocks."""
+    return FORMATS[name].read(raw(name, q, n, seed), (q, n))
+
+
+def extreme(name: str, q: int, blocks: int, byte: int) -> Stored:
+    """A weight (q, blocks of it) whose every byte is the same, and every float16 scale 1."""
     form = FORMATS[name]
-    n = max(form.block, n // form.block * form.block)
-    return form.read(raw(name, q, n, seed), (q, n))
+    content = torch.full((q, blocks, form.block_bytes), byte, dtype=torch.uint8)
+    for start in SCALES[name]:
+        content[..., start : start + 2] = torch.ones(1).half().view(torch.uint8)
+    if name == "mxfp4":
+        content[..., 0] = 128
+    return form.read(content.flatten(1), (q, blocks * form.block))
