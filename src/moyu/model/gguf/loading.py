@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from moyu.model.architectures import ARCHITECTURES
-from moyu.model.architectures.base import ROPE_FACTORS, Architecture
-from moyu.model.gguf.configuration import configuration, target
+from moyu.model.gguf.configuration import configuration
 from moyu.model.gguf.metadata import Metadata
 from moyu.model.gguf.reader import DTYPES, File, read
+from moyu.model.gguf.sources import sources
 from moyu.model.gguf.tokenizer import tokenizer_of
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 from moyu.weights import FORMATS, IN_FILES, Stored, mapped
@@ -31,53 +32,47 @@ def load(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel,
 def load_model(file: File, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A causal LM with the file's weights, for inference.
 
-    Quantised weights are kept bit for bit; quants and scales are stored apart. Matrices of 16 and 32 bits stay views of the mapped
-    file, except a Llama's q and k, whose rows change places. dtype: the type to compute in. By default it is the type that all
-    matrices share; if they differ or are quantised it is float32, which represents the values of every type exactly.
+    Quantised matrices are kept bit for bit; quants and scales are stored apart. Quantised weights that no module of MOYU holds,
+    as the stacked ones of routed experts, become plain numbers. Matrices of 16 and 32 bits stay views of the mapped file, except
+    a Llama's q and k, whose rows change places. dtype: the type to compute in. By default it is the type that all matrices share;
+    if they differ or are quantised it is float32, which represents the values of every type exactly.
     """
     config = configuration(file)
     architecture = ARCHITECTURES[Metadata(file).architecture]
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    names = _names(file, empty, architecture)
-    kinds = {file.tensors[name].kind for name in names.values() if len(file.tensors[name].shape) > 1}
+    found = sources(file, empty, architecture)
+    kinds = {file.tensors[name].kind for name in file.tensors if len(file.tensors[name].shape) > 1}
     dtype = dtype or (DTYPES.get(next(iter(kinds))) if len(kinds) == 1 else None) or torch.float32
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if architecture.paired else {}
     state: dict[str, Tensor] = {}
     blocks: dict[str, Stored] = {}
-    for parameter, name in names.items():
-        turned = heads.get(parameter.split(".")[-2], 0)
-        if file.tensors[name].kind in KINDS:
-            blocks[parameter] = _blocks(file, name, turned)
-            state[parameter] = torch.zeros((), dtype=dtype).expand(file.tensors[name].shape)  # takes no memory
+    for parameter, source in found.items():
+        if source.held:
+            (name,) = source.names
+            blocks[parameter] = _blocks(source.file, name, source.heads)
+            state[parameter] = torch.zeros((), dtype=dtype).expand(source.file.tensors[name].shape)  # takes no memory
             continue
-        weight = file.values(name)
+        parts = [_values(source.file, name, dtype) for name in source.names]
+        weight = parts[0] if source.how is None else source.how(*parts)
         if parameter.endswith("norm.weight") and architecture.norms_from:
             weight = weight.float() - architecture.norms_from
-        state[parameter] = (in_halves(weight, turned) if turned else weight).to(dtype)
-        mapped.let_go(file.stored(name))
+        weight = in_halves(weight, source.heads) if source.heads else weight
+        state[parameter] = weight.to(dtype).view(empty.get_parameter(parameter).shape)
+        for name in source.names:
+            mapped.let_go(source.file.stored(name))
     model = type(empty).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     for parameter, weight in blocks.items():
         _keep(model, parameter.removesuffix(".weight"), weight, dtype)
     return model.eval()
 
 
-def _names(file: File, empty: nn.Module, architecture: Architecture) -> dict[str, str]:
-    """The tensor of the file for each parameter. Raises UserError if one is missing, left over or of another shape."""
-    told = Metadata(file)
-    found = {target(architecture, name) or name: name for name in file.tensors if name != ROPE_FACTORS}
-    wanted = dict(empty.named_parameters())
-    for parameter, like in wanted.items():
-        if parameter not in found:
-            raise told.refuse(f"there is no tensor for {parameter}, which a {told.architecture} model has")
-        entry = file.tensors[found[parameter]]
-        if entry.shape != tuple(like.shape):
-            raise told.refuse(f"{entry.name} has shape {entry.shape}, but the metadata say {tuple(like.shape)}")
-        if len(entry.shape) == 1 and entry.kind in KINDS:
-            raise told.refuse(f"{entry.name} is {entry.kind}, but only matrices may be quantised")
-    if left := found.keys() - wanted.keys():
-        raise told.refuse(f"a {told.architecture} model has no tensor {found[min(left)]!r}")
-    return found
+def _values(file: File, name: str, dtype: torch.dtype) -> Tensor:
+    """A tensor of the file in its shape: its own numbers, or those that blocks stand for in `dtype`."""
+    entry = file.tensors[name]
+    if entry.kind in DTYPES:
+        return file.values(name)
+    matrix = (prod(entry.shape[:-1]), entry.shape[-1])
+    return KINDS[entry.kind].read(file.stored(name), matrix).values(dtype).view(entry.shape)
 
 
 def _blocks(file: File, name: str, heads: int) -> Stored:

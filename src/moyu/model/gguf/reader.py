@@ -7,9 +7,10 @@ pairs of metadata, the descriptions of tensors, and from the next multiple of th
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,6 +43,9 @@ OTHERS = {
     24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
 }  # fmt: skip
 
+# A model in several files: which part a file is, from 0, how many there are, and the tensors in all of them.
+NUMBER, COUNT, TOTAL = "split.no", "split.count", "split.tensors.count"
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 DAMAGED = "the file is damaged or not a GGUF file: download or convert it again"
 
 
@@ -54,21 +58,25 @@ class Entry:
     kind: str  # of BLOCKS
     offset: int  # from the beginning of the file
     nbytes: int
+    part: int = 0  # of a model in several files
 
 
 @dataclass(frozen=True)
 class File:
-    """The content of a file: metadata (numbers, strings, lists of strings, arrays of numbers) and tensors."""
+    """The content of a file, or of several that are one model.
+
+    Metadata are numbers, strings, lists of strings and arrays of numbers. Of a model in several files `path` is the one that was given.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Entry]
-    mapped: mmap.mmap
+    mapped: tuple[mmap.mmap, ...]
 
     def stored(self, name: str) -> Tensor:
         """The raw bytes of a tensor, (rows, bytes of a row) uint8: a view of the mapped file."""
         entry = self.tensors[name]
-        flat = torch.frombuffer(self.mapped, dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
+        flat = torch.frombuffer(self.mapped[entry.part], dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
         return flat.view(prod(entry.shape[:-1]), -1)
 
     def values(self, name: str) -> Tensor:
@@ -78,7 +86,49 @@ class File:
 
 
 def read(path: Path) -> File:
-    """Read metadata and descriptions, and map the tensors. Raises UserError, with the offset, for a damaged file."""
+    """Read metadata and descriptions, and map the tensors. Any part stands for a model in several files.
+
+    Raises UserError, with the offset, for a damaged file, and for parts that are missing or do not belong together.
+    """
+    file = _read(path)
+    count = file.metadata.get(COUNT, 1)
+    if not isinstance(count, int):
+        raise UserError(f"{path}: {COUNT} is not an integer", DAMAGED)
+    if count <= 1:
+        return file
+    found = _PART.fullmatch(path.name)
+    if found is None or int(found[3]) != count:
+        raise UserError(
+            f"{path} is one of {count} parts of a model", f"its name must end in -00001-of-{count:05d}.gguf"
+        )
+    places = [path.with_name(f"{found[1]}-{n:05d}-of-{found[3]}.gguf") for n in range(1, count + 1)]
+    if missing := [place.name for place in places if not place.is_file()]:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(
+            f"{path} is one of {count} parts of a model, and {shown} is missing", "put all parts in one folder"
+        )
+    return _joined(path, [_read(place) for place in places])
+
+
+def _joined(path: Path, parts: list[File]) -> File:
+    """The parts of a model as one. The first one has the metadata."""
+    tensors: dict[str, Entry] = {}
+    for number, part in enumerate(parts):
+        said = part.metadata.get(NUMBER), part.metadata.get(COUNT)
+        if said != (number, len(parts)):
+            raise UserError(
+                f"{part.path} says that it is part {said[0]} of {said[1]}, not {number} of {len(parts)}", DAMAGED
+            )
+        if twice := tensors.keys() & part.tensors.keys():
+            raise UserError(f"{part.path}: the tensor {min(twice)!r} is in another part too", DAMAGED)
+        tensors |= {name: replace(entry, part=number) for name, entry in part.tensors.items()}
+    total = parts[0].metadata.get(TOTAL, len(tensors))
+    if total != len(tensors):
+        raise UserError(f"{path}: the parts have {len(tensors)} tensors, but the model {total}", DAMAGED)
+    return File(path, parts[0].metadata, tensors, tuple(part.mapped[0] for part in parts))
+
+
+def _read(path: Path) -> File:
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: writes would not reach the file
@@ -112,7 +162,7 @@ class _Reading:
             )  # fmt: skip
         tensors, pairs = (self.count(what, 8) for what in ("tensors", "pairs of metadata"))
         metadata = dict(self.pairs(pairs))
-        return File(self.path, metadata, self.entries(tensors, metadata), self.mapped)
+        return File(self.path, metadata, self.entries(tensors, metadata), (self.mapped,))
 
     def pairs(self, count: int) -> Iterator[tuple[str, Any]]:
         seen: set[str] = set()
