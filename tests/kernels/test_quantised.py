@@ -180,6 +180,16 @@ def test_neurons_are_sums_of_integers(backend, kind, n, d, f, form, dtype, densi
 
 
 @pytest.mark.parametrize("kind", IN_FILES)
+@pytest.mark.parametrize("q", [1, 33, 96, 200])
+def test_dequantised_in_every_bit(needs_cpu, kind, q):
+    weight = make(torch.Generator().manual_seed(q), kind, q, 320)
+    with kernels.use("cpu"):
+        for stored in (weight, weight.laid_out("columns"), spread(weight, 1)):
+            for dtype in DTYPES:
+                assert torch.equal(kernels.values(stored, dtype), weight.values(dtype))
+
+
+@pytest.mark.parametrize("kind", IN_FILES)
 def test_many_rows_and_threads_agree_with_one(needs_cpu, kind):
     generator = torch.Generator().manual_seed(3)
     weight, x = make(generator, kind, 320, 512), draw(generator, 70, 512)

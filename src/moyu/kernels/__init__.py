@@ -4,7 +4,7 @@ The three are ``torch.library`` operators (``torch.ops.moyu.neurons``, ``rows``,
 and these thin functions are in front. Any number of rows N is correct; speed is for small decode batches: all rows that
 keep a piece of weight use it while it is in the cache, so it is read once (once per 32 rows in the ``cpu`` back end).
 
-Weights are tensors of x's dtype, or ``weights.Stored`` in any format. With Q8_0 and Q4_0 x is rounded to 8 bits, with one scale
+Weights are tensors of x's dtype, or ``weights.Stored`` in any format. With those of GGUF files x is rounded to 8 bits, with one scale
 for every 32 values, and products are sums of integers.
 
 Back ends: ``reference`` (plain torch, defines the meaning), ``cpu`` (C++) and ``gpu`` (Triton). ``use("cpu")`` insists on
@@ -12,9 +12,10 @@ one; ``auto`` takes the first of ``BACKENDS`` that can be used here and has the 
 ``describe()`` says which.
 """
 
+import torch
 from torch import Tensor
 
-from moyu.kernels import cpu, gpu, operators, reference
+from moyu.kernels import choosing, cpu, gpu, operators, reference
 from moyu.kernels.backend import Backend
 from moyu.kernels.checks import activation
 from moyu.kernels.choosing import (
@@ -33,7 +34,7 @@ from moyu.kernels.cpu import ReadCeiling
 from moyu.kernels.dense import helps as product_helps
 from moyu.kernels.dense import product
 from moyu.kernels.reference import ACTIVATIONS
-from moyu.weights import Stored
+from moyu.weights import Plain, Stored
 
 __all__ = [
     "ACTIVATIONS",
@@ -59,6 +60,7 @@ __all__ = [
     "rows",
     "serves",
     "use",
+    "values",
 ]
 
 
@@ -155,6 +157,14 @@ def columns(x: Tensor, weight: Tensor | Stored, mask: Tensor, *, bias: Tensor | 
         ValueError, TypeError: as ``neurons``.
     """
     return operators.columns(x, *operators.opened("columns", "weight", weight, "columns"), mask, bias)
+
+
+def values(weight: Stored, dtype: torch.dtype) -> Tensor:
+    """The weight (q, n), dequantised, in `dtype`: by the C++ kernels where they read its format, else by the format itself."""
+    x = torch.empty(0, 0, dtype=dtype, device=weight.device)
+    if isinstance(weight.format, Plain) or choosing.choose("rows", weight.format, x).name != "cpu":
+        return weight.values(dtype)
+    return cpu.values(weight, dtype)
 
 
 def columns_above(x: Tensor, weight: Tensor, thresholds: Tensor, *, bias: Tensor | None = None) -> Tensor:

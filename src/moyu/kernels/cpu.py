@@ -122,6 +122,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _multiply(getattr(extension(), order), x, held(weight, order), None, bias)[0]
 
 
+def values(weight: Stored, dtype: torch.dtype) -> Tensor:
+    """A weight that is not plain, (q, n) in `dtype`: what `Stored.values` gives, in every bit, in a tenth of the time."""
+    out = torch.empty(weight.shape, dtype=dtype)
+    extension().values(native_weight(weight), _DTYPES[dtype], torch.get_num_threads(), out.data_ptr())
+    return out
+
+
 def native_weight(weight: Stored) -> Any:
     """A weight as the extension takes it; its addresses are those of the live tensors."""
     outputs, inputs = weight.shape

@@ -52,7 +52,7 @@ class _Quantised(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight (q, n) in the type that the module computes in, made anew each time."""
-        return self.blocks.values(self.like.dtype)
+        return kernels.values(self.blocks, self.like.dtype)
 
     def extra_repr(self) -> str:
         """Shape and format."""

@@ -51,6 +51,8 @@ void normalize(const DecodeNorm &norm, const float *x, int64_t n, float *out) {
     if (norm.centred) {
         for (int64_t i = 0; i < n; ++i)
             out[i] = rounded<T>((x[i] - mean) * scale * widen(weight[i]) + bias_at<T>(norm.bias, i));
+    } else if (norm.plus != 0.0f) {
+        for (int64_t i = 0; i < n; ++i) out[i] = rounded<T>(x[i] * scale * (widen(weight[i]) + norm.plus));
     } else {
         for (int64_t i = 0; i < n; ++i) out[i] = rounded<T>(rounded<T>(x[i] * scale) * widen(weight[i]));
     }
@@ -96,6 +98,8 @@ class Decoding {
                 const T *from = table ? at<T>(table->weight, a.ids[r] * table->stride) : at<T>(a.hidden, r * a.d);
                 for (int64_t i = 0; i < a.d; ++i) to[i] = widen(from[i]);
             }
+            if (a.ends && a.ends->scale != 0.0f)
+                for (int64_t i = 0; i < a.d; ++i) to[i] = rounded<T>(to[i] * rounded<T>(a.ends->scale));
         }
         for (int64_t l = 0; l < a.count; ++l) {
             const DecodeColumns &columns = a.columns ? a.columns[l] : kAllDecide;
@@ -104,7 +108,16 @@ class Decoding {
         }
         if (a.ends) {
             load(a.ends->norm, my);
-            start(a.ends->head, kAllDecide.q, my.stored, my, team, static_cast<T *>(a.logits), nullptr);
+            T *logits = static_cast<T *>(a.logits);
+            start(a.ends->head, kAllDecide.q, my.stored, my, team, logits, nullptr);
+            if (a.ends->softcap != 0.0f) {
+                team.wait();
+                const Share share(a.rows * a.ends->head.q, team);
+                for (int64_t i = share.begin; i < share.end; ++i) {
+                    const float part = rounded<T>(widen(logits[i]) / a.ends->softcap);
+                    narrow(rounded<T>(tanhf(part)) * a.ends->softcap, logits[i]);
+                }
+            }
         } else if (team.thread == 0) {
             for (int64_t i = 0; i < a.rows * a.d; ++i) narrow(my.hidden[i], static_cast<T *>(a.hidden)[i]);
         }
@@ -159,7 +172,8 @@ class Decoding {
 
     void load(const DecodeNorm &norm, Own &my) {
         for (int64_t r = 0; r < a.rows; ++r) {
-            normalize<T>(norm, my.hidden + r * a.d, a.d, my.values);
+            for (int64_t i = 0; i < a.d; ++i) my.values[i] = my.hidden[r * a.d + i];
+            if (norm.weight) normalize<T>(norm, my.values, a.d, my.values);
             for (int64_t i = 0; i < a.d; ++i) narrow(my.values[i], my.stored[r * a.d + i]);
         }
         take(my.stored, a.d, my);
@@ -246,8 +260,13 @@ class Decoding {
                                      : write_sums<T, false>(area, team.threads, a.rows, n, w.bias, out, team);
     }
 
-    void add(const T *part, Own &my) {
-        for (int64_t i = 0; i < a.rows * a.d; ++i) my.hidden[i] = rounded<T>(my.hidden[i] + widen(part[i]));
+    // hidden += norm(part), or part where there is no norm.
+    void add(const T *part, const DecodeNorm &norm, Own &my) {
+        for (int64_t r = 0; r < a.rows; ++r) {
+            for (int64_t i = 0; i < a.d; ++i) my.values[i] = widen(part[r * a.d + i]);
+            if (norm.weight) normalize<T>(norm, my.values, a.d, my.values);
+            for (int64_t i = 0; i < a.d; ++i) my.hidden[r * a.d + i] = rounded<T>(my.hidden[r * a.d + i] + my.values[i]);
+        }
     }
 
     void attend(const DecodeLayer &layer, const DecodeMemory &memory, const DecodeColumns &columns, Own &my,
@@ -274,13 +293,15 @@ class Decoding {
             finish(layer.o, team, v, sums[0]);
             team.wait();
         }
-        add(v, my);
+        add(v, layer.after_attention, my);
     }
 
     void load_head(const T *from, const DecodeNorm &norm, const DecodeLayer &layer, int64_t row, float *head) {
         for (int64_t i = 0; i < layer.head_dim; ++i) head[i] = widen(from[i]);
         if (norm.weight) normalize<T>(norm, head, layer.head_dim, head);
-        if (a.rotary) rotate<T>(head, a.cos + row * a.angles_row, a.sin + row * a.angles_row, a.rotary);
+        if (a.rotary == 0) return;
+        const moyu::DecodeAngles &angles = a.angles[layer.angles];
+        rotate<T>(head, angles.cos + row * a.angles_row, angles.sin + row * a.angles_row, a.rotary);
     }
 
     // The query heads that share a key and value head: append its key and value to the cache, then y = softmax(q · K) V.
@@ -291,6 +312,7 @@ class Decoding {
         const int64_t offset = (row * layer.kv_heads + kv_head) * dim;
         load_head(k + offset, layer.k_norm, layer, row, my.values);
         const int64_t past = a.past[row], length = past + 1;
+        const int64_t first = layer.window != 0 && layer.window < length ? length - layer.window : 0;
         for (int64_t i = 0; i < dim; ++i) narrow(my.values[i], keys[past * dim + i]);
         for (int64_t i = 0; i < dim; ++i) values[past * dim + i] = v[offset + i];
 
@@ -308,19 +330,22 @@ class Decoding {
             for (int64_t i = 0; i < dim; ++i) narrow(my.values[i], my.stored[i]);
             load_rows<T>(my.stored, dim, 1, dim, my.x);
             float most = -INFINITY, sum = 0.0f;
-            for (int64_t t = 0; t < length; t += kTogether) {
+            for (int64_t t = first; t < length; t += kTogether) {
                 point(keys, t);
                 dot<true>(pieces, my.x, dim, my.scores + t);
             }
-            for (int64_t t = 0; t < length; ++t) {
-                my.scores[t] = allowed && !allowed[t] ? -INFINITY : my.scores[t] * layer.scale;
+            for (int64_t t = first; t < length; ++t) my.scores[t] *= layer.scale;
+            if (layer.softcap != 0.0f)
+                for (int64_t t = first; t < length; ++t) my.scores[t] = layer.softcap * tanhf(my.scores[t] / layer.softcap);
+            for (int64_t t = first; t < length; ++t) {
+                my.scores[t] = allowed && !allowed[t] ? -INFINITY : my.scores[t];
                 most = my.scores[t] > most ? my.scores[t] : most;
             }
-            for (int64_t t = 0; t < length; ++t) my.scores[t] = exponential(my.scores[t] - most);
-            for (int64_t t = 0; t < length; ++t) sum += my.scores[t] = allowed && !allowed[t] ? 0.0f : my.scores[t];
-            for (int64_t t = 0; t < length; ++t) my.scores[t] /= sum;
+            for (int64_t t = first; t < length; ++t) my.scores[t] = exponential(my.scores[t] - most);
+            for (int64_t t = first; t < length; ++t) sum += my.scores[t] = allowed && !allowed[t] ? 0.0f : my.scores[t];
+            for (int64_t t = first; t < length; ++t) my.scores[t] /= sum;
             for (int64_t i = 0; i < round_up(dim); ++i) my.values[i] = 0.0f;
-            for (int64_t t = 0; t < length; t += kTogether) {
+            for (int64_t t = first; t < length; t += kTogether) {
                 point(values, t);
                 axpy<true>(pieces, my.scores + t, my.values, dim);
             }
@@ -333,7 +358,7 @@ class Decoding {
         load(layer.before_network, my);
         if (layer.network == moyu::Network::separate) separate(layer, columns, my, team);
         else together(layer, memory.neurons, columns, my, team);
-        add(y, my);
+        add(y, layer.after_network, my);
     }
 
     // gate, up and down as three products, each with its own columns skipped or none.

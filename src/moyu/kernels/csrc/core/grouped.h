@@ -12,6 +12,8 @@
 
 namespace {
 
+using moyu::ValuesArgs;
+
 // Rows of weights at once, and what is prefetched meanwhile.
 struct Lines {
     const uint8_t *codes[kTogether], *scales[kTogether], *then[kTogether];
@@ -286,6 +288,48 @@ int64_t grouped_neurons(const NeuronsArgs &a) {
             write_sums<T, false>(sums, team.threads, a.rows, d_out, a.down_bias, static_cast<T *>(a.out), team);
     };
     return total_of(bytes, a.threads, threads_for(count * column_bytes(a.down.format, d_out), count, a.threads), work);
+}
+
+template <class T>
+void values_share(const ValuesArgs &a, const moyu::Team &team, float *row) {
+    const Weight &w = a.weight;
+    T *out = static_cast<T *>(a.out);
+    if (w.order == moyu::Order::rows) {
+        const Share share(w.outputs, team);
+        for (int64_t i = share.begin; i < share.end; ++i) {
+            widen_row(w, i, row);
+            for (int64_t k = 0; k < w.inputs; ++k) narrow(row[k], out[i * w.inputs + k]);
+        }
+        return;
+    }
+    const Share share(groups_of(w.outputs), team);
+    for (int64_t part = share.begin; part < share.end; ++part) {
+        const int64_t o = part * kGroup;
+        const int outputs = static_cast<int>(w.outputs - o < kGroup ? w.outputs - o : kGroup);
+        for (int64_t number = 0; number < groups_of(w.inputs); ++number) {
+            const int64_t first = number * kGroup;
+            Columns columns;
+            columns.count = static_cast<int>(w.inputs - first < kGroup ? w.inputs - first : kGroup);
+            for (int i = 0; i < columns.count; ++i) columns.column[i] = piece_of(w, first + i);
+            float values[kGroup][kGroup];
+            with_format(w.format, [&](auto f) {
+                constexpr int64_t span = decltype(f)::Scales::span;
+                columns.scales = scales_of(w, number / span), columns.place = number % span;
+                decltype(f)::widen_columns(columns, o, outputs, w.outputs, values);
+            });
+            for (int k = 0; k < outputs; ++k)
+                for (int i = 0; i < columns.count; ++i) narrow(values[k][i], out[(o + k) * w.inputs + first + i]);
+        }
+    }
+}
+
+// out (outputs, inputs) = the weight, dequantised.
+template <class T>
+void grouped_values(const ValuesArgs &a) {
+    float *rows;
+    in_scratch([&](Arena &arena) { rows = arena.take<float>(a.threads * round_up(a.weight.inputs)); });
+    auto work = [&](const moyu::Team &team) { values_share<T>(a, team, rows + team.thread * round_up(a.weight.inputs)); };
+    run_parallel(threads_for(a.weight.outputs * a.weight.inputs * bytes_of<T>(1), a.weight.outputs, a.threads), work);
 }
 
 }  // namespace

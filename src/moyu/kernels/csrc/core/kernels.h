@@ -28,8 +28,8 @@ struct Weight {
     int64_t outputs, inputs;
     const void *address;     // null = no weight
     int64_t stride;          // bytes from one row to the next, or from one column
-    const void *scales;      // of a format with groups: rows of fp16, one for each row or for each group of columns
-    int64_t scales_stride;   // bytes from one row of scales to the next
+    const void *scales;      // of a format with groups: those of a row, or of a block of columns (core/scales.h)
+    int64_t scales_stride;   // bytes from one row's or block's scales to the next
 };
 
 // Strides of x, masks and `given` are in elements, from one row to the next; inside a row they are 1.
@@ -59,11 +59,17 @@ struct LinearArgs {          // `rows` takes a weight by rows, `columns` one by 
     void *out;               // (rows, outputs), contiguous
 };
 
+struct ValuesArgs {          // the values of a weight that is not plain
+    int64_t threads;
+    Weight weight;
+    void *out;               // (outputs, inputs), contiguous
+};
+
 // A decode step of consecutive decoder layers. Nothing here has initialisers (see above): make them with {}.
 struct DecodeNorm {          // RMSNorm, or LayerNorm where `centred`
     const void *weight;      // null = none
     const void *bias;
-    float eps;
+    float eps, plus;         // plus: what is added to the weight, in float; where it is not 0 the norm rounds once, at its end
     bool centred;
 };
 
@@ -86,12 +92,14 @@ struct DecodeLinear {
 enum class Network : int { separate, neurons, gate_first, up_first };
 
 struct DecodeLayer {
-    DecodeNorm before_attention, q_norm, k_norm, before_network;
+    DecodeNorm before_attention, q_norm, k_norm, after_attention, before_network, after_network;  // each may be absent
     DecodeLinear q, k, v, o, gate, up, down;  // gate.weight null: a plain network
     Network network;
     Act act;
     int64_t heads, kv_heads, head_dim;
-    float scale;
+    int64_t window;          // a row attends to so many positions, its own included; 0 = all
+    int64_t angles;          // which of the step's
+    float scale, softcap;    // scores become softcap * tanh(score / softcap); 0 = they do not
 };
 
 // Which of n units each row keeps: bytes, 0 = skipped.
@@ -122,7 +130,14 @@ struct DecodeEnds {
     DecodeLinear embedding;  // (vocabulary, d), by rows
     DecodeNorm norm;
     DecodeLinear head;       // by rows
+    float scale, softcap;    // of the embedding's rows, and of the logits; 0 = none
 };
+
+// Of a rotary embedding, each (rows, rotary). Python fills it in as an array of 64-bit integers.
+struct DecodeAngles {
+    const float *cos, *sin;
+};
+static_assert(sizeof(DecodeAngles) == 2 * sizeof(int64_t), "the array of integers that Python fills in");
 
 // One step of `rows` sequences, each of a length of its own. Python fills it in; module.cpp checks it.
 struct DecodeStep {
@@ -134,8 +149,8 @@ struct DecodeStep {
     const int64_t *past;           // (rows,): positions that a row's keys and values hold; its new ones come after them
     int64_t capacity;              // positions that there is room for; more than any `past`
     int64_t rotary;                // width of cos and sin, 0 = no rotary embedding
-    const float *cos, *sin;        // (rows, rotary)
-    int64_t angles_row;            // elements from one row's angles to the next's; 0 = all rows have the same
+    const DecodeAngles *angles;    // as many as the layers name
+    int64_t angles_count, angles_row;  // angles_row: elements from one row's to the next's; 0 = all rows have the same
     const uint8_t *mask;           // (rows, past + 1): which positions a row attends to; null = all
     int64_t mask_row;              // bytes from one row to the next
     const DecodeMemory *memory;    // one a layer
@@ -150,13 +165,14 @@ struct DecodeArgs : DecodeStep {
 };
 constexpr int kMostThreads = 256;  // of a step
 
-// Each returns the bytes of weights and biases that it read. The arrays are indexed by Dtype.
+// Each but `values` and `read` returns the bytes of weights and biases that it read. The arrays are indexed by Dtype.
 struct Table {
     const char *isa;
     int64_t (*neurons[3])(const NeuronsArgs &);
     int64_t (*rows[3])(const LinearArgs &);
     int64_t (*columns[3])(const LinearArgs &);
     int64_t (*decode[3])(const DecodeArgs &);
+    void (*values[3])(const ValuesArgs &);
     uint64_t (*read)(const void *data, int64_t bytes, int loop, int64_t threads);
 };
 constexpr int kReadLoops = 5;

@@ -226,6 +226,13 @@ void bind_products(nb::module_ &m) {
              "out"_a);
     m.def("neurons", &neurons, release());
 
+    m.def("values", [](const Weight &weight, int dtype, int64_t threads, uintptr_t out) {
+        check("weight", weight);
+        need(weight.format != Format::plain, "weight", " is plain: it holds its values");
+        need(threads >= 1 && out != 0, "values", " needs threads >= 1 and memory to write to");
+        table->values[static_cast<int>(dtype_of(dtype))]({threads, weight, reinterpret_cast<void *>(out)});
+    }, release(), "weight"_a, "dtype"_a, "threads"_a, "out"_a);
+
     m.attr("formats") = names(kFormats);
     m.attr("activations") = names(kActivations);
 }
@@ -279,8 +286,7 @@ struct Decoder {
         if (layer.gate.weight != nullptr) linear("gate", layer.gate, width, layer.up.q);
         linear("up", layer.up, width, layer.up.q);
         linear("down", layer.down, layer.up.q, width);
-        need(layer.before_attention.weight != nullptr && layer.before_network.weight != nullptr,
-             "a layer needs a norm before its attention and one before its network");
+        need(layer.window >= 0 && layer.angles >= 0, "a layer's window and its angles are numbers from 0 on");
         need(layer.network != Network::gate_first || layer.gate.weight != nullptr, "gate cannot decide where there is none");
         d = width;
         layers.push_back(layer);
@@ -320,11 +326,13 @@ struct Decoder {
             need(step.mask == nullptr || step.mask_row == 0 || step.mask_row > step.past[r],
                  "the mask has fewer positions than a row");
         }
-        need(step.rotary >= 0 && step.rotary % 2 == 0 && step.angles_row >= 0 &&
-                 (step.rotary == 0 || (step.cos != nullptr && step.sin != nullptr)),
+        need(step.rotary >= 0 && step.rotary % 2 == 0 && step.angles_row >= 0 && (step.rotary == 0 || step.angles != nullptr),
              "rotary is the even width of cos and sin, which must be there, or 0");
+        for (int64_t i = 0; i < step.angles_count && step.rotary != 0; ++i)
+            need(step.angles[i].cos != nullptr && step.angles[i].sin != nullptr, "there are angles without cos or sin");
         for (size_t l = 0; l < layers.size(); ++l) {
             need(step.rotary <= layers[l].head_dim, "cos and sin are wider than the heads");
+            need(step.rotary == 0 || layers[l].angles < step.angles_count, "a layer names angles that the step does not have");
             need(step.memory[l].keys != nullptr && step.memory[l].values != nullptr,
                  "layer " + std::to_string(l) + " has no keys or values");
         }
@@ -336,7 +344,7 @@ void bind_decode(nb::module_ &m) {
     norm.def("__init__", [](DecodeNorm *self) { new (self) DecodeNorm{}; });
     def_address(norm, "weight", &DecodeNorm::weight);
     def_address(norm, "bias", &DecodeNorm::bias);
-    norm.def_rw("eps", &DecodeNorm::eps).def_rw("centred", &DecodeNorm::centred);
+    norm.def_rw("eps", &DecodeNorm::eps).def_rw("plus", &DecodeNorm::plus).def_rw("centred", &DecodeNorm::centred);
 
     nb::class_<DecodeLinear> linear(m, "Linear");
     linear.def("__init__", [](DecodeLinear *self) { new (self) DecodeLinear{}; });
@@ -359,14 +367,16 @@ void bind_decode(nb::module_ &m) {
     layer.def_rw("o", &DecodeLayer::o).def_rw("gate", &DecodeLayer::gate).def_rw("up", &DecodeLayer::up);
     layer.def_rw("down", &DecodeLayer::down).def_rw("heads", &DecodeLayer::heads);
     layer.def_rw("kv_heads", &DecodeLayer::kv_heads).def_rw("head_dim", &DecodeLayer::head_dim);
-    layer.def_rw("scale", &DecodeLayer::scale);
+    layer.def_rw("scale", &DecodeLayer::scale).def_rw("softcap", &DecodeLayer::softcap);
+    layer.def_rw("window", &DecodeLayer::window).def_rw("angles", &DecodeLayer::angles);
+    layer.def_rw("after_attention", &DecodeLayer::after_attention).def_rw("after_network", &DecodeLayer::after_network);
     def_enum(layer, "network", &DecodeLayer::network, Network::up_first);
     def_enum(layer, "act", &DecodeLayer::act, Act::identity);
 
     nb::class_<DecodeEnds> ends(m, "Ends");
     ends.def("__init__", [](DecodeEnds *self) { new (self) DecodeEnds{}; });
     ends.def_rw("embedding", &DecodeEnds::embedding).def_rw("norm", &DecodeEnds::norm);
-    ends.def_rw("head", &DecodeEnds::head);
+    ends.def_rw("head", &DecodeEnds::head).def_rw("scale", &DecodeEnds::scale).def_rw("softcap", &DecodeEnds::softcap);
 
     nb::class_<DecodeStep> step(m, "Step");
     step.def("__init__", [](DecodeStep *self) { new (self) DecodeStep{}; });
@@ -377,9 +387,8 @@ void bind_decode(nb::module_ &m) {
     def_address(step, "logits", &DecodeStep::logits);
     def_address(step, "past", &DecodeStep::past);
     step.def_rw("capacity", &DecodeStep::capacity).def_rw("rotary", &DecodeStep::rotary);
-    def_address(step, "cos", &DecodeStep::cos);
-    def_address(step, "sin", &DecodeStep::sin);
-    step.def_rw("angles_row", &DecodeStep::angles_row);
+    def_address(step, "angles", &DecodeStep::angles);
+    step.def_rw("angles_count", &DecodeStep::angles_count).def_rw("angles_row", &DecodeStep::angles_row);
     def_address(step, "mask", &DecodeStep::mask);
     step.def_rw("mask_row", &DecodeStep::mask_row);
     def_address(step, "memory", &DecodeStep::memory);

@@ -28,6 +28,7 @@ const moyu::Table table = {
     {rows<float>, rows<BF16>, rows<F16>},
     {columns<float>, columns<BF16>, columns<F16>},
     {decode<float>, decode<BF16>, decode<F16>},
+    {grouped_values<float>, grouped_values<BF16>, grouped_values<F16>},
     read,
 };
 

@@ -42,14 +42,40 @@ struct Planar {
         else if constexpr (has_table) return Table::levels[code_at<Bits>(line, i, groups)];
         else return code_at<Bits>(line, i, groups) - Zero;
     }
-    // to[0 .. n) = a row.
+    // to[0 .. n) = the values of a row. Exact: a product of a level and a scale fits into a float, and is rounded once when an
+    // offset is added.
     MOYU_ONCE static void widen(const uint8_t *line, const uint8_t *scales, int64_t n, float *to) {
         const int64_t groups = groups_of(n);
         const auto fields = Scales::of_row(scales, groups);
-        for (int64_t i = 0; i < n; ++i) {
+        int64_t i = 0;
+#if MOYU_INTEGERS
+        for (; i + kBytes <= n; i += kBytes) {
+            alignas(64) float levels[kBytes];
+            levels_in_order(line, groups, i / kGroup, levels);
+            for (int k = 0; k < kBytes; k += kGroup / Scales::halves) {
+                const int64_t part = (i + k) * Scales::halves / kGroup;
+                const auto own = Scales::at(fields, part / (Scales::halves * Scales::span), part);
+                const auto scale = Wide::set(own.scale), offset = Wide::set(own.offset);
+                for (int l = k; l < k + kGroup / Scales::halves; l += kLanes)
+                    store_floats(to + i + l, add_product(load_floats(levels + l), scale, offset));
+            }
+        }
+#endif
+        for (; i < n; ++i) {
             const int64_t part = i * Scales::halves / kGroup;
             const auto own = Scales::at(fields, part / (Scales::halves * Scales::span), part);
             to[i] = own.scale * static_cast<float>(level(line, i, groups)) + own.offset;
+        }
+    }
+    // to[output][0 .. width) = the values of up to 32 columns of group `number` from output o on, up to 32 of them.
+    MOYU_ONCE static void widen_columns(const Columns &columns, int64_t o, int outputs, int64_t q, float (*to)[kGroup]) {
+        const int64_t groups = groups_of(q);
+        for (int i = 0; i < columns.count; ++i) {
+            const auto fields = Scales::of_columns(columns.scales, columns.place * Scales::halves + i * Scales::halves / kGroup, q);
+            for (int k = 0; k < outputs; ++k) {
+                const auto own = Scales::at(fields, o + k, o + k);
+                to[k][i] = own.scale * static_cast<float>(level(columns.column[i], o + k, groups)) + own.offset;
+            }
         }
     }
     // y (q,) += what Columns says.
@@ -75,6 +101,13 @@ struct Planar {
         front = stand(front), back = stand(back);
     }
     static Bytes in_order(const uint8_t *line, int64_t groups, int64_t g) { return stand(codes_in_order<Bits>(line, groups, g)); }
+    // kBytes levels of groups from g on.
+    static void levels_in_order(const uint8_t *line, int64_t groups, int64_t g, float *to) {
+        alignas(64) uint8_t bytes[kBytes];
+        store_bytes(bytes, in_order(line, groups, g));
+        for (int i = 0; i < kBytes; i += kLanes)
+            store_floats(to + i, plus(stands_signed ? Wide::signed_bytes(bytes + i) : Wide::bytes(bytes + i), -static_cast<float>(lift)));
+    }
 #endif
     // out[c] = row w[c] · x; with Ahead the lines `then` are prefetched. groups: of a row.
     template <int C, bool Ahead>

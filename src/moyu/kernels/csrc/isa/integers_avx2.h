@@ -122,6 +122,7 @@ inline Bytes sum_16(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
 inline Bytes pairs_16(Bytes u, Bytes s) { return _mm256_maddubs_epi16(u, s); }
 inline __m256 load_floats(const float *p) { return _mm256_loadu_ps(p); }
 inline void store_floats(float *p, __m256 a) { _mm256_storeu_ps(p, a); }
+inline void store_bytes(uint8_t *p, Bytes a) { _mm256_store_si256(reinterpret_cast<__m256i *>(p), a); }
 inline float total(__m256 a) { return sum_lanes(a); }
 
 }  // namespace

@@ -129,6 +129,7 @@ inline Bytes sum_16(Bytes a, Bytes b) { return _mm512_add_epi16(a, b); }
 inline Bytes pairs_16(Bytes u, Bytes s) { return _mm512_maddubs_epi16(u, s); }
 inline __m512 load_floats(const float *p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float *p, __m512 a) { _mm512_storeu_ps(p, a); }
+inline void store_bytes(uint8_t *p, Bytes a) { _mm512_store_si512(p, a); }
 inline float total(__m512 a) { return _mm512_reduce_add_ps(a); }
 
 }  // namespace
