@@ -426,7 +426,9 @@ def test_a_prompt_goes_into_the_chat_template_where_there_is_one(moyu_command, r
     def with_template(name, *rest):
         loaded = open_model(name, *rest)
         if loaded.name == "relu":
-            loaded.tokenizer.chat_template = "<bos># {{ messages[0]['content'] }}\n{% if add_generation_prompt %}def{% endif %}"
+            loaded.tokenizer.chat_template = (
+                "<bos># {{ messages[0]['content'] }}\n{% if add_generation_prompt %}def{% endif %}"
+            )
         else:
             loaded.tokenizer.chat_template = "{{ raise_exception('nobody asked') }}"
         return loaded
@@ -441,7 +443,9 @@ def test_a_prompt_goes_into_the_chat_template_where_there_is_one(moyu_command, r
     (raw,) = objects(moyu_command(*asked, "--raw", "--json")[1])
     assert raw["prompt"] == "reads a file"
     # the template writes BOS itself, and there is no second one
-    (same,) = objects(moyu_command("generate", "relu", "--raw", "--prompt", "# reads a file\ndef", "--new-tokens", 4, "--json")[1])
+    (same,) = objects(
+        moyu_command("generate", "relu", "--raw", "--prompt", "# reads a file\ndef", "--new-tokens", 4, "--json")[1]
+    )
     assert same["sparse_text"] == chat["sparse_text"]
     assert objects(moyu_command("generate", "relu", "--new-tokens", 4, "--json")[1])[0]["prompt"].startswith("def ")
     assert "fails (nobody asked)" in refused("generate", "gelu", "--prompt", "x")

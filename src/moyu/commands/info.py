@@ -56,7 +56,11 @@ def describe(name: str) -> dict[str, Any]:
         "parameters": accounting.count_weights(model),
         "weights": file.formats() if file is not None else weight_format(model) or dtype,
         "computes in": dtype,
-        **({"experts": f"{stacked} stacked tensors became {dtype}: no module holds them in blocks yet"} if stacked else {}),
+        **(
+            {"experts": f"{stacked} stacked tensors became {dtype}: no module holds them in blocks yet"}
+            if stacked
+            else {}
+        ),
         "layers": len(anatomy.layers),
         "feed-forward": f"{'gated' if first.gated else 'plain'}, {first.act or 'by its own module'}, {first.neurons} neurons, "
         f"proved in {len(networks)} blocks",

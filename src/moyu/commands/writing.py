@@ -51,7 +51,9 @@ def as_chat(loaded: Loaded, prompt: str) -> str:
         return str(loaded.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # templates are programs: jinja2's errors, and whatever they raise themselves
         line = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the chat template of {loaded.name!r} fails ({line:.200})", "--raw continues the text itself") from error
+        raise UserError(
+            f"the chat template of {loaded.name!r} fails ({line:.200})", "--raw continues the text itself"
+        ) from error
 
 
 def prompt_ids(loaded: Loaded, prompt: str) -> Tensor:
