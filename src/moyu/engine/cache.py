@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from moyu.errors import UserError
 
+_GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 GROW = 256  # positions by which buffers grow at least
 
 
@@ -122,12 +123,15 @@ class KvLayer(DynamicLayer):
 
 
 class KvCache(DynamicCache):
-    """The cache of a generation. Layers that attend to all positions hold a length a row; others are transformers' own."""
+    """The cache of a generation. Layers that keep keys and values hold a length a row; others are transformers' own.
+
+    A layer that attends in a window keeps what lies behind it too: rows of different lengths and going back need no care then.
+    """
 
     def __init__(self, config: PretrainedConfig) -> None:
         """An empty cache for a model of this config."""
         super().__init__(config=config)
-        self.layers: list[Any] = [KvLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers: list[Any] = [KvLayer() if type(layer) in _GROWING else layer for layer in self.layers]
 
     @property
     def per_row(self) -> bool:

@@ -19,9 +19,9 @@ FIRST = 512  # positions of the first table of angles
 class Angles:
     """cos and sin of a rotary embedding by position, as its own module computes them, as far as positions have come."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """The module's angles must depend on nothing but the position."""
-        self.module = module
+    def __init__(self, module: nn.Module, kind: str | None = None) -> None:
+        """The module's angles must depend on nothing but the position. kind: of the layers, where the module asks for it."""
+        self.module, self.kind = module, kind
         self._made: tuple[tuple, Tensor, Tensor] | None = None  # of what, cos, sin
 
     def at(self, positions: int | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,8 @@ class Angles:
         made = self._made
         if made is None or made[0] != key or len(made[1]) <= furthest:
             count = max(FIRST, 1 << furthest.bit_length())
-            tables = self.module(torch.empty(1, 1, 1, dtype=dtype), torch.arange(count)[None])
+            kind = () if self.kind is None else (self.kind,)
+            tables = self.module(torch.empty(1, 1, 1, dtype=dtype), torch.arange(count)[None], *kind)
             cos, sin = (table[0].float().contiguous() for table in tables)
             made = self._made = (key, cos, sin)
         index = slice(positions, positions + 1) if isinstance(positions, int) else positions
@@ -45,14 +46,21 @@ class Ends:
     embedding: nn.Embedding | QuantisedEmbedding
     norm: Norm
     head: nn.Linear | QuantisedLinear
-    angles: Angles | None
+    angles: list[Angles]  # as many as the layers name
     output: type  # of the model's own forward
+    softcap: float = 0.0  # of the logits; 0 = none
+
+    @property
+    def scale(self) -> float:
+        """What the embedding multiplies its rows with; 0 = nothing."""
+        return float(getattr(self.embedding, "scalar_embed_scale", getattr(self.embedding, "scale", 0.0)))
 
     def native(self) -> Any:
         """The ends as the extension takes them; pointers are those of the live parameters."""
         ends = cpu.extension().Ends()
         ends.embedding, ends.norm = native_linear(_held(self.embedding), None), self.norm.native()
         ends.head = native_linear(_held(self.head), self.head.bias)
+        ends.scale, ends.softcap = self.scale, self.softcap
         return ends
 
 

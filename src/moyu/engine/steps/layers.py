@@ -23,18 +23,19 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(eq=False)
 class Norm:
-    """RMSNorm, or LayerNorm where `centred`."""
+    """RMSNorm, or LayerNorm where `centred`. plus: what the module adds to its weight, in float."""
 
     module: nn.Module
     eps: float
     centred: bool
+    plus: float = 0.0
 
     def native(self) -> Any:
         """The norm as the extension takes it."""
         norm, bias = cpu.extension().Norm(), getattr(self.module, "bias", None)
         norm.weight = self.module.weight.data_ptr()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         norm.bias = 0 if bias is None else bias.data_ptr()
-        norm.eps, norm.centred = self.eps, self.centred
+        norm.eps, norm.centred, norm.plus = self.eps, self.centred, self.plus
         return norm
 
 
@@ -44,11 +45,14 @@ class PlainLayer:
 
     module: nn.Module
     block: Block
-    norms: dict[str, Norm]  # of: before_attention, q_norm, k_norm, before_network
+    norms: dict[str, Norm]  # of: before_attention, q_norm, k_norm, after_attention, before_network, after_network
     index: int  # of its keys and values in a cache
     head_dim: int
     scale: float
+    softcap: float  # of scores; 0 = none
+    window: int  # positions that a row attends to; 0 = all
     rotary: int
+    angles: int = 0  # which of the rotary embeddings
     states: list[SiteState] = field(default_factory=list)
 
     @property
@@ -89,7 +93,8 @@ class PlainLayer:
         if self.sequence_site is not None:
             layer.down.bias = self._bias("down", self.sequence_site, kept)
         layer.act = cpu.activation_code(self.block.act or "identity")
-        layer.head_dim, layer.scale = self.head_dim, self.scale
+        layer.head_dim, layer.scale, layer.softcap = self.head_dim, self.scale, self.softcap
+        layer.window, layer.angles = self.window, self.angles
         layer.heads = pieces["q"].shape[0] // self.head_dim
         layer.kv_heads = pieces["k"].shape[0] // self.head_dim
         layer.network = SEPARATE

@@ -25,19 +25,19 @@ from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 
 _INPUTS = ("hidden_states", "input", "x")
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
-_UNSEEN = (
-    "clip_qkv",
-    "attn_logit_softcapping",
-    "logit_cap",
-    "attention_sink",
-)  # act on values that a probe may not reach
-_UNSEEN_ENDS = ("final_logit_softcapping", "sliding_window", "attention_chunk_size", "output_router_logits")
+_UNSEEN = ("clip_qkv", "logit_cap", "attention_sink")  # act on values that a probe may not reach
+_UNSEEN_ENDS = ("attention_chunk_size", "output_router_logits")
+_WINDOWS = ("full_attention", "sliding_attention")  # types of layers that differ in nothing but a window
+_WINDOWED = ("mistral", "mixtral")  # all of their layers attend in the config's window
 _BY_LENGTH = ("dynamic", "longrope")  # rotary angles that depend on more than the position
 CAN = frozenset(  # what a site may ask of a native step, `moyu.methods.needs`
     {"columns by magnitude", "rows by magnitude", "neurons by masks", "factors", "bias", "remainder"}
 )
 # The norms of a plain layer: role, the linear that reads it, the linear that it reads.
-_ROLES = (("before_attention", "q", None), ("before_network", "up", None), ("q_norm", None, "q"), ("k_norm", None, "k"))
+_ROLES = (
+    *(("before_attention", "q", None), ("before_network", "up", None), ("q_norm", None, "q"), ("k_norm", None, "k")),
+    *(("after_attention", None, "o"), ("after_network", None, "down")),
+)
 
 
 @dataclass(eq=False)
@@ -73,14 +73,17 @@ def plain_run(session: Session) -> tuple[DecodeRun | None, str | None]:
     except _NotPlain as error:
         return None, str(error)
     shared = [
-        (id(c.kwargs.get("attention_mask")), id(c.kwargs.get("position_embeddings")))
-        for c in (calls[m] for m in modules)
+        (layer.window, id(calls[m].kwargs.get("attention_mask")), id(calls[m].kwargs.get("position_embeddings")))
+        for layer, m in zip(layers, modules, strict=True)
     ]
-    if len(set(shared)) > 1 or any(layer.rotary != layers[0].rotary for layer in layers):
+    ways = len(set(shared))
+    if ways > len({window for window, *_ in shared}) or any(layer.rotary != layers[0].rotary for layer in layers):
         return None, "its layers attend in different ways"
     if not all(_same(calls[a].output, calls[b].x) for a, b in itertools.pairwise(modules)):
         return None, "something comes between its layers"
     ends = _plain_ends(session, layers, calls)
+    if ends is None and ways > 1:
+        return None, "its layers attend in different windows, and its embedding, final norm or head is not plain"
     for layer in layers:
         layer.states = states_of(session, layer.block)
         reason = _unexpressed(layer)
@@ -140,8 +143,6 @@ def _plain(model: nn.Module, module: nn.Module, block: Block, calls: dict[nn.Mod
             reader, writer = calls[pieces[gives or "q"].module].x, calls[pieces[takes or "q"].module].output
             if (gives and _same(seen.output, reader)) or (takes and _same(seen.x, writer)):
                 norms[role] = norm
-    if not {"before_attention", "before_network"} <= set(norms):
-        raise _NotPlain(f"{where} has no norm before its attention or its network")
     known = {
         id(p)
         for m in (*(n.module for n in norms.values()), *(piece.module for piece in pieces.values()))
@@ -153,13 +154,36 @@ def _plain(model: nn.Module, module: nn.Module, block: Block, calls: dict[nn.Mod
     if pieces["q"].shape[0] % head_dim or pieces["k"].shape[0] % head_dim:
         raise _NotPlain(f"{where} has heads of different widths")
     attention = next((m for m in module.children() if any(c is pieces["q"].module for c in m.modules())), module)
+    for name in ("q_norm", "k_norm"):
+        if name in norms and len(norms[name].module.weight) != head_dim:  # pyright: ignore[reportArgumentType]
+            raise _NotPlain(f"{where} has a norm over all heads at once")
     scale = getattr(attention, "scaling", None) or head_dim**-0.5
+    softcap = getattr(attention, "attn_logit_softcapping", None) or 0.0
+    if getattr(config, "attn_logit_softcapping", None) and not softcap:
+        raise _NotPlain(f"{where} may cap what its attention computes")
     angles = call.kwargs.get("position_embeddings")
     rotary = angles[0].shape[-1] if isinstance(angles, tuple) and all(isinstance(a, Tensor) for a in angles) else 0
     index = getattr(attention, "layer_idx", block.layer)
-    layer = PlainLayer(module, block, norms, block.layer if index is None else index, head_dim, float(scale), rotary)
+    index = block.layer if index is None else index
+    window = _window(config, attention, index, where)
+    layer = PlainLayer(module, block, norms, index, head_dim, float(scale), float(softcap), window, rotary)
     _prove(layer, call, calls, where)
     return layer
+
+
+def _window(config: Any, attention: nn.Module, index: int, where: str) -> int:
+    """How many positions a layer attends to, 0 = all; a probe is shorter than that."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[index] not in _WINDOWS:
+        raise _NotPlain(f"{where} is of the type {kinds[index]!r}")
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window or 0  # pyright: ignore[reportReturnType]
+    size = getattr(config, "sliding_window", None) or 0
+    if kinds:
+        return size if kinds[index] == "sliding_attention" else 0
+    if size and config.model_type not in _WINDOWED:
+        raise _NotPlain(f"{where} may attend in a window")
+    return size
 
 
 def _prove(layer: PlainLayer, call: _Call, calls: dict[nn.Module, _Call], where: str) -> None:
@@ -173,8 +197,11 @@ def _prove(layer: PlainLayer, call: _Call, calls: dict[nn.Module, _Call], where:
     signs = torch.randint(0, 2, x[0].shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
     shifted = x[0] * (1 + (unit or 0.0) * signs).to(x.dtype)  # every value moved by a rounding
     both = torch.stack([x[0], shifted])  # (2, T, d)
-    attended = calls[pieces["o"].module].output.reshape(tokens, -1)
+    after = layer.norms.get("after_attention")
+    attended = calls[pieces["o"].module if after is None else after.module].output.reshape(tokens, -1)
     bias = pieces["down"].bias
+    if bias is not None and "after_network" in layer.norms:
+        raise _NotPlain(f"{where} has a bias behind its network and a norm after it")
     for network, expected in ((False, attended if bias is None else attended + bias), (True, call.output[0] - x[0])):
         decoder = cpu.extension().Decoder()
         decoder.add(layer.native(masked=network))
@@ -182,7 +209,7 @@ def _prove(layer: PlainLayer, call: _Call, calls: dict[nn.Module, _Call], where:
         y = both.clone()
         angles = call.kwargs.get("position_embeddings") if layer.rotary else None
         for t in range(tokens):
-            now = None if angles is None else tuple(a[0, t : t + 1].float().contiguous() for a in angles)
+            now = [] if angles is None else [tuple(a[0, t : t + 1].float().contiguous() for a in angles)]
             row = y[:, t].contiguous()
             run_step(decoder, torch.tensor([t, t]), tokens, now, None, keep.memory, hidden=row)  # pyright: ignore[reportArgumentType]
             y[:, t] = row
@@ -220,6 +247,7 @@ def _plain_ends(session: Session, layers: list[PlainLayer], calls: dict[nn.Modul
     model = session.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     config, whole = dissect.text_config(model), calls[model].output
+    softcap = getattr(config, "final_logit_softcapping", None) or 0.0
     first, last = calls[layers[0].module], calls[layers[-1].module]
     x = first.x
     assert x is not None
@@ -230,40 +258,63 @@ def _plain_ends(session: Session, layers: list[PlainLayer], calls: dict[nn.Modul
         or not networks.is_linear(head)
         or not _same(calls[embedding].output, x)
         or any(getattr(config, name, None) for name in _UNSEEN_ENDS)
-        or any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
         or not {"logits", cache_field(type(whole))} <= set(getattr(type(whole), "__dataclass_fields__", ()))
         or whole.logits.dtype != x.dtype
-        or not torch.equal(whole.logits, calls[head].output)
+        or not torch.equal(whole.logits, _capped(calls[head].output, softcap))
         or not all(_readable(module, x.dtype) for module in (embedding, head))
     ):
         return None
     norms = [
         n for m, c in calls.items() if _same(c.x, last.output) and _same(c.output, calls[head].x) and (n := _norm(m, c))
     ]
-    angles = None
-    if layers[0].rotary:
-        given = first.kwargs["position_embeddings"]
-        source = [m for m, c in calls.items() if isinstance(c.output, tuple) and c.output and c.output[0] is given[0]]
-        if len(source) != 1 or any(kind in str(getattr(source[0], "rope_type", "")) for kind in _BY_LENGTH):
-            return None
-        angles = Angles(source[0])
-        positions = torch.arange(given[0].shape[1])
-        if not all(torch.equal(t, a[0].float()) for t, a in zip(angles.at(positions, x.dtype), given, strict=True)):
-            return None
+    angles: list[Angles] = []
+    for layer in layers if layers[0].rotary else ():
+        given = calls[layer.module].kwargs["position_embeddings"]
+        fitting = [k for k, known in enumerate(angles) if _gives(known, given, x.dtype)]
+        if not fitting:
+            found = _angles(given, calls, x.dtype)
+            if found is None:
+                return None
+            fitting = [len(angles)]
+            angles.append(found)
+        layer.angles = fitting[0]
     if len(norms) != 1:
         return None
-    ends = Ends(embedding, norms[0], head, angles, type(whole))
+    ends = Ends(embedding, norms[0], head, angles, type(whole), softcap)
     ids = calls[embedding].x
     return ends if ids is not None and _proved(ends, ids) else None
 
 
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def _gives(angles: Angles, given: tuple[Tensor, Tensor], dtype: torch.dtype) -> bool:
+    """Whether these are the angles that a layer was given, (1, T, width) each."""
+    tables = angles.at(torch.arange(given[0].shape[1]), dtype)
+    return all(torch.equal(t, a[0].float()) for t, a in zip(tables, given, strict=True))
+
+
+def _angles(given: tuple[Tensor, Tensor], calls: dict[nn.Module, _Call], dtype: torch.dtype) -> Angles | None:
+    """The rotary embedding that gave these; None: there is none, several, or one that looks at more than the position."""
+    found = []
+    for module, call in calls.items():
+        if not isinstance(call.output, tuple) or not any("inv_freq" in name for name, _ in module.named_buffers()):
+            continue
+        if any(kind in str(getattr(module, "rope_type", "")) for kind in _BY_LENGTH):
+            continue
+        kinds = getattr(module, "layer_types", None) or [None]
+        found += [a for kind in kinds if _gives(a := Angles(module, kind), given, dtype)]
+    return found[0] if len(found) == 1 else None
+
+
 def _proved(ends: Ends, ids: Tensor) -> bool:
     """Whether native steps without layers give the logits that the modules give for `ids` (1, T)."""
-    expected = ends.head(ends.norm.module(ends.embedding(ids)))[0]
+    expected = _capped(ends.head(ends.norm.module(ends.embedding(ids)))[0], ends.softcap)
     decoder = cpu.extension().Decoder()
     decoder.ends = ends.native()
     tokens, logits = ids[0][:, None].contiguous(), torch.empty_like(expected)
-    run_step(decoder, torch.zeros(len(tokens), dtype=torch.int64), 1, None, None, array("q"), ids=tokens, logits=logits)
+    run_step(decoder, torch.zeros(len(tokens), dtype=torch.int64), 1, [], None, array("q"), ids=tokens, logits=logits)
     error = float((logits - expected).float().norm() / expected.float().norm())
     # Two ways with three roundings each, of norm and head: sqrt(6 / 3) units, and a rounding moves a value by two of them.
     unit = _rounding(expected.dtype, isinstance(ends.head, QuantisedLinear))
@@ -296,10 +347,12 @@ def _norm(module: nn.Module, call: _Call) -> Norm | None:
     if not isinstance(call.output, Tensor) or call.output.shape != x.shape:
         return None
     wide = x.float()
-    root = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+    root = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if bias is None:
+        for plus in (0.0, 1.0):
+            if networks.close(call.output, root * (weight.float() + plus)):
+                return Norm(module, eps, False, plus)
     centred = nn.functional.layer_norm(wide, weight.shape, weight.float(), None if bias is None else bias.float(), eps)
-    if bias is None and networks.close(call.output, root):
-        return Norm(module, eps, False)
     return Norm(module, eps, True) if networks.close(call.output, centred) else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -155,9 +155,8 @@ class DecodeRun:
         """Hidden states (B, 1, d) after all layers; appends to the cache."""
         y, cache = hidden.contiguous().clone(), cache_of(kwargs)
         assert cache is not None
-        angles = kwargs.get("position_embeddings") if self.layers[0].rotary else None
-        if angles is not None:
-            angles = tuple(a.reshape(len(a), -1).float() for a in angles)
+        given = kwargs.get("position_embeddings") if self.layers[0].rotary else None
+        angles = [] if given is None else [tuple(a.reshape(len(a), -1).float() for a in given)]
         allowed = _allowed(kwargs.get("attention_mask"), len(y), int(cache.get_seq_length(self.layers[0].index)))
         masks = [None if site is None else self._mask(site, state) for site in self.sequence_sites]
         levels = self.levels(state.chooser, state.rows)
@@ -176,7 +175,7 @@ class DecodeRun:
         self,
         cache: Any,
         masks: list[Tensor | None],
-        angles: tuple[Tensor, Tensor] | None,
+        angles: Sequence[tuple[Tensor, ...]],
         allowed: Tensor | None,
         levels: StepLevels | None = None,
         *,
@@ -235,7 +234,7 @@ def run_step(
     decoder: Any,
     past: Tensor,
     capacity: int,
-    angles: tuple[Tensor, Tensor] | None,
+    angles: Sequence[tuple[Tensor, ...]],
     allowed: Tensor | None,
     memory: array,
     columns: array | None = None,
@@ -247,7 +246,7 @@ def run_step(
     """One step on `hidden` (B, ..., d) in place, or from `ids` (B, 1) to `logits` (B, 1, V). Returns the bytes read.
 
     `past`: (B,) int64, the positions that each row's keys and values hold, of `capacity` that there is room for; `angles`: cos
-    and sin, (1 or B, width) float32, contiguous; `allowed`: (B, at least past + 1) uint8, or None = all; `memory` and
+    and sin of each rotary embedding, (1 or B, width) float32, contiguous; `allowed`: (B, at least past + 1) uint8, or None = all; `memory` and
     `columns`: structs DecodeMemory and DecodeColumns of kernels.h. IndexError for a length or a token id out of range.
     """
     data = hidden if logits is None else logits
@@ -261,8 +260,9 @@ def run_step(
         step.hidden = hidden.data_ptr()
     if ids is not None and logits is not None:
         step.ids, step.logits = ids.data_ptr(), logits.data_ptr()
-    if angles is not None:
-        (count, step.rotary), step.cos, step.sin = angles[0].shape, angles[0].data_ptr(), angles[1].data_ptr()
+    tables = array("q", [table.data_ptr() for pair in angles for table in pair])
+    if angles:
+        (count, step.rotary), step.angles, step.angles_count = angles[0][0].shape, tables.buffer_info()[0], len(angles)
         step.angles_row = 0 if count == 1 else step.rotary
     if allowed is not None:
         step.mask, step.mask_row = allowed.data_ptr(), allowed.stride(0)

@@ -58,9 +58,7 @@ def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[A
         return None, "a module of the model was hooked, replaced or patched after the plan was applied"
     masks = _known_masks(session, run, memory, len(ids), past)
     allowed, positions = given
-    angles = None
-    if run.ends.angles is not None:
-        angles = run.ends.angles.at(past if positions is None else positions, run.dtype)
+    angles = [each.at(past if positions is None else positions, run.dtype) for each in run.ends.angles]
     logits = torch.empty((len(ids), 1, run.ends.head.out_features), dtype=run.dtype)
     levels = None
     if session.chooser is not None:
