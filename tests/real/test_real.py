@@ -75,16 +75,18 @@ def test_greedy_texts_are_equal_until_a_near_tie(real):
 
 @torch.no_grad()
 def test_steps_lose_little(real):
-    """The perplexity of steps, which round inputs to 8 bits, beside that of one pass, which does not."""
+    """Steps round inputs to 8 bits, as llama.cpp does, and one pass does not."""
     ids = real.ids[:1, :160]
     with Applied(real.loaded.model, None) as session:
         cache = KvCache(real.loaded.model.config)
         session.model(ids[:, :32], past_key_values=cache)
         logits = [step(session, cache, ids[:, t]) for t in range(32, 159)]
-    got = functional.cross_entropy(torch.stack(logits, 1)[0].float(), ids[0, 33:])
-    expected = functional.cross_entropy(real.reference(ids).logits[0, 32:-1], ids[0, 33:])
-    print(f"\n{real.name}: {math.exp(got):.4f} in steps, {math.exp(expected):.4f} in one pass")
-    assert math.exp(got) == pytest.approx(math.exp(expected), rel=0.01)
+    got = torch.stack(logits, 1)[0].float().log_softmax(-1)
+    expected = real.reference(ids).logits[0, 32:-1].log_softmax(-1)
+    lost = functional.kl_div(got, expected, log_target=True, reduction="none").sum(-1)  # (127,) nats
+    ours, theirs = (math.exp(functional.nll_loss(scores, ids[0, 33:])) for scores in (got, expected))
+    print(f"\n{real.name}: perplexity {ours:.4f} in steps, {theirs:.4f} in one pass; KL {lost.mean():.4f}, at most {lost.max():.3f}")
+    assert lost.mean() < 0.02 and lost.max() < 1
 
 
 def test_a_step_reads_the_bytes_of_the_file(real):
@@ -95,7 +97,8 @@ def test_a_step_reads_the_bytes_of_the_file(real):
     if "output.weight" in file.tensors:  # the table is for looking up only
         expected -= table.nbytes
     expected += table.nbytes / table.shape[0]
-    assert accounting.dense_step_bytes(model, dissect(model)) == pytest.approx(expected, rel=1e-6)
+    # scales of 6 bits have a byte each in memory: 4 bytes more for the 144 of 256 weights in Q4_K
+    assert 1 <= accounting.dense_step_bytes(model, dissect(model)) / expected < 1.03
 
 
 @pytest.mark.parametrize("name", methods.names())
