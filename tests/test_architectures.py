@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gguf_files as parts
 from moyu import UserError
+from moyu.commands.info import describe
 from moyu.model.architectures import ARCHITECTURES
 from moyu.model.gguf.loading import load_model
 from moyu.model.gguf.reader import read
@@ -309,3 +310,16 @@ def test_what_would_change_the_numbers_is_refused(tmp_path, name):
     (tmp_path / "model.gguf").write_bytes(parts.file_of({k: v for k, v in said.items() if v is not None}, held))
     with pytest.raises(UserError, match=reason):
         load_model(read(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "stacked"), [("granite", "16 Q8_0, 5 F32: 8.6", 0), ("qwen3moe", "16 Q8_0, 11 F32: 8.7", 6)]
+)
+def test_info_says_what_a_file_holds_and_how_it_will_run(tmp_path, name, weights, stacked):
+    written(tmp_path / "model.gguf", CASES[name], "Q8_0")
+    facts = describe(str(tmp_path / "model.gguf"))  # there is no tokenizer in the file, and none is asked for
+    assert facts["weights"].startswith(weights) and facts["weights"].endswith(" bits a weight")
+    assert facts["computes in"] == "float32"
+    assert facts["decode step"] == "native" or facts["decode step"].startswith("general: layer 0")
+    assert facts.get("experts", "").startswith(f"{stacked} stacked tensors became float32" if stacked else "")
+    assert ("experts" in facts) == bool(stacked)

@@ -20,6 +20,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import moyu
 from moyu import files, methods, records
+from moyu.calibration import context
 from moyu.calibration.walk import calibrate
 from moyu.commands import cli, writing
 from moyu.commands import info as info_command
@@ -417,6 +418,37 @@ def test_text_streams_and_dense_runs_only_where_it_is_compared(moyu_command, pla
     assert compared.sparse_text == row.sparse_text and len(compared.dense_tokens) == 8
     (dense,) = objects(moyu_command("generate", "relu", "--new-tokens", 8, "--json")[1])
     assert compared.dense_text == dense["dense_text"] == dense["sparse_text"]
+
+
+def test_a_prompt_goes_into_the_chat_template_where_there_is_one(moyu_command, refused, monkeypatch):
+    open_model = context.open_model
+
+    def with_template(name, *rest):
+        loaded = open_model(name, *rest)
+        if loaded.name == "relu":
+            loaded.tokenizer.chat_template = (
+                "<bos># {{ messages[0]['content'] }}\n{% if add_generation_prompt %}def{% endif %}"
+            )
+        else:
+            loaded.tokenizer.chat_template = "{{ raise_exception('nobody asked') }}"
+        return loaded
+
+    assert "has no chat template" in refused("generate", "relu", "--chat", "--prompt", "x")
+    monkeypatch.setattr(context, "open_model", with_template)
+    asked = ["generate", "relu", "--prompt", "reads a file", "--new-tokens", 4]
+    (chat,) = objects(moyu_command(*asked, "--json")[1])
+    assert chat["prompt"] == "<bos># reads a file\ndef"
+    code, out, err = moyu_command(*asked)
+    assert (code, out) == (0, f"{chat['sparse_text']}\n") and "--raw" in err
+    (raw,) = objects(moyu_command(*asked, "--raw", "--json")[1])
+    assert raw["prompt"] == "reads a file"
+    # the template writes BOS itself, and there is no second one
+    (same,) = objects(
+        moyu_command("generate", "relu", "--raw", "--prompt", "# reads a file\ndef", "--new-tokens", 4, "--json")[1]
+    )
+    assert same["sparse_text"] == chat["sparse_text"]
+    assert objects(moyu_command("generate", "relu", "--new-tokens", 4, "--json")[1])[0]["prompt"].startswith("def ")
+    assert "fails (nobody asked)" in refused("generate", "gelu", "--prompt", "x")
 
 
 def test_no_text_windows_are_loaded_to_generate(moyu_command, monkeypatch):

@@ -4,9 +4,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from raw_weights import raw
 
 from moyu.weights import FORMATS, IN_FILES, QUANTISED
-from raw_weights import raw
 
 TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in IN_FILES}
 

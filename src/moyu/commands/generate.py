@@ -20,6 +20,13 @@ def generate(
         Path | None, typer.Option(help="A folder that `moyu calibrate` wrote. Without one the model runs dense.")
     ] = None,
     prompt: Prompt = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Put --prompt into the model's chat template, or continue it as it is. By default into the template, where there is one.",
+        ),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Write at most this many tokens.")] = 64,
     compare: Annotated[
         bool, typer.Option("--compare", help="Run dense as well, and say where its text first differs.")
@@ -43,7 +50,7 @@ def generate(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, dense or under a plan. The text goes to stdout as it is written, its speed to stderr."""
+    """Continue a prompt, or answer it in a chat template, dense or under a plan. The text goes to stdout, its speed to stderr."""
     if new_tokens < 1:
         raise UserError(f"--new-tokens must be at least 1, not {new_tokens}", "64 is the default")
     check_correction(lossless, sirius, draft_length, temperature, plan)
@@ -52,7 +59,7 @@ def generate(
     kernels = machine.backend_of(backend)
     machine.check(device, kernels, weights)
     from moyu.calibration.context import open_model
-    from moyu.commands.writing import check_length, generation_record, prompt_ids, write
+    from moyu.commands.writing import as_chat, check_length, generation_record, prompt_ids, write
     from moyu.engine.speculation import Correction
     from moyu.model import dissect, loading
     from moyu.plan import Plan
@@ -63,15 +70,19 @@ def generate(
     correction = None
     if lossless or sirius is not None:
         correction = Correction("lossless" if lossless else "sirius", draft_length, temperature, sirius or 0.0)
-    prompt = PROMPT if prompt is None else prompt
     asked = None if plan is None else Plan.load(plan)
     loaded = open_model(model, weights, device)
+    templated = bool(prompt is not None and loaded.tokenizer.chat_template) if chat is None else chat
+    prompt = PROMPT if prompt is None else prompt
+    prompt = as_chat(loaded, prompt) if templated else prompt
+    if templated and chat is None:
+        print("moyu: the prompt goes into the model's chat template; --raw continues it as it is", file=sys.stderr)
     ids = prompt_ids(loaded, prompt)
     check_length(loaded, ids, new_tokens)
     if weights in QUANTISED:
         loading.quantise_model(loaded.model, weights)
     anatomy = dissect.dissect(loaded.model)
-    pieces = _Pieces(prompt)
+    pieces = _Pieces("" if templated else prompt)
     written = write(
         loaded,
         anatomy,
@@ -113,7 +124,7 @@ def check_correction(lossless: bool, sirius: float | None, drafts: int, temperat
 
 
 class _Pieces:
-    """Prints text as it is written, with the prompt before the first piece: an error until then leaves stdout empty."""
+    """Prints text as it is written, with `prompt` before the first piece: an error until then leaves stdout empty."""
 
     def __init__(self, prompt: str) -> None:
         self.prompt = prompt

@@ -27,11 +27,17 @@ def describe(name: str) -> dict[str, Any]:
     """The facts by their heading; under "floors" the least byte fraction of each method, None where it has nothing to skip."""
     from moyu import methods
     from moyu.calibration.speed import what_runs
+    from moyu.engine.applied import Applied
     from moyu.measure import accounting
     from moyu.model import dissect, loading
+    from moyu.model.gguf import loading as gguf
+    from moyu.model.gguf.reader import DTYPES, read
+    from moyu.model.quantised import weight_format
 
-    loaded = loading.load(name)
-    anatomy = dissect.dissect(loaded.model)
+    path = loading.gguf_file(name)
+    file = None if path is None else read(path)
+    model = loading.load(name).model if file is None else gguf.load_model(file)  # which takes no tokenizer
+    anatomy = dissect.dissect(model)
     blocks = list(anatomy.all_blocks())
     networks = [b for b in blocks if b.has_ffn]
     first = networks[0]
@@ -39,17 +45,29 @@ def describe(name: str) -> dict[str, Any]:
     for each in methods.names():
         method = methods.method(each)
         able = any(method.sites(b) for b in blocks)
-        floors[each] = accounting.floor(loaded.model, anatomy, method) if able else None
+        floors[each] = accounting.floor(model, anatomy, method) if able else None
+    with Applied(model, None, anatomy=anatomy) as session:
+        general = None if session.native is not None else session.general_because
+    stacked = 0 if file is None else sum(len(e.shape) > 2 and e.kind not in DTYPES for e in file.tensors.values())
+    dtype = str(model.dtype).removeprefix("torch.")
     return {
         "model": name,
-        "type": type(loaded.model).__name__,
-        "parameters": accounting.count_weights(loaded.model),
+        "type": type(model).__name__,
+        "parameters": accounting.count_weights(model),
+        "weights": file.formats() if file is not None else weight_format(model) or dtype,
+        "computes in": dtype,
+        **(
+            {"experts": f"{stacked} stacked tensors became {dtype}: no module holds them in blocks yet"}
+            if stacked
+            else {}
+        ),
         "layers": len(anatomy.layers),
         "feed-forward": f"{'gated' if first.gated else 'plain'}, {first.act or 'by its own module'}, {first.neurons} neurons, "
         f"proved in {len(networks)} blocks",
         "attention": anatomy.attention(),
         "left dense": anatomy.gaps or "nothing",
         "kernels": f"none for {kinds}: units are masked" if (kinds := anatomy.foreign) else what_runs("auto"),
-        "bytes a token": round(accounting.dense_step_bytes(loaded.model, anatomy)),
+        "decode step": "native" if general is None else f"general: {general}",
+        "bytes a token": round(accounting.dense_step_bytes(model, anatomy)),
         "floors": floors,
     }

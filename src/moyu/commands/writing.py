@@ -39,9 +39,31 @@ class Written:
     step: str | None = None  # which implementation of a decode step ran, and why not a faster one
 
 
+def as_chat(loaded: Loaded, prompt: str) -> str:
+    """The prompt as what a user says in the model's chat template, up to where the answer begins.
+
+    Raises UserError for a model without a template, and for one that cannot be filled in.
+    """
+    if not loaded.tokenizer.chat_template:
+        raise UserError(f"{loaded.name!r} has no chat template", "leave --chat out: the text itself is continued")
+    try:
+        said = [{"role": "user", "content": prompt}]
+        return str(loaded.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # templates are programs: jinja2's errors, and whatever they raise themselves
+        line = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"the chat template of {loaded.name!r} fails ({line:.200})", "--raw continues the text itself"
+        ) from error
+
+
 def prompt_ids(loaded: Loaded, prompt: str) -> Tensor:
-    """The prompt's tokens (1, T), on the model's device; UserError where it has none."""
-    ids: Any = loaded.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    """The prompt's tokens (1, T), on the model's device; UserError where it has none.
+
+    A prompt that begins with the model's BOS, as a chat template writes it, gets no second one.
+    """
+    bos = loaded.tokenizer.bos_token
+    begun = isinstance(bos, str) and prompt.startswith(bos)
+    ids: Any = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=not begun)["input_ids"]
     if ids.shape[1] == 0:
         raise UserError("the prompt has no token", "give some text to --prompt")
     return ids.to(loaded.model.device)

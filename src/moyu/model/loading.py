@@ -56,8 +56,8 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None =
     elif dtype == "auto" and embedded:
         dtype = torch.float32
     logging.disable_progress_bar()
-    if not embedded and (name.endswith(".gguf") or Path(name).is_file()):
-        model, tokenizer = gguf.load(Path(name), dtype if isinstance(dtype, torch.dtype) else None)
+    if (file := gguf_file(name)) is not None:
+        model, tokenizer = gguf.load(file, dtype if isinstance(dtype, torch.dtype) else None)
         return Loaded(name, model.to(device_of(device)), tokenizer)  # pyright: ignore[reportArgumentType]
     source = str(zoo.path(name)) if embedded else name
     if not embedded and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
@@ -76,6 +76,12 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None =
             f"cannot load {name!r}: {line}", "check the folder or the hub id, and that this machine reaches the hub"
         ) from error
     return Loaded(name, model.eval().to(device_of(device)), tokenizer, revision, embedded)  # pyright: ignore
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that `name` is; None for a zoo name, a folder or a hub id."""
+    path = Path(name)
+    return path if name not in zoo.names() and (name.endswith(".gguf") or path.is_file()) else None
 
 
 @torch.no_grad()

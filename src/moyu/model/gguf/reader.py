@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -72,6 +73,13 @@ class File:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Entry]
     mapped: tuple[mmap.mmap, ...]
+
+    def formats(self) -> str:
+        """How many tensors there are of each type, and the bits of a weight, for instance "169 Q4_K, 141 F32: 4.51 bits a weight"."""
+        kinds = Counter(entry.kind for entry in self.tensors.values())
+        weights = sum(prod(entry.shape) for entry in self.tensors.values())
+        bits = 8 * sum(entry.nbytes for entry in self.tensors.values()) / max(weights, 1)
+        return f"{', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}: {bits:.2f} bits a weight"
 
     def stored(self, name: str) -> Tensor:
         """The raw bytes of a tensor, (rows, bytes of a row) uint8: a view of the mapped file."""
