@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from moyu.errors import UserError
+from moyu.errors import UserError, place_of
 from moyu.files import atomic_write_bytes
 from moyu.measure.environment import machine
 from moyu.records.schema import KINDS, Record, kind_of
@@ -44,7 +44,7 @@ def validate(fields: Any) -> Record:
 
 
 def _problem(error: Any) -> str:
-    place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error["loc"]).removeprefix(".")
+    place = place_of(error["loc"])
     value, context, legal = error["input"], error.get("ctx", {}), [kind_of(k) for k in KINDS]
     for bound, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
         if bound in context:
