@@ -6,15 +6,11 @@ that has one is refused when it is loaded, by the name of the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moyu.errors import UserError
-from moyu.model.anatomy import is_foreign
-from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
+from moyu.model.contents import contents
 from moyu.weights import mapped
 
 AGAIN = "download or convert the model again; `moyu.load(..., finite=False)` takes it as it is"
@@ -24,9 +20,11 @@ AGAIN = "download or convert the model again; `moyu.load(..., finite=False)` tak
 def require_finite(model: nn.Module, name: str, remedy: str = AGAIN) -> None:
     """Raise UserError that names the first tensor of `name` with a NaN or an infinity; scales of quantised weights too.
 
-    8 ms for 100 MB of bfloat16 on one core. Pages of a mapped file are let go behind it.
+    0.03 to 0.05 s for 91 MB of bfloat16 from a mapped file on one core. Pages of a mapped file are let go behind it.
     """
-    for tensor, values in _stored(model):
+    for tensor, values in contents(model):
+        if not values.is_floating_point() or values.device.type == "meta":
+            continue
         finite = _is_finite(values)
         mapped.let_go(values)
         if not finite:
@@ -38,23 +36,3 @@ def _is_finite(values: Tensor) -> bool:
     if not values.numel():
         return True
     return bool(torch.isfinite(torch.stack(values.aminmax())).all())
-
-
-def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The floating tensors that a model's weights are kept in, with their names; a shared one comes once."""
-    for name, parameter in model.named_parameters():
-        yield from _parts(name, parameter.data)
-    for name, module in model.named_modules():
-        if isinstance(module, QuantisedLinear | QuantisedEmbedding):
-            yield from ((f"{name}.weight", t) for t in module.blocks.tensors if t.is_floating_point())
-
-
-def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor, or those that another library's quantiser keeps inside it."""
-    if isinstance(tensor, DTensor):
-        yield from _parts(name, tensor.to_local())
-    elif is_foreign(tensor):
-        for inner in tensor.__tensor_flatten__()[0]:  # pyright: ignore[reportAttributeAccessIssue]
-            yield from _parts(name, getattr(tensor, inner))
-    elif tensor.is_floating_point() and tensor.device.type != "meta":
-        yield name, tensor

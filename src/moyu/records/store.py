@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from moyu.errors import UserError, place_of
-from moyu.files import atomic_write_bytes
+from moyu.files import atomic_write_bytes, locked
 from moyu.measure.environment import machine
 from moyu.records.schema import KINDS, Record, kind_of
 from moyu.records.stamping import stamped
@@ -78,9 +78,12 @@ def write(path: Path, records: Iterable[Record]) -> None:
 
 
 def append(path: Path, record: Record) -> None:
-    """Append one line and sync it to disk. Raises UserError if the last line is truncated; an OSError leaves no partial line."""
+    """Append one line and sync it to disk; processes that write to one file take turns.
+
+    Raises UserError if the last line is truncated; an OSError leaves no partial line.
+    """
     line = _line(record)
-    with open(path, "ab+", buffering=0) as file:
+    with locked(path), open(path, "ab+", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         if before:
             file.seek(-1, os.SEEK_END)
