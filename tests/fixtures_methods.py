@@ -13,6 +13,7 @@ from moyu.methods.control import Keep, Refresh
 from moyu.methods.fitting import at_quantile
 from moyu.methods.griffin import Griffin
 from moyu.methods.selection import quantile
+from moyu.methods.shapes import shape
 from moyu.methods.sites import column_site, grouped, head_sites, neuron_sites
 from moyu.methods.teal import Teal
 
@@ -24,6 +25,9 @@ class Router(Method):
     name: ClassVar[str] = "router"
     paper: ClassVar[str] = "none"
     family: ClassVar[Family] = "reference"
+
+    def shapes(self, site, block):
+        return {"router": shape("units", "n")}
 
     def fit(self, site, acts, target):
         generator = torch.Generator().manual_seed(site.layer)

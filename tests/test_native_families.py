@@ -26,7 +26,9 @@ BUILDERS = {
     "gemma2": lambda: Gemma2ForCausalLM(
         Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, attn_implementation="eager")
     ),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA, layer_types=["sliding_attention"] * 2 + ["full_attention"])),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**GEMMA, layer_types=["sliding_attention"] * 2 + ["full_attention"])
+    ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**WIDE, **GATED, sliding_window=WINDOW)),
     "qwen3": lambda: Qwen3ForCausalLM(
         Qwen3Config(**WIDE, **GATED, head_dim=16, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)

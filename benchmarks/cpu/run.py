@@ -31,6 +31,7 @@ from moyu import kernels, methods, records
 from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
 from moyu.measure import accounting
+from moyu.measure.environment import last_level_cache, read_buffer
 from moyu.measure.windows import Windows
 from moyu.model import dissect, loading
 from moyu.model.gguf.loading import load_model
@@ -204,7 +205,7 @@ def measure(variants: dict[str, Step]) -> tuple[dict[str, list[float]], float]:
     still spin, and then two that are.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    ceiling, order = kernels.ReadCeiling(), random.Random(0)
+    ceiling, order = kernels.ReadCeiling(read_buffer(last_level_cache())), random.Random(0)
     for turn in range(TURNS + 1):
         ceiling.sample()
         for name in order.sample(list(variants), len(variants)):

@@ -20,6 +20,7 @@ import torch
 
 from moyu import kernels, records
 from moyu.kernels import cpu
+from moyu.measure.environment import last_level_cache, read_buffer
 from moyu.model import anatomy, layout, quantised
 from moyu.weights import held, named
 
@@ -69,7 +70,7 @@ def measure(kind: str, d: int, f: int) -> list[records.Record]:
     }
     kernel: dict[float, list[float]] = {k: [] for k in KEPT}  # GB/s
     operator: dict[float, list[float]] = {k: [] for k in KEPT}
-    reads = kernels.ReadCeiling()
+    reads = kernels.ReadCeiling(read_buffer(last_level_cache()))
     for turn in range(ROUNDS):
         reads.sample()
         for k in KEPT:

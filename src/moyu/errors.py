@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used: what was wrong, and the next step."""
@@ -22,3 +25,16 @@ class OutOfReach(UserError):
             f"byte fraction {byte_fraction} is out of reach: n/a (floor {floor:.2f})", "ask for more bytes"
         )
         self.floor = floor
+
+
+def first_problem(error: Any) -> str:
+    """The first thing that a pydantic ValidationError says, with its place: `parts[2].rule.top_k: input should be ...`."""
+    found = error.errors(include_url=False)[0]
+    place = place_of(found["loc"])
+    said = f"{found['msg'][:1].lower()}{found['msg'][1:]}"
+    return f"{place}: {said}" if place else said
+
+
+def place_of(path: Iterable[str | int]) -> str:
+    """A place in nested values, `layers[0].needed_mean`."""
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")

@@ -1,10 +1,20 @@
-"""Files that are whole or not there: write beside, then rename."""
+"""Files that are whole or not there: write beside, then rename. And what is found again by what it was made from."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -25,6 +35,23 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, as `atomic_write_bytes` does."""
     atomic_write_bytes(path, text.encode())
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, no other process that asks for `path` here is inside: read, change and write it. The lock is a file beside it."""
+    with open(path.parent / f".{path.name}.lock", "ab") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def key_of(**made_from: Any) -> str:
+    """16 hex digits over all that a result was made from, by which it is found again.
+
+    That is: the digest of the weights (`weights`), the text, the settings, and the version of the definition of what is computed.
+    """
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _umask() -> int:

@@ -10,26 +10,31 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import pydantic_core
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moyu import methods
-from moyu.errors import UserError
+from moyu.errors import UserError, first_problem
 from moyu.files import atomic_write_bytes
 from moyu.methods.base import Method
+from moyu.methods.expected import check_rule, check_site
 from moyu.methods.heads import KvPolicy
 from moyu.methods.selection import Threshold, TopK
+from moyu.methods.shapes import check_values
 from moyu.methods.values import Site, SiteParams
 from moyu.model.anatomy import Anatomy, Block, Piece
 from moyu.model.quantised import weight_format
 
 FORMATS = (1, 2)  # 2: sites may have knobs of their own
 SAMPLES = 4096  # weights of each planned tensor that the digest looks at
+AGAIN = "make it again with `moyu calibrate`"
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,28 @@ class Plan:
                 f"{len(self.model['digests'])} planned tensors differ, first {changed[0]})",
                 "a fine-tuned or cast model needs its own plan: `moyu calibrate MODEL`",
             )
+        self.check_sites(anatomy)
+
+    def check_sites(self, anatomy: Anatomy) -> None:
+        """Refuse sites that the method does not have on this model, and tensors of other shapes than it reads there."""
+        blocks = {(b.layer, b.expert): b for b in anatomy.all_blocks()}
+        governed: set[tuple[int, int | None, str]] = set()
+        legal: dict[tuple[Block, Method], dict[str, Site]] = {}
+        for key, (site, params) in self.parts.items():
+            block, own = blocks.get((site.layer, site.expert)), {(site.layer, site.expert, n) for n in site.linears}
+            try:
+                if block is None or not set(site.linears) <= block.pieces.keys():
+                    raise ValueError("the model has no such weights")
+                if governed & own:
+                    raise ValueError("another site skips the same weights")
+                method = self.method_of(site)
+                if (block, method) not in legal:
+                    legal[block, method] = {s.key: s for s in method.sites(block)}
+                check_rule(site, params)
+                check_site(method, legal[block, method].get(key), site, params, block)
+            except ValueError as error:
+                raise UserError(f"this plan does not fit {self.model['name']!r} at {key}: {error}", AGAIN) from error
+            governed |= own
 
     @property
     def hash(self) -> str:
@@ -117,8 +144,9 @@ class Plan:
             )
         return digest.hexdigest()[:12]
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: str | Path) -> Path:
         """Write `plan.json` and `plan.safetensors` into a folder, each atomically, the JSON last."""
+        folder = Path(folder)
         header, tensors = self._split()
         payload = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
         header["tensors_sha256"] = hashlib.sha256(payload).hexdigest()
@@ -156,43 +184,126 @@ class Plan:
         return header, tensors
 
     @classmethod
-    def load(cls, folder: Path) -> Plan:
-        """Read a plan; UserError for one that is missing, truncated or of another format."""
-        again = "make it again with `moyu calibrate`"
+    def load(cls, folder: str | Path) -> Plan:
+        """Read a plan; UserError for one that is missing, damaged or of another format.
+
+        Whether it fits a model is `check`'s to say, which every applied plan goes through.
+        """
+        file = Path(folder) / "plan.json"
         try:
-            header = json.loads((folder / "plan.json").read_text())
-            payload = (folder / "plan.safetensors").read_bytes()
+            written, payload = file.read_bytes(), (file.parent / "plan.safetensors").read_bytes()
         except OSError as error:
-            raise UserError(f"no plan in {folder} ({error.strerror})", again) from error
-        except ValueError as error:
-            raise UserError(f"{folder / 'plan.json'} is truncated or not a plan", again) from error
+            raise UserError(f"no plan in {folder} ({error.strerror})", AGAIN) from error
         try:
-            if header["format"] not in FORMATS:
+            given: Any = pydantic_core.from_json(written)
+            number = given.get("format") if isinstance(given, dict) else None
+            if isinstance(number, int) and number not in FORMATS:
                 known = " and ".join(map(str, FORMATS))
-                raise UserError(f"{folder} has plan format {header['format']}, this MOYU reads {known}", again)
-            if hashlib.sha256(payload).hexdigest() != header["tensors_sha256"]:
-                raise UserError(f"{folder / 'plan.safetensors'} is truncated or not this plan's", again)
-            tensors = safetensors.torch.load(payload)
-            parts, settings = {}, {}
-            for entry in header["parts"]:
-                site = Site(**{**entry["site"], "linears": tuple(entry["site"]["linears"])})
-                parts[site.key] = (site, _params(site.key, entry["rule"], tensors))
-                if own := entry.get("knobs"):
-                    settings[site.key] = methods.method(header["method"], **{**header["knobs"], **own})
-            return cls(
-                method=methods.method(header["method"], **header["knobs"]),
-                parts=parts,
-                settings=settings,
-                **{k: header[k] for k in ("model", "target_sparsity", "calibration", "seed", "versions")},
-            )
-        except (KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise UserError(f"{folder / 'plan.json'} is truncated or not a plan ({error})", again) from error
+                raise UserError(f"{folder} has plan format {number}, this MOYU reads {known}", AGAIN)
+            header = _Header.model_validate_json(written)
+            if hashlib.sha256(payload).hexdigest() != header.tensors_sha256:
+                raise UserError(f"{file.with_suffix('.safetensors')} is truncated or not this plan's", AGAIN)
+            return header.plan(given, safetensors.torch.load(payload))
+        except UserError:
+            raise
+        except ValidationError as error:
+            raise UserError(f"{file} is truncated or not a plan ({first_problem(error)})", AGAIN) from error
+        except (ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+            raise UserError(f"{file} is truncated or not a plan ({error})", AGAIN) from error
 
 
-def _params(key: str, rule: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SiteParams:
-    own = {k.removeprefix(f"{key}/"): v for k, v in tensors.items() if k.startswith(f"{key}/")}
-    parsed = Threshold(float(rule["threshold"])) if "threshold" in rule else TopK(rule["top_k"])
-    return SiteParams.of(parsed, own)
+# --------------------------------------------------------------------------------------------------------- the file
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Rule(_Strict):
+    threshold: float | Literal["-inf"] | None = None
+    top_k: Count | None = None
+
+
+class _Part(_Strict):
+    site: Site
+    rule: _Rule
+    knobs: dict[str, Any] = {}
+
+    def params(self, tensors: Mapping[str, Tensor]) -> SiteParams:
+        """Of the site; ValueError for sizes and a rule that none can have, and for tensors that hold what is not finite."""
+        site, threshold, k = self.site, self.rule.threshold, self.rule.top_k
+        if not (0 < site.units < 2**31 and 0 <= site.unit_bytes < 2**53 and 0 <= site.layer < 2**31 and site.linears):
+            raise ValueError(f"{site.key} has {site.units} units of {site.unit_bytes} bytes")
+        if (threshold is None) == (k is None):
+            raise ValueError(f"{site.key} has no rule, or two")
+        params = SiteParams.of(Threshold(float(threshold or 0)) if k is None else TopK(k), tensors)
+        check_rule(site, params)
+        for name, tensor in params.tensors().items():
+            check_values(f"{site.key}/{name}", tensor)
+        return params
+
+
+class _KvBytes(_Strict):
+    context: Count
+    bytes: Count
+
+
+class _Calibration(_Open):
+    source: dict[str, Any] = {}
+    dense_layers: list[int] = []
+    kv_bytes: list[_KvBytes] = []
+
+
+class _Model(_Open):
+    name: str
+    fingerprint: str
+    digests: dict[str, str]
+    revision: str | None = None
+    weight_format: str | None = None
+
+
+class _Header(_Strict):
+    """What `plan.json` holds."""
+
+    format: int
+    method: str
+    knobs: dict[str, Any]
+    model: _Model
+    target_sparsity: Annotated[float, Field(ge=0, le=1)] | None
+    calibration: _Calibration
+    seed: int
+    versions: dict[str, str]
+    kv_policy: str
+    parts: list[_Part]
+    tensors_sha256: str
+
+    def plan(self, given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
+        """The plan of this header, which was `given` as plain values, and of its tensors."""
+        parts: dict[str, tuple[Site, SiteParams]] = {}
+        settings: dict[str, Method] = {}
+        left = dict(tensors)
+        for part in self.parts:
+            site = part.site
+            if site.key in parts:
+                raise ValueError(f"{site.key} comes twice")
+            own = {k: left.pop(k) for k in tensors if k.startswith(f"{site.key}/")}
+            parts[site.key] = (site, part.params({k.removeprefix(f"{site.key}/"): v for k, v in own.items()}))
+            if part.knobs:
+                settings[site.key] = methods.method(self.method, **{**self.knobs, **part.knobs})
+        if left:
+            raise ValueError(f"the tensor {next(iter(left))!r} is of no site")
+        return Plan(
+            method=methods.method(self.method, **self.knobs),
+            parts=parts,
+            settings=settings,
+            **{k: given[k] for k in ("model", "target_sparsity", "calibration", "seed", "versions")},
+        )
 
 
 def fingerprint(model: nn.Module) -> str:

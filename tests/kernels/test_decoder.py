@@ -310,7 +310,7 @@ def test_lengths_outside_the_cache_are_refused(past):
         ("memory", 0, "lengths and the memory"),
         ("ids", 0, "ids or hidden states"),
         ("logits", 0, "needs logits"),
-        ("cos", 0, "width of cos and sin"),
+        ("angles", 0, "width of cos and sin"),
         ("rotary", 3, "width of cos and sin"),
         ("rotary", HEAD_DIM + 2, "wider than the heads"),
     ],

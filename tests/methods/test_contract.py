@@ -25,6 +25,7 @@ from moyu.methods.selection import Threshold, TopK
 from moyu.methods.values import Rows
 from moyu.model import dissect
 from moyu.plan import Plan
+from plan_mutations import taken
 from tiny import build, tokens
 
 VARIANTS = {
@@ -103,6 +104,9 @@ def test_plans_round_trip_and_repeat(name, tmp_path):
     assert [s for s, _ in loaded.parts.values()] == [s for s, _ in plan.parts.values()]
     ids, mask = padded(2)
     assert torch.equal(one_pass(model, loaded, ids, mask), one_pass(model, plan, ids, mask))
+    anatomy = dissect.dissect(model)
+    loaded.check(model, anatomy)
+    assert taken(loaded, anatomy) == []
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moyu import UserError
 from moyu.model import zoo
 from moyu.model.zoo import corpus
 from moyu.model.zoo.corpus import Document
@@ -121,6 +122,45 @@ def test_export_is_a_model_that_transformers_loads(data, tmp_path):
     assert model.dtype == torch.bfloat16
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
     assert tokenizer("def")["input_ids"][0] == tokenizer.bos_token_id == model.config.bos_token_id
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 5}, {"name": "gelu"}, {"batch": BATCH * 2}, {"tokens": 64 * LENGTH}, {"data": 1}]
+)
+def test_a_checkpoint_of_another_training_is_refused(other, data, tmp_path):
+    asked = {"name": "relu", "tokens": STEPS * BATCH * LENGTH, "batch": BATCH, "data": data}
+    assert not training.train(**asked, out=tmp_path / "out", device="cpu", minutes=0.0)
+    if "data" in other:
+        ids = np.fromfile(data / "train.bin", dtype=np.uint16)
+        ids[5] += 1
+        ids.tofile(data / "train.bin")
+    with pytest.raises(UserError, match="another network, text, length, batch or seed"):
+        training.train(**asked | {k: v for k, v in other.items() if k != "data"}, out=tmp_path / "out", device="cpu")
+
+
+def test_a_damaged_checkpoint_and_a_full_disk_leave_one_line_and_no_file(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert not _train("relu", data, out, minutes=0.0)
+    whole = (out / "checkpoint.pt").read_bytes()
+    for damaged in (b"", whole[:1000], b"\x80\x04.", bytes(100)):
+        (out / "checkpoint.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match="no checkpoint of a training"):
+            _train("relu", data, out)
+    (out / "checkpoint.pt").unlink()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        _train("relu", data, out, minutes=0.0)
+    assert list(out.iterdir()) == []
+
+
+def test_token_files_of_another_size_are_refused(data):
+    assert training.prepared(data)
+    with pytest.raises(UserError, match="of another size than 100m"):
+        training.prepared(data, "100m")
 
 
 def test_another_seed_trains_another_model(data, tmp_path):

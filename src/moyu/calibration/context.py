@@ -15,12 +15,14 @@ from moyu.calibration.budget import Reader, plan_for_bytes, solve, ways
 from moyu.calibration.profiling import Profile, profile
 from moyu.calibration.settings import Settings, Stage, quiet
 from moyu.calibration.walk import calibrate
+from moyu.errors import UserError
 from moyu.measure import accounting, text
 from moyu.measure.evaluation import Quality, evaluate, predict, score
 from moyu.measure.windows import Windows
 from moyu.methods.base import Method
 from moyu.model import dissect, loading
 from moyu.model.anatomy import Anatomy
+from moyu.model.contents import weights_digest
 from moyu.model.loading import Loaded
 from moyu.plan import Plan
 from moyu.records import Protocol
@@ -146,8 +148,14 @@ class Context:
         )
 
     def use_profile(self, folder: Path) -> None:
-        """Calibrate on the windows of a saved profile."""
-        self.split = dataclasses.replace(self.split, calibration=Profile.load(folder).windows)
+        """Calibrate on the windows of a saved profile. Raises UserError for one of another model."""
+        profile = Profile.load(folder)
+        if profile.weights != weights_digest(self.loaded.model):
+            raise UserError(
+                f"the profile in {folder} was made from another model than {self.loaded.name!r}",
+                "run `moyu profile` on this one",
+            )
+        self.split = dataclasses.replace(self.split, calibration=profile.windows)
 
     def profile(self) -> Profile:
         """Sketch the model's activations on the calibration windows."""

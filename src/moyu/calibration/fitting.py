@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +10,15 @@ from moyu import methods
 from moyu.calibration import in_loop
 from moyu.calibration.context import Context
 from moyu.calibration.settings import Settings, Stage, quiet
+from moyu.calibration.speed import kept_plan
 from moyu.errors import UserError
+from moyu.files import key_of
 from moyu.measure.foresight import foresight
 from moyu.methods.routers import Grade
+from moyu.model.contents import weights_digest
 from moyu.plan import Plan, digests, fingerprint
+
+DEFINITION = 1  # of what a training makes: one more wherever it changes
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,18 @@ def _fitted(context: Context, method: str, out: Path, stage: Stage) -> Plan:
     """The plan in `out` where the same training made it, or a new one, saved there."""
     model, anatomy, settings = context.loaded.model, context.anatomy, context.settings
     own, windows = context.method(method), context.split.calibration
-    made_from = {
-        "method": [method, own.knobs(), settings.sparsity, settings.bytes, settings.allocation],
-        "compensation": [settings.bias, settings.centre, settings.learn_bias],
-        "model": [fingerprint(model), digests(anatomy, (s for b in anatomy.all_blocks() for s in own.sites(b)))],
-        "text": [hashlib.sha256(windows.tokens.numpy().tobytes()).hexdigest(), windows.prompt, settings.seed],
-    }
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    if (out / "plan.json").exists():
-        with contextlib.suppress(UserError):
-            found = Plan.load(out)
-            if found.calibration.get("fit") == key:
-                return found
-    plan = context.plan(method, progress=lambda done, whole: stage(f"train {method}", done, whole))
-    plan = dataclasses.replace(plan, calibration={**plan.calibration, "fit": key})
-    plan.save(out)
-    return plan
+    key = key_of(
+        weights=[weights_digest(model), fingerprint(model)],
+        text=[windows.digest, settings.seed],
+        settings=[method, own.knobs(), settings.sparsity, settings.bytes, settings.allocation, settings.bias,
+                  settings.centre, settings.learn_bias, anatomy.dense_layers],
+        definition=DEFINITION,
+    )  # fmt: skip
+
+    def train() -> Plan:
+        return context.plan(method, progress=lambda done, whole: stage(f"train {method}", done, whole))
+
+    return kept_plan(out, key, train)
 
 
 def tune(name: str, settings: Settings, out: Path, stage: Stage = quiet) -> Tuned:

@@ -22,6 +22,7 @@ from moyu.methods import cett
 from moyu.methods.values import Rows, Site, Tap
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy, Block
+from moyu.model.contents import weights_digest
 
 QUANTILES = 101
 GRID = 64  # steps of each token's search for the needed neurons
@@ -47,6 +48,7 @@ class Profile:
     layers: list[LayerProfile]
     quantiles: Mapping[str, Tensor] = field(default_factory=dict)  # "layer0.mid" -> (101,) quantiles of |x|
     norms: Mapping[str, Tensor] = field(default_factory=dict)  # "layer0.mid" -> (n,) root mean square of each channel
+    weights: str = ""  # digest of the model's
 
     def needed_by_position(self, buckets: int = 8) -> list[tuple[int, float]]:
         """The needed fraction, mean over layers, for `buckets` ranges of positions: (first position, fraction)."""
@@ -68,6 +70,7 @@ class Profile:
         }
         payload = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
         header = {
+            "weights": self.weights,
             "prompt": self.windows.prompt,
             "source": dict(self.windows.source),
             "layers": [
@@ -107,7 +110,7 @@ class Profile:
             kind: {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(kind)}
             for kind in ("quantiles", "norms")
         }
-        return cls(windows, layers, **named)
+        return cls(windows, layers, **named, weights=str(header.get("weights")))
 
 
 class _Sketch:
@@ -176,4 +179,5 @@ def profile(
         model(input_ids=some, use_cache=False)
     if progress:
         progress(1, 1)
-    return Profile(windows, [sketch.layers[i] for i in sorted(sketch.layers)], sketch.quantiles, sketch.norms)
+    layers = [sketch.layers[i] for i in sorted(sketch.layers)]
+    return Profile(windows, layers, sketch.quantiles, sketch.norms, weights_digest(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from moyu.calibration.context import Context
 from moyu.calibration.settings import Stage, quiet
 from moyu.calibration.walk import calibrate
 from moyu.errors import OutOfReach, UserError
+from moyu.files import key_of
 from moyu.kernels import BackendName
 from moyu.measure import accounting
 from moyu.measure.benchmark import Comparison, compare
@@ -28,6 +30,7 @@ from moyu.records.about import AboutModel, about_model, about_plan
 from moyu.weights import QUANTISED
 
 ROUNDS = 2  # variants alternate this often
+DEFINITION = 1  # of a plan for random weights that is kept: one more wherever what it is made from changes
 
 
 def bench_model(
@@ -87,7 +90,7 @@ def bench_shape(
 
     byte_fraction: skip so much that a step reads just this instead; methods whose floor is higher are left out.
     with_knobs: the methods by name, where their knobs are not the defaults.
-    keep: a folder of these plans alone; those that take training are left there and found again.
+    keep: a folder; plans that take training are left there and found again by what they were made from.
     """
     total = len(targets) + 1
     stage(f"random {shape}", 0, total)
@@ -109,8 +112,17 @@ def bench_shape(
                 target = solve(reader, method, windows, byte_fraction)
             return calibrate(model, method, windows, sparsity=target, name=shape, seed=seed, anatomy=anatomy)
 
+        key = key_of(
+            weights=[shape, layers, str(dtype), weights, seed],  # random ones, which follow from these
+            text=windows.digest,
+            settings=[name, method.knobs(), byte_fraction, target],
+            definition=DEFINITION,
+        )
         with contextlib.suppress(OutOfReach):
-            plans[name] = planned() if keep is None or not method.trains else _kept(keep / name, method, planned)
+            if keep is None or not method.trains:
+                plans[name] = planned()
+            else:
+                plans[name] = kept_plan(keep / f"{name}-{key}", key, planned)
         stage(f"random {shape}", done + 1, total)
     comparison = compare(
         model,
@@ -136,14 +148,14 @@ def bench_shape(
     )
 
 
-def _kept(folder: Path, method: Method, make: Callable[[], Plan]) -> Plan:
-    """The plan of this method in a folder, or a new one, saved there."""
-    if (folder / "plan.json").exists():
-        with contextlib.suppress(UserError):
-            found = Plan.load(folder)
-            if found.method == method:
-                return found
+def kept_plan(folder: Path, key: str, make: Callable[[], Plan]) -> Plan:
+    """The plan in a folder where it was made from what `key` stands for (`files.key_of`), or a new one, saved there."""
+    with contextlib.suppress(UserError):
+        found = Plan.load(folder)
+        if found.calibration.get("made_from") == key:
+            return found
     plan = make()
+    plan = dataclasses.replace(plan, calibration={**plan.calibration, "made_from": key})
     plan.save(folder)
     return plan
 

@@ -30,6 +30,7 @@ from moyu.methods.trained import is_joint
 from moyu.methods.values import TAPS, Acts, Rows, Site, SiteParams, Tap
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy, Block
+from moyu.model.finite import require_finite
 from moyu.model.quantised import weight_format
 from moyu.plan import Plan, digests, fingerprint
 
@@ -261,9 +262,15 @@ class Walk:
         chain = _Chain(self.layers)
         try:
             with applied.prompt(length):
-                model(input_ids=self.tokens, use_cache=False)
+                output: Any = model(input_ids=self.tokens, use_cache=False)
         finally:
             chain.remove()
+        if not bool(torch.isfinite(output.logits).all()):
+            require_finite(model, type(model).__name__, "mend the weight before anything is fitted to it")
+            raise UserError(
+                f"{type(model).__name__} gives numbers on the calibration text that are not finite",
+                "load it in another type, for example dtype='float32'",
+            )
         self.chain = chain if chain.holds else None
         self.dense = self.sparse = chain.start if chain.holds else self.tokens
         if not chain.holds:

@@ -54,7 +54,7 @@ def train(
     target = out or RUNS / "zoo" / (name if size == training.SHIPPED else f"{name}-{size}")
     check_writable(target)
     check_writable(data)
-    if not (data / "meta.json").exists():
+    if not training.prepared(data, size):
         print("reading the corpus and training the tokenizer (some minutes)", file=sys.stderr)
         training.prepare(data, size)
     done = training.train(name, data, target, size=size, tokens=tokens, minutes=minutes, seed=seed, watched=watch)

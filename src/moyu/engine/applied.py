@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from moyu import kernels
 from moyu.engine import spread, steps
 from moyu.engine.attention import AttentionCall, AttentionLinear
-from moyu.engine.calls import ForwardCall, GenerateCall, TrainCall
+from moyu.engine.calls import BATCHED, ForwardCall, GenerateCall, RefusedCall, TrainCall
 from moyu.engine.modules import DenseLinear, ExpertsCall
 from moyu.engine.network import FfnCall
 from moyu.engine.session import Engine, Session
@@ -162,6 +162,9 @@ class Applied(Session, AbstractContextManager):
         self._replace(inner, "forward", ForwardCall(self, inner.forward))
         if callable(getattr(self.model, "generate", None)):
             self._replace(self.model, "generate", GenerateCall(self, self.model.generate))  # pyright: ignore
+        for name in BATCHED:
+            if callable(getattr(self.model, name, None)):
+                self._replace(self.model, name, RefusedCall(name))
         self._replace(self.model, "train", TrainCall(self, self.model.train))
         self._hooks.append(self.model.register_load_state_dict_pre_hook(_refuse_loading))
         self._hooks.append(self.model.register_state_dict_pre_hook(self._pack))

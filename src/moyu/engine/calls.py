@@ -156,6 +156,25 @@ class GenerateCall:
         return output
 
 
+# Ways of generating that call the model's forward from a scheduler of their own, which never says where a prompt ends.
+BATCHED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+class RefusedCall:
+    """Stands for a way of generating that an applied plan cannot follow."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is the method's."""
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises UserError."""
+        raise UserError(
+            f"{self.name}() puts pieces of several prompts into one call, and an applied plan would take them for new text",
+            "call generate(), or `moyu.generate(model, prompts)`, which takes prompts of different lengths",
+        )
+
+
 class TrainCall:
     """Stands for a model's `train`: masks and laid-out weights are for inference."""
 

@@ -61,7 +61,7 @@ class SequenceMemory:
         """
         if self.owner != other.owner:
             raise UserError("the sequences ran under different plans", "run them in batches of their own")
-        if self.columns or other.columns or self.tokens is not None or self.sites.keys() != other.sites.keys():
+        if self.columns or other.columns or self.tokens is not None:
             raise UserError(
                 "what this method keeps of a sequence cannot be put beside another sequence's",
                 "start the rows of a batch together",
@@ -70,10 +70,14 @@ class SequenceMemory:
             m.prompt if isinstance(m.prompt, Tensor) else torch.full((len(lengths),), m.prompt or 0)
             for m, lengths in ((self, own), (other, others))
         ]
-        sites = {
-            key: {name: torch.cat([tensor, other.sites[key][name]]) for name, tensor in memory.items()}
-            for key, memory in self.sites.items()
-        }
+        sites = {}
+        for key in self.sites | other.sites:  # a routed expert may have seen tokens of one side alone
+            mine, theirs = self.sites.get(key, {}), other.sites.get(key, {})
+            parts = [(mine, len(own)), (theirs, len(others))]
+            sites[key] = {
+                name: torch.cat([m.get(name, like.new_zeros(rows, *like.shape[1:])) for m, rows in parts])
+                for name, like in (mine | theirs).items()
+            }
         return SequenceMemory(
             self.owner,
             torch.cat(borders),

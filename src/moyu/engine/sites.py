@@ -12,6 +12,8 @@ from moyu.methods.sequence import remembers
 from moyu.methods.values import NOTHING, Rows, Site, SiteParams
 from moyu.model.anatomy import Block
 
+KNOWN = "known"  # beside a method's memory, (B,) bool: which sequences have a token that the site has seen
+
 
 class SiteState:
     """A site, its part of the plan, and its method."""
@@ -39,6 +41,7 @@ class SiteState:
                     frozen = torch.ones(rows.slots, width, dtype=torch.bool, device=rows.seq.device)
                 else:
                     frozen = self._expand(method.score(NOTHING, slots, site, params, memory))
+                    frozen = frozen | ~memory[KNOWN][:, None]  # nor from sequences that no such token is of
                 state.memory.masks[site.key] = frozen
             return frozen[rows.seq]
         return self._expand(method.score(x, rows, site, params, {}))
@@ -69,7 +72,10 @@ class SiteState:
             return
         memory = state.memory
         before = memory.sites.get(self.site.key, {})
-        memory.sites[self.site.key] = dict(self.method.update(before, x, rows, self.site, self.params))
+        known = before.get(KNOWN, torch.zeros(rows.slots, dtype=torch.bool, device=x.device)).clone()
+        known[rows.seq[dense]] = True
+        update = self.method.update(before, x, rows, self.site, self.params)
+        memory.sites[self.site.key] = {**update, KNOWN: known}
         memory.masks.pop(self.site.key, None)
 
 

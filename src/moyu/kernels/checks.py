@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moyu.kernels.reference import ACTIVATIONS
 from moyu.weights import Plain, Stored
+from moyu.weights.grouped import Grouped
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -67,6 +68,32 @@ def check_linear(op: str, x: Tensor, weight: Stored, mask: Tensor | None, bias: 
         _bias(op, "bias", bias, x, q)
 
 
+def address(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """The address of a tensor that a kernel reads this much of. ValueError for one of another size or type, or with gaps."""
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}, contiguous")
+    return tensor.data_ptr()
+
+
+def check_stored(op: str, name: str, weight: Stored) -> None:
+    """Refuse a weight in groups whose tensors are not what its shape says (ValueError): kernels take it at its word."""
+    kind = weight.format
+    if not isinstance(kind, Grouped):
+        return
+    q, n = weight.shape
+    groups = -(-n // kind.group)
+    if weight.order == "rows":
+        wanted = (q, kind.column_bytes(groups * kind.group)), (q, groups)
+    else:
+        wanted = (n, kind.column_bytes(q)), (groups, q)
+    for tensor, shape, dtype in zip(weight.tensors, wanted, (kind.code, torch.float16), strict=True):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{op}: a tensor of {name} is {tensor.dtype} {tuple(tensor.shape)}, but {kind} of {weight.shape} by "
+                f"{weight.order} has {dtype} {shape}"
+            )
+
+
 def _combination(
     gate: Stored | None,
     up: Stored | None,
@@ -102,6 +129,7 @@ def _weight(op: str, name: str, weight: Stored, x: Tensor, shape: tuple[int, int
         return
     if weight.device != x.device:
         raise TypeError(f"{op}: {name} is on {weight.device}, x on {x.device}; move one of them")
+    check_stored(op, name, weight)
     for tensor in weight.tensors:
         _contiguous(op, f"a tensor of {name}", tensor, 1)
 

@@ -19,6 +19,7 @@ from moyu.engine.memory import cache_of, given_cache
 from moyu.errors import UserError
 from moyu.kernels import BackendName
 from moyu.measure import accounting
+from moyu.measure.environment import last_level_cache, read_buffer
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy
 from moyu.plan import Plan
@@ -86,7 +87,8 @@ def compare(
     anatomy = anatomy or dissect.dissect(model)
     total = accounting.dense_step_bytes(model, anatomy)
     device = prompt.device
-    eager, ceiling = Timing(step_bytes=total), kernels.ReadCeiling() if device.type == "cpu" else _Ceiling(device)
+    on_cpu, size = device.type == "cpu", read_buffer(last_level_cache())
+    eager, ceiling = Timing(step_bytes=total), kernels.ReadCeiling(size) if on_cpu else _Ceiling(device)
     wanted: dict[str, Plan | None] = {"dense": None, **plans}
     variants = {name: Timing() for name in wanted}
     for turn in range(rounds):

@@ -30,6 +30,24 @@ def environment() -> dict[str, Any]:
     return {"commit": commit, "dirty": dirty, "versions": versions, "device": _processor()}
 
 
+def last_level_cache(root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Bytes of all the machine's last-level caches together; 0 where the system does not tell."""
+    found: dict[tuple[int, str], int] = {}
+    for index in root.glob("cpu[0-9]*/cache/index*"):
+        try:
+            level, size, shared = ((index / name).read_text().strip() for name in ("level", "size", "shared_cpu_list"))
+            found[int(level), shared] = int(size.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(size[-1:], 0)
+        except (OSError, ValueError):
+            continue
+    last = max((level for level, _ in found), default=0)
+    return sum(size for (level, _), size in found.items() if level == last)
+
+
+def read_buffer(cache: int) -> int:
+    """Bytes of a buffer that a cache of so many bytes cannot hold: four times as many, and 256 MiB at least."""
+    return max(256 << 20, 4 * cache)
+
+
 def device_name(device: Any) -> str:
     """The name of a torch device in records: the accelerator's, or the processor's."""
     import torch

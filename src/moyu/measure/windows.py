@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,3 +18,10 @@ class Windows:
     prompt: int  # positions before this one are dense
     source: Mapping[str, Any] = field(default_factory=dict)  # fingerprint of the text
     documents: tuple[int, ...] = ()  # the document of each window, if known: intervals resample documents
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over the tokens, where they end to be dense, and their documents."""
+        digest = hashlib.sha256(self.tokens.cpu().numpy().tobytes())
+        digest.update(repr((tuple(self.tokens.shape), self.prompt, self.documents)).encode())
+        return digest.hexdigest()[:16]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from moyu.methods.control import Controller
 from moyu.methods.heads import KvPolicy
 from moyu.methods.knobs import check
+from moyu.methods.shapes import Shape
 from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 from moyu.model.anatomy import Block
 
@@ -60,6 +62,10 @@ class Method(ABC):
         """Rank the units: (N, n) -> (N, units); row-wise, causal; larger is kept. `x` is NOTHING where only memory speaks."""
 
     # Where the defaults are right, nothing of what follows is written.
+
+    def shapes(self, site: Site, block: Block) -> Mapping[str, Shape]:
+        """The buffers that `score` reads at a site, in the letters of `methods.expected.sizes`; a plan has these and no others."""
+        return {}
 
     def score_bytes(self, site: Site, params: SiteParams) -> int:
         """Bytes read in order to decide, beyond weights that the step reads anyway."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moyu.methods.base import Family
 from moyu.methods.magnitude import Magnitude
+from moyu.methods.shapes import shape
 from moyu.methods.sites import column_site, row_sites
 from moyu.methods.values import READS, Acts, Site, SiteParams
 
@@ -36,6 +37,9 @@ class Chess(Magnitude):
     def sites(self, block) -> tuple[Site, ...]:
         attention = tuple(column_site(block, READS[name], name) for name in ("q", "o") if name in block.pieces)
         return (*attention, *row_sites(block, "gate"))
+
+    def shapes(self, site: Site, block):
+        return {"usual": shape("units")} if site.skips == "rows" else {}
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
         if site.skips != "rows":

@@ -28,13 +28,15 @@ from moyu.methods.knobs import knob
 from moyu.methods.magnitude import Magnitude, rest_of
 from moyu.methods.remainder import FewBits, Remainder
 from moyu.methods.selection import select
+from moyu.methods.shapes import few_bits, shape
 from moyu.methods.sites import neuron_sites, projection_sites
 from moyu.methods.values import Acts, Site, SiteParams
-from moyu.weights import FORMATS, QUANTISED, Format, Stored
-from moyu.weights.few_bits import dequantize, quantize
+from moyu.weights import FORMATS, QUANTISED, Stored
+from moyu.weights.few_bits import GROUP, dequantize, quantize
+from moyu.weights.grouped import Grouped
 
 WAYS = ("svd", "copy", "channels")
-KIND_OF: Mapping[int, Format] = {FORMATS[name].bits: FORMATS[name] for name in QUANTISED}
+KIND_OF: Mapping[int, Grouped] = {f.bits: f for name in QUANTISED if isinstance(f := FORMATS[name], Grouped)}
 DAMPING = 1e-3  # of the mean second moment, for inputs that calibration hardly saw
 
 
@@ -89,6 +91,26 @@ class Estimate(Magnitude):
         if self.way == "channels":
             return projection_sites(block)
         return neuron_sites(block, "mlp_in")
+
+    def shapes(self, site: Site, block):
+        """A copy in blocks, or matrices in few bits with a scale for every 32 weights; copies that are first bits have one a row."""
+        first, names = block.pieces[site.linears[0]], [n for n in ("gate", "up") if n in site.linears]
+        outputs, width = block.pieces[site.linears[-1]].shape[0], first.shape[1]
+        found = {"skipped": shape(1)} | ({"norms": shape("units")} if self.weighted else {})
+        if self.way != "channels":
+            found |= {f"{n}.bias": shape("units") for n in names if block.pieces[n].bias is not None}
+            stacked, rank = len(names) * site.units, max(1, round(self.rank * width))
+            if self.way == "svd":
+                found |= few_bits("outer", stacked, rank, GROUP) | few_bits("inner", rank, width, GROUP)
+            else:
+                found |= few_bits("rows", stacked, width, width if self.nested else GROUP)
+        if self.in_blocks:
+            kind = KIND_OF[self.rest]
+            found["rest.quants"] = shape(width, kind.column_bytes(outputs), kind=kind.code)
+            found["rest.scales"] = shape(-(-width // kind.group), outputs, kind=torch.float16)
+        elif self.rest:
+            found |= few_bits("rest", site.units, outputs, outputs if self.nested else GROUP)
+        return found
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
         buffers, parts, given = {}, {}, 0.0

@@ -20,6 +20,7 @@ from moyu.methods.magnitude import column_norms
 from moyu.methods.moefication import balanced_clusters
 from moyu.methods.routers import train
 from moyu.methods.selection import Threshold, TopK, keep_count, select
+from moyu.methods.shapes import shape
 from moyu.methods.sites import grouped, neuron_sites
 from moyu.methods.trained import Joint
 from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
@@ -45,6 +46,9 @@ class Lte(Joint):
     def sites(self, block) -> tuple[Site, ...]:
         sites = neuron_sites(block, "mlp_in")
         return tuple(grouped(site, max(2, round(site.units / self.block))) for site in sites)
+
+    def shapes(self, site: Site, block):
+        return {"weight": shape("units", "n"), "bias": shape("units")}
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         """Groups of neurons, and a router that has learned off the loop which groups add most: where stage 1 starts."""

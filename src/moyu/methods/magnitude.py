@@ -16,7 +16,9 @@ from torch import Tensor
 from moyu.methods.base import Method
 from moyu.methods.fitting import at_quantile
 from moyu.methods.remainder import Remainder
+from moyu.methods.shapes import Shape, shape
 from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
+from moyu.model.anatomy import Block
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Magnitude(Method):
 @dataclass(frozen=True)
 class Weighed(Magnitude):
     """score_i = |x_i| * ||W[:, i]||_2: the norm of what input i adds to the outputs of all linears of its site."""
+
+    def shapes(self, site: Site, block: Block) -> Mapping[str, Shape]:
+        return {"norms": shape("units")}
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
         return {"norms": column_norms(acts.weights, site.linears)}

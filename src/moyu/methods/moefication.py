@@ -21,6 +21,7 @@ from moyu.methods.fitting import at_count
 from moyu.methods.knobs import knob
 from moyu.methods.magnitude import column_norms
 from moyu.methods.routers import low_rank, train
+from moyu.methods.shapes import shape
 from moyu.methods.sites import grouped, neuron_sites
 from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
@@ -51,6 +52,11 @@ class Moefication(Method):
     def sites(self, block) -> tuple[Site, ...]:
         sites = neuron_sites(block, "mlp_in")
         return tuple(grouped(site, max(1, site.units // self.block)) for site in sites)
+
+    def shapes(self, site: Site, block):
+        if self.selector == "mlp":
+            return {"inner": shape("units", "n"), "outer": shape("units", "units")}
+        return {"rows": shape("units", "n")}
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         rows = acts.weights["gate" if "gate" in acts.weights else "up"]  # (f, d)

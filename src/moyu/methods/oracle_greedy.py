@@ -17,6 +17,7 @@ import torch
 from moyu.methods.base import Family, Method
 from moyu.methods.fitting import at_count
 from moyu.methods.selection import TopK
+from moyu.methods.shapes import shape
 from moyu.methods.sites import down_sites
 from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
@@ -31,6 +32,9 @@ class OracleGreedy(Method):
 
     def sites(self, block) -> tuple[Site, ...]:
         return down_sites(block)
+
+    def shapes(self, site: Site, block):
+        return {"gram": shape("units", "units")}
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         down = acts.weights["down"]

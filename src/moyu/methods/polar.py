@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moyu.methods.shapes import shape
 from moyu.methods.sites import head_sites, neuron_sites
 from moyu.methods.trained import TrainedHeads
 from moyu.methods.values import Acts, Site
@@ -34,6 +35,9 @@ class Polar(TrainedHeads):
             return ()
         heads = head_sites(block, groups=True, kv=self.kv)
         return heads if block.gated or block.act != "relu" else (*heads, *neuron_sites(block, "mlp_in"))
+
+    def shapes(self, site: Site, block):
+        return super().shapes(site, block) if site.skips == "neurons" else {"outer.weight": shape("units", "n")}
 
     def router(self, site: Site, width: int) -> nn.Module:
         if site.skips == "neurons":

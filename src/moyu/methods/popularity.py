@@ -11,6 +11,7 @@ from typing import ClassVar
 from moyu.methods.base import Family, Granularity, Method
 from moyu.methods.fitting import at_count
 from moyu.methods.magnitude import column_norms
+from moyu.methods.shapes import shape
 from moyu.methods.sites import neuron_sites
 from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
@@ -26,6 +27,9 @@ class Popularity(Method):
 
     def sites(self, block) -> tuple[Site, ...]:
         return neuron_sites(block, "mlp_in")
+
+    def shapes(self, site: Site, block):
+        return {"popularity": shape("units")}
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         mean = acts.dense["mid"][acts.rows.valid].abs().float().mean(0)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from moyu import kernels
@@ -20,6 +21,7 @@ from moyu.methods.base import Family
 from moyu.methods.knobs import knob
 from moyu.methods.magnitude import Magnitude, column_norms
 from moyu.methods.selection import TopK, keep_count, select
+from moyu.methods.shapes import shape
 from moyu.methods.sites import neuron_sites
 from moyu.methods.values import Acts, Site, SiteParams
 from moyu.weights import Stored
@@ -43,6 +45,17 @@ class Prox(Magnitude):
 
     def sites(self, block) -> tuple[Site, ...]:
         return neuron_sites(block, "mlp_in")
+
+    def shapes(self, site: Site, block):
+        """A copy by columns in Q4_0 of gate and up, and their biases."""
+        found = {"norms": shape("units")} if self.weighted else {}
+        for name in (n for n in ("gate", "up") if n in site.linears):
+            outputs, inputs = block.pieces[name].shape
+            found[f"{name}.codes"] = shape(inputs, Q4_0.column_bytes(outputs), kind=Q4_0.code)
+            found[f"{name}.scales"] = shape(-(-inputs // Q4_0.group), outputs, kind=torch.float16)
+            if block.pieces[name].bias is not None:
+                found[f"{name}.bias"] = shape(outputs)
+        return found
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
         buffers = {}

@@ -17,6 +17,7 @@ from moyu.methods.fitting import at_count
 from moyu.methods.knobs import knob
 from moyu.methods.magnitude import column_norms
 from moyu.methods.random import uniform
+from moyu.methods.shapes import shape
 from moyu.methods.sites import neuron_sites
 from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
@@ -36,6 +37,9 @@ class RandomPopular(Method):
 
     def sites(self, block) -> tuple[Site, ...]:
         return neuron_sites(block, "mlp_in")
+
+    def shapes(self, site: Site, block):
+        return {"popularity": shape("units")}
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         popularity = acts.met("mid").abs().float().mean(0) * column_norms(acts.weights, ["down"])  # (f,)

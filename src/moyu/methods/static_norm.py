@@ -12,6 +12,7 @@ from typing import ClassVar
 from moyu.methods.base import Family, Granularity, Method
 from moyu.methods.fitting import at_count
 from moyu.methods.magnitude import column_norms
+from moyu.methods.shapes import shape
 from moyu.methods.sites import neuron_sites
 from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
@@ -32,6 +33,9 @@ class StaticNorm(Method):
 
     def sites(self, block) -> tuple[Site, ...]:
         return neuron_sites(block, "mlp_in")
+
+    def shapes(self, site: Site, block):
+        return {"importance": shape("units")}
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         down = column_norms(acts.weights, ["down"])  # (f,)

@@ -16,6 +16,7 @@ from moyu.methods.heads import KV_POLICIES, KvPolicy, head_norms
 from moyu.methods.knobs import knob
 from moyu.methods.routers import low_rank, train
 from moyu.methods.selection import TopK, keep_count, select
+from moyu.methods.shapes import shape
 from moyu.methods.values import Acts, Memory, Rows, Site, SiteParams
 
 
@@ -39,6 +40,9 @@ class Trained(Method):
     def router(self, site: Site, width: int) -> nn.Module:
         """An untrained router, (N, width) -> (N, units) logits; the same at every call. Its layers are `inner` and `outer`."""
         return low_rank(width, min(self.rank, width), site.units, seed=site.layer)
+
+    def shapes(self, site: Site, block):
+        return {"inner.weight": shape("r", "n"), "outer.weight": shape("units", "r")}
 
     def fit(self, site: Site, acts: Acts, target: float) -> SiteParams:
         """A router that has learned its lessons; it keeps a count."""

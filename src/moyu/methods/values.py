@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from moyu.methods.selection import Rule, Soft, TopK
+from moyu.methods.shapes import ORDERS, Shape, shape
 
 Tap = Literal["attn_in", "q_latent", "kv_latent", "heads", "mlp_in", "gate", "up", "mid"]
 Skips = Literal["columns", "rows", "neurons", "heads"]
@@ -82,13 +83,21 @@ class Site:
         return f"layer{self.layer}{expert}.{self.reads}.{self.skips}.{'+'.join(self.linears)}"
 
 
-def _part(need: str, *names: str, matrix: bool = False, read: bool = True) -> Mapping[str, Any]:
+def _part(
+    need: str,
+    *shapes: Shape,
+    names: tuple[str, ...] = (),
+    skips: tuple[Skips, ...] = get_args(Skips),
+    matrix: bool = False,
+    read: bool = True,
+) -> Mapping[str, Any]:
     """About a field of `SiteParams` that holds tensors.
 
-    need: the word by which a step says that it can do this. names: of the tensors in a plan's file, the field's own unless
-    given. matrix: weights, which are kept in few bits where the model's are. read: whether a decode step reads the tensors.
+    need: the word by which a step says that it can do this. shapes: of the tensors, in the letters of `methods.expected.sizes`.
+    names: of the tensors in a plan's file, the field's own unless given. skips: the kinds of sites that may have it.
+    matrix: weights, which are kept in few bits where the model's are. read: whether a decode step reads the tensors.
     """
-    return {"need": need, "names": names, "matrix": matrix, "read": read}
+    return {"need": need, "shapes": shapes, "names": names, "skips": skips, "matrix": matrix, "read": read}
 
 
 @dataclass(frozen=True)
@@ -102,13 +111,18 @@ class SiteParams:
     """
 
     rule: Rule
-    blocks: Tensor | None = field(default=None, metadata=_part("units", read=False))
-    basis: Tensor | None = field(default=None, metadata=_part("basis", matrix=True))
-    centre: Tensor | None = field(default=None, metadata=_part("centre"))
-    low_rank: tuple[Tensor, Tensor] | None = field(
-        default=None, metadata=_part("low_rank", "outer", "inner", matrix=True)
+    blocks: Tensor | None = field(default=None, metadata=_part("units", shape("width", kind=ORDERS), read=False))
+    basis: Tensor | None = field(
+        default=None, metadata=_part("basis", shape("n", "n"), skips=("columns",), matrix=True)
     )
-    bias: Tensor | None = field(default=None, metadata=_part("bias"))
+    centre: Tensor | None = field(default=None, metadata=_part("centre", shape("n"), skips=("columns",)))
+    low_rank: tuple[Tensor, Tensor] | None = field(
+        default=None,
+        metadata=_part(
+            "low_rank", shape("q", "r"), shape("r", "n"), names=("outer", "inner"), skips=("columns",), matrix=True
+        ),
+    )
+    bias: Tensor | None = field(default=None, metadata=_part("bias", shape("outputs")))
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def needs(self) -> frozenset[str]:
@@ -130,12 +144,20 @@ class SiteParams:
                 found |= zip(_names(part), value if isinstance(value, tuple) else (value,), strict=True)
         return found | {f"buffer.{name}": tensor for name, tensor in self.buffers.items()}
 
+    @staticmethod
+    def shapes(skips: Skips) -> dict[str, Shape]:
+        """The shapes that the tensors of a site may have, by their names in a plan's file, buffers aside."""
+        able = [part for part in _parts() if skips in part.metadata["skips"]]
+        return {name: s for part in able for name, s in zip(_names(part), part.metadata["shapes"], strict=True)}
+
     @classmethod
     def of(cls, rule: Rule, tensors: Mapping[str, Tensor]) -> SiteParams:
-        """The inverse of `tensors`."""
+        """The inverse of `tensors`. ValueError for half of a part."""
         fields: dict[str, Any] = {}
         for part in _parts():
             found = tuple(tensors[name] for name in _names(part) if name in tensors)
+            if found and len(found) < len(_names(part)):
+                raise ValueError(f"of {' and '.join(_names(part))} only one is there")
             if found:
                 fields[part.name] = found if part.metadata["names"] else found[0]
         buffers = {k.removeprefix("buffer."): v for k, v in tensors.items() if k.startswith("buffer.")}

@@ -14,6 +14,7 @@ from moyu.errors import UserError
 from moyu.model.anatomy import Anatomy, Block
 from moyu.model.calls import Adapters, Call, is_linear_call, obstacle
 from moyu.model.experts import find_experts
+from moyu.model.finite import require_finite
 from moyu.model.networks import find_networks
 from moyu.model.queries import find_attentions
 
@@ -187,9 +188,12 @@ def _probe(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[list[C
         registered = [m.register_forward_hook(r, with_kwargs=True) for m, r in handles]
         model.eval()
         with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
+            output = model(input_ids=ids, use_cache=False)
     finally:
         for handle in registered:
             handle.remove()
         model.train(training)
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor) and not bool(torch.isfinite(logits).all()):
+        require_finite(model, type(model).__name__, "nothing can be proved of such layers: mend the weight")
     return calls

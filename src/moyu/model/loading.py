@@ -24,12 +24,22 @@ from transformers.utils import logging
 
 from moyu.errors import UserError
 from moyu.model import zoo
+from moyu.model.finite import require_finite
 from moyu.model.gguf import loading as gguf
 from moyu.model.machine import device_of
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 from moyu.weights import Stored, mapped, named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # what else people write
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The type of this name. Raises UserError that gives the legal ones."""
+    known = SHORT.get(name, name)
+    if known not in DTYPES:
+        raise UserError(f"no dtype is called {name!r}", f"it is one of auto, {', '.join(DTYPES)}")
+    return DTYPES[known]
 
 
 @dataclass(frozen=True)
@@ -43,21 +53,32 @@ class Loaded:
     embedded: bool = False  # from the zoo
 
 
-def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None = None, device: str = "cpu") -> Loaded:
+def load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    device: str = "cpu",
+    finite: bool = True,
+) -> Loaded:
     """Load a causal LM for inference, onto `device`.
 
     name: a zoo name (`moyu zoo`), a local folder, a GGUF file, or a hub id. Raises UserError if there is no such model.
+    finite: refuse weights that are NaN or infinite, by the name of the tensor (UserError).
     dtype: the type to compute in, "float32", "bfloat16", "float16" or "auto", which is float32 for the small embedded models
     and for quantised GGUF files, else the checkpoint's own. Quantised weights of a GGUF file stay as they are.
     """
+    name = str(name)
     embedded = name in zoo.names()
     if isinstance(dtype, str) and dtype != "auto":
-        dtype = DTYPES[dtype]
+        dtype = dtype_of(dtype)
     elif dtype == "auto" and embedded:
         dtype = torch.float32
     logging.disable_progress_bar()
     if (file := gguf_file(name)) is not None:
         model, tokenizer = gguf.load(file, dtype if isinstance(dtype, torch.dtype) else None)
+        if finite:
+            require_finite(model, repr(name))
         return Loaded(name, model.to(device_of(device)), tokenizer)  # pyright: ignore[reportArgumentType]
     source = str(zoo.path(name)) if embedded else name
     if not embedded and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
@@ -75,6 +96,8 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", revision: str | None =
         raise UserError(
             f"cannot load {name!r}: {line}", "check the folder or the hub id, and that this machine reaches the hub"
         ) from error
+    if finite and not embedded:
+        require_finite(model, repr(name))
     return Loaded(name, model.eval().to(device_of(device)), tokenizer, revision, embedded)  # pyright: ignore
 
 

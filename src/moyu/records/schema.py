@@ -39,6 +39,11 @@ class Stamped(Strict):
     seed: int | None = Field(default=None, description="seed of everything random")
     date: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)$", description="ISO 8601, UTC")
     notes: list[str] = Field(default=[], description="caveats for the reader of the numbers")
+    made_from: str | None = Field(
+        default=None,
+        description="of a result that is kept: digest of the weights, the text, the settings and the version of the definition; "
+        "it is found again by this alone",
+    )
 
 
 class ModelRecord(Stamped):

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from moyu.errors import UserError
-from moyu.files import atomic_write_bytes
+from moyu.errors import UserError, place_of
+from moyu.files import atomic_write_bytes, locked
 from moyu.measure.environment import machine
 from moyu.records.schema import KINDS, Record, kind_of
 from moyu.records.stamping import stamped
@@ -44,7 +44,7 @@ def validate(fields: Any) -> Record:
 
 
 def _problem(error: Any) -> str:
-    place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error["loc"]).removeprefix(".")
+    place = place_of(error["loc"])
     value, context, legal = error["input"], error.get("ctx", {}), [kind_of(k) for k in KINDS]
     for bound, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
         if bound in context:
@@ -78,9 +78,12 @@ def write(path: Path, records: Iterable[Record]) -> None:
 
 
 def append(path: Path, record: Record) -> None:
-    """Append one line and sync it to disk. Raises UserError if the last line is truncated; an OSError leaves no partial line."""
+    """Append one line and sync it to disk; processes that write to one file take turns.
+
+    Raises UserError if the last line is truncated; an OSError leaves no partial line.
+    """
     line = _line(record)
-    with open(path, "ab+", buffering=0) as file:
+    with locked(path), open(path, "ab+", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         if before:
             file.seek(-1, os.SEEK_END)

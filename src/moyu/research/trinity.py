@@ -7,16 +7,15 @@ from the dense model in 16 bits, whatever the bits of the weights, with one wind
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from moyu import methods, records
@@ -25,13 +24,16 @@ from moyu.calibration.context import Context
 from moyu.calibration.settings import Settings, Stage, quiet
 from moyu.calibration.speed import bench_shape
 from moyu.errors import OutOfReach, UserError
+from moyu.files import key_of
 from moyu.kernels import BackendName
 from moyu.measure import evaluation, text
+from moyu.measure.environment import device_name
 from moyu.measure.evaluation import Scores
 from moyu.measure.statistics import bootstrap
 from moyu.measure.storage import Storage, stored
 from moyu.measure.windows import Windows
 from moyu.model import machine
+from moyu.model.contents import weights_digest
 from moyu.plan import Plan
 from moyu.records.about import AboutMethod, AboutModel, about_method, about_plan
 
@@ -45,6 +47,7 @@ DOCUMENTS = 24
 SLOW = ("oracle-greedy",)  # a bound that takes minutes a cell: only where it is named
 QUICK_METHODS = ("cats", "griffin", "popularity")
 SHAPE, SHAPE_LAYERS = "llama-3.2-1b", 4
+DEFINITION = 1  # of a cell and of its timing: one more wherever what is measured changes
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ class Board:
             around = stored(self.context.loaded.model, self.context.anatomy, storage)
             with around if bits != 16 else nullcontext():
                 row = self.rounding(storage) if name == QUANTISE else self.measure(name, storage, target)
+            row = row.model_copy(update={"made_from": self.made_from(bits, name, target)})
             records.write(self.file(bits, name, target), [row])
         self.stage(f"scoreboard of {self.model}", len(missing), len(missing))
         return [row for c in cells if (row := self.known(*c)) is not None]
@@ -185,14 +189,29 @@ class Board:
         return folder / f"{name}.{bits}bit.{target}.jsonl"
 
     def known(self, bits: int, name: str, target: Target) -> records.Cell | None:
-        """A cell that was measured before, on as much text and with this seed."""
+        """A cell that was measured before: of these weights and this text, with these settings."""
         file = self.file(bits, name, target)
-        if not file.exists():
-            return None
-        (row,) = records.read(file)
-        assert isinstance(row, records.Cell)
-        same = row.seed == self.asked.seed and row.documents in (None, len(self.windows.tokens))
-        return row if same else None
+        rows = records.read(file) if file.exists() else []
+        key = self.made_from(bits, name, target)
+        return next((row for row in rows if isinstance(row, records.Cell) and row.made_from == key), None)
+
+    def made_from(self, bits: int, name: str, target: Target) -> str:
+        """All that decides what a cell holds."""
+        return key_of(
+            weights=self._weights,
+            text=[w.digest for w in (self.context.split.calibration, self._validation, self.windows)],
+            settings=[name, self._knobs(name), bits, str(target), self.asked.seed, self.asked.quick],
+            definition=DEFINITION,
+        )
+
+    @staticmethod
+    def _knobs(name: str) -> dict[str, Any] | None:
+        return None if name == QUANTISE else methods.method(name).knobs()
+
+    @cached_property
+    def _weights(self) -> str:
+        """Taken before any weight is rounded."""
+        return weights_digest(self.context.loaded.model)
 
     @cached_property
     def context(self) -> Context:
@@ -374,10 +393,12 @@ def timed(asked: Asked, out: Path, rows: Sequence[records.Record], stage: Stage 
         return []
     shape, layers = ("tiny", 2) if asked.quick else (SHAPE, SHAPE_LAYERS)
     fraction = max(asked.bytes)
-    about = [shape, layers, fraction, asked.seed, {n: methods.method(n).knobs() for n in names}]
-    if (asked.device, asked.backend) != ("cpu", "auto"):
-        about += [asked.device, asked.backend]
-    run = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+    run = key_of(
+        weights=[shape, layers, asked.seed],  # random ones, which follow from these
+        settings=[fraction, asked.device, asked.backend, {n: methods.method(n).knobs() for n in names}],
+        machine=[device_name(asked.device), torch.get_num_threads()],
+        definition=DEFINITION,
+    )
     folder = out / ("speed-quick" if asked.quick else "speed")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{run}.jsonl"
@@ -386,7 +407,7 @@ def timed(asked: Asked, out: Path, rows: Sequence[records.Record], stage: Stage 
             shape,
             dict.fromkeys(names, 0.0),
             byte_fraction=fraction,
-            keep=folder / f"plans-{shape}-{layers}-{fraction}-{asked.seed}",
+            keep=folder / "plans",
             layers=layers,
             rounds=3,
             backend=asked.backend,

@@ -81,8 +81,10 @@ def frozen(model: nn.Module, plan: Plan | None, masks: Mapping[str, Tensor] | No
 
     masks: of a sequence-level method, by site (B, f) bool, as `runtime.memory_of(cache).masks` holds them after a prompt; they
     become smaller dense networks. Raises UserError for a method that neither skips columns by magnitude nor decides once for
-    all rows, and for a block that is not made of separate linears.
+    all rows, for a block that is not made of separate linears, and for a plan that was not made for this model.
     """
+    if plan is not None:
+        plan.check(model, dissect.dissect(model))
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for block in dissect.dissect(twin).all_blocks():
         parts = [] if plan is None else plan.parts_of(block.layer, block.expert)

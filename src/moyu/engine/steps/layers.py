@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moyu.engine.sites import SiteState
 from moyu.kernels import cpu
+from moyu.kernels.checks import address, check_stored
 from moyu.methods.magnitude import factors_of, remainder_of
 from moyu.methods.selection import Threshold
 from moyu.methods.values import NOTHING
@@ -111,10 +112,15 @@ class PlainLayer:
             linear.bias = self._bias(name, decides, kept)
             rest = remainder_of(decides.method, decides.site, decides.params)
             if rest is not None and rest.stored is not None:
+                if rest.stored.shape != piece.shape:
+                    raise ValueError(f"the copy of {name} is {rest.stored.shape}, not {piece.shape}")
+                check_stored("decode", f"the copy of {name}", rest.stored)
                 linear.rest = cpu.native_weight(rest.stored)
             linear.threshold = threshold(decides, piece.dtype)
             factors = self.factors(decides, piece.dtype)
-            linear.factor = 0 if factors is None else factors.data_ptr()
+            if factors is not None:
+                units = piece.shape[1] if decides.site.skips == "columns" else self.block.neurons
+                linear.factor = address(f"factors of {decides.site.key}", factors, (units,), torch.float32)
         return linear
 
     def _bias(self, name: str, state: SiteState, kept: list[Tensor]) -> int:
@@ -123,7 +129,8 @@ class PlainLayer:
         if bias is None:
             return 0
         kept.append(bias)
-        return bias.data_ptr()
+        piece = self.block.pieces[name]
+        return address(f"the bias of {name}", bias, (piece.shape[0],), piece.dtype)
 
     def factors(self, state: SiteState, dtype: torch.dtype) -> Tensor | None:
         """c of a score |x| * c, rounded as the score rounds it; kept alive by the site's state."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from moyu.engine.choosers import Known
 from moyu.engine.sites import SiteState
 from moyu.engine.steps.layers import LINEARS, PlainLayer
+from moyu.kernels.checks import address
 from moyu.methods.values import Rows, Site
 
 Level = tuple[int, int, int]
@@ -49,7 +50,7 @@ class StepLevels:
         if given is None:
             return (0, 0), taken.data_ptr()
         self._given.append(given := given.contiguous())
-        return (given.data_ptr(), given.stride(0)), taken.data_ptr()
+        return (address(f"the levels of {site.key}", given, tuple(taken.shape), torch.bool), width), taken.data_ptr()
 
     def tell(self) -> None:
         """Show the chooser what the step took."""

@@ -194,6 +194,13 @@ class DecodeRun:
         assert built is not None
         room = KvRoom(cache, self.layers) if isinstance(cache, KvCache) else _room(cache, self.layers)
         masks = [mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks]
+        rows = (hidden if ids is None else ids).shape[0]  # pyright: ignore[reportOptionalMemberAccess]
+        for layer, mask in zip(self.layers, masks, strict=True):
+            if mask is not None and (mask.shape != (rows, layer.block.neurons) or mask.dtype != torch.bool):
+                raise ValueError(
+                    f"layer {layer.index}: a mask is {mask.dtype} {tuple(mask.shape)}, not one of {rows} rows and "
+                    f"{layer.block.neurons} neurons"
+                )
         memory = array("q")
         for k, (where, mask) in enumerate(zip(room.where, masks, strict=True)):
             given, row, taken = (0, 0, 0) if levels is None else levels.neurons[k]

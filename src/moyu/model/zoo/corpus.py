@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import random
 import re
 import sysconfig
@@ -60,6 +61,11 @@ def packages() -> list[str]:
         seen[name] = None
         waiting += [re.split(r"[\s\[<>=!~;(]", need)[0] for need in needs if "extra ==" not in need]
     return sorted(seen)
+
+
+def versions() -> dict[str, str]:
+    """What the text on this machine follows from: Python and the distributions whose sources are used."""
+    return {name: importlib.metadata.version(name) for name in packages()} | {"python": platform.python_version()}
 
 
 def files() -> Iterator[tuple[str, Path]]:

@@ -17,13 +17,14 @@ from typing import Any
 
 from moyu import records
 from moyu.errors import UserError
-from moyu.files import atomic_write_bytes
+from moyu.files import atomic_write_bytes, key_of, locked
 from moyu.records import Coverage
 from moyu.research.coverage import page as pages
 
 SECONDS = 90  # the most time for one type
 MEMORY = 8 << 30  # the most address space for one type, in bytes; torch alone maps about 4 GB
 JOBS = 2
+DEFINITION = 1  # of the examination: one more wherever what it checks changes
 
 
 def names() -> list[str]:
@@ -43,21 +44,30 @@ def run(
 ) -> list[Coverage]:
     """Examine the types of `only` (empty: all) and store one record of each in `path`. Types with a record are skipped.
 
-    Records of another version of transformers do not count. Returns the records of the types, in alphabetical order.
+    Records of other versions of torch, transformers or the examination do not count. Returns the types' records by name.
     """
-    version = importlib.metadata.version("transformers")
+    key = made_from()
     before = records.read(path) if path.exists() else []
-    kept = {r.architecture: r for r in before if isinstance(r, Coverage) and r.versions.get("transformers") == version}
+    kept = {r.architecture: r for r in before if isinstance(r, Coverage) and r.made_from == key}
     wanted = sorted(only) or names()
     missing = [t for t in wanted if again or t not in kept]
     for done, fields in enumerate(survey(missing, jobs=jobs)):
         stage("coverage", done + 1, len(missing))
-        record = records.stamp(kind="coverage", seed=0, dtype="float32", **fields)
+        record = records.stamp(kind="coverage", seed=0, dtype="float32", made_from=key, **fields)
         assert isinstance(record, Coverage)
         kept[record.architecture] = record
         records.append(path, record)
-    records.write(path, [kept[name] for name in sorted(kept)])
+    with locked(path):  # what another process has examined meanwhile stays
+        rows = records.read(path) if path.exists() else []
+        kept = {r.architecture: r for r in rows if isinstance(r, Coverage) and r.made_from == key} | kept
+        records.write(path, [kept[name] for name in sorted(kept)])
     return [kept[name] for name in wanted]
+
+
+def made_from() -> str:
+    """What a record follows from beside its type: models are built tiny, with random weights of seed 0."""
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
+    return key_of(settings=versions, definition=DEFINITION)
 
 
 def write_page(rows: Sequence[Coverage], path: Path) -> None:

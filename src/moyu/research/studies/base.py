@@ -6,8 +6,6 @@ of the arrays, so that tests can give it data with a known answer.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +16,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moyu.files import atomic_write_bytes
+from moyu.files import atomic_write_bytes, key_of
+from moyu.model.contents import weights_digest
+from moyu.model.zoo import corpus
 from moyu.research.studies.subject import Subject
 from moyu.research.studies.verdicts import Condition, Control, Finding
 
@@ -36,6 +36,7 @@ class Setup:
     cache: Path | None = None  # folder for finished parts; None: nothing is stored
     device: str = "cpu"  # where the model runs
     progress: Progress = field(default=lambda what, done, total: None)
+    definition: int = 1  # version of the study
 
     @cached_property
     def subject(self) -> Subject:
@@ -43,16 +44,27 @@ class Setup:
         assert self.model is not None
         return Subject.open(self.model, self.device)
 
+    @cached_property
+    def made_from(self) -> str:
+        """What observations follow from: the weights, the text that this machine has, the size, the seed, the study's version."""
+        names = [] if self.model is None else self.model.split(", ")
+        subjects = [self.subject] if len(names) == 1 else [Subject.open(name, self.device) for name in names]
+        return key_of(
+            weights=[weights_digest(subject.model) for subject in subjects],
+            text=corpus.versions(),
+            settings=[self.quick, self.seed],
+            definition=self.definition,
+        )
+
     def size(self, full: int, quick: int) -> int:
         """A number of documents, seeds or steps."""
         return quick if self.quick else full
 
     def part(self, key: str, make: Callable[[], Observed]) -> Observed:
-        """Arrays that are made once for this model, size and seed, so that a stopped study continues after its last part."""
+        """Arrays that are made once for these weights, size and seed, so that a stopped study continues after its last part."""
         if self.cache is None:
             return make()
-        name = json.dumps([key, self.model, self.quick, self.seed])
-        file = self.cache / f"{key.replace('/', '-')}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.npz"
+        file = self.cache / f"{key.replace('/', '-')}-{self.made_from}.npz"
         if file.exists():
             with np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
@@ -83,6 +95,7 @@ class Study(ABC):
     refutation: ClassVar[str]
     needs: ClassVar[Literal["nothing", "model", "matched models"]] = "model"
     trains: ClassVar[bool] = False
+    definition: ClassVar[int] = 1  # one more wherever what is observed or how it is judged changes
     conditions: ClassVar[tuple[Condition, ...]]  # the first is the main one
     controls: ClassVar[tuple[Control, ...]] = ()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moyu import records
+from moyu.files import locked
 from moyu.measure.environment import device_name
 from moyu.research import studies
 from moyu.research.studies.base import Progress, Setup, Study
@@ -52,29 +53,36 @@ def run(
     announce: Announce = lambda study, model: None,
     progress: Progress = lambda what, done, total: None,
 ) -> list[records.Study]:
-    """Run studies and append their records to `out`/studies.jsonl. Studies with a record are not run again.
+    """Run studies and keep their records in `out`/studies.jsonl. Studies with a record of the same weights are not run again.
 
     again: repeat the analysis, from stored observations.
     """
     file = out / "studies.jsonl"
     wanted = plan(names, models, quick)
     out.mkdir(parents=True, exist_ok=True)
-    there = [r for r in records.read(file) if isinstance(r, records.Study)] if file.exists() else []
-    done = {(r.name, r.model): r for r in there if r.quick == quick and r.seed == seed}
     rows = []
     for study, model in wanted:
-        row = done.get((study.name, model))
+        setup = Setup(
+            model, quick, seed, out / "parts", device, _prefixed(progress, study, model), definition=study.definition
+        )
+        row = next(
+            (r for r in _there(file) if (r.name, r.model, r.made_from) == (study.name, model, setup.made_from)), None
+        )
         if row is None or again:
             announce(study, model)
-            setup = Setup(model, quick, seed, out / "parts", device, _prefixed(progress, study, model))
             started = time.monotonic()
             row = record(study, setup, study.analyse(study.observe(setup)), time.monotonic() - started)
-            done[study.name, model] = row
-            others = [r for r in there if (r.name, r.model, r.quick, r.seed) != (row.name, row.model, quick, seed)]
-            there = [*others, row]
-            records.write(file, there)
+            with locked(file):  # what another process has written meanwhile stays
+                others = [
+                    r for r in _there(file) if (r.name, r.model, r.quick, r.seed) != (row.name, model, quick, seed)
+                ]
+                records.write(file, [*others, row])
         rows.append(row)
     return rows
+
+
+def _there(file: Path) -> list[records.Study]:
+    return [r for r in records.read(file) if isinstance(r, records.Study)] if file.exists() else []
 
 
 def _prefixed(progress: Progress, study: Study, model: str | None) -> Progress:
@@ -115,6 +123,7 @@ def record(study: Study, setup: Setup, finding: Finding, seconds: float) -> reco
         name=study.name,
         model=setup.model,
         seed=setup.seed,
+        made_from=setup.made_from,
         device=device_name(setup.device),
         quick=setup.quick,
         verdict=judge(study.conditions, study.controls, finding),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import math
-import os
 import platform
-import tempfile
 import time
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from moyu.files import atomic_write_text
+from moyu.errors import UserError
+from moyu.files import atomic_write_bytes, atomic_write_text, key_of
 from moyu.measure.evaluation import bits_per_byte
 from moyu.measure.text import scored_bytes
 from moyu.model import loading, zoo
@@ -39,6 +40,7 @@ from moyu.model.zoo import corpus
 from moyu.research.studies import root_cause
 from moyu.research.studies.subject import Subject
 
+DEFINITION = 1  # of a training: one more wherever a resumed one would go on differently
 VOCABULARY = 4096
 LENGTH = 512
 WARM_UP, DECAY = 200, 0.1
@@ -115,9 +117,25 @@ def prepare(folder: Path, size: str = SHIPPED) -> dict[str, Any]:
     np.asarray(mixed, dtype=np.uint16).tofile(folder / "shuffled.bin")
     counts["shuffled"] = {"bytes": len(test.encode())}
     digest = hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest()[:16]
-    (folder / "listing.json").write_text(json.dumps(corpus.listing(splits), indent=0))
-    (folder / "meta.json").write_text(json.dumps({"splits": counts, "train_sha256": digest}, indent=1))
+    atomic_write_text(folder / "listing.json", json.dumps(corpus.listing(splits), indent=0))
+    facts = {"splits": counts, "train_sha256": digest, "most": most}
+    atomic_write_text(folder / "meta.json", json.dumps(facts, indent=1))  # last: where it is, all is there
     return counts
+
+
+def prepared(folder: Path, size: str = SHIPPED) -> bool:
+    """Whether `prepare` has made the token files of this size there. Raises UserError for those of another size."""
+    try:
+        most = json.loads((folder / "meta.json").read_text()).get("most", SIZES[SHIPPED].file_tokens)
+    except OSError:
+        return False
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{str(folder / 'meta.json')!r} is damaged", "choose another --data, or delete that file"
+        ) from error
+    if most != SIZES[size].file_tokens:
+        raise UserError(f"the token files in {str(folder)!r} are of another size than {size}", "choose another --data")
+    return True
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -173,6 +191,8 @@ def train(
 ) -> bool:
     """Train a zoo model on prepared token files. Returns True when finished, False when `minutes` ran out (call again).
 
+    Raises UserError where `out` holds the checkpoint of another training.
+
     The data order is deterministic: (seed, i) draws the windows of step i, so that a resumed run sees the same text.
     watched: store the results of `watch` before training, after the steps of LOOKS and at the end in training.json.
     """
@@ -195,14 +215,17 @@ def train(
     data_ids = torch.from_numpy(np.fromfile(data / "train.bin", dtype=np.uint16).astype(np.int32)).to(device)
     steps = max(1, tokens // (batch * LENGTH))
     state_file = out / "checkpoint.pt"
+    text = hashlib.sha256((data / "train.bin").read_bytes()).hexdigest()
+    key = key_of(
+        weights=config_of(name, size).to_dict(), text=text, settings=[steps, batch, seed], definition=DEFINITION
+    )
     first, curve, seen = 0, [], []
     out.mkdir(parents=True, exist_ok=True)
     if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        if state["steps"] == steps:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            first, curve, seen = state["step"], state["curve"], state["seen"]
+        state = _checkpoint(state_file, key, device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, curve, seen = state["step"], state["curve"], state["seen"]
     offsets = torch.arange(LENGTH, device=device)
     if watched and not seen:
         seen.append([0, watch(model, data)])
@@ -228,7 +251,7 @@ def train(
         over = minutes is not None and time.monotonic() - started > minutes * 60
         if over or (step + 1) % checkpoint_every == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            _save(state_file, state | {"step": step + 1, "steps": steps, "curve": curve, "seen": seen})
+            _save(state_file, state | {"step": step + 1, "made_from": key, "curve": curve, "seen": seen})
         if over and step + 1 < steps:
             return False
     facts = {"tokens": steps * batch * LENGTH, "batch": batch, "seed": seed, "loss": curve}
@@ -239,10 +262,26 @@ def train(
     return True
 
 
+def _checkpoint(path: Path, key: str, device: str) -> dict[str, Any]:
+    """Where a training stopped. Raises UserError for one of another network, text, length or seed, and for a damaged file."""
+    remedy = "choose another --out, or delete that file"
+    try:
+        if not zipfile.is_zipfile(path):  # what torch writes is one; it reads older forms too, and warns
+            raise ValueError("not what torch writes")
+        state = torch.load(path, map_location=device, weights_only=True)
+        found = state.get("made_from")
+    except Exception as error:  # the reader of a damaged file raises many classes
+        raise UserError(f"{str(path)!r} is no checkpoint of a training", remedy) from error
+    if found != key:
+        raise UserError(f"{str(path)!r} is of a training with another network, text, length, batch or seed", remedy)
+    return state
+
+
 def _save(path: Path, state: dict[str, Any]) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        torch.save(state, file)
-    os.replace(file.name, path)
+    """A checkpoint, whole or not there."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    atomic_write_bytes(path, buffer.getvalue())
 
 
 def export(
