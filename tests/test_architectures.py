@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gguf_files as parts
-from moyu import UserError
+from moyu import Applied, UserError
 from moyu.commands.info import describe
+from moyu.engine.cache import KvCache
+from moyu.engine.generate import step
 from moyu.model.architectures import ARCHITECTURES
 from moyu.model.gguf.loading import load_model
 from moyu.model.gguf.reader import read
@@ -99,6 +101,18 @@ class Case:
 
 
 CASES = {
+    "gemma": Case("gemma", "gemma", {"tie_word_embeddings": True}, {"attention.value_length": 16}, add=1.0),
+    "mistral3": Case(
+        "mistral3", "ministral3",
+        {"rope_parameters": YARN | {"truncate": True, "original_max_position_embeddings": 16, "mscale": 1.0,
+                                    "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}},
+        SAYS_YARN | {"rope.scaling.original_context_length": 16, "rope.scaling.yarn_log_multiplier": 1.0,
+                     "attention.temperature_scale": 0.3, "rope.dimension_count": 16}, paired=True,
+    ),
+    "mistral small": Case(
+        "mistral3", "mistral", {"sliding_window": None, "rope_parameters": PLAIN | {"rope_theta": 1e9}},
+        {"rope.freq_base": 1e9, "rope.dimension_count": 16}, paired=True,
+    ),
     "gemma3": Case(
         "gemma3", "gemma3_text",
         {"num_hidden_layers": 6, "sliding_window": 8, "query_pre_attn_scalar": 16, "rope_parameters": {
@@ -251,6 +265,18 @@ def test_the_model_is_the_file_s(tmp_path, name, kind):
 def test_there_is_a_case_for_each_architecture():
     tested_elsewhere = {"qwen2", "qwen3", "gemma2"}
     assert {case.name for case in CASES.values()} | tested_elsewhere == set(ARCHITECTURES)
+
+
+@torch.no_grad()
+def test_steps_scale_queries_where_the_model_does(tmp_path):
+    """Beyond 16 positions, the context of this model's first training; a probe of the layers sees fewer."""
+    model, file = written(tmp_path / "model.gguf", CASES["mistral3"], "F32")
+    ids = tokens(1, 40)
+    with Applied(load_model(file), None) as session:
+        cache = KvCache(model.config)
+        session.model(ids[:, :30], past_key_values=cache)
+        steps = [step(session, cache, ids[:, t]) for t in range(30, 40)]
+    torch.testing.assert_close(torch.stack(steps, 1).float(), model(ids).logits[:, 30:], rtol=1e-4, atol=1e-4)
 
 
 def test_a_longer_text_takes_the_long_factors(tmp_path):

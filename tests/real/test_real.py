@@ -85,7 +85,9 @@ def test_steps_lose_little(real):
     expected = real.reference(ids).logits[0, 32:-1].log_softmax(-1)
     lost = functional.kl_div(got, expected, log_target=True, reduction="none").sum(-1)  # (127,) nats
     ours, theirs = (math.exp(functional.nll_loss(scores, ids[0, 33:])) for scores in (got, expected))
-    print(f"\n{real.name}: perplexity {ours:.4f} in steps, {theirs:.4f} in one pass; KL {lost.mean():.4f}, at most {lost.max():.3f}")
+    print(
+        f"\n{real.name}: perplexity {ours:.4f} in steps, {theirs:.4f} in one pass; KL {lost.mean():.4f}, at most {lost.max():.3f}"
+    )
     assert lost.mean() < 0.02 and lost.max() < 1
 
 

@@ -131,6 +131,8 @@ def _plain(model: nn.Module, module: nn.Module, block: Block, calls: dict[nn.Mod
         raise _NotPlain(f"{where} has a network whose weights are quantised in part")
     if any(getattr(config, name, None) for name in _UNSEEN):
         raise _NotPlain(f"{where} may clip or cap what its attention computes")
+    if (getattr(config, "rope_parameters", None) or {}).get("llama_4_scaling_beta"):
+        raise _NotPlain(f"{where} scales its queries by their position, far behind the probe")
     call = calls[module]
     if not isinstance(call.output, Tensor) or call.args[1:]:
         raise _NotPlain(f"{where} returns more than its hidden states")
