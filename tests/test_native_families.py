@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import GATED, WIDE
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -18,6 +17,7 @@ import moyu
 from moyu.engine.applied import Applied
 from moyu.engine.cache import KvCache
 from moyu.kernels import cpu
+from tiny import GATED, WIDE
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
 WINDOW = 6
