@@ -27,6 +27,12 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 
+# llama.cpp's numbers of files (enum llama_ftype).
+FILE_TYPES = {
+    "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_m": 12, "q4_k_s": 14, "q4_k_m": 15, "q5_k_m": 17,
+    "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30,
+}  # fmt: skip
+
 
 def write(model: nn.Module, path: Path, kind: str = "BF16") -> Path:
     """Write the model's weights, and no tokenizer: token ids go in and logits come out.
@@ -68,6 +74,20 @@ def write(model: nn.Module, path: Path, kind: str = "BF16") -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def quantised(source: Path, path: Path, kind: str) -> Path:
+    """The file `source` as llama.cpp's own quantiser makes it: a type (`q6_k`: every matrix) or a mixture (`q4_k_m`)."""
+    import ctypes
+
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = FILE_TYPES[kind]
+    settings.pure = not kind.endswith("_m")
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(settings)):
+        raise RuntimeError(f"llama.cpp does not make {kind} of {source}")
     return path
 
 

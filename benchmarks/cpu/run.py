@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf_file import write
+from gguf_file import FILE_TYPES, quantised, write
 from llama_cpp_loop import LlamaCpp
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -39,7 +39,7 @@ from moyu.model.gguf.reader import read
 from moyu.plan import Plan
 
 PROMPT, TURNS = 32, 24
-DTYPES = {"bf16": "bfloat16", "q8_0": "q8_0", "q4_0": "q4_0"}  # what records call them
+DTYPES = {"bf16": "bfloat16"} | {kind: kind for kind in FILE_TYPES}  # what records call them
 Step = Callable[[int], object]  # from a token to its logits: all get the same tokens, and none has to choose one
 
 
@@ -162,7 +162,9 @@ def prepare(shape: str, layers: int | None, weights: str, path: Path) -> Bench:
         write(model, path, "BF16")
         return Bench(shape, weights, model, path)
     if not path.exists():
-        write(model, path, weights.upper())
+        whole = write(model, path.with_suffix(".f16.gguf"), "F16")
+        quantised(whole, path, weights)
+        whole.unlink()
     del model
     return Bench(shape, weights, load_model(read(path)), path)
 
@@ -267,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.2-1b", choices=list(loading.SHAPES))
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--weights", default="bf16", help="comma-separated: bf16, q8_0, q4_0")
+    parser.add_argument("--weights", default="bf16", help=f"comma-separated: {', '.join(DTYPES)}")
     parser.add_argument(
         "--files", type=Path, help="folder that keeps the GGUF files of blocks; writing them takes a minute each"
     )

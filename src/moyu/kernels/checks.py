@@ -80,13 +80,7 @@ def check_stored(op: str, name: str, weight: Stored) -> None:
     kind = weight.format
     if not isinstance(kind, Grouped):
         return
-    q, n = weight.shape
-    groups = -(-n // kind.group)
-    if weight.order == "rows":
-        wanted = (q, kind.column_bytes(groups * kind.group)), (q, groups)
-    else:
-        wanted = (n, kind.column_bytes(q)), (groups, q)
-    for tensor, shape, dtype in zip(weight.tensors, wanted, (kind.code, torch.float16), strict=True):
+    for tensor, (shape, dtype) in zip(weight.tensors, kind.tensors_of(weight.shape, weight.order), strict=True):
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(
                 f"{op}: a tensor of {name} is {tensor.dtype} {tuple(tensor.shape)}, but {kind} of {weight.shape} by "

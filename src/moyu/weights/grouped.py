@@ -203,6 +203,15 @@ class Grouped(Format):
             turned = _joined([field.flatten(1) for field in fields])
         return Stored(self, order, (code, self._typed(turned)), stored.shape)
 
+    def tensors_of(self, shape: tuple[int, int], order: Order) -> tuple[tuple[tuple[int, int], torch.dtype], ...]:
+        """Shape and type of the tensors of a weight (q, n): codes, and scales."""
+        (q, n), halves = shape, len(self.fields) == 1 and self.fields[0][0] == HALF
+        lines = (q, self._line_bytes(whole(n))) if order == "rows" else (n, self.column_bytes(q))
+        blocks = -(-n // self.block)
+        scales = (q, blocks * self._field_bytes) if order == "rows" else (blocks, q * self._field_bytes)
+        dtype = HALF if halves else BYTE
+        return (lines, self.code), ((scales[0], scales[1] // dtype.itemsize), dtype)
+
     def row_bytes(self, inputs: int) -> int:
         return self._line_bytes(whole(inputs)) + -(-inputs // self.block) * self._field_bytes
 
