@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -89,13 +88,22 @@ def load(
             f"{hint}give a zoo name ({', '.join(zoo.names())}), a local folder, a GGUF file or a hub id",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        asked: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(source, **asked)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **asked)
+    except MemoryError:
+        raise
+    except Exception as error:  # readers of damaged files raise many classes, tokenizers the bare one
+        line = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"cannot load {name!r}: {line}", "check the folder or the hub id, and that this machine reaches the hub"
+            f"cannot load {name!r}: {line:.300}",
+            "check the folder or the hub id, and that this machine reaches the hub",
         ) from error
+    if missing := info["missing_keys"]:
+        raise UserError(
+            f"{name!r} has no weights for {min(missing)!r} ({len(missing)} tensors are missing)",
+            "they would be random numbers: download or save the model again",
+        )
     if finite and not embedded:
         require_finite(model, repr(name))
     return Loaded(name, model.eval().to(device_of(device)), tokenizer, revision, embedded)  # pyright: ignore
