@@ -66,6 +66,8 @@ def generate(
     prompt = PROMPT if prompt is None else prompt
     asked = None if plan is None else Plan.load(plan)
     loaded = open_model(model, weights, device)
+    if asked is None and loaded.plan is not None:
+        asked = Plan.load(loaded.plan)
     ids = prompt_ids(loaded, prompt)
     check_length(loaded, ids, new_tokens)
     if weights in QUANTISED:

@@ -29,6 +29,7 @@ def describe(name: str) -> dict[str, Any]:
     from moyu.calibration.speed import what_runs
     from moyu.measure import accounting
     from moyu.model import dissect, loading
+    from moyu.plan import Plan
 
     loaded = loading.load(name)
     anatomy = dissect.dissect(loaded.model)
@@ -49,7 +50,13 @@ def describe(name: str) -> dict[str, Any]:
         f"proved in {len(networks)} blocks",
         "attention": anatomy.attention(),
         "left dense": anatomy.gaps or "nothing",
+        "plan": "none of its own" if loaded.plan is None else _plan(Plan.load(loaded.plan)),
         "kernels": f"none for {kinds}: units are masked" if (kinds := anatomy.foreign) else what_runs("auto"),
         "bytes a token": round(accounting.dense_step_bytes(loaded.model, anatomy)),
         "floors": floors,
     }
+
+
+def _plan(plan: Any) -> str:
+    """A checkpoint's own plan in a few words."""
+    return f"{plan.method.name} ({plan.hash}), which `generate`, `eval` and `bench` take where they are given no other"

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -29,6 +31,7 @@ from moyu.model.machine import device_of
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 from moyu.weights import Stored, mapped, named
 
+PLAN_FOLDER = "moyu-plan"  # of a saved checkpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # what else people write
 
@@ -50,6 +53,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     revision: str | None = None
     embedded: bool = False  # from the zoo
+    plan: Path | None = None  # the folder of the plan that a saved checkpoint carries; it is not applied
 
 
 def load(
@@ -90,7 +94,15 @@ def load(
     try:
         asked: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(source, **asked)
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **asked)
+        config = AutoConfig.from_pretrained(source, **asked)
+        plan = None
+        if carries_plan(config):  # its weights are plain ones: commands apply the plan where they need it
+            plan = plan_folder(source, revision)
+            del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, **asked
+        )
+        model, info = made
     except MemoryError:
         raise
     except Exception as error:  # readers of damaged files raise many classes, tokenizers the bare one
@@ -106,7 +118,20 @@ def load(
         )
     if finite and not embedded:
         require_finite(model, repr(name))
-    return Loaded(name, model.eval().to(device_of(device)), tokenizer, revision, embedded)  # pyright: ignore
+    return Loaded(name, model.eval().to(device_of(device)), tokenizer, revision, embedded, plan)  # pyright: ignore
+
+
+def carries_plan(config: Any) -> bool:
+    """Whether a configuration is of a checkpoint that was saved with its plan (`MoyuConfig`)."""
+    found = getattr(config, "quantization_config", None)
+    return isinstance(found, dict) and found.get("quant_method") == "moyu"
+
+
+def plan_folder(source: str, revision: str | None = None) -> Path:
+    """The folder of the plan inside a saved checkpoint; from the hub it is downloaded."""
+    if Path(source).is_dir():
+        return Path(source) / PLAN_FOLDER
+    return Path(snapshot_download(source, revision=revision, allow_patterns=[f"{PLAN_FOLDER}/*"])) / PLAN_FOLDER
 
 
 @torch.no_grad()
