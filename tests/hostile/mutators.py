@@ -51,7 +51,7 @@ def json_changed(value: Any, rng: random.Random) -> Any:
                 break
             inner = inner[key]
         if not isinstance(inner, dict | list) or not inner:
-            return rng.choice(ODD)
+            return copy.deepcopy(rng.choice(ODD))
         match rng.randrange(4):
             case 0:
                 del inner[key]
@@ -60,7 +60,7 @@ def json_changed(value: Any, rng: random.Random) -> Any:
             case 2 if isinstance(inner, list):
                 inner.append(copy.deepcopy(inner[key]))
             case _:
-                inner[key] = rng.choice(ODD)
+                inner[key] = copy.deepcopy(rng.choice(ODD))
     return made
 
 
