@@ -6,12 +6,15 @@
 #   ARGS       more arguments for `moyu run`
 #   TESTS      what pytest runs, and its options: make unit TESTS="tests/kernels -x"
 #   REAL       all: `make real` fetches Qwen2.5-Coder-1.5B too (1.1 GB)
+#   N, SEED    of make hostile and make kill: how many inputs or kills, and which
 #   KERNELS    optional: go on where the C++ kernels do not compile, which only test and unit refuse otherwise
 
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 TESTS ?= -n 2 -m 'not slow and not real'
+N ?= 10000
+SEED ?= 1
 KERNELS ?= $(if $(filter test unit,$(MAKECMDGOALS)),required,optional)
 
 VENV := .venv
@@ -36,7 +39,7 @@ say = echo "==>"
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo setup dev test lint types unit slow coverage oldest newest quantised sanitize real format browser clean distclean
+.PHONY: help demo setup dev test lint types unit slow coverage oldest newest quantised hostile kill sanitize real format browser clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -92,6 +95,9 @@ quantised: dev  ## quantised weights of torchao under a plan (not in CI, which h
 	@test -d build/torchao/$(TORCHAO) || PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input --no-deps $(PIP_ARGS) \
 	  --target build/torchao/$(TORCHAO) torchao==$(TORCHAO)
 	@PYTHONPATH=build/torchao/$(TORCHAO) $(BIN)/python -m pytest tests/integrations/test_quantised.py
+
+hostile: dev  ## plans, GGUF files, checkpoints, records and task files that are damaged: N=10000 of them, SEED=1
+	@HOSTILE_N=$(N) HOSTILE_SEED=$(SEED) $(BIN)/python -m pytest -rP --timeout 3600 tests/hostile
 
 sanitize: dev  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (some 15 minutes, not in CI)
 	@$(BIN)/python scripts/sanitize.py address

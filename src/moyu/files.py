@@ -37,6 +37,14 @@ def atomic_write_text(path: Path, text: str) -> None:
     atomic_write_bytes(path, text.encode())
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. ValueError for what is none, for bytes that are not UTF-8, and for a text that is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Inside, no other process that asks for `path` here is inside: read, change and write it. The lock is a file beside it."""

@@ -187,7 +187,7 @@ def test_data_that_cannot_be_read_is_said(own_tasks, tmp_path):
         "task: own\ndataset_path: json\ndataset_kwargs: {data_files: /nowhere.json}\noutput_type: multiple_choice\n"
         "test_split: train\ndoc_to_text: a\ndoc_to_target: b\ndoc_to_choice: c\n"
     )
-    with pytest.raises(UserError, match="the data of task 'own' cannot be read"):
+    with pytest.raises(UserError, match="task 'own' or its data cannot be read"):
         find_tasks(["own"], tmp_path)
 
 

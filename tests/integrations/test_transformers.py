@@ -1,5 +1,9 @@
 """A plan through from_pretrained: the same tokens and bytes as `moyu.apply`, saved and loaded again."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 
 import moyu
 from moyu import MoyuConfig, kernels, records
+from moyu.commands import cli
 from moyu.integrations import transformers as integration
-from moyu.model import zoo
+from moyu.model import loading, zoo
 
 PROMPT = "def read_config(path):\n"
 
@@ -128,3 +133,78 @@ def test_a_missing_plan_and_a_plan_of_another_model_are_refused(made, tmp_path):
 def test_the_card_names_what_is_skipped(made):
     card = integration.card(moyu.Plan.load(made[0]))
     assert "columns of q" in card and "target sparsity | 0.5" in card
+
+
+@pytest.fixture(scope="module")
+def checkpoint(made, tokenizer, tmp_path_factory):
+    """A saved checkpoint with its plan."""
+    folder = tmp_path_factory.mktemp("saved")
+    load(zoo.path("swiglu"), quantization_config=MoyuConfig(plan=made[0])).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(capsys, monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["moyu", *map(str, words)])
+    capsys.readouterr()
+    cli.main()
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_saved_checkpoint_is_sparse_in_moyu_s_own_commands(made, checkpoint, capsys, monkeypatch):
+    plan = moyu.Plan.load(made[0])
+    loaded = moyu.load(checkpoint)
+    assert loaded.plan == checkpoint / "moyu-plan" and "moyu_applied" not in vars(loaded.model)
+    (row,) = run(capsys, monkeypatch, "generate", checkpoint, "--prompt", PROMPT, "--new-tokens", 12, "--json")
+    assert row["plan"] == plan.hash and row["sparse_tokens"] == [loaded.tokenizer.decode([t]) for t in made[1][-12:]]
+    (facts,) = run(capsys, monkeypatch, "info", checkpoint, "--json")
+    assert facts["plan"].startswith(f"teal ({plan.hash})")
+    rows = run(capsys, monkeypatch, "bench", checkpoint, "--tokens", 2, "--rounds", 1, "--json")
+    assert [r["plan"] for r in rows] == [None, plan.hash]
+    few = ("--window", 32, "--prompt-tokens", 16)
+    assert [r["plan"] for r in run(capsys, monkeypatch, "eval", checkpoint, *few, "--json")] == [plan.hash]
+
+
+def test_a_checkpoint_of_the_hub_brings_its_plan(made, checkpoint, tokenizer, monkeypatch):
+    """The hub is a folder here: what is asked of it is the plan alone, at the commit of the weights."""
+    asked = []
+    monkeypatch.setattr(
+        loading, "snapshot_download", lambda *a, **k: (asked.append((a, k["allow_patterns"])), checkpoint)[1]
+    )
+    model = load(checkpoint)
+    config = model.config.quantization_config
+    model.moyu_applied.restore()
+    object.__setattr__(model, "name_or_path", "somebody/model")
+    model.config._name_or_path = "somebody/model"
+    folder = integration.MoyuQuantizer(config, pre_quantized=True)._folder(model)
+    assert folder == checkpoint / "moyu-plan" and asked == [(("somebody/model",), ["moyu-plan/*"])]
+
+
+def test_a_checkpoint_is_whole_before_it_is_uploaded(made, tmp_path, monkeypatch):
+    model, seen = load(zoo.path("swiglu"), quantization_config=MoyuConfig(plan=made[0])), []
+
+    class Hub:
+        def create_repo(self, repo_id, **more):
+            return type("Repo", (), {"repo_id": repo_id})
+
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", Hub)
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *a, **k: Card())
+
+    class Card:
+        def save(self, path):
+            pass
+
+    monkeypatch.setattr(
+        type(model),
+        "_upload_modified_files",
+        lambda self, folder, *a, **k: seen.extend(str(p.relative_to(folder)) for p in Path(folder).rglob("*")),
+    )
+    model.save_pretrained(tmp_path / "out", push_to_hub=True)
+    assert {"moyu-plan/plan.json", "moyu-plan/plan.safetensors", "README.md", "config.json"} <= set(seen)
+
+
+def test_a_card_names_no_path_of_this_machine(made, tmp_path):
+    plan = moyu.Plan.load(made[0])
+    for name, base in (("org/model", True), (str(tmp_path), False), ("./here", False), ("swiglu", False)):
+        text = integration.card(dataclasses.replace(plan, model={**plan.model, "name": name}))
+        assert (f"base_model: {name}" in text) is base and str(tmp_path.parent) not in text

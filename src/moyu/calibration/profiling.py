@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moyu.engine.applied import Applied
 from moyu.errors import UserError
-from moyu.files import atomic_write_bytes
+from moyu.files import atomic_write_bytes, parse_json
 from moyu.measure.windows import Windows
 from moyu.methods import cett
 from moyu.methods.values import Rows, Site, Tap
@@ -88,7 +88,7 @@ class Profile:
         """Read a profile. Raises UserError if it is missing or truncated."""
         again = "make it again with `moyu profile`"
         try:
-            header = json.loads((folder / "profile.json").read_text())
+            header = parse_json((folder / "profile.json").read_bytes())
             payload = (folder / "profile.safetensors").read_bytes()
             if hashlib.sha256(payload).hexdigest() != header["tensors_sha256"]:
                 raise UserError(f"{folder / 'profile.safetensors'} is truncated or not this profile's", again)

@@ -52,6 +52,7 @@ def bench(
     from moyu.calibration.context import Context
     from moyu.calibration.speed import bench_model, bench_shape
     from moyu.model import loading
+    from moyu.plan import Plan
 
     with progress() as stage:
         if model is None:
@@ -72,7 +73,12 @@ def bench(
             )
         else:
             context = Context.open(model, settings, stage)
-            names = method or context.applicable(settings.methods)[0]
-            plans = {name: context.plan(name) for name in names}
+            own = context.loaded.plan
+            if own is not None and not method:
+                plan = Plan.load(own)
+                plan.check(context.loaded.model, context.anatomy)
+                plans = {plan.method.name: plan}
+            else:
+                plans = {name: context.plan(name) for name in method or context.applicable(settings.methods)[0]}
             rows = bench_model(context, plans, tokens=tokens, rounds=rounds, strict=strict, stage=stage)
     show(rows, as_json)

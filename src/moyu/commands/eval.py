@@ -97,6 +97,8 @@ def evaluate(
     loaded = [Plan.load(folder) for folder in plan or []]
     with progress() as stage:
         context = Context.open(model, settings, stage)
+        if not loaded and not method and context.loaded.plan is not None:
+            loaded = [Plan.load(context.loaded.plan)]
         names = [] if loaded else (method or context.applicable(settings.methods)[0])
         if tasks is not None:
             from moyu.integrations import lm_eval

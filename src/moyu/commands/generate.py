@@ -72,6 +72,8 @@ def generate(
         correction = Correction("lossless" if lossless else "sirius", draft_length, temperature, sirius or 0.0)
     asked = None if plan is None else Plan.load(plan)
     loaded = open_model(model, weights, device)
+    if asked is None and loaded.plan is not None:
+        asked = Plan.load(loaded.plan)
     templated = bool(prompt is not None and loaded.tokenizer.chat_template) if chat is None else chat
     prompt = PROMPT if prompt is None else prompt
     prompt = as_chat(loaded, prompt) if templated else prompt

@@ -33,10 +33,13 @@ def describe(name: str) -> dict[str, Any]:
     from moyu.model.gguf import loading as gguf
     from moyu.model.gguf.reader import DTYPES, read
     from moyu.model.quantised import weight_format
+    from moyu.plan import Plan
 
     path = loading.gguf_file(name)
     file = None if path is None else read(path)
-    model = loading.load(name).model if file is None else gguf.load_model(file)  # which takes no tokenizer
+    loaded = loading.load(name) if file is None else None
+    model = gguf.load_model(file) if loaded is None else loaded.model  # pyright: ignore[reportArgumentType]; takes no tokenizer
+    own = None if loaded is None else loaded.plan
     anatomy = dissect.dissect(model)
     blocks = list(anatomy.all_blocks())
     networks = [b for b in blocks if b.has_ffn]
@@ -66,8 +69,14 @@ def describe(name: str) -> dict[str, Any]:
         f"proved in {len(networks)} blocks",
         "attention": anatomy.attention(),
         "left dense": anatomy.gaps or "nothing",
+        "plan": "none of its own" if own is None else _plan(Plan.load(own)),
         "kernels": f"none for {kinds}: units are masked" if (kinds := anatomy.foreign) else what_runs("auto"),
         "decode step": "native" if general is None else f"general: {general}",
         "bytes a token": round(accounting.dense_step_bytes(model, anatomy)),
         "floors": floors,
     }
+
+
+def _plan(plan: Any) -> str:
+    """A checkpoint's own plan in a few words."""
+    return f"{plan.method.name} ({plan.hash}), which `generate`, `eval` and `bench` take where they are given no other"

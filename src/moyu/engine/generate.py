@@ -154,8 +154,17 @@ class Draw:
         return self.take(self.pick(self.distribution(scores)) if self.sample else scores.argmax(-1), scores)
 
     def scores(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """What the processors make of logits (B, V) that follow ids (B, T); float32, on the CPU."""
-        return self.processors(ids, logits.to("cpu", torch.float32, copy=True))
+        """What the processors make of logits (B, V) that follow ids (B, T); float32, on the CPU.
+
+        Raises UserError for logits that are NaN or +infinity, of which no token can be drawn.
+        """
+        given = logits.to("cpu", torch.float32, copy=True)
+        if not bool((given.amax(-1) < torch.inf).all()):  # NaN is the largest of its row, and below nothing
+            raise UserError(
+                "the model's logits are not finite",
+                "load it in another type (dtype='float32'), or make its plan again with `moyu calibrate`",
+            )
+        return self.processors(ids, given)
 
     def distribution(self, scores: Tensor) -> Tensor:
         """How likely each token is to be drawn, (B, V); all on the largest score where nothing is sampled."""

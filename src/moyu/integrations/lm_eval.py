@@ -160,11 +160,11 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, An
                 raise UserError(f"no task {name!r}", f"did you mean {' or '.join(near)}?")
             try:
                 found[name] = manager.load([name])
-            except (OSError, ValueError, ImportError) as error:  # of datasets, of its network, of what a task imports
-                line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            except Exception as error:  # of datasets, of its network, of what a task imports, of what its file says
+                line = " ".join(str(error).split()) or type(error).__name__
                 raise UserError(
-                    f"the data of task {name!r} cannot be read ({line})",
-                    f"does this machine reach the hub? {' and '.join(TASKS)} need none",
+                    f"task {name!r} or its data cannot be read ({line:.300})",
+                    f"is its file right, and does this machine reach the hub? {' and '.join(TASKS)} need none",
                 ) from error
     return found
 

@@ -26,10 +26,10 @@ from moyu.errors import UserError
 from moyu.files import atomic_write_text
 from moyu.kernels import BackendName
 from moyu.model import dissect
+from moyu.model.loading import PLAN_FOLDER as FOLDER
+from moyu.model.loading import plan_folder
 from moyu.plan import Plan
 from moyu.records import Quality
-
-FOLDER = "moyu-plan"  # of a saved checkpoint
 
 
 class MoyuConfig(QuantizationConfigMixin):
@@ -97,9 +97,13 @@ class MoyuQuantizer(HfQuantizer):
 
     def _folder(self, model: Any) -> Path:
         """Where the plan is: as given, or inside the checkpoint."""
-        given = Path(self.asked.plan)
-        inside = Path(getattr(model, "name_or_path", "") or "") / given
-        return inside if not given.exists() and inside.exists() else given
+        given, source = Path(self.asked.plan), str(getattr(model, "name_or_path", "") or "")
+        if given.exists() or not source:
+            return given
+        if self.asked.plan == FOLDER:
+            return plan_folder(source, getattr(model.config, "_commit_hash", None))
+        inside = Path(source) / given
+        return inside if inside.exists() else given
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """The weights are plain ones, and `_save` brings the plan."""
@@ -143,16 +147,28 @@ def _save(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> A
     plan, folder, rows = applied.plan, Path(save_directory), vars(self)["moyu_measured"]
     assert plan is not None
     before = (config.plan, config.method)
-    applied.restore()  # weights as the checkpoint has them
-    try:
-        config.plan, config.method = FOLDER, None
-        result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    written = (folder / "README.md").exists()
+
+    def beside() -> None:
+        """Write the plan and the card, before anything is uploaded."""
         plan.save(folder / FOLDER)
         if rows:
             records.write(folder / FOLDER / records.FILE, rows)
-        if not (folder / "README.md").exists():
+        if not written:
             atomic_write_text(folder / "README.md", card(plan, rows))
+
+    def uploaded(*told: Any, **more: Any) -> Any:
+        beside()
+        return type(self)._upload_modified_files(self, *told, **more)
+
+    applied.restore()  # weights as the checkpoint has them
+    try:
+        config.plan, config.method = FOLDER, None
+        object.__setattr__(self, "_upload_modified_files", uploaded)
+        result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
+        beside()
     finally:
+        del vars(self)["_upload_modified_files"]
         config.plan, config.method = before
         again = Applied(self, plan, backend=config.backend, engine=config.engine)
         object.__setattr__(self, "moyu_applied", again)
@@ -201,12 +217,14 @@ def card(plan: Plan, rows: Sequence[Quality] = ()) -> str:
         "plan": plan.hash,
     }
     lines = "\n".join(f"| {k} | {v} |" for k, v in facts.items())
+    name = str(plan.model["name"])
+    on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    base = f"\nbase_model: {name}" if on_hub else ""  # a path of this machine is nothing to others
     return f"""---
-tags: [moyu, dynamic-activation]
-base_model: {plan.model["name"]}
+tags: [moyu, dynamic-activation]{base}
 ---
 
-# {plan.model["name"]}, with dynamic activation by {plan.method.name}
+# {name if on_hub else Path(name).name}, with dynamic activation by {plan.method.name}
 
 The weights are those of the base model. Decode steps skip what the plan in `{FOLDER}` says; without MOYU this is the dense model.
 

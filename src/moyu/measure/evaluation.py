@@ -143,6 +143,11 @@ def _log_probs(model: nn.Module, tokens: Tensor, prompt: int) -> Tensor:
     """(B, T - P - 1, V) log-probabilities, on the CPU, that positions P .. T - 2 give to their next token."""
     tokens = tokens.to(next(model.parameters()).device)
     logits = model(input_ids=tokens, use_cache=False).logits[:, prompt:-1]
+    if not bool((logits.amax(-1) < torch.inf).all()):  # NaN too
+        raise UserError(
+            "logits are not finite, so no text can be scored by them",
+            "load the model in another type, or make its plan again",
+        )
     return logits.float().log_softmax(-1).cpu()
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -30,6 +31,7 @@ from moyu.model.machine import device_of
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 from moyu.weights import Stored, mapped, named
 
+PLAN_FOLDER = "moyu-plan"  # of a saved checkpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # what else people write
 
@@ -51,6 +53,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     revision: str | None = None
     embedded: bool = False  # from the zoo
+    plan: Path | None = None  # the folder of the plan that a saved checkpoint carries; it is not applied
 
 
 def load(
@@ -89,16 +92,46 @@ def load(
             f"{hint}give a zoo name ({', '.join(zoo.names())}), a local folder, a GGUF file or a hub id",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        asked: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(source, **asked)
+        config = AutoConfig.from_pretrained(source, **asked)
+        plan = None
+        if carries_plan(config):  # its weights are plain ones: commands apply the plan where they need it
+            plan = plan_folder(source, revision)
+            del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, **asked
+        )
+        model, info = made
+    except MemoryError:
+        raise
+    except Exception as error:  # readers of damaged files raise many classes, tokenizers the bare one
+        line = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"cannot load {name!r}: {line}", "check the folder or the hub id, and that this machine reaches the hub"
+            f"cannot load {name!r}: {line:.300}",
+            "check the folder or the hub id, and that this machine reaches the hub",
         ) from error
+    if missing := info["missing_keys"]:
+        raise UserError(
+            f"{name!r} has no weights for {min(missing)!r} ({len(missing)} tensors are missing)",
+            "they would be random numbers: download or save the model again",
+        )
     if finite and not embedded:
         require_finite(model, repr(name))
-    return Loaded(name, model.eval().to(device_of(device)), tokenizer, revision, embedded)  # pyright: ignore
+    return Loaded(name, model.eval().to(device_of(device)), tokenizer, revision, embedded, plan)  # pyright: ignore
+
+
+def carries_plan(config: Any) -> bool:
+    """Whether a configuration is of a checkpoint that was saved with its plan (`MoyuConfig`)."""
+    found = getattr(config, "quantization_config", None)
+    return isinstance(found, dict) and found.get("quant_method") == "moyu"
+
+
+def plan_folder(source: str, revision: str | None = None) -> Path:
+    """The folder of the plan inside a saved checkpoint; from the hub it is downloaded."""
+    if Path(source).is_dir():
+        return Path(source) / PLAN_FOLDER
+    return Path(snapshot_download(source, revision=revision, allow_patterns=[f"{PLAN_FOLDER}/*"])) / PLAN_FOLDER
 
 
 def gguf_file(name: str) -> Path | None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from moyu.errors import UserError, place_of
-from moyu.files import atomic_write_bytes, locked
+from moyu.files import atomic_write_bytes, locked, parse_json
 from moyu.measure.environment import machine
 from moyu.records.schema import KINDS, Record, kind_of
 from moyu.records.stamping import stamped
@@ -115,7 +115,7 @@ def _parse(path: Path) -> Iterator[Record]:
             continue
         where = f"{path.name}:{number}"
         try:
-            plain = json.loads(line)
+            plain = parse_json(line)
         except ValueError as error:
             if number == len(lines):
                 raise UserError(f"{where}: the last line is truncated", "delete it, or run again") from error

@@ -253,8 +253,9 @@ def run_step(
     """One step on `hidden` (B, ..., d) in place, or from `ids` (B, 1) to `logits` (B, 1, V). Returns the bytes read.
 
     `past`: (B,) int64, the positions that each row's keys and values hold, of `capacity` that there is room for; `angles`: cos
-    and sin of each rotary embedding, (1 or B, width) float32, contiguous; `allowed`: (B, at least past + 1) uint8, or None = all; `memory` and
-    `columns`: structs DecodeMemory and DecodeColumns of kernels.h. IndexError for a length or a token id out of range.
+    and sin of each rotary embedding, (1 or B, width) float32, contiguous; `allowed`: (B, at least past + 1) uint8, or None = all;
+    `memory` and `columns`: structs DecodeMemory and DecodeColumns of kernels.h. IndexError for a length or a token id out of
+    range.
     """
     data = hidden if logits is None else logits
     assert data is not None

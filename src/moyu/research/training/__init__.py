@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from moyu.errors import UserError
-from moyu.files import atomic_write_bytes, atomic_write_text, key_of
+from moyu.files import atomic_write_bytes, atomic_write_text, key_of, parse_json
 from moyu.measure.evaluation import bits_per_byte
 from moyu.measure.text import scored_bytes
 from moyu.model import loading, zoo
@@ -126,7 +126,7 @@ def prepare(folder: Path, size: str = SHIPPED) -> dict[str, Any]:
 def prepared(folder: Path, size: str = SHIPPED) -> bool:
     """Whether `prepare` has made the token files of this size there. Raises UserError for those of another size."""
     try:
-        most = json.loads((folder / "meta.json").read_text()).get("most", SIZES[SHIPPED].file_tokens)
+        most = parse_json((folder / "meta.json").read_bytes()).get("most", SIZES[SHIPPED].file_tokens)
     except OSError:
         return False
     except (ValueError, AttributeError) as error:
