@@ -25,9 +25,7 @@ class Source:
 
     file: File
     names: tuple[str, ...]  # of tensors
-    how: Callable[..., Tensor] | None = (
-        None  # what makes a parameter of several; None: there is one, and it is the parameter
-    )
+    how: Callable[..., Tensor] | None = None  # what makes a parameter of several; None: of one, as it is
     heads: int = 0  # rows of so many heads change places
     held: bool = False  # a quantised matrix, which a module of MOYU holds as it is
 

@@ -105,10 +105,10 @@ def _byte_level(told: Metadata, tokens: list[str], merges: list[str], kind: str)
     pre = PRES[kind]
     pairs = []
     for merge in merges:
-        left, space, right = merge[:1] + merge[1:].partition(" ")[0], *merge[1:].partition(" ")[1:]
-        if not space:
+        cut = merge.find(" ", 1)  # the first token is not empty, and may begin with a space
+        if cut < 0:
             raise told.refuse(f"tokenizer.ggml.merges has {merge!r}, which is not two tokens", ANOTHER)
-        pairs.append((left, right))
+        pairs.append((merge[:cut], merge[cut + 1 :]))
     vocabulary = {word: i for i, word in enumerate(tokens)}
     made = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre.whole_words))
     cuts = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
