@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Order = Literal["rows", "columns"]
-CHUNK = 1 << 20  # weights that are (de)quantised at once: temporaries take some 20 bytes a weight
+CHUNK = 1 << 18  # weights that are (de)quantised at once: temporaries take some 20 bytes a weight
 
 
 class Format(ABC):
