@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 CLI = [sys.executable, "-m", "moyu.commands.cli"]
 FEW = ["--window", "32", "--prompt-tokens", "16"]
 COMMANDS = {
-    "calibrate": lambda out: [*CLI, "calibrate", "relu", "-m", "cats", "-m", "teal", "-m", "griffin", *FEW, "--out", out],
+    "calibrate": lambda out: [*CLI, "calibrate", "relu", "-m", "cett", "-m", "teal", "-m", "griffin", *FEW, "--out", out],
     "fit": lambda out: [*CLI, "fit", "deja-vu", "relu", "--knob", "rank=4", "--windows", "8", *FEW, "--out", out],
     "run": lambda out: [*CLI, "run", "relu", "-m", "teal", "-m", "griffin", "--shape", "none", *FEW, "--out", out],
     "trinity": lambda out: [*CLI, "trinity", "--quick", "--models", "relu", "--methods", "griffin,teal", "--bytes", "0.75",
