@@ -99,6 +99,9 @@ quantised: dev  ## quantised weights of torchao under a plan (not in CI, which h
 hostile: dev  ## plans, GGUF files, checkpoints, records and task files that are damaged: N=10000 of them, SEED=1
 	@HOSTILE_N=$(N) HOSTILE_SEED=$(SEED) $(BIN)/python -m pytest -rP --timeout 3600 tests/hostile
 
+kill: dev  ## commands that are killed N times each at random moments: N=3 SEED=1
+	@KILL_N=$(if $(filter 10000,$(N)),3,$(N)) KILL_SEED=$(SEED) $(BIN)/python -m pytest -rP -m slow tests/kill
+
 sanitize: dev  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (some 15 minutes, not in CI)
 	@$(BIN)/python scripts/sanitize.py address
 	@$(BIN)/python scripts/sanitize.py thread -k threads

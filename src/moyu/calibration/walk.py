@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moyu import methods
 from moyu.calibration import compensation, in_loop
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import HeadUse
@@ -71,7 +72,7 @@ class _Taps:
 
 def calibrate(
     model: nn.Module,
-    method: Method,
+    method: Method | str,
     windows: Windows,
     *,
     sparsity: float,
@@ -88,6 +89,7 @@ def calibrate(
 ) -> Plan:
     """Fit `method` to `model` for a target sparsity in [0, 1): the fraction of units skipped at every site.
 
+    method: or its name, with its knobs as they are by default.
     bias: add the closed-form correction W E[v - S(v)] at every site (off by default).
     centre: let masks of columns act on v - c, with the c of `compensation.centred` (off by default).
     levels: the sparsity of each site by its key, instead of one for all (`moyu.calibration.allocation`).
@@ -97,6 +99,7 @@ def calibrate(
     """
     if not 0 <= sparsity < 1:
         raise UserError(f"sparsity must be in [0, 1), not {sparsity}", "0.5 skips half of the units")
+    method = methods.method(method) if isinstance(method, str) else method
     anatomy = anatomy or dissect.dissect(model)
     if any(b.spread for b in anatomy.all_blocks()):
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -78,17 +79,24 @@ def main() -> None:
     """Run the command line: a user's mistake is one line and exit code 2, Ctrl-C is 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot show is no reason to stop
+            stream.reconfigure(errors="replace")
     try:
         code = app(standalone_mode=False)  # typer returns 130 for Ctrl-C, older versions raise
     except UserError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED
+    except MemoryError:
+        _fail("out of memory: use a smaller model or fewer tokens, or `--weights q8_0`")
     except OSError as error:
         where = f" {error.filename!r}" if error.filename else ""
         remedy = "free some disk, or choose another --out" if error.errno == errno.ENOSPC else "choose another --out"
         _fail(f"{error.strerror or error}{where}: {remedy}")
     except Exception as error:
+        if isinstance(error, RuntimeError) and "not enough memory" in str(error):  # torch's word for it on a CPU
+            _fail("out of memory: use a smaller model or fewer tokens, or `--weights q8_0`")
         if not (type(error).__module__.startswith(("typer", "click")) and hasattr(error, "format_message")):
             raise
         message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]

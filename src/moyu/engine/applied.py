@@ -52,6 +52,11 @@ class Applied(Session, AbstractContextManager):
         engine "mask" simulates: dense products, masked. "skip" uses the kernels of `backend` where every row of a call
         is sparse and there are at most MAX_SKIPPING_ROWS of them. Raises UserError for a plan made for another model.
         """
+        if not isinstance(plan, Plan | None):
+            raise UserError(
+                f"{plan!r:.60} is no plan",
+                "make one with moyu.calibrate(model, method, windows, ...), or Plan.load(folder)",
+            )
         if any(isinstance(vars(m).get("forward"), ForwardCall) for m in model.modules()):
             raise UserError("a plan is already applied to this model", "restore() it first")
         if model.training:

@@ -142,8 +142,8 @@ class Draw:
             )
         except UserError:
             raise
-        except ValueError as error:
-            raise UserError(str(error), "see transformers.GenerationConfig") from error
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # of a setting of another type or size
+            raise UserError(" ".join(str(error).split()), "see transformers.GenerationConfig") from error
         self.sample = bool(config.do_sample)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.unfinished = torch.ones(len(prompts), dtype=torch.bool)

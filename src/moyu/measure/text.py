@@ -33,7 +33,7 @@ class Split:
 
 def windows_for(
     loaded: Loaded,
-    file: Path | None,
+    file: str | Path | None,
     *,
     length: int,
     prompt: int,
@@ -53,6 +53,7 @@ def windows_for(
         )
     if file is None:
         return _from_corpus(loaded, length, prompt, calibration, test, seed)
+    file = Path(file)
     text = read_text(file)
     source = {"file": file.name, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
     windows, start = {}, 0
