@@ -26,10 +26,10 @@ MOYU_ONCE void dot_plainly(const uint8_t *const *w, const uint8_t *const *scales
 }
 
 #if MOYU_INTEGERS
-// The same for C rows in lockstep, kBeside groups at a time; with Ahead the lines `then` are prefetched. Codes stand for
+// The same for C rows in lockstep, kBeside groups at a time; the lines `then` are prefetched, null = none. Codes stand for
 // code - F::lift, and groups may have offsets: the sums of x make up for both. The loop over 8 groups is unrolled because what
 // depends on a group's number is then a constant.
-template <class F, int C, bool Ahead>
+template <class F, int C>
 MOYU_ONCE void dot_groups(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *then, const Rounded &x,
                        int64_t groups, float *out) {
     using S = typename F::Scales;
@@ -46,7 +46,7 @@ MOYU_ONCE void dot_groups(const uint8_t *const *w, const uint8_t *const *scales,
         for (int c = 0; c < C; ++c) {
             __m256 offset[H];
             S::row(fields[c], b, count, own[c], offset);
-            if (Ahead) prefetch<kAhead>(then[c] + kAhead / 8 * b);
+            if (then) prefetch<kAhead>(then[c] + kAhead / 8 * b);
             for (int h = 0; h < H; ++h) {
                 if constexpr (kSums) {
                     const __m256 sums = load_eight(H == 1 ? x.sums + b : x.half_sums + 2 * b + 8 * h);
@@ -83,7 +83,7 @@ MOYU_ONCE void dot_groups(const uint8_t *const *w, const uint8_t *const *scales,
             for (int k = 0; k < count; k += kBeside) some(k, count - k < kBeside ? count - k : kBeside);
         }
     }
-    for (int c = 0; c < C && Ahead; ++c) prefetch<128>(then[c] + kAhead / 8 * groups);
+    for (int c = 0; c < C && then; ++c) prefetch<128>(then[c] + kAhead / 8 * groups);
     for (int c = 0; c < C; ++c) out[c] = total(sum[c]);
 }
 #endif

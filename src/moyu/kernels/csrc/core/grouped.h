@@ -26,21 +26,15 @@ struct Lines {
 };
 
 // out[c] = row c · x, for every row of weights; the first row of x prefetches (`ahead`), the others find them in the cache.
-template <class F, bool Ahead>
-inline void dot_lines_of(const Lines &w, const Rounded &x, int64_t groups, float *out) {
-    int c = 0;
-    const auto some = [&](auto at_once) {
-        constexpr int C = decltype(at_once)::value;
-        for (; c + C <= w.count; c += C) F::template dot<C, Ahead>(w.codes + c, w.scales + c, w.then + c, x, groups, out + c);
-    };
-    some(std::integral_constant<int, 4>{});
-    some(std::integral_constant<int, 1>{});
-}
 MOYU_ONCE void dot_rows_of(const Weight &w, const Lines &lines, const Rounded &x, bool ahead, float *out) {
     const int64_t groups = groups_of(w.inputs);
     with_format(w.format, [&](auto f) {
-        if (ahead) dot_lines_of<decltype(f), true>(lines, x, groups, out);
-        else dot_lines_of<decltype(f), false>(lines, x, groups, out);
+        using F = decltype(f);
+        int c = 0;
+        for (; c + 4 <= lines.count; c += 4)
+            F::template dot<4>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr, x, groups, out + c);
+        for (; c < lines.count; ++c)
+            F::template dot<1>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr, x, groups, out + c);
     });
 }
 

@@ -7,7 +7,7 @@
 //   column_bytes(q)     bytes of the codes that a column of q outputs takes
 //   scale_bytes(q)      bytes of the scales that a group of 32 columns shares
 //   level(line, i, g)   the integer of input i of a row, or of output i of a column; the line has g groups of 32
-//   dot<C, Ahead>(...)  C rows times a row of x
+//   dot<C>(...)         C rows times a row of x
 //   add_columns(...)    columns of a group, times what x has for them
 //   widen(...)          a row in float
 #pragma once
@@ -109,12 +109,12 @@ struct Planar {
             store_floats(to + i, plus(stands_signed ? Wide::signed_bytes(bytes + i) : Wide::bytes(bytes + i), -static_cast<float>(lift)));
     }
 #endif
-    // out[c] = row w[c] · x; with Ahead the lines `then` are prefetched. groups: of a row.
-    template <int C, bool Ahead>
+    // out[c] = row w[c] · x; the lines `then` are prefetched, null = none. groups: of a row.
+    template <int C>
     static void dot(const uint8_t *const *w, const uint8_t *const *scales, [[maybe_unused]] const uint8_t *const *then,
                     const Rounded &x, int64_t groups, float *out) {
 #if MOYU_INTEGERS
-        dot_groups<Self, C, Ahead>(w, scales, then, x, groups, out);
+        dot_groups<Self, C>(w, scales, then, x, groups, out);
 #else
         dot_plainly<Self, C>(w, scales, x, groups, out);
 #endif
