@@ -23,7 +23,9 @@ def main() -> None:
     storage = torch.randn(F, 3, D).bfloat16()
     gate, up, down = storage[:, 0], storage[:, 1], storage[:, 2].t()
     weight, turned = torch.randn(3 * F, D).bfloat16(), torch.randn(D, 3 * F).bfloat16().t()  # both (1536, 2048)
-    print(f"memory: {kernels.ReadCeiling(read_buffer(last_level_cache())).sample(9).gb_s:.0f} GB/s; {kernels.describe()}")
+    print(
+        f"memory: {kernels.ReadCeiling(read_buffer(last_level_cache())).sample(9).gb_s:.0f} GB/s; {kernels.describe()}"
+    )
     for kept in (1.0, 0.5):
         for name in ("neurons", "columns", "rows"):
             rates = []

@@ -96,7 +96,7 @@ class Grouped(Format):
         """Lines (m, bytes) of codes (m, k)."""
         if self.bits == 8:
             return codes.view(self.code)
-        codes = functional.pad(codes, (0, -codes.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+        codes = functional.pad(codes, (0, -codes.shape[1] % GROUP), value=self.zero).unflatten(1, (-1, GROUP))
         lines, low = [], 0
         for bits in PLANES[self.bits]:
             numbers = (codes >> low & (1 << bits) - 1).unflatten(2, (8 // bits, 4 * bits))
@@ -195,7 +195,7 @@ class Grouped(Format):
         (lines, scales), (q, n) = stored.tensors, stored.shape
         count, padded = (n, q) if stored.order == "rows" else (q, whole(n))
         codes = self.unpacked(lines)[:, :count].t()
-        code = self.packed(functional.pad(codes, (0, padded - codes.shape[1])).contiguous())
+        code = self.packed(functional.pad(codes, (0, padded - codes.shape[1]), value=self.zero).contiguous())
         fields = self._fields(scales, stored.order, q)
         if order == "columns":
             turned = _joined([field.permute(1, 2, 0).flatten(1) for field in fields])

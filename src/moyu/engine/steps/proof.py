@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +30,7 @@ _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _UNSEEN = ("clip_qkv", "logit_cap", "attention_sink")  # act on values that a probe may not reach
 _UNSEEN_ENDS = ("attention_chunk_size", "output_router_logits")
 _WINDOWS = ("full_attention", "sliding_attention")  # types of layers that differ in nothing but a window
-_WINDOWED = ("mistral", "mixtral")  # all of their layers attend in the config's window
+_NARROW = 2  # positions of a window that a probe is longer than
 _BY_LENGTH = ("dynamic", "longrope")  # rotary angles that depend on more than the position
 CAN = frozenset(  # what a site may ask of a native step, `moyu.methods.needs`
     {"columns by magnitude", "rows by magnitude", "neurons by masks", "factors", "bias", "remainder"}
@@ -54,6 +56,9 @@ class _Call:
         return value if isinstance(value, Tensor) else None
 
 
+_Narrow = Callable[[], dict[nn.Module, _Call]]  # see `_narrowed`
+
+
 @torch.no_grad()
 def plain_run(session: Session) -> tuple[DecodeRun | None, str | None]:
     """The native run of a model, or None and the reason why its decode steps take the general path."""
@@ -66,9 +71,10 @@ def plain_run(session: Session) -> tuple[DecodeRun | None, str | None]:
         return None, reason
     modules = session.anatomy.layers
     try:
-        calls = _probe(model)
+        calls, narrow = _probe(model), functools.cache(lambda: _narrowed(model))
         layers = [
-            _plain(model, module, block, calls) for module, block in zip(modules, session.anatomy.blocks, strict=True)
+            _plain(model, module, block, calls, narrow)
+            for module, block in zip(modules, session.anatomy.blocks, strict=True)
         ]
     except _NotPlain as error:
         return None, str(error)
@@ -115,7 +121,9 @@ def _probe(model: nn.Module) -> dict[nn.Module, _Call]:
     return calls
 
 
-def _plain(model: nn.Module, module: nn.Module, block: Block, calls: dict[nn.Module, _Call]) -> PlainLayer:
+def _plain(
+    model: nn.Module, module: nn.Module, block: Block, calls: dict[nn.Module, _Call], narrow: _Narrow
+) -> PlainLayer:
     """The layer's parts by data flow and shape, proved by a native step; raises _NotPlain."""
     where = f"layer {block.layer}"
     pieces, config = block.pieces, dissect.text_config(model)
@@ -167,25 +175,39 @@ def _plain(model: nn.Module, module: nn.Module, block: Block, calls: dict[nn.Mod
     rotary = angles[0].shape[-1] if isinstance(angles, tuple) and all(isinstance(a, Tensor) for a in angles) else 0
     index = getattr(attention, "layer_idx", block.layer)
     index = block.layer if index is None else index
-    window = _window(config, attention, index, where)
+    window = _window(model, module, attention, index, where, narrow)
     layer = PlainLayer(module, block, norms, index, head_dim, float(scale), float(softcap), window, rotary)
     _prove(layer, call, calls, where)
     return layer
 
 
-def _window(config: Any, attention: nn.Module, index: int, where: str) -> int:
+def _window(model: nn.Module, module: nn.Module, attention: nn.Module, index: int, where: str, narrow: _Narrow) -> int:
     """How many positions a layer attends to, 0 = all; a probe is shorter than that."""
-    kinds = getattr(config, "layer_types", None)
+    config = dissect.text_config(model)
+    kinds, size = getattr(config, "layer_types", None), getattr(config, "sliding_window", None) or 0
     if kinds and kinds[index] not in _WINDOWS:
         raise _NotPlain(f"{where} is of the type {kinds[index]!r}")
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window or 0  # pyright: ignore[reportReturnType]
-    size = getattr(config, "sliding_window", None) or 0
     if kinds:
         return size if kinds[index] == "sliding_attention" else 0
-    if size and config.model_type not in _WINDOWED:
+    if not size:
+        return 0
+    mask = narrow()[module].kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
         raise _NotPlain(f"{where} may attend in a window")
-    return size
+    last = mask[0, 0, -1] if mask.dtype == torch.bool else mask[0, 0, -1] > -1.0
+    return 0 if bool(last.all()) else size
+
+
+def _narrowed(model: nn.Module) -> dict[nn.Module, _Call]:
+    """A probe with a window of few positions, where the config has one and no module says who attends in it: masks do then."""
+    config = dissect.text_config(model)
+    size, config.sliding_window = config.sliding_window, _NARROW
+    try:
+        return _probe(model)
+    finally:
+        config.sliding_window = size
 
 
 def _prove(layer: PlainLayer, call: _Call, calls: dict[nn.Module, _Call], where: str) -> None:
