@@ -155,7 +155,7 @@ $(BUILT): | $(CORE)
 	@mkdir -p $(dir $(BUILD_LOG)) && rm -f $(EXTENSION) $(VENV)/.stamp-kernels-* build/kernels/CMakeCache.txt
 	@unset MAKEFLAGS MAKELEVEL; PATH="$(CURDIR)/$(BIN):$$PATH"; { \
 	  cmake -S . -B build/kernels -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
-	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/src/moyu/kernels" \
+	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/src/moyu/kernels" -DMOYU_HERE=ON \
 	  && cmake --build build/kernels --parallel $$(nproc 2>/dev/null || echo 2); } > $(BUILD_LOG) 2>&1 || { \
 	  grep -E -i 'error' $(BUILD_LOG) | head -n 20; echo "    The CPU kernels do not compile: see $(BUILD_LOG)"; \
 	  [ "$(KERNELS)" = optional ] || { echo "    To go on without them: make KERNELS=optional $(MAKECMDGOALS)"; exit 1; }; } >&2

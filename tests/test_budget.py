@@ -159,6 +159,7 @@ def test_settings_of_weights_in_blocks_are_of_fewer_bits_and_have_kernels(weight
     assert Reader(model, reader.anatomy, Storage(4)).planes
 
 
+@pytest.mark.slow
 def test_a_budget_is_divided_over_settings_and_sites():
     """As many bytes as one setting and level everywhere, at a smaller loss, foreseen; each fraction from one measurement."""
     context = Context.open("swiglu", SHORT)

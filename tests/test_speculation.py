@@ -124,7 +124,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: next(iter(s)))
-@pytest.mark.parametrize("name", ["griffin", "teal"])
+@pytest.mark.parametrize("name", ["griffin", pytest.param("teal", marks=pytest.mark.slow)])
 def test_greedy_text_is_dense_under_every_setting(name, settings):
     """Also transformers' own; each setting changes the text, so that one that is ignored is seen."""
     model = endless("llama")
