@@ -11,7 +11,7 @@ import torch
 import moyu
 from moyu import UserError, methods
 from moyu.engine.applied import Applied
-from moyu.engine.cache import KvCache
+from moyu.engine.cache import KvCache, KvLayer
 from moyu.engine.generate import generate, join, leave, step
 from moyu.measure.windows import Windows
 from tiny import build, tokens
@@ -76,6 +76,19 @@ def test_prompts_of_different_lengths_each_have_the_text_they_have_alone(name, b
     together = text(model, prompts, plan, backend=backend)
     for row, prompt in zip(together, prompts, strict=True):
         assert torch.equal(row, text(model, [prompt], plan, backend=backend)[0])
+
+
+def test_positions_that_no_row_holds_are_numbers():
+    """Attention multiplies them by 0. Uninitialised memory is filled with NaN here, as it may be anywhere."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        layer = KvLayer()
+        layer.update(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
+        layer.hold(torch.tensor([1, 3]))
+        layer.reserve(900)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(buffer).all() for buffer in layer.buffers)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -51,8 +51,9 @@ class KvLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Buffers for rows like these, (B, H, T, D) each."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        # Zeros, because positions behind a short row take part in products with a weight of 0, which NaN would not bear.
         self.buffers = tuple(
-            t.new_empty(*t.shape[:2], t.shape[2] + GROW, t.shape[3]) for t in (key_states, value_states)
+            t.new_zeros(*t.shape[:2], t.shape[2] + GROW, t.shape[3]) for t in (key_states, value_states)
         )
         self.hold(torch.zeros(len(key_states), dtype=torch.int64))
         self.is_initialized = True
@@ -62,7 +63,7 @@ class KvLayer(DynamicLayer):
         if length > self.capacity:
             longer = length + max(GROW, self.longest // 2)
             self.buffers = tuple(
-                torch.cat([b, b.new_empty(*b.shape[:2], longer - b.shape[2], b.shape[3])], dim=2) for b in self.buffers
+                torch.cat([b, b.new_zeros(*b.shape[:2], longer - b.shape[2], b.shape[3])], dim=2) for b in self.buffers
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
