@@ -29,6 +29,16 @@ BUILDERS = {
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**GEMMA, layer_types=["sliding_attention"] * 2 + ["full_attention"])
     ),
+    "gemma3 with one base": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **GEMMA,
+            layer_types=["sliding_attention"] * 2 + ["full_attention"],
+            rope_parameters={
+                kind: {"rope_type": "default", "rope_theta": 10000.0}
+                for kind in ("sliding_attention", "full_attention")
+            },
+        )
+    ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**WIDE, **GATED, sliding_window=WINDOW)),
     "qwen3": lambda: Qwen3ForCausalLM(
         Qwen3Config(**WIDE, **GATED, head_dim=16, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)

@@ -34,7 +34,6 @@ except (ImportError, RuntimeError) as error:  # not built, built for another Pyt
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS: dict[str, int] = {} if _cpu is None else {name: code for code, name in enumerate(_cpu.formats)}
-_CODES: dict[str, int] = {} if _cpu is None else {name: code for code, name in enumerate(_cpu.formats)}
 _CODES: dict[str, int] = {} if _cpu is None else {name: code for code, name in enumerate(_cpu.activations)}
 if _CODES:
     _CODES["gelu_new"] = _CODES["gelu_pytorch_tanh"] = _CODES["gelu_tanh"]

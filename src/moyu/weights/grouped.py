@@ -12,6 +12,7 @@ after field. By columns they are (n / (32 span), bytes): field after field, each
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -57,8 +58,8 @@ class Grouped(Format):
         raise ValueError(f"MOYU reads weights in {self.name} but does not make them; use llama.cpp's `llama-quantize`")
 
     def scaled(self, *fields: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and offset, float32, (q, B, span * halves), of the fields (q, B, count); no offset: None."""
-        return fields[0].float(), None
+        """Scale and offset, float32, (q, B, span * halves), of the fields (q, B, count): their product, and no offset (None)."""
+        return math.prod(fields[1:], start=fields[0].float()), None
 
     @property
     def block(self) -> int:

@@ -25,8 +25,5 @@ class Iq4Xs(Grouped):
         high = numbers(blocks[..., 2:4], 2).transpose(-1, -2).flatten(-2)
         return codes.flatten(1), half(blocks[..., :2]), (low | high << 4).view(SIGNED) - 32
 
-    def scaled(self, *fields: Tensor) -> tuple[Tensor, Tensor | None]:
-        return fields[0].float() * fields[1], None
-
 
 IQ4_XS = Iq4Xs()

@@ -26,8 +26,5 @@ class Q3K(Grouped):
         scales = torch.cat([first & 15, first >> 4], -1) | numbers(high, 2).flatten(-2) << 4
         return codes.flatten(1), half(blocks[..., 108:]), scales.view(SIGNED) - 32
 
-    def scaled(self, *fields: Tensor) -> tuple[Tensor, Tensor | None]:
-        return fields[0].float() * fields[1], None
-
 
 Q3_K = Q3K()

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moyu.weights.grouped import HALF, Grouped, half
+from moyu.weights.grouped import half
+from moyu.weights.q4_1 import Q41
 from moyu.weights.q5_0 import five_bits
 
 
-class Q51(Grouped):
+class Q51(Q41):
     """Five bits with a minimum."""
 
     name = native = "q5_1"
     bits = 5
     ggml = 7
-    fields = (HALF, 1), (HALF, 1)  # d, m
 
     def split(self, blocks: Tensor) -> tuple[Tensor, ...]:
         return five_bits(blocks[..., 4:]), half(blocks[..., :2]), half(blocks[..., 2:4])
-
-    def scaled(self, *fields: Tensor) -> tuple[Tensor, Tensor | None]:
-        return fields[0].float(), fields[1].float()
 
 
 Q5_1 = Q51()

@@ -24,8 +24,5 @@ class Q6K(Grouped):
         high = numbers(blocks[..., 128:192].unflatten(-1, (2, 32)), 2)
         return (low | high << 4).flatten(1), half(blocks[..., 208:]), blocks[..., 192:208].view(SIGNED)
 
-    def scaled(self, *fields: Tensor) -> tuple[Tensor, Tensor | None]:
-        return fields[0].float() * fields[1], None
-
 
 Q6_K = Q6K()

@@ -320,7 +320,7 @@ def _gives(angles: Angles, given: tuple[Tensor, Tensor], dtype: torch.dtype) -> 
 
 
 def _angles(given: tuple[Tensor, Tensor], calls: dict[nn.Module, _Call], dtype: torch.dtype) -> Angles | None:
-    """The rotary embedding that gave these; None: there is none, several, or one that looks at more than the position."""
+    """The rotary embedding that gave these; None: there is none, there are several, or it looks at more than the position."""
     found = []
     for module, call in calls.items():
         if not isinstance(call.output, tuple) or not any("inv_freq" in name for name, _ in module.named_buffers()):
@@ -329,7 +329,7 @@ def _angles(given: tuple[Tensor, Tensor], calls: dict[nn.Module, _Call], dtype: 
             continue
         kinds = getattr(module, "layer_types", None) or [None]
         found += [a for kind in kinds if _gives(a := Angles(module, kind), given, dtype)]
-    return found[0] if len(found) == 1 else None
+    return found[0] if len({id(angles.module) for angles in found}) == 1 else None  # types of layers may share theirs
 
 
 def _proved(ends: Ends, ids: Tensor) -> bool:
