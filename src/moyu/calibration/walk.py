@@ -34,6 +34,7 @@ from moyu.model.anatomy import Anatomy, Block
 from moyu.model.finite import require_finite
 from moyu.model.quantised import weight_format
 from moyu.plan import Plan, digests, fingerprint
+from moyu.weights import Stored
 
 Progress = Callable[[int, int], None]  # (layers done, layers)
 
@@ -214,13 +215,14 @@ def _fit_layer(
     walk.advance(index)
 
 
-Tensors = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+Tensors = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Stored]]
 
 
 def tensors_of(block: Block) -> Tensors:
-    """Weights and biases of a block's linears, by name; copies if they are quantised."""
+    """Weights and biases of a block's linears, by name; of quantised ones copies, and the weights as they are stored."""
     weights = {n: p.weight.detach() for n, p in block.pieces.items()}
-    return weights, {n: p.bias.detach() for n, p in block.pieces.items() if p.bias is not None}
+    biases = {n: p.bias.detach() for n, p in block.pieces.items() if p.bias is not None}
+    return weights, biases, {n: p.blocks for n, p in block.pieces.items() if p.blocks is not None}
 
 
 def acts_of(

@@ -176,8 +176,8 @@ class Applied(Session, AbstractContextManager):
 
     def _wrap_linear(self, call: AttentionLinear, piece: Piece, taken: set[int]) -> None:
         taken.add(id(piece.module))
-        if self.engine == "skip" and call.role == "column":
-            layout.lay_out([piece], ["column"])
+        if self.engine == "skip" and call.role is not None:
+            layout.lay_out([piece], [call.role])
             self._laid_out.append(piece.module)
         self._replace(piece.module, "forward", call.forward)
 

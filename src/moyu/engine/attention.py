@@ -21,6 +21,7 @@ from moyu.methods.heads import KvPolicy, head_norms
 from moyu.methods.values import ATTENTION, READS, Rows, Tap
 from moyu.model import networks
 from moyu.model.anatomy import Block
+from moyu.model.layout import Role
 
 
 class AttentionLinear(Executor):
@@ -43,9 +44,11 @@ class AttentionLinear(Executor):
         self.own = self.site(skips="columns", linear=self.name)
 
     @property
-    def role(self) -> str | None:
-        """Whether kernels read this linear by columns."""
-        return "column" if self.own or (self.heads and self.name == "o") else None
+    def role(self) -> Role | None:
+        """How kernels read this linear, where not by rows."""
+        if self.own is not None:
+            return self.own.role
+        return "column" if self.heads and self.name == "o" else None
 
     def ensure_layout(self) -> None:
         """Lay the weight out again where something has packed it."""

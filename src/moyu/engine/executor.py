@@ -140,8 +140,15 @@ class Executor:
     ) -> Tensor:
         """The product of the inputs that a mask keeps, (N, in) -> (N, out); decided: what the mask came from, if not x."""
         if state.skipping:
-            self._ensure([piece], ["column"])
-            y = kernels.columns(x, piece.operand, mask, bias=site.whole_bias(name, self.block))
+            self._ensure([piece], [site.role])
+            bias = site.whole_bias(name, self.block)
+            if site.site.further:
+                assert piece.blocks is not None  # such are its sites
+                return kernels.levels(x, piece.blocks, mask, bias=bias)
+            y = kernels.columns(x, piece.operand, mask, bias=bias)
+        elif site.site.further:
+            y = self.whole(piece, kept(x, mask)) + functional.linear(x - kept(x, mask), piece.first_values)
+            return self.compensate(y, name, site, rows)
         else:
             y = self.compensate(self.whole(piece, kept(x, mask)), name, site, rows)
         if site.params.low_rank is not None:
@@ -158,9 +165,14 @@ class Executor:
         bias = site.bias_of(name, self.block)
         return y if bias is None else y + torch.where(rows.sparse[:, None], bias.to(y.dtype), 0)
 
+    def skipped(self, site: SiteState, name: str) -> Tensor:
+        """What of a linear's weight a site's skipped units take away, (q, n)."""
+        piece = self.block.pieces[name]
+        return piece.weight.detach() - piece.first_values if site.site.further else piece.weight.detach()
+
     def norms(self, site: SiteState) -> Tensor:
-        """||W[:, i]||_2 over all linears of a site of columns, in the basis of its mask: (in,) float."""
-        whole = torch.cat([self.block.pieces[n].weight.detach() for n in site.site.linears]).float()
+        """||W[:, i]||_2, of what is skipped, over all linears of a site of columns, in the basis of its mask: (in,) float."""
+        whole = torch.cat([self.skipped(site, n) for n in site.site.linears]).float()
         basis = site.params.basis
         return (whole if basis is None else whole @ basis.float()).norm(dim=0)
 
@@ -206,6 +218,6 @@ class Hindsight:
         missing = params.turned_back(torch.where(mask, 0, self.x))
         given = rest_of(self.site.method, self.x, mask, self.site.site, params)
         for name in self.site.site.linears:
-            lost = params.lost(self.executor.block.pieces[name].weight.detach(), missing)
+            lost = params.lost(self.executor.skipped(self.site, name), missing)
             total = total + (lost if given is None else lost - given.to(lost)).square().sum(1)
         return total

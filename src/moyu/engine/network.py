@@ -41,7 +41,6 @@ class FfnCall(Executor):
     def layout(self) -> list[tuple[list[Piece], list]]:
         """Groups of pieces that a decode step reads neuron by neuron, with their roles."""
         pieces = self.block.pieces
-        columns = [n for n in ("gate", "up") if self.site(reads="mlp_in", skips="columns", linear=n)]
         together = {
             "neurons": ["gate", "up", "down"],
             "gate": ["up", "down"],
@@ -51,8 +50,8 @@ class FfnCall(Executor):
             if self.site(skips="neurons") if key == "neurons" else self.site(reads=key, skips="rows"):  # pyright: ignore
                 names = [n for n in names if n in pieces]
                 return [([pieces[n] for n in names], ["column" if n == "down" else "row" for n in names])]
-        groups = [([pieces[n]], ["column"]) for n in columns]
-        return groups + ([([pieces["down"]], ["column"])] if self.site(reads="mid") else [])
+        sites = {n: self.site(skips="columns", linear=n) for n in ("gate", "up", "down")}
+        return [([pieces[n]], [site.role]) for n, site in sites.items() if site is not None]
 
     def lay_out(self) -> None:
         """Store the weights as this plan's kernels read them."""

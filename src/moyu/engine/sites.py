@@ -11,6 +11,7 @@ from moyu.methods.base import Method
 from moyu.methods.sequence import remembers
 from moyu.methods.values import NOTHING, Rows, Site, SiteParams
 from moyu.model.anatomy import Block
+from moyu.model.layout import Role
 
 KNOWN = "known"  # beside a method's memory, (B,) bool: which sequences have a token that the site has seen
 
@@ -49,6 +50,11 @@ class SiteState:
     def _expand(self, scores: Tensor) -> Tensor:
         mask = selection.select(scores, self.params.rule)
         return mask if self.params.blocks is None else mask[:, self.params.blocks.to(mask.device)]
+
+    @property
+    def role(self) -> Role:
+        """How kernels read the linears of a site of columns."""
+        return "planes" if self.site.further else "column"
 
     def bias_of(self, name: str, block: Block) -> Tensor | None:
         """The plan's bias of one linear, (q,); a site of the columns of several linears holds theirs one after another."""

@@ -1,6 +1,6 @@
-"""Kernels that read only the weights that a mask keeps: whole neurons, rows, or columns.
+"""Kernels that read only the weights that a mask keeps: whole neurons, rows, columns, or the further bits of columns.
 
-The three are ``torch.library`` operators (``torch.ops.moyu.neurons``, ``rows``, ``columns``) with fake implementations,
+The four are ``torch.library`` operators (``torch.ops.moyu.neurons``, ``rows``, ``columns``, ``levels``) with fake implementations,
 and these thin functions are in front. Any number of rows N is correct; speed is for small decode batches: all rows that
 keep a piece of weight use it while it is in the cache, so it is read once (once per 32 rows in the ``cpu`` back end).
 
@@ -51,7 +51,9 @@ __all__ = [
     "count_bytes",
     "cpu",
     "describe",
+    "first_values",
     "gpu",
+    "levels",
     "neurons",
     "product",
     "product_helps",
@@ -159,12 +161,38 @@ def columns(x: Tensor, weight: Tensor | Stored, mask: Tensor, *, bias: Tensor | 
     return operators.columns(x, *operators.opened("columns", "weight", weight, "columns"), mask, bias)
 
 
+def levels(x: Tensor, weight: Stored, mask: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """``sum over i of x_i * w_i + bias``, w_i all bits of column i where the mask chooses input i, else its first bits.
+
+    Args:
+        x: (N, n).
+        weight: (q, n), stored in planes.
+        mask: (N, n) bool, True = all bits. The further bits of inputs that no row chooses are not read.
+        bias: (q,) or None.
+
+    Returns:
+        (N, q) in x's dtype, contiguous; sums are taken in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: as ``neurons``.
+    """
+    return operators.levels(x, *operators.opened("levels", "weight", weight, "planes"), mask, bias)
+
+
 def values(weight: Stored, dtype: torch.dtype) -> Tensor:
     """The weight (q, n), dequantised, in `dtype`: by the C++ kernels where they read its format, else by the format itself."""
     x = torch.empty(0, 0, dtype=dtype, device=weight.device)
     if isinstance(weight.format, Plain) or choosing.choose("rows", weight.format, x).name != "cpu":
         return weight.values(dtype)
     return cpu.values(weight, dtype)
+
+
+def first_values(weight: Stored, dtype: torch.dtype) -> Tensor:
+    """What the first bits of a weight stand for, (q, n) in `dtype`, however it lies; `weights.planes` says which bits they are."""
+    x = torch.empty(0, 0, dtype=dtype, device=weight.device)
+    if choosing.choose("rows", weight.format, x).name != "cpu" or not weight.format.splits:
+        return weight.laid_out("planes").first_values(dtype)
+    return cpu.values(weight.laid_out("rows") if weight.order == "columns" else weight, dtype, first=True)
 
 
 def columns_above(x: Tensor, weight: Tensor, thresholds: Tensor, *, bias: Tensor | None = None) -> Tensor:

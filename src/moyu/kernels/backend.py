@@ -1,4 +1,4 @@
-"""What a back end is: it computes rows, columns and neurons of stored weights. The list of them is in `choosing`."""
+"""What a back end is: it computes rows, columns, levels and neurons of stored weights. The list of them is in `choosing`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Read = int | Callable[[], int]  # bytes of weights and biases that were read, or
 
 
 class Backend(ABC):
-    """One way to compute. The products are what `kernels.rows`, `columns` and `neurons` say, on arguments that were checked."""
+    """One way to compute. The products are what `kernels.rows`, `columns`, `levels` and `neurons` say, on arguments that were checked."""
 
     name: str
 
@@ -34,6 +34,10 @@ class Backend(ABC):
 
     @abstractmethod
     def columns(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Read]: ...
+
+    def levels(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Read]:
+        """Called where `supports` does not refuse it."""
+        raise NotImplementedError(f"the {self.name} back end has no levels")
 
     @abstractmethod
     def neurons(
@@ -62,3 +66,10 @@ def touched_groups(mask: Tensor, group: int) -> int:
 def columns_read(weight: Stored, mask: Tensor) -> int:
     """Bytes of the columns that any row keeps, and of the scales of the groups that they are in."""
     return int(mask.any(0).sum()) * weight.column_bytes + touched_groups(mask, weight.format.group) * weight.scale_bytes
+
+
+def levels_read(weight: Stored, mask: Tensor) -> int:
+    """Bytes of the first bits and of the scales, and of the further bits of inputs that any row chooses."""
+    groups = -(-weight.shape[1] // weight.format.group)
+    first, further = weight.format.plane_bytes(weight.shape[0])
+    return groups * (first + weight.scale_bytes) + int(mask.any(0).sum()) * further

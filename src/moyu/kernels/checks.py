@@ -56,12 +56,12 @@ def check_neurons(
 
 
 def check_linear(op: str, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> None:
-    """As check_neurons, of `rows` and `columns`."""
+    """As check_neurons, of `rows`, `columns` and `levels`."""
     _matrix(op, "x", x)
     if len(weight.shape) != 2:
         raise ValueError(f"{op}: weight has shape {weight.shape}, not two dimensions; flatten it to rows first")
     q, n = weight.shape[0], x.shape[1]
-    _weight(op, "weight", weight, x, (q, n), op)
+    _weight(op, "weight", weight, x, (q, n), "planes" if op == "levels" else op)
     if mask is not None:
         _mask(op, mask, x, x.shape[0], q if op == "rows" else n)
     if bias is not None:

@@ -95,6 +95,9 @@ class Cpu(Backend):
     def columns(self, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
         return _multiply(extension().columns, x, weight, mask, bias)
 
+    def levels(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+        return _multiply(extension().levels, x, weight, mask, bias)
+
     def neurons(
         self,
         x: Tensor,
@@ -121,27 +124,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _multiply(getattr(extension(), order), x, held(weight, order), None, bias)[0]
 
 
-def values(weight: Stored, dtype: torch.dtype) -> Tensor:
-    """A weight that is not plain, (q, n) in `dtype`: what `Stored.values` gives, in every bit, in a tenth of the time."""
+def values(weight: Stored, dtype: torch.dtype, first: bool = False) -> Tensor:
+    """A weight that is not plain, (q, n) in `dtype`: what `Stored.values` gives, in every bit, in a tenth of the time.
+
+    first: what `Stored.first_values` gives, of a weight by rows or in planes.
+    """
     out = torch.empty(weight.shape, dtype=dtype)
-    extension().values(native_weight(weight), _DTYPES[dtype], torch.get_num_threads(), out.data_ptr())
+    extension().values(native_weight(weight), first, _DTYPES[dtype], torch.get_num_threads(), out.data_ptr())
     return out
 
 
 def native_weight(weight: Stored) -> Any:
     """A weight as the extension takes it; its addresses are those of the live tensors."""
     outputs, inputs = weight.shape
-    first, *scales = weight.tensors
+    codes, *scales = weight.tensors
+    first = scales[1] if weight.order == "planes" else None
     by_step = 1 if isinstance(weight.format, Plain) and weight.order == "columns" else 0
     return extension().Weight(
         format=weight.format.native,
         order=weight.order,
         outputs=outputs,
         inputs=inputs,
-        address=first.data_ptr(),
-        stride=first.stride(by_step) * first.element_size(),
+        address=codes.data_ptr(),
+        stride=codes.stride(by_step) * codes.element_size(),
         scales=scales[0].data_ptr() if scales else 0,
         scales_stride=scales[0].stride(0) * scales[0].element_size() if scales else 0,
+        first=0 if first is None else first.data_ptr(),
+        first_stride=0 if first is None else first.stride(0),
     )
 
 

@@ -1,7 +1,7 @@
 """The products as ``torch.library`` operators, so that torch.compile and fake tensors see them.
 
 An operator takes a weight as its tensors, the name of its format and its shape; an absent weight has no tensors. Order follows
-from the operator: `rows`, and gate and up of `neurons`, read rows; `columns` and down read columns.
+from the operator: `rows`, and gate and up of `neurons`, read rows; `columns` and down read columns; `levels` reads planes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _library.define(
 )
 _library.define(f"rows(Tensor x, {_WEIGHT.format('weight')}, Tensor? mask=None, Tensor? bias=None) -> Tensor")
 _library.define(f"columns(Tensor x, {_WEIGHT.format('weight')}, Tensor mask, Tensor? bias=None) -> Tensor")
+_library.define(f"levels(Tensor x, {_WEIGHT.format('weight')}, Tensor mask, Tensor? bias=None) -> Tensor")
 _library.define("columns_above(Tensor x, Tensor weight, Tensor thresholds, Tensor? bias=None) -> Tensor")
 
 
@@ -76,9 +77,9 @@ def _fake_neurons(*args):
     return x.new_empty((x.shape[0], down.shape[0]))
 
 
-def _linear(op: Order, x, tensors, format, shape, mask: Any = None, bias=None):
-    weight = _closed(tensors, format, shape, op)
-    check_linear(op, x, weight, mask, bias)
+def _linear(order: Order, x, tensors, format, shape, mask: Any = None, bias=None):
+    weight = _closed(tensors, format, shape, order)
+    check_linear("levels" if order == "planes" else order, x, weight, mask, bias)
     return x, weight, mask, bias
 
 
@@ -103,6 +104,17 @@ def _fake_columns(*args):
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
+def _run_levels(*args):
+    x, weight, mask, bias = _linear("planes", *args)
+    assert mask is not None
+    return _finish("levels", choosing.choose("levels", weight.format, x).levels(x, weight, mask, bias))
+
+
+def _fake_levels(*args):
+    x, weight, _, _ = _linear("planes", *args)
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
 def _run_columns_above(x, weight, thresholds, bias=None):
     if isinstance(choosing.choose("columns", held(weight, "columns").format, x), Gpu):
         return gpu.columns_above(x, weight, thresholds, bias)
@@ -123,6 +135,7 @@ for _name, _run, _fake in (
     ("neurons", _run_neurons, _fake_neurons),
     ("rows", _run_rows, _fake_rows),
     ("columns", _run_columns, _fake_columns),
+    ("levels", _run_levels, _fake_levels),
     ("columns_above", _run_columns_above, _fake_columns_above),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
@@ -131,4 +144,5 @@ for _name, _run, _fake in (
 neurons = torch.ops.moyu.neurons.default
 rows = torch.ops.moyu.rows.default
 columns = torch.ops.moyu.columns.default
+levels = torch.ops.moyu.levels.default
 columns_above = torch.ops.moyu.columns_above.default

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moyu.kernels.backend import Backend, columns_read
+from moyu.kernels.backend import Backend, columns_read, levels_read
 from moyu.weights import Format, Stored
 
 
@@ -71,6 +71,12 @@ class Reference(Backend):
         y = _sum_of_columns(x.to(_wide(x)), mask, weight)
         y = y if bias is None else y + bias.to(y.dtype)
         return y.to(x.dtype), columns_read(weight, mask) + _bytes(bias)
+
+    def levels(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+        wide = _wide(x)
+        factor = taken(x, weight.format).to(wide)
+        y = torch.where(mask, factor, 0) @ weight.values(wide).T + torch.where(mask, 0, factor) @ weight.first_values(wide).T
+        return (y if bias is None else y + bias.to(wide)).to(x.dtype), levels_read(weight, mask) + _bytes(bias)
 
     def neurons(
         self,

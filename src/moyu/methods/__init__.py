@@ -31,6 +31,7 @@ METHODS: dict[str, str | type[Method]] = {  # name -> "module:Class", imported o
     "tda": "moyu.methods.tda:Tda",
     "clada": "moyu.methods.clada:Clada",
     "estimate": "moyu.methods.estimate:Estimate",
+    "levels": "moyu.methods.levels:Levels",
     "popularity": "moyu.methods.popularity:Popularity",
     "static-norm": "moyu.methods.static_norm:StaticNorm",
     "random": "moyu.methods.random:Random",

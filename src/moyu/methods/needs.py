@@ -5,7 +5,8 @@ Beside the words of `SiteParams` ("bias", "basis", "centre", "low_rank", "units"
                                 before the step, once per sequence or for all text;
   "factors"                     a magnitude has factors;
   "remainder", "remainder without a kernel"   what is skipped gives something, from weights in few bits;
-  "lookahead"                   another layer's activation decides.
+  "lookahead"                   another layer's activation decides;
+  "further bits"                of what is skipped the first bits are read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from moyu.methods.magnitude import Magnitude
 from moyu.methods.values import PARAMS, Site, SiteParams, Skips
 
 ANY = frozenset(f"{skips} by {how}" for skips in get_args(Skips) for how in ("magnitude", "score", "masks"))
-ALL = ANY | PARAMS | {"factors", "remainder", "remainder without a kernel", "lookahead"}
+ALL = ANY | PARAMS | {"factors", "remainder", "remainder without a kernel", "lookahead", "further bits"}
 
 
 def needs(method: Method, site: Site, params: SiteParams) -> frozenset[str]:
@@ -25,6 +26,8 @@ def needs(method: Method, site: Site, params: SiteParams) -> frozenset[str]:
     asked = set(params.needs())
     if site.source_layer != site.layer:
         asked.add("lookahead")
+    if site.further:
+        asked.add("further bits")
     if method.granularity != "token":
         asked -= {"top_k", "units"}  # the mask says what they led to
         return frozenset(asked | {f"{site.skips} by masks"})

@@ -42,6 +42,18 @@ def projection_sites(block: Block) -> tuple[Site, ...]:
     return tuple(column_site(block, tap, name) for name, tap in READS.items() if _has_columns(block, name))
 
 
+def level_sites(block: Block) -> tuple[Site, ...]:
+    """A mask of input channels for every linear whose weight can lie in planes; what is skipped are further bits."""
+    found = []
+    for name, tap in READS.items():
+        stored = block.pieces[name].blocks if name in block.pieces else None
+        if stored is not None and stored.format.splits:
+            size = whole_lines(stored.format.plane_bytes(stored.shape[0])[1])
+            site = Site(block.layer, tap, "columns", (name,), stored.shape[1], size, block.expert, further=True)
+            found.append(site)
+    return tuple(found)
+
+
 def input_sites(block: Block) -> tuple[Site, ...]:
     """A mask of input channels for every input: q, k and v share one, gate and up share one."""
     shared: dict[Tap, list[str]] = {}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moyu.methods.selection import Rule, Soft, TopK
 from moyu.methods.shapes import ORDERS, Shape, shape
+from moyu.weights import Stored
 
 Tap = Literal["attn_in", "q_latent", "kv_latent", "heads", "mlp_in", "gate", "up", "mid"]
 Skips = Literal["columns", "rows", "neurons", "heads"]
@@ -70,6 +71,7 @@ class Site:
     expert: int | None = None
     reads_layer: int | None = None  # another layer whose activation decides: look-ahead
     act: str | None = None  # the network's activation, for scores that foresee neurons
+    further: bool = False  # of skipped columns the first bits are read all the same (`weights.planes`)
 
     @property
     def source_layer(self) -> int:
@@ -80,7 +82,8 @@ class Site:
     def key(self) -> str:
         """A stable name, unique within a plan."""
         expert = "" if self.expert is None else f".expert{self.expert}"
-        return f"layer{self.layer}{expert}.{self.reads}.{self.skips}.{'+'.join(self.linears)}"
+        skips = "bits" if self.further else self.skips
+        return f"layer{self.layer}{expert}.{self.reads}.{skips}.{'+'.join(self.linears)}"
 
 
 def _part(
@@ -222,6 +225,7 @@ class Acts:
     rows: Rows
     weights: Mapping[str, Tensor]  # name -> (out, in)
     biases: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (out,), of the linears that have one
+    stored: Mapping[str, Stored] = field(default_factory=dict)  # name -> the weight as it is stored, if it is quantised
     known: dict[tuple[Hashable, str], Mapping[str, Tensor]] = field(
         default_factory=dict, init=False, compare=False
     )  # what a method has prepared for a site, by both: the same at every target

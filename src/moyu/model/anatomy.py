@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moyu import kernels
 from moyu.model.quantised import QuantisedLinear
 from moyu.weights import Stored, mapped
 
@@ -56,6 +57,13 @@ class Piece:
     def operand(self) -> Tensor | Stored:
         """The live weight as the kernels take it."""
         return self.blocks or self.weight
+
+    @property
+    def first_values(self) -> Tensor:
+        """What the first bits of a quantised weight stand for, (out, in). ValueError for one that cannot lie in planes."""
+        if self.blocks is None:
+            raise ValueError("a weight of plain numbers has no first bits")
+        return kernels.first_values(self.blocks, self.dtype)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from moyu import kernels
 from moyu.model.anatomy import Piece
 from moyu.model.quantised import QuantisedLinear
-from moyu.weights import Stored, mapped
+from moyu.weights import Order, Stored, mapped
 
 Layout = Literal["neuron_major", "input_major"]
+Role = Literal["row", "column", "planes"]
+_ORDERS: dict[Role, Order] = {"row": "rows", "column": "columns", "planes": "planes"}
 
 
-def lay_out(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
+def lay_out(pieces: list[Piece], roles: list[Role]) -> None:
     """Store the k pieces of each neuron side by side: one (f, k, d) storage, and every parameter a strided view of it.
 
-    roles: whether neuron j is row j or column j of each piece. One piece with the role "column" is `input_major`. Values do not
+    roles: whether neuron j is row j or column j of each piece; "planes" is for the columns of quantised weights. One piece with the role "column" is `input_major`. Values do not
     change. If a piece is a part of a parameter (fused gates, experts), its rows or columns are made contiguous and no more.
     """
     if any(p.blocks for p in pieces):
@@ -47,7 +49,7 @@ def lay_out(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
             parameter.data = parameter.data.contiguous()
 
 
-def _lay_out_blocks(pieces: list[Piece], roles: list[Literal["row", "column"]]) -> None:
+def _lay_out_blocks(pieces: list[Piece], roles: list[Role]) -> None:
     """The same for weights in blocks. A row is followed by its scales; 32 columns share scales, so these are stored apart."""
     modules = [p.module for p in pieces if isinstance(p.module, QuantisedLinear)]
     if len(modules) < len(pieces):
@@ -55,7 +57,7 @@ def _lay_out_blocks(pieces: list[Piece], roles: list[Literal["row", "column"]]) 
             if not is_laid_out(piece, role):
                 lay_out([piece], [role])
         return
-    planes = [m.blocks.laid_out("rows" if r == "row" else "columns") for m, r in zip(modules, roles, strict=True)]
+    planes = [m.blocks.laid_out(_ORDERS[r]) for m, r in zip(modules, roles, strict=True)]
     parts = [b.tensors if b.order == "rows" else b.tensors[:1] for b in planes]
     sizes = [[t.shape[1] * t.element_size() for t in part] for part in parts]
     width = sum(map(sum, sizes))
@@ -86,10 +88,10 @@ def _plane(piece: Piece, role: str) -> Tensor:
     return weight if role == "row" else weight.t()
 
 
-def is_laid_out(piece: Piece, role: Literal["row", "column"]) -> bool:
+def is_laid_out(piece: Piece, role: Role) -> bool:
     """Whether the piece's rows (columns) are contiguous in memory, as kernels need them."""
     if piece.blocks is not None:
-        return (piece.blocks.order == "rows") == (role == "row")
+        return piece.blocks.order == _ORDERS[role]
     weight = piece.weight
     return weight.stride(1) == 1 if role == "row" else weight.stride(0) == 1
 

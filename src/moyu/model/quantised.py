@@ -26,10 +26,8 @@ class _Quantised(nn.Module):
         super().__init__()
         self.format, self.shape = stored.format, stored.shape
         self.order: Order = stored.order
-        self._dtypes = tuple(t.dtype for t in stored.tensors)
-        # tensors of its own over the same memory: `store` gives them other memory, and nobody else's may follow
-        for name, tensor in zip(self._names, stored.tensors, strict=True):
-            self.register_buffer(name, _bits(tensor.detach()))
+        self._dtypes: tuple[torch.dtype, ...] = ()
+        self.store(stored)
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=stored.device), persistent=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
@@ -44,9 +42,15 @@ class _Quantised(nn.Module):
         return Stored(self.format, self.order, tuple(tensors), self.shape)
 
     def store(self, stored: Stored) -> None:
-        """Hold the same weight in other memory or in another order; buffers keep their identity."""
+        """Hold the same weight in other memory or in another order; buffers that both orders have keep their identity."""
+        before, self._dtypes = self._names, tuple(t.dtype for t in stored.tensors)
+        for name in before[len(self._dtypes) :]:
+            delattr(self, name)
         for name, tensor in zip(self._names, stored.tensors, strict=True):
-            self._buffers[name].data = _bits(tensor)  # pyright: ignore[reportOptionalMemberAccess]
+            if name in before:
+                self._buffers[name].data = _bits(tensor)  # pyright: ignore[reportOptionalMemberAccess]
+            else:  # a tensor of its own over the same memory: `store` gives it other memory, and nobody else's may follow
+                self.register_buffer(name, _bits(tensor.detach()))
         self.order = stored.order
 
     @property

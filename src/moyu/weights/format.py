@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Order = Literal["rows", "columns"]
+Order = Literal["rows", "columns", "planes"]
 CHUNK = 1 << 18  # weights that are (de)quantised at once: temporaries take some 20 bytes a weight
 
 
@@ -24,6 +24,7 @@ class Format(ABC):
     native: its name in the C++ kernels (csrc/formats/formats.def), None = they do not read it, and products with it take
         the values that `values` gives.
     rounds_inputs: products are sums of integers: x is rounded to 8 bits, one scale for every `group` values.
+    splits: a weight can lie in planes, the first bits of its codes apart from the others (`weights.planes`).
     """
 
     name: str
@@ -32,6 +33,7 @@ class Format(ABC):
     ggml: int | None = None
     native: str | None = None
     rounds_inputs: bool = False
+    splits: bool = False
 
     @abstractmethod
     def store(self, weight: Tensor) -> Stored:
@@ -51,7 +53,15 @@ class Format(ABC):
 
     @abstractmethod
     def laid_out(self, stored: Stored, order: Order) -> Stored:
-        """The same values by rows or by columns, contiguous; itself where it already is."""
+        """The same values by rows, by columns or in planes, contiguous; itself where it already is."""
+
+    def first_values(self, stored: Stored, dtype: torch.dtype) -> Tensor:
+        """Of a weight in planes, what its first bits alone stand for: (q, n)."""
+        raise ValueError(f"weights in {self.name} have no planes")
+
+    def plane_bytes(self, outputs: int) -> tuple[int, int]:
+        """Of a weight in planes: bytes of the first bits of a group of columns, and of the further bits of one column."""
+        raise ValueError(f"weights in {self.name} have no planes")
 
     @abstractmethod
     def row_bytes(self, inputs: int) -> int:
@@ -109,8 +119,9 @@ class Stored:
 
     @property
     def column_bytes(self) -> int:
-        """Bytes of a column, without the scales that it shares."""
-        return self.format.column_bytes(self.shape[0])
+        """Bytes of a column, without the scales that it shares; in planes, of its further bits."""
+        outputs = self.shape[0]
+        return self.format.plane_bytes(outputs)[1] if self.order == "planes" else self.format.column_bytes(outputs)
 
     @property
     def scale_bytes(self) -> int:
@@ -121,6 +132,12 @@ class Stored:
         """The weight (q, n)."""
         return self.format.values(self, dtype)
 
+    def first_values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the first bits alone stand for, (q, n). ValueError for a weight that does not lie in planes."""
+        if self.order != "planes":
+            raise ValueError(f"a weight by {self.order} has no first bits apart; lay it out in planes")
+        return self.format.first_values(self, dtype)
+
     def pieces(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows (k, n) or columns (k, q) of it, whichever are contiguous; index (k,)."""
         return self.format.pieces(self, index, dtype)
@@ -130,7 +147,7 @@ class Stored:
         return self.format.at(self, row, column)
 
     def laid_out(self, order: Order) -> Stored:
-        """The same values by rows or by columns; itself where it already is."""
+        """The same values by rows, by columns or in planes; itself where it already is."""
         return self if order == self.order else self.format.laid_out(self, order)
 
 

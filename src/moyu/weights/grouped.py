@@ -5,7 +5,7 @@ and offset are those of its group of 32 inputs, or of half a group (`halves` = 2
 one group and some to a block of `span` groups.
 
 A stored weight has two tensors, codes and scales. By rows, a line of codes is a row; by columns, it is a column, and its numbers are
-those of outputs. A line is a plane of the codes' low bits (4 of them, or 2, or all 8) and one of the high bits, if any. A plane of b
+those of outputs; in planes there is a third tensor, the first bits, and codes are the further ones (`weights.planes`). A line is a plane of the codes' low bits (4 of them, or 2, or all 8) and one of the high bits, if any. A plane of b
 bits has 4 b bytes for 32 numbers: number i is in byte i % (4 b), from bit b * (i // (4 b)) on. Scales by rows are (q, bytes): field
 after field. By columns they are (n / (32 span), bytes): field after field, each (count, q).
 """
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moyu.weights.format import Format, Order, Stored, parts
+from moyu.weights import planes
+from moyu.weights.format import CHUNK, Format, Order, Stored, parts
 
 GROUP = 32
 PLANES = {
@@ -65,6 +66,10 @@ class Grouped(Format):
     def block(self) -> int:
         return GROUP * self.span
 
+    @property
+    def splits(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.table is None and self.bits in planes.SPLITS
+
     @torch.no_grad()
     def store(self, weight: Tensor) -> Stored:
         """As llama.cpp's quantiser rounds. Where n is no multiple of 32, the last group of a row is filled up with zeros."""
@@ -84,7 +89,7 @@ class Grouped(Format):
         scales = torch.empty((q, n // self.block * self._field_bytes), dtype=BYTE)
         for part in parts(q, n):
             code, *fields = self.split(raw[part].unflatten(1, (n // self.block, -1)))
-            codes[part], scales[part] = self.packed(code), _joined([field.flatten(1) for field in fields])
+            codes[part], scales[part] = self.packed(code), _side_by_side([field.flatten(1) for field in fields])
         return Stored(self, "rows", (codes, self._typed(scales)), shape)
 
     def levels(self, codes: Tensor) -> Tensor:
@@ -138,15 +143,15 @@ class Grouped(Format):
     def _fields(self, scales: Tensor, order: Order, q: int) -> list[Tensor]:
         """The fields of scales, each (q, B, count)."""
         scales = scales.view(BYTE)
-        blocks = scales.shape[1] // self._field_bytes if order == "rows" else len(scales)
+        by_rows = order == "rows"
+        blocks = scales.shape[1] // self._field_bytes if by_rows else len(scales)
         fields, start = [], 0
         for dtype, count in self.fields:
-            size = count * dtype.itemsize * (blocks if order == "rows" else q)
+            size = count * dtype.itemsize * (blocks if by_rows else q)
             field = scales[:, start : start + size].view(dtype)
             start += size
-            by_rows = order == "rows"
             fields.append(field.unflatten(1, (blocks, count) if by_rows else (count, q)))
-        return fields if order == "rows" else [field.permute(2, 0, 1) for field in fields]
+        return fields if by_rows else [field.permute(2, 0, 1) for field in fields]
 
     def _scales(self, stored: Stored, rows: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor | None]:
         """Scale and offset of each part of a group, (q, parts) float32; rows: of a weight by rows, only of these."""
@@ -157,7 +162,7 @@ class Grouped(Format):
     def values(self, stored: Stored, dtype: torch.dtype) -> Tensor:
         q, n = stored.shape
         out = torch.empty(stored.shape, dtype=dtype, device=stored.device)
-        if stored.order == "columns":
+        if stored.order != "rows":
             for part in parts(n, q):
                 index = torch.arange(part.start, part.stop, device=stored.device)
                 out[:, part] = self.pieces(stored, index, dtype).t()
@@ -169,10 +174,32 @@ class Grouped(Format):
     def pieces(self, stored: Stored, index: Tensor, dtype: torch.dtype) -> Tensor:
         if stored.order == "rows":
             return self._rows(stored, index).to(dtype)
+        return self._columns(stored, index, self.levels(self._codes(stored, index)), dtype)
+
+    def first_values(self, stored: Stored, dtype: torch.dtype) -> Tensor:
+        further = planes.SPLITS[self.bits][1]
+        codes = planes.first_codes(stored.tensors[2], self.bits, self.halves, stored.shape[0])[: stored.shape[1]]
+        zero = 1 << 7 if self.bits == 8 else self.zero
+        levels = (codes.to(torch.int16) << further) - zero + ((1 << further) - 1) / 2
+        return self._columns(stored, torch.arange(len(codes), device=codes.device), levels, dtype).t()
+
+    def _columns(self, stored: Stored, index: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Columns `index` of these levels, (k, q)."""
         part = index * self.halves // GROUP
         scale, offset = self._scales(stored)
-        values = self.levels(self.unpacked(stored.tensors[0][index]))[:, : stored.shape[0]] * scale.t()[part]
+        values = levels * scale.t()[part]
         return (values if offset is None else values + offset.t()[part]).to(dtype)
+
+    def _codes(self, stored: Stored, index: Tensor) -> Tensor:
+        """The codes of columns `index` (k,) of a weight that does not lie by rows, (k, q)."""
+        q = stored.shape[0]
+        if stored.order == "columns":
+            return self.unpacked(stored.tensors[0][index])[:, :q]
+        second, _, first = stored.tensors
+        groups, own = torch.unique(index // GROUP, return_inverse=True)
+        codes = planes.first_codes(first[groups], self.bits, self.halves, q)[own * GROUP + index % GROUP]
+        codes = codes << planes.SPLITS[self.bits][1] | planes.further(second[index], self.bits, q)
+        return (codes ^ 1 << 7).view(self.code) if self.bits == 8 else codes
 
     def _rows(self, stored: Stored, index: slice | Tensor) -> Tensor:
         scale, offset = self._scales(stored, index)
@@ -183,6 +210,8 @@ class Grouped(Format):
         return values.flatten(1)[:, : stored.shape[1]]
 
     def at(self, stored: Stored, row: Tensor, column: Tensor) -> Tensor:
+        if stored.order == "planes":
+            return self.pieces(stored, column, torch.float32).gather(1, row[:, None])[:, 0]
         by_rows = stored.order == "rows"
         code = self._code_at(stored.tensors[0], *((row, column) if by_rows else (column, row)))
         scale, offset = self._scales(stored, row if by_rows else slice(None))
@@ -193,25 +222,59 @@ class Grouped(Format):
     def laid_out(self, stored: Stored, order: Order) -> Stored:
         if order == stored.order:
             return stored
+        if order == "planes":
+            return self._split(stored.laid_out("columns"))
+        if stored.order == "planes":
+            return self._whole(stored).laid_out(order)
         (lines, scales), (q, n) = stored.tensors, stored.shape
         count, padded = (n, q) if stored.order == "rows" else (q, whole(n))
         codes = self.unpacked(lines)[:, :count].t()
         code = self.packed(functional.pad(codes, (0, padded - codes.shape[1]), value=self.zero).contiguous())
         fields = self._fields(scales, stored.order, q)
         if order == "columns":
-            turned = _joined([field.permute(1, 2, 0).flatten(1) for field in fields])
+            turned = _side_by_side([field.permute(1, 2, 0).flatten(1) for field in fields])
         else:
-            turned = _joined([field.flatten(1) for field in fields])
+            turned = _side_by_side([field.flatten(1) for field in fields])
         return Stored(self, order, (code, self._typed(turned)), stored.shape)
 
+    def _split(self, stored: Stored) -> Stored:
+        """A weight by columns in planes."""
+        if not self.splits:
+            raise ValueError(f"weights in {self.name} have no planes: their codes are no integers of 3 bits or more")
+        (lines, scales), (q, n) = stored.tensors, stored.shape
+        whole_first, second = self.plane_bytes(q)
+        low = torch.empty((n, second), dtype=BYTE, device=stored.device)
+        high = torch.empty((-(-n // GROUP), whole_first), dtype=BYTE, device=stored.device)
+        step = max(1, CHUNK // (GROUP * q)) * GROUP
+        for start in range(0, n, step):
+            codes = self.unpacked(lines[start : start + step])[:, :q].view(BYTE)
+            codes = codes ^ 1 << 7 if self.bits == 8 else codes
+            part = slice(start // GROUP, (start + len(codes) + GROUP - 1) // GROUP)
+            high[part], low[start : start + len(codes)] = planes.split(codes, self.bits, self.halves)
+        return Stored(self, "planes", (low, scales, high), stored.shape)
+
+    def _whole(self, stored: Stored) -> Stored:
+        """The inverse."""
+        n = stored.shape[1]
+        lines = torch.empty((n, self.column_bytes(stored.shape[0])), dtype=self.code, device=stored.device)
+        for part in parts(n, stored.shape[0]):
+            lines[part] = self.packed(self._codes(stored, torch.arange(part.start, part.stop, device=stored.device)))
+        return Stored(self, "columns", (lines, stored.tensors[1]), stored.shape)
+
     def tensors_of(self, shape: tuple[int, int], order: Order) -> tuple[tuple[tuple[int, int], torch.dtype], ...]:
-        """Shape and type of the tensors of a weight (q, n): codes, and scales."""
+        """Shape and type of the tensors of a weight (q, n): codes and scales, and in planes the first bits."""
         (q, n), halves = shape, len(self.fields) == 1 and self.fields[0][0] == HALF
+        in_planes = order == "planes"
         lines = (q, self._line_bytes(whole(n))) if order == "rows" else (n, self.column_bytes(q))
+        lines = (n, self.plane_bytes(q)[1]) if in_planes else lines
         blocks = -(-n // self.block)
         scales = (q, blocks * self._field_bytes) if order == "rows" else (blocks, q * self._field_bytes)
         dtype = HALF if halves else BYTE
-        return (lines, self.code), ((scales[0], scales[1] // dtype.itemsize), dtype)
+        first = (((-(-n // GROUP), self.plane_bytes(q)[0]), BYTE),) if in_planes else ()
+        return (lines, BYTE if in_planes else self.code), ((scales[0], scales[1] // dtype.itemsize), dtype), *first
+
+    def plane_bytes(self, outputs: int) -> tuple[int, int]:
+        return planes.first_bytes(self.bits, outputs), planes.second_bytes(self.bits, outputs)
 
     def row_bytes(self, inputs: int) -> int:
         return self._line_bytes(whole(inputs)) + -(-inputs // self.block) * self._field_bytes
@@ -233,7 +296,7 @@ class Grouped(Format):
         return scales.view(HALF) if len(self.fields) == 1 and self.fields[0][0] == HALF else scales
 
 
-def _joined(fields: list[Tensor]) -> Tensor:
+def _side_by_side(fields: list[Tensor]) -> Tensor:
     """Fields (m, count) one after the other, as bytes (m, bytes)."""
     return torch.cat([_copy(field).view(BYTE) for field in fields], 1)
 

@@ -145,7 +145,10 @@ def native_linear(weight: Tensor | Stored, bias: Tensor | None) -> Any:
     linear = cpu.extension().Linear()
     linear.q, linear.n = weight.shape
     if isinstance(weight, Stored):
-        codes, scales = weight.tensors
+        codes, scales = weight.tensors[:2]
+        if weight.order == "planes":
+            first = weight.tensors[2]
+            linear.first, linear.first_stride = first.data_ptr(), first.stride(0)
         linear.by_columns, linear.kind = weight.order == "columns", cpu.format_code(weight.format)
         linear.weight, linear.stride = codes.data_ptr(), codes.stride(0)
         linear.scales, linear.scales_stride = scales.data_ptr(), scales.stride(0) * scales.element_size()

@@ -33,7 +33,7 @@ _WINDOWS = ("full_attention", "sliding_attention")  # types of layers that diffe
 _NARROW = 2  # positions of a window that a probe is longer than
 _BY_LENGTH = ("dynamic", "longrope")  # rotary angles that depend on more than the position
 CAN = frozenset(  # what a site may ask of a native step, `moyu.methods.needs`
-    {"columns by magnitude", "rows by magnitude", "neurons by masks", "factors", "bias", "remainder"}
+    {"columns by magnitude", "rows by magnitude", "neurons by masks", "factors", "bias", "remainder", "further bits"}
 )
 # The norms of a plain layer: role, the linear that reads it, the linear that it reads.
 _ROLES = (

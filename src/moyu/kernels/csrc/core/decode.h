@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/grouped.h"
+#include "core/levels.h"
 #include "core/linear.h"
 #include "core/neurons.h"
 
@@ -91,7 +92,7 @@ class Decoding {
         for (int64_t r = 0; r < a.rows; ++r) {
             float *to = my.hidden + r * a.d;
             if (a.ends && a.ends->embedding.kind != Format::plain) {
-                widen_row(stored(a.ends->embedding), a.ids[r], to);
+                widen_row(stored(a.ends->embedding), a.ids[r], false, to);
                 for (int64_t i = 0; i < a.d; ++i) to[i] = rounded<T>(to[i]);
             } else {
                 const DecodeLinear *table = a.ends ? &a.ends->embedding : nullptr;
@@ -192,7 +193,8 @@ class Decoding {
     }
     static Weight stored(const DecodeLinear &w) {
         const int64_t unit = w.kind == Format::plain ? bytes_of<T>(1) : 1;  // of the stride
-        return {w.kind, w.by_columns ? Order::columns : Order::rows, w.q, w.n, w.weight, w.stride * unit, w.scales, w.scales_stride};
+        const Order order = w.first ? Order::planes : w.by_columns ? Order::columns : Order::rows;
+        return {w.kind, order, w.q, w.n, w.weight, w.stride * unit, w.scales, w.scales_stride, w.first, w.first_stride};
     }
 
     // my.mask = what each row keeps, by |x_i| * factor_i > threshold in the model's type (as the method computes it), or as
@@ -226,6 +228,12 @@ class Decoding {
                float *area) {
         LinearArgs args = {a.rows, a.threads, x, w.n, stored(w), nullptr, 0, w.bias, out};
         const bool in_blocks = w.kind != Format::plain;
+        if (w.first) {
+            decide(w, levels, x, w.n, my, team);
+            args.mask = my.mask, args.mask_stride = w.n;
+            bytes[team.thread] += levels_share<T>(args, args.weight, round(x, w.n, my), team, area + team.thread * sums_size_of(w));
+            return;
+        }
         if (!w.by_columns) {
             bytes[team.thread] += in_blocks ? grouped_rows_share<T>(args, args.weight, round(x, w.n, my), nullptr, w.q, team)
                                             : rows_share<T>(args, my.x, nullptr, w.q, team);

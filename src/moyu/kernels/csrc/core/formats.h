@@ -43,9 +43,9 @@ MOYU_ONCE void prefetch_scales(const Weight &w, int64_t number) {
     });
 }
 
-// to[0 .. inputs) = row i of a weight that lies by rows.
-MOYU_ONCE void widen_row(const Weight &w, int64_t i, float *to) {
-    with_format(w.format, [&](auto f) { decltype(f)::widen(piece_of(w, i), scales_of(w, i), w.inputs, to); });
+// to[0 .. inputs) = row i of a weight that lies by rows; `first`: what its first bits alone stand for.
+MOYU_ONCE void widen_row(const Weight &w, int64_t i, bool first, float *to) {
+    with_format(w.format, [&](auto f) { decltype(f)::widen(piece_of(w, i), scales_of(w, i), w.inputs, first, to); });
 }
 
 }  // namespace

@@ -291,7 +291,7 @@ void values_share(const ValuesArgs &a, const moyu::Team &team, float *row) {
     if (w.order == moyu::Order::rows) {
         const Share share(w.outputs, team);
         for (int64_t i = share.begin; i < share.end; ++i) {
-            widen_row(w, i, row);
+            widen_row(w, i, a.first, row);
             for (int64_t k = 0; k < w.inputs; ++k) narrow(row[k], out[i * w.inputs + k]);
         }
         return;
@@ -315,15 +315,6 @@ void values_share(const ValuesArgs &a, const moyu::Team &team, float *row) {
                 for (int i = 0; i < columns.count; ++i) narrow(values[k][i], out[(o + k) * w.inputs + first + i]);
         }
     }
-}
-
-// out (outputs, inputs) = the weight, dequantised.
-template <class T>
-void grouped_values(const ValuesArgs &a) {
-    float *rows;
-    in_scratch([&](Arena &arena) { rows = arena.take<float>(a.threads * round_up(a.weight.inputs)); });
-    auto work = [&](const moyu::Team &team) { values_share<T>(a, team, rows + team.thread * round_up(a.weight.inputs)); };
-    run_parallel(threads_for(a.weight.outputs * a.weight.inputs * bytes_of<T>(1), a.weight.outputs, a.threads), work);
 }
 
 }  // namespace

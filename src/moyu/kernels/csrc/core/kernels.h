@@ -19,17 +19,20 @@ enum class Format : int {
 };
 constexpr int64_t kMostRows = 32;  // of x that are taken together; weights are read once for them
 
-enum class Order : int { rows, columns };
+enum class Order : int { rows, columns, planes };
 
-// A weight (outputs, inputs). By rows, the inputs of an output are contiguous; by columns, the outputs of an input.
+// A weight (outputs, inputs). By rows, the inputs of an output are contiguous; by columns, the outputs of an input. In planes
+// (core/levels.h), the first bits of all codes lie apart from the others, of which those of an input are contiguous.
 struct Weight {
     Format format;
     Order order;
     int64_t outputs, inputs;
     const void *address;     // null = no weight
-    int64_t stride;          // bytes from one row to the next, or from one column
+    int64_t stride;          // bytes from one row to the next, or from one column, or from one input's further bits
     const void *scales;      // of a format with groups: those of a row, or of a block of columns (core/scales.h)
     int64_t scales_stride;   // bytes from one row's or block's scales to the next
+    const void *first;       // in planes: the first bits, group of inputs by group
+    int64_t first_stride;    // bytes from one group's to the next
 };
 
 // Strides of x, masks and `given` are in elements, from one row to the next; inside a row they are 1.
@@ -48,12 +51,12 @@ struct NeuronsArgs {
     void *out;               // (rows, d_out), contiguous
 };
 
-struct LinearArgs {          // `rows` takes a weight by rows, `columns` one by columns
+struct LinearArgs {          // `rows` takes a weight by rows, `columns` one by columns, `levels` one in planes
     int64_t rows, threads;
     const void *x;           // (rows, inputs)
     int64_t x_stride;
     Weight weight;
-    const uint8_t *mask;     // (rows, outputs) for `rows`, (rows, inputs) for `columns`; null = all
+    const uint8_t *mask;     // (rows, outputs) for `rows`, (rows, inputs) for `columns` and `levels`; null = all
     int64_t mask_stride;
     const void *bias;        // (outputs,) or null
     void *out;               // (rows, outputs), contiguous
@@ -62,6 +65,7 @@ struct LinearArgs {          // `rows` takes a weight by rows, `columns` one by 
 struct ValuesArgs {          // the values of a weight that is not plain
     int64_t threads;
     Weight weight;
+    bool first;              // of its first bits alone, by rows or in planes
     void *out;               // (outputs, inputs), contiguous
 };
 
@@ -84,6 +88,8 @@ struct DecodeLinear {
     Format kind;             // not plain: `weight` are codes, and strides are bytes
     const void *scales;
     int64_t scales_stride;
+    const void *first;       // not null: in planes; all bits of the inputs that `by_columns` would keep are read
+    int64_t first_stride;
     Weight rest;             // not null: columns that skipped inputs are multiplied with instead, where `by_columns`
 };
 
@@ -171,6 +177,7 @@ struct Table {
     int64_t (*neurons[3])(const NeuronsArgs &);
     int64_t (*rows[3])(const LinearArgs &);
     int64_t (*columns[3])(const LinearArgs &);
+    int64_t (*levels[3])(const LinearArgs &);
     int64_t (*decode[3])(const DecodeArgs &);
     void (*values[3])(const ValuesArgs &);
     uint64_t (*read)(const void *data, int64_t bytes, int loop, int64_t threads);

@@ -94,7 +94,7 @@ const char *const kFormats[] = {
 #include "formats/formats.def"
 #undef X
 };
-const char *const kOrders[] = {"rows", "columns"};
+const char *const kOrders[] = {"rows", "columns", "planes"};
 const char *const kActivations[] = {"relu", "relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"};
 
 // An enum's value by its number or its name; raises for one that it does not have.
@@ -130,9 +130,12 @@ void check(const char *name, const Weight &w) {
     need(w.outputs >= 0 && w.inputs >= 0 && w.stride >= 0 && w.scales_stride >= 0, name, " has a negative size or stride");
     need(w.address != nullptr || empty, name, " has no address");
     need(w.format == Format::plain || w.scales != nullptr || empty, name, " has no scales");
+    need(w.order != Order::planes || (w.format != Format::plain && w.first_stride >= 0 && (w.first != nullptr || empty)), name,
+         " has no first plane");
 }
 void check_order(const char *name, const Weight &w, Order order) {
-    need(w.order == order, name, order == Order::rows ? " lies by columns, not by rows" : " lies by rows, not by columns");
+    static const char *const wrong[] = {" does not lie by rows", " does not lie by columns", " does not lie in planes"};
+    need(w.order == order, name, wrong[static_cast<int>(order)]);
 }
 void check_rows(int64_t rows, int64_t threads, int64_t width, int64_t outputs, int64_t x_stride, const void *x,
                 const void *out) {
@@ -153,7 +156,8 @@ int64_t multiply(const Linear &call) {
     check("weight", a.weight);
     check_order("weight", a.weight, order);
     check_rows(a.rows, a.threads, a.weight.inputs, a.weight.outputs, a.x_stride, a.x, a.out);
-    return (order == Order::rows ? table->rows : table->columns)[static_cast<int>(call.dtype)](a);
+    const auto &kernels = order == Order::rows ? table->rows : order == Order::columns ? table->columns : table->levels;
+    return kernels[static_cast<int>(call.dtype)](a);
 }
 
 struct Neurons {
@@ -189,13 +193,15 @@ void bind_products(nb::module_ &m) {
     nb::class_<Weight>(m, "Weight")
         .def("__init__",
              [](Weight *self, const char *format, const char *order, int64_t outputs, int64_t inputs,
-                uintptr_t address, int64_t stride, uintptr_t scales, int64_t scales_stride) {
+                uintptr_t address, int64_t stride, uintptr_t scales, int64_t scales_stride, uintptr_t first,
+                int64_t first_stride) {
                  new (self) Weight{named<Format>("weight format", format, kFormats), named<Order>("order", order, kOrders),
-                                   outputs, inputs, pointer(address), stride, pointer(scales), scales_stride};
+                                   outputs, inputs, pointer(address), stride, pointer(scales), scales_stride, pointer(first),
+                                   first_stride};
                  check("weight", *self);
              },
              nb::kw_only(), "format"_a, "order"_a, "outputs"_a, "inputs"_a, "address"_a, "stride"_a, "scales"_a = 0,
-             "scales_stride"_a = 0);
+             "scales_stride"_a = 0, "first"_a = 0, "first_stride"_a = 0);
 
     nb::class_<Linear>(m, "LinearArgs")
         .def("__init__",
@@ -208,6 +214,7 @@ void bind_products(nb::module_ &m) {
              "bias"_a, "out"_a);
     m.def("rows", &multiply<Order::rows>, release());
     m.def("columns", &multiply<Order::columns>, release());
+    m.def("levels", &multiply<Order::planes>, release());
 
     nb::class_<Neurons>(m, "NeuronsArgs")
         .def("__init__",
@@ -226,12 +233,13 @@ void bind_products(nb::module_ &m) {
              "out"_a);
     m.def("neurons", &neurons, release());
 
-    m.def("values", [](const Weight &weight, int dtype, int64_t threads, uintptr_t out) {
+    m.def("values", [](const Weight &weight, bool first, int dtype, int64_t threads, uintptr_t out) {
         check("weight", weight);
         need(weight.format != Format::plain, "weight", " is plain: it holds its values");
+        need(!first || weight.order != Order::columns, "weight", " lies by columns, which do not tell first bits apart");
         need(threads >= 1 && out != 0, "values", " needs threads >= 1 and memory to write to");
-        table->values[static_cast<int>(dtype_of(dtype))]({threads, weight, reinterpret_cast<void *>(out)});
-    }, release(), "weight"_a, "dtype"_a, "threads"_a, "out"_a);
+        table->values[static_cast<int>(dtype_of(dtype))]({threads, weight, first, reinterpret_cast<void *>(out)});
+    }, release(), "weight"_a, "first"_a, "dtype"_a, "threads"_a, "out"_a);
 
     m.attr("formats") = names(kFormats);
     m.attr("activations") = names(kActivations);
@@ -277,6 +285,7 @@ struct Decoder {
             need(w.weight != nullptr && n > 0 && q > 0 && w.n == n && w.q == q,
                  std::string(name) + " must be (" + std::to_string(q) + ", " + std::to_string(n) + ") and have a weight");
             need(w.kind == Format::plain || w.scales != nullptr, std::string(name) + " is in blocks without scales");
+            need(w.first == nullptr || (w.kind != Format::plain && !w.by_columns), std::string(name) + " has a first plane and does not lie in planes");
             widest = std::max({widest, n, q});
         };
         linear("q", layer.q, width, heads);
@@ -352,6 +361,8 @@ void bind_decode(nb::module_ &m) {
     def_address(linear, "bias", &DecodeLinear::bias);
     def_address(linear, "factor", &DecodeLinear::factor);
     def_address(linear, "scales", &DecodeLinear::scales);
+    def_address(linear, "first", &DecodeLinear::first);
+    linear.def_rw("first_stride", &DecodeLinear::first_stride);
     linear.def_rw("scales_stride", &DecodeLinear::scales_stride);
     linear.def_prop_rw("kind", [](const DecodeLinear &self) { return static_cast<int>(self.kind); },
                        [](DecodeLinear &self, int value) { self.kind = numbered<Format>("kind", value, kFormats); });

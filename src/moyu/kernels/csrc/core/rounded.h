@@ -27,6 +27,7 @@ struct Rounded {
         return r;
     }
     Rounded fitted(int64_t n) const { return {ordered, halves, scale, sums, half_sums, padded(n)}; }  // for rows as long or shorter
+    // From row r on.
     Rounded row(int64_t r) const {
         return {ordered + r * groups * kGroup, halves + r * groups * kGroup, scale + r * groups, sums + r * groups,
                 half_sums + 2 * r * groups, groups};

@@ -27,7 +27,13 @@ struct Planar {
     using Self = Planar;
     using Scales = ItsScales;
     static constexpr int bits = Bits;
+    static constexpr int zero = Bits == 8 ? 128 : Zero;  // the code that stands for 0, where codes are not signed
     static constexpr bool has_table = !std::is_same_v<Table, NoTable>;
+    // A weight in planes (core/levels.h): whether it can be, and how many bits of a code are read for chosen inputs only. What the
+    // others stand for alone is the middle of the codes that share them.
+    static constexpr bool splits = !has_table && Bits > 2;
+    static constexpr int further = Bits == 8 ? 4 : Bits > 3 ? 2 : 1;
+    static constexpr float middle = 0.5f * ((1 << further) - 1);
     static constexpr bool is_signed = has_table || Bits == 8;  // what codes stand for takes 8 bits with a sign
 
     static int64_t line_bytes(int64_t count) { return Bits == 8 ? count : groups_of(count) * 4 * Bits; }
@@ -42,16 +48,20 @@ struct Planar {
         else if constexpr (has_table) return Table::levels[code_at<Bits>(line, i, groups)];
         else return code_at<Bits>(line, i, groups) - Zero;
     }
-    // to[0 .. n) = the values of a row. Exact: a product of a level and a scale fits into a float, and is rounded once when an
-    // offset is added.
-    MOYU_ONCE static void widen(const uint8_t *line, const uint8_t *scales, int64_t n, float *to) {
+    // The same without its further bits.
+    static float first_level(int32_t level) {
+        return static_cast<float>(((level + zero) >> further << further) - zero) + middle;
+    }
+    // to[0 .. n) = the values of a row; `first`: of its first bits alone. Exact: a product of a level and a scale fits into a float,
+    // and is rounded once when an offset is added.
+    MOYU_ONCE static void widen(const uint8_t *line, const uint8_t *scales, int64_t n, bool first, float *to) {
         const int64_t groups = groups_of(n);
         const auto fields = Scales::of_row(scales, groups);
         int64_t i = 0;
 #if MOYU_INTEGERS
         for (; i + kBytes <= n; i += kBytes) {
             alignas(64) float levels[kBytes];
-            levels_in_order(line, groups, i / kGroup, levels);
+            levels_in_order(line, groups, i / kGroup, first, levels);
             for (int k = 0; k < kBytes; k += kGroup / Scales::halves) {
                 const int64_t part = (i + k) * Scales::halves / kGroup;
                 const auto own = Scales::at(fields, part / (Scales::halves * Scales::span), part);
@@ -64,7 +74,8 @@ struct Planar {
         for (; i < n; ++i) {
             const int64_t part = i * Scales::halves / kGroup;
             const auto own = Scales::at(fields, part / (Scales::halves * Scales::span), part);
-            to[i] = own.scale * static_cast<float>(level(line, i, groups)) + own.offset;
+            const int32_t whole = level(line, i, groups);
+            to[i] = own.scale * (first ? first_level(whole) : static_cast<float>(whole)) + own.offset;
         }
     }
     // to[output][0 .. width) = the values of up to 32 columns of group `number` from output o on, up to 32 of them.
@@ -102,11 +113,13 @@ struct Planar {
     }
     static Bytes in_order(const uint8_t *line, int64_t groups, int64_t g) { return stand(codes_in_order<Bits>(line, groups, g)); }
     // kBytes levels of groups from g on.
-    static void levels_in_order(const uint8_t *line, int64_t groups, int64_t g, float *to) {
+    static void levels_in_order(const uint8_t *line, int64_t groups, int64_t g, bool first, float *to) {
         alignas(64) uint8_t bytes[kBytes];
-        store_bytes(bytes, in_order(line, groups, g));
+        const Bytes codes = codes_in_order<Bits>(line, groups, g);
+        store_bytes(bytes, stand(first ? both_of(codes, every(256 - (1 << further))) : codes));
+        const float more = (first ? middle : 0.0f) - static_cast<float>(lift);
         for (int i = 0; i < kBytes; i += kLanes)
-            store_floats(to + i, plus(stands_signed ? Wide::signed_bytes(bytes + i) : Wide::bytes(bytes + i), -static_cast<float>(lift)));
+            store_floats(to + i, plus(stands_signed ? Wide::signed_bytes(bytes + i) : Wide::bytes(bytes + i), more));
     }
 #endif
     // out[c] = row w[c] · x; the lines `then` are prefetched, null = none. groups: of a row.

@@ -117,6 +117,8 @@ inline Bytes unpack_high_8(Bytes a, Bytes b) { return _mm256_unpackhi_epi8(a, b)
 inline Bytes unpack_low_16(Bytes a, Bytes b) { return _mm256_unpacklo_epi16(a, b); }
 inline Bytes unpack_high_16(Bytes a, Bytes b) { return _mm256_unpackhi_epi16(a, b); }
 inline Bytes set_16(int value) { return _mm256_set1_epi16(static_cast<int16_t>(value)); }
+inline Bytes once_16(int value) { return set_16(value); }  // in the first 256 bits alone
+inline __m256i folded(Bytes a) { return a; }              // the sum of its parts of 256 bits
 inline Bytes set_32(int value) { return _mm256_set1_epi32(value); }
 inline Bytes sum_16(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
 inline Bytes pairs_16(Bytes u, Bytes s) { return _mm256_maddubs_epi16(u, s); }

@@ -124,6 +124,10 @@ inline Bytes unpack_high_8(Bytes a, Bytes b) { return _mm512_unpackhi_epi8(a, b)
 inline Bytes unpack_low_16(Bytes a, Bytes b) { return _mm512_unpacklo_epi16(a, b); }
 inline Bytes unpack_high_16(Bytes a, Bytes b) { return _mm512_unpackhi_epi16(a, b); }
 inline Bytes set_16(int value) { return _mm512_set1_epi16(static_cast<int16_t>(value)); }
+inline Bytes once_16(int value) { return _mm512_zextsi256_si512(_mm256_set1_epi16(static_cast<int16_t>(value))); }  // in the first 256 bits alone
+inline __m256i folded(Bytes a) {                                                 // the sum of its parts of 256 bits
+    return _mm256_add_epi16(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+}
 inline Bytes set_32(int value) { return _mm512_set1_epi32(value); }
 inline Bytes sum_16(Bytes a, Bytes b) { return _mm512_add_epi16(a, b); }
 inline Bytes pairs_16(Bytes u, Bytes s) { return _mm512_maddubs_epi16(u, s); }
