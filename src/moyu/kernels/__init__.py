@@ -63,6 +63,7 @@ __all__ = [
     "serves",
     "use",
     "values",
+    "whole",
 ]
 
 
@@ -177,6 +178,14 @@ def levels(x: Tensor, weight: Stored, mask: Tensor, *, bias: Tensor | None = Non
         ValueError, TypeError: as ``neurons``.
     """
     return operators.levels(x, *operators.opened("levels", "weight", weight, "planes"), mask, bias)
+
+
+def whole(x: Tensor, weight: Stored, *, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, (N, n) -> (N, q), nothing skipped, however the weight lies."""
+    if weight.order == "rows":
+        return rows(x, weight, bias=bias)
+    every = torch.ones(x.shape, dtype=torch.bool, device=x.device)
+    return (columns if weight.order == "columns" else levels)(x, weight, every, bias=bias)
 
 
 def values(weight: Stored, dtype: torch.dtype) -> Tensor:

@@ -79,9 +79,9 @@ class QuantisedLinear(_Quantised):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out): a few rows on the kernels, which round x; more with the dequantised weight."""
-        few = x.numel() <= FEW_ROWS * self.in_features and self.order == "rows" and not x.requires_grad
+        few = x.numel() <= FEW_ROWS * self.in_features and not x.requires_grad
         if few and kernels.serves(x, self.format):
-            y = kernels.rows(x.reshape(-1, self.in_features), self.blocks, None, bias=self.bias)
+            y = kernels.whole(x.reshape(-1, self.in_features), self.blocks, bias=self.bias)
             return y.reshape(*x.shape[:-1], self.out_features)
         return functional.linear(x, self.weight, self.bias)
 
