@@ -60,6 +60,8 @@ class Bench:
         self.prompt = torch.randint(3, self.model.config.vocab_size, (1, PROMPT), generator=generator)
         self.plans: dict[str, Plan | None] = {"moyu dense": None}
         wanted = [("griffin", "neurons", s) for s in (0.3, 0.5, 0.7)] + [("teal", "columns", s) for s in (0.3, 0.5)]
+        if all(p.blocks is not None and p.blocks.format.splits for b in self.anatomy.blocks for p in b.pieces.values()):
+            wanted += [("levels", "bits", s) for s in (0.5, 0.8, 0.9)]
         for name, kind, share in wanted:
             self.plans[f"moyu {share:.0%} {kind}"] = self.plan(name, share)
         # A copy a layout, of the layers only: nothing lays out the embeddings and the head. Blocks say their order beside the

@@ -75,7 +75,10 @@ class Reference(Backend):
     def levels(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
         wide = _wide(x)
         factor = taken(x, weight.format).to(wide)
-        y = torch.where(mask, factor, 0) @ weight.values(wide).T + torch.where(mask, 0, factor) @ weight.first_values(wide).T
+        y = (
+            torch.where(mask, factor, 0) @ weight.values(wide).T
+            + torch.where(mask, 0, factor) @ weight.first_values(wide).T
+        )
         return (y if bias is None else y + bias.to(wide)).to(x.dtype), levels_read(weight, mask) + _bytes(bias)
 
     def neurons(

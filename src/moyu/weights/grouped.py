@@ -5,9 +5,10 @@ and offset are those of its group of 32 inputs, or of half a group (`halves` = 2
 one group and some to a block of `span` groups.
 
 A stored weight has two tensors, codes and scales. By rows, a line of codes is a row; by columns, it is a column, and its numbers are
-those of outputs; in planes there is a third tensor, the first bits, and codes are the further ones (`weights.planes`). A line is a plane of the codes' low bits (4 of them, or 2, or all 8) and one of the high bits, if any. A plane of b
-bits has 4 b bytes for 32 numbers: number i is in byte i % (4 b), from bit b * (i // (4 b)) on. Scales by rows are (q, bytes): field
-after field. By columns they are (n / (32 span), bytes): field after field, each (count, q).
+those of outputs. In planes there is a third tensor, the first bits of all codes, and codes are the further ones (`weights.planes`).
+A line is a plane of the codes' low bits (4 of them, or 2, or all 8) and one of the high bits, if any. A plane of b bits has 4 b
+bytes for 32 numbers: number i is in byte i % (4 b), from bit b * (i // (4 b)) on. Scales by rows are (q, bytes): field after field.
+By columns they are (n / (32 span), bytes): field after field, each (count, q).
 """
 
 from __future__ import annotations

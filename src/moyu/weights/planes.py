@@ -37,17 +37,16 @@ def split(codes: Tensor, bits: int, halves: int) -> tuple[Tensor, Tensor]:
     """
     (n, q), (first, second) = codes.shape, SPLITS[bits]
     codes = functional.pad(codes, (0, tiled(q) - q))
-    wide = 8 if second == 1 else 16
-    fields = (codes & (1 << second) - 1).unflatten(1, (-1, 8 // second, wide))  # (n, ., fields, wide)
+    fields = (codes & (1 << second) - 1).unflatten(1, (-1, 8 // second, 8 * second))  # (n, T, fields, bytes)
     low = _joined(fields, 2, second).flatten(1)
     high = functional.pad(codes >> second, (0, 0, 0, -n % INPUTS))
     tiles = []
     for plane, shift in _planes(first):
         number = high >> shift & (1 << plane) - 1
         both, units = 4 // plane, 4 * plane // halves
-        # inputs as groups, parts, h, units, parity; outputs as tiles of 32, t // 16, t % 16
-        number = number.unflatten(0, (-1, halves, both, units, 2)).unflatten(5, (-1, 2, 16))
-        joined = _joined(number.permute(0, 5, 1, 3, 7, 4, 2, 6).flatten(6), 6, plane)  # (G, T, parts, units, 16, 2)
+        # inputs as groups, parts, h, units, parity; outputs as tiles, t // 32, t % 32
+        number = number.unflatten(0, (-1, halves, both, units, 2)).unflatten(5, (-1, 2, 32))
+        joined = _joined(number.permute(0, 5, 1, 3, 7, 4, 2, 6).flatten(6), 6, plane)  # (G, T, parts, units, 32, 2)
         tiles.append(joined.flatten(2))
     return torch.cat(tiles, 2).flatten(1), low
 
@@ -60,16 +59,16 @@ def joined(first: Tensor, second: Tensor, bits: int, halves: int, outputs: int) 
 def further(second: Tensor, bits: int, outputs: int) -> Tensor:
     """The further bits of lines (k, bytes): (k, outputs)."""
     own = SPLITS[bits][1]
-    return _fields(second.unflatten(1, (-1, 8 if own == 1 else 16)), 2, own).flatten(1)[:, :outputs]
+    return _fields(second.unflatten(1, (-1, 8 * own)), 2, own).flatten(1)[:, :outputs]
 
 
 def first_codes(first: Tensor, bits: int, halves: int, outputs: int) -> Tensor:
     """The first bits of groups (k, bytes): (32 k, outputs)."""
-    lines, start, codes = first.unflatten(1, (tiled(outputs) // INPUTS, -1)), 0, None
+    lines, start, codes = first.unflatten(1, (tiled(outputs) // OUTPUTS, -1)), 0, None
     for plane, shift in _planes(SPLITS[bits][0]):
-        both, units, size = 4 // plane, 4 * plane // halves, 128 * plane
-        number = lines[:, :, start : start + size].unflatten(2, (halves, units, 16, 2))
-        number = _fields(number, 6, plane).unflatten(6, (both, 2))  # (G, T, parts, units, 16, 2, h, t // 16)
+        both, units, size = 4 // plane, 4 * plane // halves, 256 * plane
+        number = lines[:, :, start : start + size].unflatten(2, (halves, units, 32, 2))
+        number = _fields(number, 6, plane).unflatten(6, (both, 2))  # (G, T, parts, units, 32, 2, h, t // 32)
         number = number.permute(0, 2, 6, 3, 5, 1, 7, 4).flatten(5).flatten(0, 4) << shift
         codes, start = number if codes is None else codes | number, start + size
     assert codes is not None

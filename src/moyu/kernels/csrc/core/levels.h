@@ -6,11 +6,11 @@
 //
 //   sum x_i level_i = 2^s sum x_i first_i + sum over chosen x_i second_i + (2^s - 1) / 2 sum over others x_i - zero sum x_i
 //
-// The first plane lies group of inputs by group: tiles of 32 outputs, in each its planes of 4, 2 or 1 bits, in each units of 32
-// bytes. A unit has the outputs t in byte 2 (t % 16) + e, e the parity of the input; from bit P f on, f = 2 h + t / 16, the pair of
+// The first plane lies group of inputs by group: tiles of 64 outputs, in each its planes of 4, 2 or 1 bits, in each units of 64
+// bytes. A unit has output t in byte 2 (t % 32) + e, e the parity of the input; from bit P f on, f = 2 h + t / 32, of the pair of
 // inputs u + U h of a part, where u is the unit and a part has U of them. So a load, a shift and a mask give what one instruction
 // multiplies with a pair of x. The second plane has a line for each input: 64 outputs take 8 bytes a bit, output t in byte
-// t % 16 (of 32 outputs after 32 for 4 bits, t % 8 for one).
+// t % (8 s) from bit s (t / (8 s)) on.
 #pragma once
 
 #include "core/formats.h"
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kTileOutputs = 64;
 constexpr int kLevelRows = 8;   // of x that share what is loaded
-constexpr int64_t kTilesAhead = 2;
+constexpr int64_t kTilesAhead = 6;  // of the prefetch; 2 and 12 were slower where two threads ask for all that memory gives
 
 template <class F>
 struct Split {
@@ -35,19 +35,17 @@ struct Split {
     template <int P>
     static int first_at(const uint8_t *tile, int64_t o, int64_t i) {
         constexpr int units = pairs * P / 4;
-        const int64_t part = i / (2 * pairs), pair = i % (2 * pairs) / 2, lane = o % 32;
-        const int64_t field = 2 * (pair / units) + lane / 16;
-        return tile[(part * units + pair % units) * 32 + 2 * (lane % 16) + i % 2] >> (P * field) & ((1 << P) - 1);
+        const int64_t part = i / (2 * pairs), pair = i % (2 * pairs) / 2, field = 2 * (pair / units) + o % 64 / 32;
+        return tile[(part * units + pair % units) * 64 + 2 * (o % 32) + i % 2] >> (P * field) & ((1 << P) - 1);
     }
     // The first bits of input i of a group and output o.
     static int first_code(const uint8_t *group, int64_t o, int64_t i) {
-        const uint8_t *tile = group + o / 32 * (tile_bytes / 2);
-        if constexpr (first == 3) return first_at<2>(tile, o, i) | first_at<1>(tile + 256, o, i) << 2;
+        const uint8_t *tile = group + o / 64 * tile_bytes;
+        if constexpr (first == 3) return first_at<2>(tile, o, i) | first_at<1>(tile + 512, o, i) << 2;
         else return first_at<first>(tile, o, i);
     }
     static int second_code(const uint8_t *line, int64_t o) {
-        constexpr int wide = second == 1 ? 8 : 16, some = wide * 8 / second;  // bytes that so many outputs take
-        return line[o / some * wide + o % wide] >> (o % some / wide * second) & ((1 << second) - 1);
+        return line[o / 64 * line_tile + o % line_tile] >> (o % 64 / line_tile * second) & ((1 << second) - 1);
     }
 };
 
@@ -71,34 +69,53 @@ MOYU_ONCE int64_t levels_bytes(const Weight &w, int64_t chosen) {
     return bytes;
 }
 
-// What a row of x has for one group: its integers, each pair of them as often as a register has place, and the chosen inputs.
+// What a row of x has for one group: its integers, and the chosen inputs.
 struct LevelGroup {
-    alignas(64) uint8_t factors[16 * 32];
+    int8_t x[kGroup];
+    int32_t twice[16];               // each pair of the integers, two times
     const uint8_t *line[2][kGroup];  // of the chosen inputs of each part, their number made even
     int8_t value[2][kGroup];
     int count[2];
     int32_t sum[2], chosen[2];       // of the integers, and of those that are chosen
 };
 
+// chosen: a bit for each input.
 template <class F>
-inline void prepare(LevelGroup &to, const int8_t *x, const uint8_t *mask, int inputs, const uint8_t *lines, int64_t stride) {
+inline void prepare(LevelGroup &to, const int8_t *x, uint32_t chosen, const uint8_t *lines, int64_t stride) {
     using S = Split<F>;
-    for (int p = 0; p < 16; ++p)
-        for (int k = 0; k < 32; ++k) to.factors[32 * p + k] = static_cast<uint8_t>(x[2 * p + k % 2]);
+    std::memcpy(to.x, x, kGroup);
+#if MOYU_INTEGERS
+    for (int p = 0; p < 16; p += 8) {
+        const __m256i pairs = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x + 2 * p)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(to.twice + p), _mm256_or_si256(pairs, _mm256_slli_epi32(pairs, 16)));
+    }
+#endif
     for (int part = 0; part < S::parts; ++part) {
+        constexpr int size = 2 * S::pairs;
+        int32_t sum = 0, own = 0;
+        for (int i = 0; i < size; ++i) sum += x[size * part + i];
         int count = 0;
-        int32_t sum = 0, chosen = 0;
-        for (int i = 2 * S::pairs * part; i < 2 * S::pairs * (part + 1); ++i) {
-            sum += x[i];
-            if (i >= inputs || !(mask == nullptr || mask[i])) continue;
-            chosen += x[i];
+        for (uint32_t left = S::parts == 1 ? chosen : chosen >> (16 * part) & 0xffff; left != 0; left &= left - 1) {
+            const int i = size * part + __builtin_ctz(left);
+            own += x[i];
             to.line[part][count] = lines + i * stride;
             to.value[part][count++] = x[i];
         }
-        to.count[part] = count;
         if (count % 2) to.line[part][count] = to.line[part][count - 1], to.value[part][count] = 0;
-        to.sum[part] = sum, to.chosen[part] = chosen;
+        to.count[part] = count, to.sum[part] = sum, to.chosen[part] = own;
     }
+}
+
+// A bit for each of `count` bytes that is not 0; null = all.
+inline uint32_t bits_of(const uint8_t *mask, int count) {
+    const uint32_t all = count == kGroup ? ~0u : (1u << count) - 1;
+    if (mask == nullptr) return all;
+#if MOYU_INTEGERS
+    if (count == kGroup) return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(mask)), _mm256_setzero_si256())));
+#endif
+    uint32_t bits = 0;
+    for (int i = 0; i < count; ++i) bits |= (mask[i] != 0 ? 1u : 0u) << i;
+    return bits;
 }
 
 // What is added to 2^s (sum of first) + (sum of second), both less their lifts.
@@ -120,7 +137,7 @@ void add_levels_plainly(const LevelGroup &g, const uint8_t *first, const uint8_t
         for (int64_t o = from; o < to; ++o) {
             int32_t total = 0, more = 0;
             for (int i = 2 * S::pairs * part; i < 2 * S::pairs * (part + 1); ++i)
-                total += S::first_code(first, o, i) * static_cast<int8_t>(g.factors[32 * (i / 2) + i % 2]);
+                total += S::first_code(first, o, i) * g.x[i];
             for (int c = 0; c < g.count[part]; ++c) more += S::second_code(g.line[part][c], o) * g.value[part][c];
             const auto own = F::Scales::at(fields, o, o);
             y[o] += (static_cast<float>((total << S::second) + more) + rest) * (own.scale * by);
@@ -136,98 +153,83 @@ inline Bytes field_of(Bytes codes, Bytes mask) {
     else return both_of(shifted_down<n>(codes), mask);
 }
 
-// low and high += the units of a plane of P bits of one part of a group, of outputs 0 .. 15 and 16 .. 31 of a tile.
-template <int P, int pairs>
-inline void add_units(const uint8_t *units, const uint8_t *factors, Bytes &low, Bytes &high) {
-    constexpr int count = pairs * P / 4;
+constexpr int kSums = 128 / kBytes;                    // registers of 16-bit sums for 64 outputs, in their order
+constexpr int kRowsTogether = kBytes == 64 ? 4 : 2;    // rows whose sums the registers hold
+
+// sums of R rows += the units of a plane of P bits of one part of a group.
+template <int P, int pairs, int R>
+inline void add_units(const uint8_t *units, const LevelGroup *g, int part, Bytes (*sums)[kSums]) {
+    constexpr int count = pairs * P / 4, loads = 64 / kBytes;
     const Bytes mask = every((1 << P) - 1);
 #pragma GCC unroll 16
-    for (int u = 0; u < count; u += kBytes / 32) {
-        const Bytes codes = load_some(units + 32 * u, kBytes);
-        const auto pair = [&](auto h) {
-            const Bytes x = load_some(factors + 32 * (h() * count + u), kBytes);
-            low = sum_16(low, pairs_16(field_of<2 * h() * P>(codes, mask), x));
-            high = sum_16(high, pairs_16(field_of<(2 * h() + 1) * P>(codes, mask), x));
+    for (int u = 0; u < count; ++u) {
+        Bytes codes[loads];
+        for (int k = 0; k < loads; ++k) codes[k] = load_some(units + 64 * u + kBytes * k, kBytes);
+        const auto field = [&](auto f) {
+            Bytes own[loads];
+            for (int k = 0; k < loads; ++k) own[k] = field_of<f() * P>(codes[k], mask);
+            for (int r = 0; r < R; ++r) {
+                const Bytes x = set_32(g[r].twice[pairs * part + f() / 2 * count + u]);
+                for (int k = 0; k < loads; ++k) {
+                    Bytes &sum = sums[r][f() % 2 * loads + k];
+                    sum = sum_16(sum, pairs_16(own[k], x));
+                }
+            }
         };
-        pair(std::integral_constant<int, 0>{});
-        if constexpr (P <= 2) pair(std::integral_constant<int, 1>{});
-        if constexpr (P == 1) pair(std::integral_constant<int, 2>{}), pair(std::integral_constant<int, 3>{});
-    }
-}
-
-inline __m128i load_16(const uint8_t *p) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(p)); }
-inline __m128i load_8(const uint8_t *p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)); }
-inline __m256i interleaved(__m128i a, __m128i b) {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(a, b)), _mm_unpackhi_epi8(a, b), 1);
-}
-
-// sums[0 .. 4) += the second codes of two inputs times their integers, of 64 outputs, 16 a register.
-template <int bits>
-inline void add_two_lines(const uint8_t *a, const uint8_t *b, __m256i factor, __m256i *sums) {
-    const auto add = [&](int k, __m256i codes) {
-        sums[k] = _mm256_add_epi16(sums[k], _mm256_maddubs_epi16(_mm256_and_si256(codes, _mm256_set1_epi8((1 << bits) - 1)), factor));
-    };
-    if constexpr (bits == 4) {
-        for (int k = 0; k < 2; ++k) {
-            const __m256i codes = interleaved(load_16(a + 16 * k), load_16(b + 16 * k));
-            add(2 * k, codes), add(2 * k + 1, _mm256_srli_epi16(codes, 4));
+        using std::integral_constant;
+        field(integral_constant<int, 0>{}), field(integral_constant<int, 1>{});
+        if constexpr (P <= 2) field(integral_constant<int, 2>{}), field(integral_constant<int, 3>{});
+        if constexpr (P == 1) {
+            field(integral_constant<int, 4>{}), field(integral_constant<int, 5>{});
+            field(integral_constant<int, 6>{}), field(integral_constant<int, 7>{});
         }
-    } else if constexpr (bits == 2) {
-        const __m256i codes = interleaved(load_16(a), load_16(b));
-        add(0, codes), add(1, _mm256_srli_epi16(codes, 2)), add(2, _mm256_srli_epi16(codes, 4)), add(3, _mm256_srli_epi16(codes, 6));
-    } else {
-        __m256i codes = _mm256_broadcastsi128_si256(_mm_unpacklo_epi8(load_8(a), load_8(b)));
-        codes = _mm256_srlv_epi64(codes, _mm256_setr_epi64x(0, 0, 1, 1));
-        add(0, codes), add(1, _mm256_srli_epi16(codes, 2)), add(2, _mm256_srli_epi16(codes, 4)), add(3, _mm256_srli_epi16(codes, 6));
     }
 }
 
-// y[0 .. 64) += a tile of one group.
-template <class F>
-inline void add_tile(const LevelGroup &g, const uint8_t *tile, int64_t line_at, const typename F::Scales::Fields *fields, float by,
-                     int64_t o, float *y) {
+// y[0 .. 64) of R rows += a tile of one group.
+template <class F, int R>
+MOYU_ONCE void add_tile(const LevelGroup *g, const uint8_t *tile, int64_t line_at, const typename F::Scales::Fields *fields,
+                        const float *by, int64_t o, float *y, int64_t y_stride) {
     using S = Split<F>;
-    using Eights = typename Eight::Reg;
+    using Floats = typename Wide::Reg;
     for (int part = 0; part < S::parts; ++part) {
-        __m256i first[4], second[4];
-        const uint8_t *factors = g.factors + 32 * S::pairs * part;
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            const uint8_t *units = tile + half * (S::tile_bytes / 2);
-            Bytes low = once_16(-S::first_lift * g.sum[part]), high = low;
-            if constexpr (S::first == 3) {
-                Bytes more = set_16(0), most = more;
-                add_units<2, S::pairs>(units + 128 / S::parts * 2 * part, factors, low, high);
-                add_units<1, S::pairs>(units + 256 + 128 / S::parts * part, factors, more, most);
-                low = sum_16(low, shifted_up<2>(more)), high = sum_16(high, shifted_up<2>(most));
-            } else {
-                add_units<S::first, S::pairs>(units + 128 / S::parts * S::first * part, factors, low, high);
-            }
-            first[2 * half] = folded(low), first[2 * half + 1] = folded(high);
+        Bytes first[R][kSums];
+        for (int r = 0; r < R; ++r)
+            for (auto &sum : first[r]) sum = set_16(-S::first_lift * g[r].sum[part]);
+        if constexpr (S::first == 3) {
+            Bytes more[R][kSums];
+            for (auto &row : more)
+                for (auto &sum : row) sum = set_16(0);
+            add_units<2, S::pairs, R>(tile + 512 / S::parts * part, g, part, first);
+            add_units<1, S::pairs, R>(tile + 512 + 256 / S::parts * part, g, part, more);
+            for (int r = 0; r < R; ++r)
+                for (int k = 0; k < kSums; ++k) first[r][k] = sum_16(first[r][k], shifted_up<2>(more[r][k]));
+        } else {
+            add_units<S::first, S::pairs, R>(tile + S::tile_bytes / S::parts * part, g, part, first);
         }
-        const __m256i start = _mm256_set1_epi16(static_cast<int16_t>(-S::second_lift * g.chosen[part]));
-        for (auto &sum : second) sum = start;
-        for (int c = 0; c < g.count[part]; c += 2) {
-            int16_t two;
-            std::memcpy(&two, g.value[part] + c, 2);
-            add_two_lines<S::second>(g.line[part][c] + line_at, g.line[part][c + 1] + line_at, _mm256_set1_epi16(two), second);
-        }
-        const __m256i weights = _mm256_set1_epi32(1 << 16 | 1 << S::second);
-        const Eights rest = Eight::set(level_rest<F>(g, part, S::first_lift, S::second_lift)), own_by = Eight::set(by);
-        const Eights offset_by = Eight::set(by * static_cast<float>(g.sum[part]));
-        for (int k = 0; k < 4; ++k) {
-            const __m256i front = _mm256_madd_epi16(_mm256_unpacklo_epi16(first[k], second[k]), weights);
-            const __m256i back = _mm256_madd_epi16(_mm256_unpackhi_epi16(first[k], second[k]), weights);
-            const __m256i eight[2] = {_mm256_permute2x128_si256(front, back, 0x20), _mm256_permute2x128_si256(front, back, 0x31)};
-            for (int h = 0; h < 2; ++h) {
-                const int64_t at = 16 * k + 8 * h;
-                Eights scale, offset, total = _mm256_loadu_ps(y + at);
-                F::Scales::template columns<Eight>(fields[part], o + at, scale, offset);
-                const Eights values = _mm256_add_ps(_mm256_cvtepi32_ps(eight[h]), rest);
-                total = _mm256_fmadd_ps(values, _mm256_mul_ps(scale, own_by), total);
-                if (F::Scales::has_offset) total = _mm256_fmadd_ps(offset, offset_by, total);
-                _mm256_storeu_ps(y + at, total);
+        for (int r = 0; r < R; ++r) {
+            Bytes second[kSums];
+            for (auto &sum : second) sum = set_16(-S::second_lift * g[r].chosen[part]);
+            for (int c = 0; c < g[r].count[part]; c += 2) {
+                int16_t two;
+                std::memcpy(&two, g[r].value[part] + c, 2);
+                const Bytes x = set_16(two);
+                two_lines<S::second>(g[r].line[part][c] + line_at, g[r].line[part][c + 1] + line_at,
+                                     [&](int k, Bytes codes) { second[k] = sum_16(second[k], pairs_16(codes, x)); });
             }
+            const Bytes weights = set_32(1 << 16 | 1 << S::second);
+            const float rest = level_rest<F>(g[r], part, S::first_lift, S::second_lift);
+            const Floats own_by = Wide::set(by[r]), offset_by = Wide::set(by[r] * static_cast<float>(g[r].sum[part]));
+            for (int k = 0; k < kSums; ++k)
+                weighed_pairs(first[r][k], second[k], weights, [&](int place, Bytes integers) {
+                    const int64_t at = 64 / kSums * k + place;
+                    float *to = y + r * y_stride + at;
+                    Floats scale, offset, total = load_floats(to);
+                    F::Scales::template columns<Wide>(fields[part], o + at, scale, offset);
+                    total = add_product(plus(in_floats(integers), rest), Wide::times(scale, own_by), total);
+                    if (F::Scales::has_offset) total = add_product(offset, offset_by, total);
+                    store_floats(to, total);
+                });
         }
     }
 }
@@ -237,7 +239,7 @@ inline void add_tile(const LevelGroup &g, const uint8_t *tile, int64_t line_at, 
 template <class F>
 MOYU_ONCE void levels_of(const Weight &w, const Rounded &x, const uint8_t *mask, int64_t mask_stride, int64_t rows, const Share &share,
                float *y, int64_t y_stride) {
-    using S = Split<F>;
+    using S [[maybe_unused]] = Split<F>;
     const auto *first = static_cast<const uint8_t *>(w.first);
     const int64_t groups = groups_of(w.inputs), q = w.outputs;
     LevelGroup group[kLevelRows];
@@ -246,8 +248,10 @@ MOYU_ONCE void levels_of(const Weight &w, const Rounded &x, const uint8_t *mask,
         const uint8_t *own = first + g * w.first_stride, *scales = scales_of(w, g / F::Scales::span);
         const int64_t place = g % F::Scales::span;
         for (int64_t r = 0; r < rows; ++r)
-            prepare<F>(group[r], x.row(r).ordered + g * kGroup, mask ? mask + r * mask_stride + g * kGroup : nullptr, inputs,
-                       piece_of(w, g * kGroup), w.stride);
+            prepare<F>(group[r], x.row(r).ordered + g * kGroup,
+                       bits_of(mask ? mask + r * mask_stride + g * kGroup : nullptr, inputs), piece_of(w, g * kGroup), w.stride);
+        float by[kLevelRows];
+        for (int64_t r = 0; r < rows; ++r) by[r] = x.row(r).scale[g];
         int64_t tile = share.begin;
 #if MOYU_INTEGERS
         typename F::Scales::Fields fields[S::parts];
@@ -265,14 +269,18 @@ MOYU_ONCE void levels_of(const Weight &w, const Rounded &x, const uint8_t *mask,
             const int64_t line_at = tile * S::line_tile;
             if (line_at % kLineBytes == 0 || tile == share.begin)
                 for (int i = 0; i < nexts; ++i) prefetch<kLineBytes>(next[i] + line_at);
-            for (int64_t r = 0; r < rows; ++r)
-                add_tile<F>(group[r], own + tile * S::tile_bytes, line_at, fields, x.row(r).scale[g], tile * kTileOutputs,
-                            y + r * y_stride + tile * kTileOutputs);
+            const auto add = [&](auto together, int64_t r) {
+                add_tile<F, together()>(group + r, own + tile * S::tile_bytes, line_at, fields, by + r, tile * kTileOutputs,
+                                        y + r * y_stride + tile * kTileOutputs, y_stride);
+            };
+            int64_t r = 0;
+            for (; r + kRowsTogether <= rows; r += kRowsTogether) add(std::integral_constant<int, kRowsTogether>{}, r);
+            for (; r < rows; ++r) add(std::integral_constant<int, 1>{}, r);
         }
 #endif
         const int64_t from = tile * kTileOutputs, to = share.end * kTileOutputs < q ? share.end * kTileOutputs : q;
         for (int64_t r = 0; r < rows && from < to; ++r)
-            add_levels_plainly<F>(group[r], own, scales, place, x.row(r).scale[g], from, to, q, y + r * y_stride);
+            add_levels_plainly<F>(group[r], own, scales, place, by[r], from, to, q, y + r * y_stride);
     }
 }
 
@@ -333,27 +341,24 @@ void codes_of_tile(const uint8_t *tile, const uint8_t *const *lines, int64_t lin
     const auto plane = [&](auto bits, const uint8_t *from, int shift) {
         constexpr int P = bits(), units = S::pairs * P / 4;
         for (int part = 0; part < S::parts; ++part)
-            for (int u = 0; u < units; ++u, from += 32)
-                for (int h = 0; h < 4 / P; ++h)
-                    for (int half = 0; half < 2; ++half)
-                        for (int t = 0; t < 16; ++t) {
-                            uint16_t two, before;
-                            uint8_t *to = &codes[16 * half + t][2 * (part * S::pairs + units * h + u)];
-                            std::memcpy(&two, from + 2 * t, 2), std::memcpy(&before, to, 2);
-                            two = static_cast<uint16_t>((two >> (P * (2 * h + half)) & ((1 << P) - 1) * 0x0101) << shift | before);
-                            std::memcpy(to, &two, 2);
-                        }
+            for (int u = 0; u < units; ++u, from += 64)
+                for (int field = 0; field < 8 / P; ++field)
+                    for (int t = 0; t < 32; ++t) {
+                        uint16_t two, before;
+                        uint8_t *to = &codes[32 * (field % 2) + t][2 * (part * S::pairs + units * (field / 2) + u)];
+                        std::memcpy(&two, from + 2 * t, 2), std::memcpy(&before, to, 2);
+                        two = static_cast<uint16_t>((two >> (P * field) & ((1 << P) - 1) * 0x0101) << shift | before);
+                        std::memcpy(to, &two, 2);
+                    }
     };
-    for (int half = 0; half < 2; ++half, tile += S::tile_bytes / 2, codes += 32) {
-        if constexpr (S::first == 3) {
-            plane(std::integral_constant<int, 2>{}, tile, S::second);
-            plane(std::integral_constant<int, 1>{}, tile + 256, S::second + 2);
-        } else {
-            plane(std::integral_constant<int, S::first>{}, tile, S::second);
-        }
-        for (int i = 0; i < inputs && lines; ++i)
-            for (int o = 0; o < 32; ++o) codes[o][i] |= static_cast<uint8_t>(S::second_code(lines[i] + line_at, 32 * half + o));
+    if constexpr (S::first == 3) {
+        plane(std::integral_constant<int, 2>{}, tile, S::second);
+        plane(std::integral_constant<int, 1>{}, tile + 512, S::second + 2);
+    } else {
+        plane(std::integral_constant<int, S::first>{}, tile, S::second);
     }
+    for (int i = 0; i < inputs && lines; ++i)
+        for (int o = 0; o < kTileOutputs; ++o) codes[o][i] |= static_cast<uint8_t>(S::second_code(lines[i] + line_at, o));
 }
 
 // The values of a thread's outputs of a weight in planes; `first`: of its first bits alone.

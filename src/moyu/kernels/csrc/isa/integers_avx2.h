@@ -117,11 +117,36 @@ inline Bytes unpack_high_8(Bytes a, Bytes b) { return _mm256_unpackhi_epi8(a, b)
 inline Bytes unpack_low_16(Bytes a, Bytes b) { return _mm256_unpacklo_epi16(a, b); }
 inline Bytes unpack_high_16(Bytes a, Bytes b) { return _mm256_unpackhi_epi16(a, b); }
 inline Bytes set_16(int value) { return _mm256_set1_epi16(static_cast<int16_t>(value)); }
-inline Bytes once_16(int value) { return set_16(value); }  // in the first 256 bits alone
-inline __m256i folded(Bytes a) { return a; }              // the sum of its parts of 256 bits
 inline Bytes set_32(int value) { return _mm256_set1_epi32(value); }
 inline Bytes sum_16(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
 inline Bytes pairs_16(Bytes u, Bytes s) { return _mm256_maddubs_epi16(u, s); }
+// fn(k, codes) for the registers k of 64 outputs: the codes of two lines of `bits` bits (see core/levels.h), one after the other.
+template <int bits, class Fn>
+inline void two_lines(const uint8_t *a, const uint8_t *b, Fn fn) {
+    const Bytes mask = every((1 << bits) - 1);
+    const auto both = [&](int from) {
+        return either_of(_mm256_cvtepu8_epi16(load_up_to_16(a + from, 16)), shifted_up<8>(_mm256_cvtepu8_epi16(load_up_to_16(b + from, 16))));
+    };
+    if constexpr (bits == 4) {
+        for (int k = 0; k < 2; ++k) {
+            const Bytes codes = both(16 * k);
+            fn(k, both_of(codes, mask)), fn(2 + k, both_of(shifted_down<4>(codes), mask));
+        }
+    } else {
+        Bytes codes;
+        if constexpr (bits == 2) codes = both(0);
+        else codes = _mm256_broadcastsi128_si256(_mm_unpacklo_epi8(load_up_to_16(a, 8), load_up_to_16(b, 8)));
+        if constexpr (bits == 1) codes = _mm256_srlv_epi64(codes, _mm256_setr_epi64x(0, 0, 1, 1));
+        fn(0, both_of(codes, mask)), fn(1, both_of(shifted_down<2>(codes), mask));
+        fn(2, both_of(shifted_down<4>(codes), mask)), fn(3, both_of(shifted_down<6>(codes), mask));
+    }
+}
+// fn(place, integers) of neighbouring outputs from `place` on: the words of a and b, one after the other, times the words of `weights`.
+template <class Fn>
+inline void weighed_pairs(Bytes a, Bytes b, Bytes weights, Fn fn) {
+    const Bytes front = _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), weights), back = _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), weights);
+    fn(0, lower(front, back)), fn(8, upper(front, back));
+}
 inline __m256 load_floats(const float *p) { return _mm256_loadu_ps(p); }
 inline void store_floats(float *p, __m256 a) { _mm256_storeu_ps(p, a); }
 inline void store_bytes(uint8_t *p, Bytes a) { _mm256_store_si256(reinterpret_cast<__m256i *>(p), a); }

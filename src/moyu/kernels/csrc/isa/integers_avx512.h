@@ -124,13 +124,34 @@ inline Bytes unpack_high_8(Bytes a, Bytes b) { return _mm512_unpackhi_epi8(a, b)
 inline Bytes unpack_low_16(Bytes a, Bytes b) { return _mm512_unpacklo_epi16(a, b); }
 inline Bytes unpack_high_16(Bytes a, Bytes b) { return _mm512_unpackhi_epi16(a, b); }
 inline Bytes set_16(int value) { return _mm512_set1_epi16(static_cast<int16_t>(value)); }
-inline Bytes once_16(int value) { return _mm512_zextsi256_si512(_mm256_set1_epi16(static_cast<int16_t>(value))); }  // in the first 256 bits alone
-inline __m256i folded(Bytes a) {                                                 // the sum of its parts of 256 bits
-    return _mm256_add_epi16(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
-}
 inline Bytes set_32(int value) { return _mm512_set1_epi32(value); }
 inline Bytes sum_16(Bytes a, Bytes b) { return _mm512_add_epi16(a, b); }
 inline Bytes pairs_16(Bytes u, Bytes s) { return _mm512_maddubs_epi16(u, s); }
+// fn(k, codes) for the registers k of 64 outputs: the codes of two lines of `bits` bits (see core/levels.h), one after the other.
+template <int bits, class Fn>
+inline void two_lines(const uint8_t *a, const uint8_t *b, Fn fn) {
+    const Bytes mask = every((1 << bits) - 1);
+    const auto sixteen = [](const uint8_t *p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); };
+    Bytes codes;
+    if constexpr (bits == 4) {
+        codes = either_of(_mm512_cvtepu8_epi16(load_bytes(a)), shifted_up<8>(_mm512_cvtepu8_epi16(load_bytes(b))));
+    } else if constexpr (bits == 2) {
+        codes = _mm512_broadcast_i64x4(_mm256_or_si256(sixteen(a), _mm256_slli_epi16(sixteen(b), 8)));
+        codes = _mm512_srlv_epi64(codes, _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2));
+    } else {
+        const auto eight = [](const uint8_t *p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)); };
+        codes = _mm512_broadcast_i32x4(_mm_unpacklo_epi8(eight(a), eight(b)));
+        codes = _mm512_srlv_epi64(codes, _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3));
+    }
+    fn(0, both_of(codes, mask)), fn(1, both_of(shifted_down<4>(codes), mask));
+}
+// fn(place, integers) of neighbouring outputs from `place` on: the words of a and b, one after the other, times the words of `weights`.
+template <class Fn>
+inline void weighed_pairs(Bytes a, Bytes b, Bytes weights, Fn fn) {
+    const Bytes front = _mm512_madd_epi16(_mm512_unpacklo_epi16(a, b), weights), back = _mm512_madd_epi16(_mm512_unpackhi_epi16(a, b), weights);
+    fn(0, _mm512_permutex2var_epi64(front, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), back));
+    fn(16, _mm512_permutex2var_epi64(front, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), back));
+}
 inline __m512 load_floats(const float *p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float *p, __m512 a) { _mm512_storeu_ps(p, a); }
 inline void store_bytes(uint8_t *p, Bytes a) { _mm512_store_si512(p, a); }
