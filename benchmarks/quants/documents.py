@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def texts(
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a document, with BOS before them if there is one."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+    ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
 
 

@@ -62,6 +62,7 @@ class Size:
     file: float
     moyu: float
     layers: float  # of `file`, those of the layers' linears
+    layers_moyu: float
     weights: int  # of the layers' linears
 
     @classmethod
@@ -74,7 +75,8 @@ class Size:
         more = sum(m.blocks.nbytes - in_file(m.blocks) for m in linears)
         pieces = [p for b in anatomy.all_blocks() for p in b.pieces.values()]
         layers = sum(p.nbytes if p.blocks is None else in_file(p.blocks) for p in pieces)
-        return cls(moyu - more, moyu, layers, sum(math.prod(p.shape) for p in pieces))
+        own = accounting.block_bytes(model, anatomy)
+        return cls(moyu - more, moyu, layers, own, sum(math.prod(p.shape) for p in pieces))
 
 
 def in_file(stored: Stored) -> int:
@@ -172,8 +174,8 @@ class Table:
             reference=self.reference,
         )
         step = found.byte_fraction * size.moyu
-        rest = size.moyu - accounting.block_bytes(model, anatomy)  # what is not of the layers' linears
-        own = Size(step, step, step - rest, size.weights)
+        layers = step - (size.moyu - size.layers_moyu)
+        own = Size(step, step, layers, layers, size.weights)
         choices = {"own": found.method, "random": found.random, "oracle": found.oracle}
         return [
             self._row(asked, "plan", model, anatomy, own, scores, file=file, choice=choice, plan=plan.hash)
