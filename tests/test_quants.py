@@ -85,6 +85,7 @@ def test_scored_documents_are_not_calibrated_on(tmp_path):
     given = documents.texts(tokenizer, file, file, **sizes)
     firsts = [documents.encode(tokenizer, a) for a in ARTICLES]
     assert given.scored.tokens.tolist() == [ids[:64] for ids in firsts[:2]]
+    assert given.rest == "".join(ARTICLES[2:])
     assert given.scored.documents == (0, 1) and given.scored.prompt == 32
     windows = [ids[i : i + 32] for ids in firsts[2:] for i in range(0, len(ids) - 31, 32)]
     assert len(given.calibration.tokens) == 9 and all(row in windows for row in given.calibration.tokens.tolist())

@@ -76,6 +76,10 @@ def main() -> None:
             chunks=options.chunks,
             chunk=min(512, 2 * options.window),
         )
+        options.work.mkdir(parents=True, exist_ok=True)
+        rest = options.work / f"{options.source.stem}-{given.scored.digest}.txt"
+        rest.write_text(given.rest, encoding="utf-8")
+        print(f"calibrate plans for this text on {rest}", flush=True)
         table = Table(options.source, given, options.out, options.work, options.threads, options.keep)
         for one in asked:
             start = time.monotonic()

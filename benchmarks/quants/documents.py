@@ -28,6 +28,7 @@ class Texts:
 
     scored: Windows
     calibration: Windows
+    rest: str = ""  # the calibration text without what is scored, for those who calibrate plans
 
 
 def documents(file: Path) -> list[str]:
@@ -82,6 +83,7 @@ def texts(
     return Texts(
         Windows(torch.tensor(rows), prompt, {"file": scored.name}, tuple(range(len(rows)))),
         Windows(torch.tensor(own[::step][:chunks]), 0, {"file": calibration.name}),
+        "".join(others),
     )
 
 

@@ -33,9 +33,10 @@ from moyu.records import Comparison, Protocol
 from moyu.records.about import about_model
 from moyu.weights import Stored
 
+PURE = " pure"  # every matrix in that type where its width allows, the head too: the smallest files
 TYPES = (
     "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_0",
-    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q4_0 pure", "IQ4_NL pure", "Q3_K_S pure", "Q2_K pure",
 )  # fmt: skip
 INDIFFERENT = ("Q8_0",)  # types that llama.cpp makes the same with an importance matrix
 DEFINITION = 1  # of a row: one more wherever what is measured changes
@@ -118,6 +119,7 @@ class Table:
 
     def fill(self, asked: Sequence[Asked]) -> Iterator[Comparison]:
         """The rows, measured now or before."""
+        self.work.mkdir(parents=True, exist_ok=True)
         for one in asked:
             known = self.known(one)
             if not known:
@@ -148,9 +150,13 @@ class Table:
         if asked.row == "source":
             _, model, anatomy, size = self._opened
             return [self._row(asked, "source", model, anatomy, size, self._scores(model), file=self._opened[0])]
-        path = self.work / f"{self.sha256[:16]}-{asked.row}{'-importance' if asked.importance else ''}.gguf"
+        path = (
+            self.work
+            / f"{self.sha256[:16]}-{asked.row.replace(' ', '-')}{'-importance' if asked.importance else ''}.gguf"
+        )
         matrix = self.matrix if asked.importance else None
-        quantised(self.source, path, asked.row, importance=matrix, threads=self.threads)
+        kind = asked.row.removesuffix(PURE)
+        quantised(self.source, path, kind, pure=kind != asked.row, importance=matrix, threads=self.threads)
         file, model, anatomy, size = loaded(path)
         made = {"file_sha256": digest(path), "made_by": made_by()}
         if asked.importance:
@@ -248,19 +254,17 @@ class Table:
     @cached_property
     def reference(self) -> Tensor:
         """The source's log-probabilities (B, T - P - 1, V): a mapped file, because those of a large vocabulary take gigabytes."""
-        tokens, model = self.texts.scored.tokens, self._opened[1]
-        vocabulary = dissect.text_config(model).vocab_size
-        shape = (len(tokens), tokens.shape[1] - self.texts.scored.prompt - 1, vocabulary)
-        path = self.work / f"{self.sha256[:16]}-{self.texts.scored.digest}.logs"
+        windows = self.texts.scored
+        path = self.work / f"{self.sha256[:16]}-{windows.digest}.logs"
         if not path.exists():
-            self.work.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
+            model, part = self._opened[1], path.with_suffix(".part")
             with part.open("wb") as file:
-                for some in as_batches(tokens, vocabulary):
-                    windows = dataclasses.replace(self.texts.scored, tokens=some)
-                    file.write(evaluation.predict(model, windows).numpy().tobytes())
+                for tokens in as_batches(windows.tokens, dissect.text_config(model).vocab_size):
+                    file.write(evaluation.predict(model, dataclasses.replace(windows, tokens=tokens)).numpy().tobytes())
             part.replace(path)
-        return torch.from_file(str(path), size=math.prod(shape)).view(shape)
+        count, length = windows.tokens.shape
+        found = torch.from_file(str(path), size=path.stat().st_size // 4)
+        return found.view(count, length - windows.prompt - 1, -1)
 
     @cached_property
     def matrix(self) -> dict[str, Any]:
@@ -269,7 +273,6 @@ class Table:
         path = self.work / f"{self.sha256[:16]}-{windows.digest}.imatrix.gguf"
         if not path.exists():
             file, model, _, _ = self._opened
-            self.work.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
             importance.write(part, importance.measure(file, model, windows), windows)
             part.replace(path)
