@@ -170,6 +170,9 @@ def test_a_plan_stands_beside_its_nulls_at_its_bytes(bench, tmp_path):
     assert own.step_bytes == random.step_bytes == pytest.approx(quality.byte_fraction * size.moyu)
     assert (own.choice, random.choice, oracle.choice) == ("own", "random", "oracle")
     assert 0 < own.kl < random.kl and own.plan == plan.hash and own.bits_per_weight == pytest.approx(8, abs=0.5)
+    records.write(bench.out, [own])  # a run that stopped in between
+    assert [r.choice for r in bench.fill([Asked("half", plan=tmp_path / "plan", nulls=True)])] == list(rows.CHOICES)
+    assert [(r.choice, r.kl) for r in records.read(bench.out)] == [(r.choice, r.kl) for r in (own, random, oracle)]
     assert own.kl_interval[0] <= own.kl <= own.kl_interval[1] and len(own.by_document["kl"]) == COUNT
 
 
@@ -181,6 +184,13 @@ def test_llama_cpp_s_types_are_made_and_measured(bench):
     assert 0 < large.kl < weighed.kl and large.kl < plain.kl
     assert large.bits_per_weight == 8.5 and plain.bits_per_weight == 4.5
     assert not list(bench.work.glob("*Q4_0*")), "the file was not kept"
+
+
+def test_the_head_may_have_a_type_of_its_own(bench):
+    assert Asked("Q4_0 pure").making() == {"kind": "Q4_0", "head": None, "pure": True}
+    llama_cpp()
+    (row,) = bench.fill([Asked("Q8_0 head Q4_0")])
+    assert row.bits_per_weight == 8.5 and row.tensors.startswith("14 Q8_0, 5 F32, 2 Q4_0")
 
 
 def test_llama_cpp_weighs_by_the_importance(source, tmp_path):
@@ -237,6 +247,14 @@ def test_the_table_compares_plans_with_files_of_their_bytes():
     assert cells[4] == [
         "own", "–", "3.0", "0.375", "3.00", "0.0200", "0.0100 to 0.0400", "7.50", "90.0%", "0.100, 5 ×",
     ]  # fmt: skip
+
+
+def test_the_page_and_its_figure_are_the_records_():
+    docs = Path(__file__).parents[1] / "docs"
+    found = records.read(docs / "results" / "quants.jsonl")
+    again = "run `python -m benchmarks.quants.table docs/results/quants.jsonl docs/results/quants.svg`, put what it prints there"
+    assert table.markdown(found) in (docs / "quants.md").read_text(encoding="utf-8"), again
+    assert table.figure(found) + "\n" == (docs / "results" / "quants.svg").read_text(encoding="utf-8"), again
 
 
 def test_the_figure_has_a_mark_for_every_row(tmp_path, monkeypatch, capsys):

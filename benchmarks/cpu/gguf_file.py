@@ -81,12 +81,14 @@ def quantised(
     kind: str,
     *,
     pure: bool = False,
+    head: str | None = None,
     importance: Mapping[str, np.ndarray] | None = None,
     threads: int = 0,
 ) -> Path:
     """The file `source` as llama.cpp's own quantiser makes it; blocks of the source are requantised from their values.
 
     kind: llama.cpp's name of a file, `q4_k_m`. pure: every matrix in that type, in place of llama.cpp's mixture of types.
+    head: the type of the embedding and the head, in place of the mixture's.
     importance: E[x^2] of the inputs (n,) float32, by tensor. threads: 0 is all. Raises RuntimeError with llama.cpp's words.
     """
     import llama_cpp
@@ -97,6 +99,8 @@ def quantised(
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     settings.pure, settings.nthread, settings.allow_requantize = pure, threads, True
+    if head is not None:
+        settings.token_embedding_type = settings.output_tensor_type = gguf.GGMLQuantizationType[head]
     entry = llama_cpp.llama_model_imatrix_data
     values = {name: np.ascontiguousarray(value, np.float32) for name, value in (importance or {}).items()}
     rows = [

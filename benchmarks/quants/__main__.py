@@ -13,7 +13,7 @@ from benchmarks.quants.table import markdown
 from moyu import records
 from moyu.errors import UserError
 from moyu.model import loading
-from moyu.model.gguf.reader import read
+from moyu.model.gguf.reader import BLOCKS, read
 from moyu.model.gguf.tokenizer import tokenizer_of
 
 IMPORTANCE = {"both": (False, True), "with": (True,), "without": (False,)}
@@ -23,7 +23,8 @@ def wanted(options: argparse.Namespace) -> list[Asked]:
     """The rows that were asked for."""
     found = [Asked()]
     for kind in filter(None, options.types.split(",")):
-        if kind not in TYPES:
+        made = Asked(kind).making()
+        if made["kind"] not in TYPES or made["head"] not in (None, *BLOCKS):
             raise UserError(f"{kind!r} is no type of files that MOYU reads", f"there are {', '.join(TYPES)}")
         ways = (False,) if kind in INDIFFERENT else IMPORTANCE[options.importance]
         found += [Asked(kind, way) for way in ways]

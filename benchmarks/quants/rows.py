@@ -33,12 +33,13 @@ from moyu.records import Comparison, Protocol
 from moyu.records.about import about_model
 from moyu.weights import Stored
 
-PURE = " pure"  # every matrix in that type where its width allows, the head too: the smallest files
-TYPES = (
+TYPES = (  # of files: a mixture of llama.cpp's, one with another type of the embedding and the head, or one type throughout
     "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_0",
-    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q4_0 pure", "IQ4_NL pure", "Q3_K_S pure", "Q2_K pure",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+    "Q4_K_M head Q5_0", "Q3_K_M head Q5_0", "Q3_K_M head Q4_0", "Q4_0 pure", "IQ4_NL pure", "Q3_K_S pure", "Q2_K pure",
 )  # fmt: skip
 INDIFFERENT = ("Q8_0",)  # types that llama.cpp makes the same with an importance matrix
+CHOICES = ("own", "random", "oracle")  # of units: a plan's, and those of its nulls
 DEFINITION = 1  # of a row: one more wherever what is measured changes
 BEHIND = 1 << 20  # bytes of a file that are read at once
 
@@ -51,6 +52,11 @@ class Asked:
     importance: bool = False
     plan: Path | None = None
     nulls: bool = False
+
+    def making(self) -> dict[str, Any]:
+        """Of a file, what llama.cpp's quantiser is told."""
+        kind, _, head = self.row.removesuffix(" pure").partition(" head ")
+        return {"kind": kind, "head": head or None, "pure": self.row.endswith(" pure")}
 
     def __str__(self) -> str:
         return f"{self.row} with importance" if self.importance else self.row
@@ -121,12 +127,14 @@ class Table:
         """The rows, measured now or before."""
         self.work.mkdir(parents=True, exist_ok=True)
         for one in asked:
-            known = self.known(one)
-            if not known:
-                known = self.measure(one)
-                for row in known:
+            found = self.known(one)
+            if len(found) < (len(CHOICES) if one.nulls else 1):
+                there = {r.choice for r in found}
+                fresh = [row for row in self.measure(one) if row.choice not in there]
+                for row in fresh:
                     records.append(self.out, row)
-            yield from known
+                found += fresh
+            yield from found
 
     def known(self, asked: Asked) -> list[Comparison]:
         """Rows that were measured before: of this source and this text, made in this way."""
@@ -148,15 +156,14 @@ class Table:
         if asked.plan is not None:
             return self._plan(asked, Plan.load(asked.plan))
         if asked.row == "source":
-            _, model, anatomy, size = self._opened
-            return [self._row(asked, "source", model, anatomy, size, self._scores(model), file=self._opened[0])]
+            file, model, anatomy, size = self._opened
+            return [self._row(asked, "source", model, anatomy, size, self._scores(), file=file)]
         path = (
             self.work
             / f"{self.sha256[:16]}-{asked.row.replace(' ', '-')}{'-importance' if asked.importance else ''}.gguf"
         )
         matrix = self.matrix if asked.importance else None
-        kind = asked.row.removesuffix(PURE)
-        quantised(self.source, path, kind, pure=kind != asked.row, importance=matrix, threads=self.threads)
+        quantised(self.source, path, **asked.making(), importance=matrix, threads=self.threads)
         file, model, anatomy, size = loaded(path)
         made = {"file_sha256": digest(path), "made_by": made_by()}
         if asked.importance:
@@ -169,20 +176,19 @@ class Table:
     def _plan(self, asked: Asked, plan: Plan) -> list[Comparison]:
         """A plan on the source: its own choice and, where they are asked for, the matched random and oracle's."""
         file, model, anatomy, size = self._opened
-        vocabulary = dissect.text_config(model).vocab_size
         found = evaluation.evaluate(
             model,
             plan,
             self.texts.scored,
             matched=asked.nulls,
-            batch=len(as_batches(self.texts.scored.tokens, vocabulary)[0]),
+            batch=len(as_batches(self.texts.scored.tokens, self.reference.shape[-1])[0]),
             anatomy=anatomy,
             reference=self.reference,
         )
         step = found.byte_fraction * size.moyu
         layers = step - (size.moyu - size.layers_moyu)
         own = Size(step, step, layers, layers, size.weights)
-        choices = {"own": found.method, "random": found.random, "oracle": found.oracle}
+        choices = dict(zip(CHOICES, (found.method, found.random, found.oracle), strict=True))
         return [
             self._row(asked, "plan", model, anatomy, own, scores, file=file, choice=choice, plan=plan.hash)
             for choice, scores in choices.items()
@@ -232,13 +238,15 @@ class Table:
             }
         )
 
-    def _scores(self, model: Any) -> Scores:
-        """Of a whole model against the source, a batch at a time."""
+    def _scores(self, model: Any = None) -> Scores:
+        """Of a whole model, or the source, against the source, a batch at a time."""
         windows, start, parts = self.texts.scored, 0, []
-        for tokens in as_batches(windows.tokens, dissect.text_config(model).vocab_size):
+        for tokens in as_batches(windows.tokens, self.reference.shape[-1]):
             some = dataclasses.replace(windows, tokens=tokens)
             reference = self.reference[start : start + len(tokens)]
-            parts.append(evaluation.score(reference, evaluation.predict(model, some), some))
+            parts.append(
+                evaluation.score(reference, reference if model is None else evaluation.predict(model, some), some)
+            )
             start += len(tokens)
         return Scores(*(torch.cat([getattr(p, name) for p in parts]) for name in ("nll", "kl", "agree")))
 
