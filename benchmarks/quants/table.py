@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from moyu.reporting.columns import NONE, number
 from moyu.reporting.scoreboard import standalone
 
 WIDTH, HEIGHT = 860.0, 480.0
-LEAST = 1e-5  # nats, below which a KL is drawn at the edge
+LEAST = 1e-5  # nats, below which a row is the source for all that can be seen
+MARKS = "dots: files, blue with an importance matrix; diamonds: plans, red with their own choice; line: best files"
 HEAD = (
     "row",
     "importance",
@@ -49,13 +49,18 @@ def front(rows: Sequence[Comparison]) -> list[Comparison]:
 
 
 def of_files(rows: Sequence[Comparison], size: float) -> float | None:
-    """KL of files of so many bytes: between two neighbours of the front its logarithm is taken as linear; None beyond the ends."""
-    best = [r for r in front(rows) if r.kl > 0]
-    for a, b in itertools.pairwise(best):
-        if a.step_bytes <= size <= b.step_bytes:
-            share = (size - a.step_bytes) / (b.step_bytes - a.step_bytes)
-            return math.exp((1 - share) * math.log(a.kl) + share * math.log(b.kl))
-    return None
+    """KL of files of so many bytes; None where no file is so small.
+
+    Between two neighbours of the front its logarithm is taken as linear; without a lossy one above, it is that of the best file below.
+    """
+    best = front(rows)
+    below = [r for r in best if r.step_bytes <= size]
+    above = next((r for r in best if r.step_bytes > size and r.kl > 0), None)
+    if not below or above is None or not below[-1].kl:
+        return below[-1].kl if below else None
+    a, b = below[-1], above
+    share = (size - a.step_bytes) / (b.step_bytes - a.step_bytes)
+    return math.exp((1 - share) * math.log(a.kl) + share * math.log(b.kl))
 
 
 def markdown(rows: Sequence[records.Record]) -> str:
@@ -104,10 +109,10 @@ def figure(rows: Sequence[records.Record]) -> str:
 
 
 def _panel(canvas: Canvas, rows: Sequence[Comparison], top: float) -> None:
-    shown = [r for r in rows if r.what != "source"]
-    levels = [max(r.kl, LEAST) for r in shown] or [LEAST]
+    shown = [r for r in rows if r.kl >= LEAST]
+    levels = [r.kl for r in shown] or [LEAST]
     low, high = 10 ** math.floor(math.log10(min(levels))), 10 ** math.ceil(math.log10(max(levels)))
-    sizes = [r.step_bytes / 1e6 for r in rows]
+    sizes = [r.step_bytes / 1e6 for r in shown] or [1.0]
     x = Linear(min(sizes) * 0.97, max(sizes) * 1.03, 60.0, WIDTH - 90)
     y = Log(low, max(high, low * 10), top + HEIGHT - 40, top + 50)
     for v in y.ticks():
@@ -116,17 +121,13 @@ def _panel(canvas: Canvas, rows: Sequence[Comparison], top: float) -> None:
     for v in x.ticks(8):
         canvas.text(x(v), top + HEIGHT - 22, f"{v:g}", "middle")
     one = rows[0]
-    canvas.text(
-        60.0,
-        top + 18,
-        f"{one.model}, {(one.corpus or {}).get('file')}: KL from the file, nats a token, over MB a step "
-        "(dots: files, blue with an importance matrix; diamonds: plans; line: best files)",
-        style="title",
-    )
-    canvas.path([(x(r.step_bytes / 1e6), y(max(r.kl, LEAST))) for r in front(rows)], "front")
+    about = f"{one.model}, {(one.corpus or {}).get('file')}: KL from the source file, nats a token, over MB a step"
+    canvas.text(60.0, top + 18, about, style="title")
+    canvas.text(60.0, top + 34, MARKS)
+    canvas.path([(x(r.step_bytes / 1e6), y(r.kl)) for r in front(rows) if r.kl >= LEAST], "front")
     named: set[str] = set()
-    for r in sorted(shown, key=lambda r: (r.what, r.choice != "own", r.kl)):
-        at = x(r.step_bytes / 1e6), y(max(r.kl, LEAST))
+    for r in sorted(shown, key=lambda r: (r.what, r.choice == "own", r.kl)):
+        at = x(r.step_bytes / 1e6), y(r.kl)
         name = r.row if r.choice == "own" else f"{r.row}, {r.choice}"
         hint = f"{name}{', importance' if r.importance else ''}: KL {number(r.kl)} at {r.step_bytes / 1e6:.1f} MB"
         style = "rounding" if r.what == "plan" and r.choice == "own" else "own" if r.importance else "other"
