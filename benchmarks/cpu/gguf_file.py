@@ -5,7 +5,11 @@ The file and its blocks are made by llama.cpp's own package, so that what MOYU r
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -26,12 +30,6 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-# llama.cpp's numbers of files (enum llama_ftype).
-FILE_TYPES = {
-    "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_m": 12, "q4_k_s": 14, "q4_k_m": 15, "q5_k_m": 17,
-    "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30,
-}  # fmt: skip
 
 
 def write(model: nn.Module, path: Path, kind: str = "BF16") -> Path:
@@ -77,18 +75,53 @@ def write(model: nn.Module, path: Path, kind: str = "BF16") -> Path:
     return path
 
 
-def quantised(source: Path, path: Path, kind: str) -> Path:
-    """The file `source` as llama.cpp's own quantiser makes it: a type (`q6_k`: every matrix) or a mixture (`q4_k_m`)."""
-    import ctypes
+def quantised(
+    source: Path,
+    path: Path,
+    kind: str,
+    *,
+    pure: bool = False,
+    head: str | None = None,
+    importance: Mapping[str, np.ndarray] | None = None,
+    threads: int = 0,
+) -> Path:
+    """The file `source` as llama.cpp's own quantiser makes it; blocks of the source are requantised from their values.
 
+    kind: llama.cpp's name of a file, `q4_k_m`. pure: every matrix in that type, in place of llama.cpp's mixture of types.
+    head: the type of the embedding and the head, in place of the mixture's.
+    importance: E[x^2] of the inputs (n,) float32, by tensor. threads: 0 is all. Raises RuntimeError with llama.cpp's words.
+    """
     import llama_cpp
 
+    said: list[str] = []
+    listen = llama_cpp.llama_log_callback(lambda level, text, data: said.append(text.decode(errors="replace")))
+    llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = FILE_TYPES[kind]
-    settings.pure = not kind.endswith("_m")
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(settings)):
-        raise RuntimeError(f"llama.cpp does not make {kind} of {source}")
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+    settings.pure, settings.nthread, settings.allow_requantize = pure, threads, True
+    if head is not None:
+        settings.token_embedding_type = settings.output_tensor_type = gguf.GGMLQuantizationType[head]
+    entry = llama_cpp.llama_model_imatrix_data
+    values = {name: np.ascontiguousarray(value, np.float32) for name, value in (importance or {}).items()}
+    rows = [
+        entry(name.encode(), value.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), value.size)
+        for name, value in values.items()
+    ]
+    if rows:
+        settings.imatrix = (entry * (len(rows) + 1))(*rows, entry())  # llama.cpp stops at the one without a name
+    failed = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(settings))
+    llama_cpp.llama_log_set(_silence(), ctypes.c_void_p(0))
+    if failed:
+        raise RuntimeError(f"llama.cpp does not make {kind} of {source}: {''.join(said[-3:]).strip()}")
     return path
+
+
+@functools.cache
+def _silence() -> Any:
+    """A listener that hears nothing, which must live as long as llama.cpp may talk."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda *_: None)
 
 
 def raw(weight: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:

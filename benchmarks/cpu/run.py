@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf_file import FILE_TYPES, quantised, write
+from gguf_file import quantised, write
 from llama_cpp_loop import LlamaCpp
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -39,7 +39,10 @@ from moyu.model.gguf.reader import read
 from moyu.plan import Plan
 
 PROMPT, TURNS = 32, 24
-DTYPES = {"bf16": "bfloat16"} | {kind: kind for kind in FILE_TYPES}  # what records call them
+BLOCKS = (
+    "q4_0", "q4_1", "q8_0", "q5_0", "q5_1", "q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs",
+)  # fmt: skip
+DTYPES = {"bf16": "bfloat16"} | {kind: kind for kind in BLOCKS}  # what records call them
 Step = Callable[[int], object]  # from a token to its logits: all get the same tokens, and none has to choose one
 
 
@@ -165,7 +168,7 @@ def prepare(shape: str, layers: int | None, weights: str, path: Path) -> Bench:
         return Bench(shape, weights, model, path)
     if not path.exists():
         whole = write(model, path.with_suffix(".f16.gguf"), "F16")
-        quantised(whole, path, weights)
+        quantised(whole, path, weights, pure=not weights.endswith("_m"))
         whole.unlink()
     del model
     return Bench(shape, weights, load_model(read(path)), path)

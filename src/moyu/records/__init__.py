@@ -4,6 +4,7 @@ from moyu.records.page import schema_markdown
 from moyu.records.parts import Correction, KvBytes, LayerNeed, PositionNeed, Protocol, Search
 from moyu.records.schema import (
     Cell,
+    Comparison,
     Coverage,
     Environment,
     Generation,
@@ -23,6 +24,7 @@ from moyu.records.store import FILE, append, read, stamp, validate, write
 __all__ = [
     "FILE",
     "Cell",
+    "Comparison",
     "Correction",
     "Coverage",
     "Environment",

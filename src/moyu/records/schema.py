@@ -345,6 +345,38 @@ class Coverage(Stamped):
     seconds: Natural | None = Field(default=None, description="duration of the check")
 
 
+class Comparison(ModelRecord):
+    """A file of quantised weights, or a plan, held against the file that it was made from (`benchmarks/quants`)."""
+
+    kind: Literal["comparison"]
+    row: str = Field(min_length=1, description="llama.cpp's type of the file, the plan's name, or `source`")
+    what: Literal["source", "file", "plan"] = Field(description="`source`: the file that all others are held against")
+    choice: Literal["own", "random", "oracle"] = Field(
+        default="own", description="of a plan: its own choice of units, or the matched random or oracle's"
+    )
+    source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the source file")
+    file_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="of the file that was made")
+    made_by: str | None = Field(default=None, description="what made the file, and its version")
+    importance: str | None = Field(
+        default=None, description="digest of the text that the importance matrix was measured on; null without one"
+    )
+    tensors: str = Field(description="types of the file's tensors, with their counts")
+    plan: str | None = Field(default=None, description="hash of the plan")
+    step_bytes: Positive = Field(
+        description="bytes that a decode step reads: of a file as it stores them, of a plan as MOYU does"
+    )
+    step_bytes_moyu: Positive = Field(description="the same as MOYU stores them: scales of K types take a byte each")
+    bits_per_weight: Positive = Field(description="bits of `step_bytes` that a weight of the blocks takes")
+    documents: Amount = Field(description="documents of held-out text, one window of each")
+    tokens: Amount = Field(description="scored tokens")
+    ppl_source: Perplexity = Field(description="perplexity per token of the source file")
+    ppl: Perplexity = Field(description="perplexity per token")
+    kl: Natural = Field(description="KL(source || this), nats per token")
+    kl_interval: Interval = Field(description="95 % interval over documents")
+    top1_agreement: Fraction = Field(description="scored tokens with the same most likely next token")
+    by_document: dict[str, list[float]] = Field(description="means per document, for paired intervals: kl and nll")
+
+
 class Task(MethodRecord):
     """A metric of a task of lm-evaluation-harness under one plan, and dense on the same documents."""
 
@@ -373,8 +405,8 @@ class Task(MethodRecord):
         return self
 
 
-KINDS = (Environment, Profile, Quality, Speed, Generation, Kernel, Study, Cell, Task, Coverage)
-Record = Environment | Profile | Quality | Speed | Generation | Kernel | Study | Cell | Task | Coverage
+KINDS = (Environment, Profile, Quality, Speed, Generation, Kernel, Study, Cell, Comparison, Task, Coverage)
+Record = Environment | Profile | Quality | Speed | Generation | Kernel | Study | Cell | Comparison | Task | Coverage
 
 
 def kind_of(model: type[BaseModel]) -> str:

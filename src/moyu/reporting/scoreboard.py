@@ -249,6 +249,11 @@ def plot(cells: Sequence[Cell]) -> Markup:
         own = [c for c in shown if c.model == model and c.kl]
         if own:
             _panel(canvas, model, own, HEIGHT * index)
+    return standalone(canvas)
+
+
+def standalone(canvas: Canvas) -> Markup:
+    """The image as a file of its own, with its style."""
     svg = str(canvas.svg())
     start = svg.index(">") + 1
     head = svg[:start].replace(

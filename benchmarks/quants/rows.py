@@ -1,0 +1,299 @@
+"""The rows of a table: the source file, llama.cpp's files that are made from it, and plans on it, on the same text."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.cpu.gguf_file import quantised
+from benchmarks.quants import importance
+from benchmarks.quants.documents import Texts, as_batches
+from torch import Tensor
+
+from moyu import records
+from moyu.errors import UserError
+from moyu.files import key_of
+from moyu.measure import accounting, evaluation
+from moyu.measure.evaluation import Scores
+from moyu.measure.statistics import bootstrap
+from moyu.model import dissect
+from moyu.model.anatomy import Anatomy
+from moyu.model.gguf.loading import load_model
+from moyu.model.gguf.reader import File, read
+from moyu.model.quantised import QuantisedLinear
+from moyu.plan import Plan
+from moyu.records import Comparison, Protocol
+from moyu.records.about import about_model
+from moyu.weights import Stored
+
+TYPES = (  # of files: a mixture of llama.cpp's, one with another type of the embedding and the head, or one type throughout
+    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_0",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+    "Q4_K_M head Q5_0", "Q3_K_M head Q5_0", "Q3_K_M head Q4_0", "Q4_0 pure", "IQ4_NL pure", "Q3_K_S pure", "Q2_K pure",
+)  # fmt: skip
+INDIFFERENT = ("Q8_0",)  # types that llama.cpp makes the same with an importance matrix
+CHOICES = ("own", "random", "oracle")  # of units: a plan's, and those of its nulls
+DEFINITION = 1  # of a row: one more wherever what is measured changes
+BEHIND = 1 << 20  # bytes of a file that are read at once
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A row: the source, a file of a type, or a plan with its own choice of units or a matched one."""
+
+    row: str = "source"
+    importance: bool = False
+    plan: Path | None = None
+    nulls: bool = False
+
+    def making(self) -> dict[str, Any]:
+        """Of a file, what llama.cpp's quantiser is told."""
+        kind, _, head = self.row.removesuffix(" pure").partition(" head ")
+        return {"kind": kind, "head": head or None, "pure": self.row.endswith(" pure")}
+
+    def __str__(self) -> str:
+        return f"{self.row} with importance" if self.importance else self.row
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes that a step reads, and bits of a weight of the layers."""
+
+    file: float
+    moyu: float
+    layers: float  # of `file`, those of the layers' linears
+    layers_moyu: float
+    weights: int  # of the layers' linears
+
+    @classmethod
+    def of(cls, model: Any, anatomy: Anatomy) -> Size:
+        """Of a model as its file stores it and as MOYU does."""
+        if anatomy.experts:
+            raise UserError("routed experts become plain numbers here", "compare files of models without them")
+        moyu = accounting.dense_step_bytes(model, anatomy)
+        linears = [m for m in model.modules() if isinstance(m, QuantisedLinear)]
+        more = sum(m.blocks.nbytes - in_file(m.blocks) for m in linears)
+        pieces = [p for b in anatomy.all_blocks() for p in b.pieces.values()]
+        layers = sum(p.nbytes if p.blocks is None else in_file(p.blocks) for p in pieces)
+        own = accounting.block_bytes(model, anatomy)
+        return cls(moyu - more, moyu, layers, own, sum(math.prod(p.shape) for p in pieces))
+
+
+def in_file(stored: Stored) -> int:
+    """Bytes of a weight in a GGUF file."""
+    return math.prod(stored.shape) // stored.format.block * stored.format.block_bytes
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(BEHIND):
+            found.update(part)
+    return found.hexdigest()
+
+
+def loaded(path: Path) -> tuple[File, Any, Anatomy, Size]:
+    """A file's model, which computes in float32, and its size; numbers of 16 bits count as such."""
+    file = read(path)
+    model: Any = load_model(file)
+    anatomy = dissect.dissect(model)
+    size = Size.of(model, anatomy)
+    if model.dtype != torch.float32:
+        model = model.float()
+        anatomy = dissect.dissect(model)
+    return file, model, anatomy, size
+
+
+@dataclass(frozen=True)
+class Table:
+    """One source on one text; a row that `out` has is not measured again."""
+
+    source: Path
+    texts: Texts
+    out: Path
+    work: Path
+    threads: int = 0  # of llama.cpp's quantiser
+    keep: bool = False  # the files that are made
+
+    def fill(self, asked: Sequence[Asked]) -> Iterator[Comparison]:
+        """The rows, measured now or before."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        for one in asked:
+            found = self.known(one)
+            if len(found) < (len(CHOICES) if one.nulls else 1):
+                there = {r.choice for r in found}
+                fresh = [row for row in self.measure(one) if row.choice not in there]
+                for row in fresh:
+                    records.append(self.out, row)
+                found += fresh
+            yield from found
+
+    def known(self, asked: Asked) -> list[Comparison]:
+        """Rows that were measured before: of this source and this text, made in this way."""
+        rows = records.read(self.out) if self.out.exists() else []
+        return [r for r in rows if isinstance(r, Comparison) and r.made_from == self.made_from(asked)]
+
+    def made_from(self, asked: Asked) -> str:
+        """All that decides what a row holds."""
+        return key_of(
+            weights=self.sha256,
+            text=[self.texts.scored.digest, self.texts.calibration.digest if asked.importance else None],
+            settings=[asked.row, asked.nulls, None if asked.plan is None else Plan.load(asked.plan).hash],
+            definition=DEFINITION,
+        )
+
+    def measure(self, asked: Asked) -> list[Comparison]:
+        """The rows of what was asked for: a plan with its nulls is several."""
+        _ = self.reference
+        if asked.plan is not None:
+            return self._plan(asked, Plan.load(asked.plan))
+        if asked.row == "source":
+            file, model, anatomy, size = self._opened
+            return [self._row(asked, "source", model, anatomy, size, self._scores(), file=file)]
+        path = (
+            self.work
+            / f"{self.sha256[:16]}-{asked.row.replace(' ', '-')}{'-importance' if asked.importance else ''}.gguf"
+        )
+        matrix = self.matrix if asked.importance else None
+        quantised(self.source, path, **asked.making(), importance=matrix, threads=self.threads)
+        file, model, anatomy, size = loaded(path)
+        made = {"file_sha256": digest(path), "made_by": made_by()}
+        if asked.importance:
+            made["importance"] = self.texts.calibration.digest
+        row = self._row(asked, "file", model, anatomy, size, self._scores(model), file=file, **made)
+        if not self.keep:
+            path.unlink()
+        return [row]
+
+    def _plan(self, asked: Asked, plan: Plan) -> list[Comparison]:
+        """A plan on the source: its own choice and, where they are asked for, the matched random and oracle's."""
+        file, model, anatomy, size = self._opened
+        found = evaluation.evaluate(
+            model,
+            plan,
+            self.texts.scored,
+            matched=asked.nulls,
+            batch=len(as_batches(self.texts.scored.tokens, self.reference.shape[-1])[0]),
+            anatomy=anatomy,
+            reference=self.reference,
+        )
+        step = found.byte_fraction * size.moyu
+        layers = step - (size.moyu - size.layers_moyu)
+        own = Size(step, step, layers, layers, size.weights)
+        choices = dict(zip(CHOICES, (found.method, found.random, found.oracle), strict=True))
+        return [
+            self._row(asked, "plan", model, anatomy, own, scores, file=file, choice=choice, plan=plan.hash)
+            for choice, scores in choices.items()
+            if scores is not None
+        ]
+
+    def _row(
+        self,
+        asked: Asked,
+        what: str,
+        model: Any,
+        anatomy: Anatomy,
+        size: Size,
+        scores: Scores,
+        *,
+        file: File,
+        **more: Any,
+    ) -> Comparison:
+        """The record of a row."""
+        windows, own = self.texts.scored, by_document(scores.kl)
+        interval = bootstrap(own, resamples=1000)
+        targets = windows.tokens[:, windows.prompt + 1 :]
+        source = -self.reference.gather(-1, targets[..., None]).double().mean()
+        return Comparison.model_validate(
+            {
+                **about_model(self.source.stem, model, anatomy),
+                "kind": "comparison",
+                "made_from": self.made_from(asked),
+                "protocol": Protocol(prompt=windows.prompt, window=windows.tokens.shape[1], table="main"),
+                "corpus": {**windows.source, "digest": windows.digest},
+                "row": asked.row,
+                "what": what,
+                "source_sha256": self.sha256,
+                "tensors": file.formats(),
+                "step_bytes": size.file,
+                "step_bytes_moyu": size.moyu,
+                "bits_per_weight": 8 * size.layers / size.weights,
+                "documents": len(windows.tokens),
+                "tokens": scores.nll.numel(),
+                "ppl_source": math.exp(float(source)),
+                "ppl": scores.perplexity,
+                "kl": max(0.0, interval.value),
+                "kl_interval": [interval.low, interval.high],
+                "top1_agreement": float(scores.agree.float().mean()),
+                "by_document": {"kl": own, "nll": by_document(scores.nll)},
+                **more,
+            }
+        )
+
+    def _scores(self, model: Any = None) -> Scores:
+        """Of a whole model, or the source, against the source, a batch at a time."""
+        windows, start, parts = self.texts.scored, 0, []
+        for tokens in as_batches(windows.tokens, self.reference.shape[-1]):
+            some = dataclasses.replace(windows, tokens=tokens)
+            reference = self.reference[start : start + len(tokens)]
+            parts.append(
+                evaluation.score(reference, reference if model is None else evaluation.predict(model, some), some)
+            )
+            start += len(tokens)
+        return Scores(*(torch.cat([getattr(p, name) for p in parts]) for name in ("nll", "kl", "agree")))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the source."""
+        return digest(self.source)
+
+    @cached_property
+    def _opened(self) -> tuple[File, Any, Anatomy, Size]:
+        return loaded(self.source)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """The source's log-probabilities (B, T - P - 1, V): a mapped file, because those of a large vocabulary take gigabytes."""
+        windows = self.texts.scored
+        path = self.work / f"{self.sha256[:16]}-{windows.digest}.logs"
+        if not path.exists():
+            model, part = self._opened[1], path.with_suffix(".part")
+            with part.open("wb") as file:
+                for tokens in as_batches(windows.tokens, dissect.text_config(model).vocab_size):
+                    file.write(evaluation.predict(model, dataclasses.replace(windows, tokens=tokens)).numpy().tobytes())
+            part.replace(path)
+        count, length = windows.tokens.shape
+        found = torch.from_file(str(path), size=path.stat().st_size // 4)
+        return found.view(count, length - windows.prompt - 1, -1)
+
+    @cached_property
+    def matrix(self) -> dict[str, Any]:
+        """The importance matrix, from its file."""
+        windows = self.texts.calibration
+        path = self.work / f"{self.sha256[:16]}-{windows.digest}.imatrix.gguf"
+        if not path.exists():
+            file, model, _, _ = self._opened
+            part = path.with_suffix(".part")
+            importance.write(part, importance.measure(file, model, windows), windows)
+            part.replace(path)
+        return importance.load(path)
+
+
+def by_document(values: Tensor) -> list[float]:
+    """Means of documents (B, T) -> B numbers, in six digits."""
+    return [float(f"{v:.6g}") for v in values.double().mean(1).tolist()]
+
+
+def made_by() -> str:
+    """llama.cpp, by the package that brings it."""
+    import llama_cpp
+
+    return f"llama-cpp-python {llama_cpp.__version__}"
