@@ -22,6 +22,7 @@ from moyu.commands.methods import list_methods
 from moyu.commands.profile import profile
 from moyu.commands.report import report
 from moyu.commands.run import run
+from moyu.commands.serve import serve
 from moyu.commands.study import study
 from moyu.commands.trinity import trinity
 from moyu.commands.zoo import train, zoo
@@ -58,6 +59,7 @@ def common(
 START, STEPS, RESEARCH, LISTS = "Start here", "One step at a time", "Research", "What there is"
 app.command(rich_help_panel=START)(run)
 app.command(rich_help_panel=START)(generate)
+app.command(rich_help_panel=START)(serve)
 app.command(rich_help_panel=STEPS)(profile)
 app.command(rich_help_panel=STEPS)(calibrate)
 app.command(rich_help_panel=STEPS)(fit)

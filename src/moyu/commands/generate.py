@@ -59,9 +59,10 @@ def generate(
     kernels = machine.backend_of(backend)
     machine.check(device, kernels, weights)
     from moyu.calibration.context import open_model
-    from moyu.commands.writing import as_chat, check_length, generation_record, prompt_ids, write
+    from moyu.commands.writing import generation_record, write
     from moyu.engine.speculation import Correction
     from moyu.model import dissect, loading
+    from moyu.model.prompts import as_chat, check_length, prompt_ids
     from moyu.plan import Plan
     from moyu.records.about import about_model
     from moyu.reporting.summary import generated
@@ -76,7 +77,8 @@ def generate(
         asked = Plan.load(loaded.plan)
     templated = bool(prompt is not None and loaded.tokenizer.chat_template) if chat is None else chat
     prompt = PROMPT if prompt is None else prompt
-    prompt = as_chat(loaded, prompt) if templated else prompt
+    if templated:
+        prompt = as_chat(loaded, [{"role": "user", "content": prompt}], "--raw continues the text itself")
     if templated and chat is None:
         print("moyu: the prompt goes into the model's chat template; --raw continues it as it is", file=sys.stderr)
     ids = prompt_ids(loaded, prompt)

@@ -95,10 +95,11 @@ class KvLayer(DynamicLayer):
             self.hold((self.lengths + tokens_to_remove).clamp(min=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at `indices`, in that order."""
+        """Keep the rows at `indices`, in that order, and no more room than the longest of them may soon need."""
         if self.is_initialized:
-            self.buffers = tuple(b[indices.to(b.device)] for b in self.buffers)
             self.hold(self.lengths[indices.cpu()])
+            room = min(self.capacity, self.longest + GROW)
+            self.buffers = tuple(b[:, :, :room][indices.to(b.device)] for b in self.buffers)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times in a row."""
@@ -117,7 +118,7 @@ class KvLayer(DynamicLayer):
         longest = max(self.longest, other.longest)
         self.reserve(longest)
         other.reserve(longest)
-        room = min(self.capacity, other.capacity)
+        room = min(self.capacity, other.capacity, longest + GROW)
         pairs = zip(self.buffers, other.buffers, strict=True)
         self.buffers = tuple(torch.cat([a[:, :, :room], b[:, :, :room]]) for a, b in pairs)
         self.hold(torch.cat([self.lengths, other.lengths]))
