@@ -13,6 +13,7 @@ import typer
 from moyu import __version__
 from moyu.commands.bench import bench
 from moyu.commands.calibrate import calibrate
+from moyu.commands.chat import chat
 from moyu.commands.coverage import coverage
 from moyu.commands.eval import evaluate
 from moyu.commands.fit import fit
@@ -59,6 +60,7 @@ def common(
 START, STEPS, RESEARCH, LISTS = "Start here", "One step at a time", "Research", "What there is"
 app.command(rich_help_panel=START)(run)
 app.command(rich_help_panel=START)(generate)
+app.command(rich_help_panel=START)(chat)
 app.command(rich_help_panel=START)(serve)
 app.command(rich_help_panel=STEPS)(profile)
 app.command(rich_help_panel=STEPS)(calibrate)

@@ -70,19 +70,12 @@ def serve(
         raise UserError(
             f"the server is not installed ({error.name} is missing)", "pip install 'moyu-llm[serve]'"
         ) from error
-    from moyu.calibration.context import open_model
+    from moyu.calibration.context import open_with_plan
     from moyu.engine.applied import Applied
     from moyu.model import loading
     from moyu.model.prompts import context_of
-    from moyu.plan import Plan
-    from moyu.weights import QUANTISED
 
-    asked = None if plan is None else Plan.load(plan)
-    loaded = open_model(model, weights, device)
-    if asked is None and loaded.plan is not None:
-        asked = Plan.load(loaded.plan)
-    if weights in QUANTISED:
-        loading.quantise_model(loaded.model, weights)
+    loaded, asked = open_with_plan(model, plan, weights, device)
     reads = context_of(loaded.model)
     if context is not None and reads is not None and context > reads:
         raise UserError(
@@ -110,8 +103,7 @@ def serve(
         print(f"moyu: {', '.join(served.names)}; {_says(session, loaded, sequences, room, key)}", file=sys.stderr)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn drains, then raises the signal again
         try:
-            server = uvicorn.Server(config)
-            server.run()
+            uvicorn.Server(config).run()
         finally:
             signal.signal(signal.SIGTERM, before)
 
