@@ -123,9 +123,10 @@ class Job:
 
     def cancel(self, engine: Engine) -> None:
         """Let what is unfinished leave."""
-        for request in self.requests:
-            if any(answer.finish is None for answer in request.answers):
-                engine.cancel(request)
+        unfinished = [r for r in self.requests if any(answer.finish is None for answer in r.answers)]
+        for request in unfinished:
+            engine.cancel(request)
+        engine.metrics.cancelled.inc(bool(unfinished))
 
     @property
     def answers(self) -> list[Answer]:
