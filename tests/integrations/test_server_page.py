@@ -5,15 +5,13 @@ from __future__ import annotations
 import pytest
 
 from integrations.serving import embedded, running
-from reporting.test_page import ARGUMENTS, browser
 
-__all__ = ["browser"]
 HOSTILE = "<img src=http://example.invalid/x onerror=alert(1)> reads a file"
 
 
 @pytest.fixture(scope="module")
 def server():
-    with running(*embedded("relu", None)) as found:
+    with running(*embedded("relu", None), context=512, new_tokens=512) as found:
         yield found
 
 
@@ -25,13 +23,13 @@ def test_a_conversation_on_the_page(browser, server, width, scheme):
     page.on("pageerror", lambda e: messages.append(str(e)))
     page.on("request", lambda r: requests.append(r.url))
     page.goto(server.url)
-    page.wait_for_function("document.getElementById('model').options.length === 1")
+    page.locator("#model option").wait_for(state="attached")
     page.fill("#tokens", "12")
     page.fill("#temperature", "0")
-    for turn in (1, 2):
+    for turn in (0, 1):
         page.fill("#text", HOSTILE)
         page.press("#text", "Enter")
-        page.wait_for_function(f"document.querySelectorAll('article.assistant small').length === {turn}")
+        page.locator("article.assistant small").nth(turn).wait_for()
     assert page.locator("article.user").first.inner_text() == HOSTILE
     assert "12 written" in page.locator("article.assistant small").first.inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -42,12 +40,12 @@ def test_a_conversation_on_the_page(browser, server, width, scheme):
     page.click("#send")
     page.wait_for_selector("article.error")
     assert "set max_tokens to" in page.locator("article.error").inner_text()
-    page.fill("#tokens", "200")
+    page.fill("#tokens", "350")
     page.fill("#text", "x")
+    cancelled = server.engine.metrics.cancelled._value.get()
     page.click("#send")
-    page.wait_for_function("document.getElementById('send').textContent === 'Stop'")
-    page.click("#send")
-    server.waits_for(lambda: server.idle)
+    page.get_by_role("button", name="Stop").click()
+    server.waits_for(lambda: server.engine.metrics.cancelled._value.get() == cancelled + 1)
     page.click("#reset")
     assert page.locator("article").count() == 0
     assert all(url.startswith(server.url) or url.startswith("data:") for url in requests)
