@@ -24,6 +24,7 @@ NEED_GB := 4
 OLDEST := 5.17.0
 NEWEST := 5.24.0
 TORCHAO := 0.18.0
+SCHEMATHESIS := 4.32.5
 
 checksum = $(shell cat $(1) 2>/dev/null | cksum | cut -d ' ' -f 1)
 DEPS_KEY := $(call checksum,pyproject.toml constraints.txt)
@@ -102,8 +103,11 @@ hostile: dev  ## plans, GGUF files, checkpoints, records and task files that are
 kill: dev  ## commands that are killed N times each at random moments: N=3 SEED=1
 	@KILL_N=$(if $(filter 10000,$(N)),3,$(N)) KILL_SEED=$(SEED) $(BIN)/python -m pytest -rP -m slow tests/kill
 
-load: dev  ## moyu serve under N mixed requests, N=1000, on SmolLM2 where `make real` has fetched it; then its tokens a second
-	@LOAD_N=$(if $(filter 10000,$(N)),1000,$(N)) LOAD_SEED=$(SEED) $(BIN)/python -m pytest -rP tests/load
+load: dev  ## moyu serve under N mixed requests, N=1000, on SmolLM2 if `make real` has fetched it; tokens a second; a fuzzer
+	@test -d build/schemathesis/$(SCHEMATHESIS) || PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input \
+	  -c constraints.txt --target build/schemathesis/$(SCHEMATHESIS) schemathesis==$(SCHEMATHESIS)
+	@SCHEMATHESIS=$(CURDIR)/build/schemathesis/$(SCHEMATHESIS) LOAD_N=$(if $(filter 10000,$(N)),1000,$(N)) LOAD_SEED=$(SEED) \
+	  $(BIN)/python -m pytest -rP tests/load
 
 sanitize: dev  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (some 15 minutes, not in CI)
 	@$(BIN)/python scripts/sanitize.py address

@@ -12,7 +12,7 @@ import moyu
 from moyu import UserError, methods
 from moyu.engine.applied import Applied
 from moyu.engine.cache import KvCache, KvLayer
-from moyu.engine.generate import generate, join, leave, step
+from moyu.engine.generate import generate, join, leave, new_cache, read, step
 from moyu.measure.windows import Windows
 from tiny import build, tokens
 
@@ -139,6 +139,42 @@ def test_the_trace_says_which_step_ran_and_strict_refuses_another():
     with Applied(model, plan) as session:
         list(generate(session, tokens(1, 5), max_new_tokens=3, strict=True))
         assert session.traces.summary() == "native"
+
+
+def test_steps_stay_native_when_the_longest_row_leaves():
+    """And the rows that stay get no more room than they need."""
+    from moyu.kernels import cpu
+
+    if cpu.unavailable() is not None:
+        pytest.skip(cpu.unavailable())
+    model, plan = planned("teal")
+    with Applied(model, plan) as session, torch.no_grad():
+        cache = new_cache(session)
+        for length in (700, 5):
+            own = new_cache(session)
+            read(session, own, tokens(1, length))
+            join(cache, own)
+        leave(cache, torch.tensor([1]))
+        step(session, cache, tokens(1, 1)[0])
+        assert session.traces.summary() == "native"
+        assert cache.lengths.tolist() == [6] and cache.layers[0].capacity < 300
+
+
+def test_a_cache_that_holds_the_beginning_of_a_prompt_is_read_on():
+    model, plan = planned("griffin")
+    ids = tokens(1, 20)
+    with Applied(model, plan) as session:
+        cache = new_cache(session)
+        first = text(session, ids[:, :9], cache=cache, max_new_tokens=3)
+        assert cache.lengths.tolist() == [11]
+        whole = torch.cat([ids[:, :9], first, ids[:, 9:]], 1)
+        assert text(session, whole, cache=cache).shape == (1, NEW) and cache.lengths.tolist() == [
+            whole.shape[1] + NEW - 1
+        ]
+    with Applied(model, None) as session:
+        cache = new_cache(session)
+        text(session, ids[:, :9], cache=cache, max_new_tokens=1)
+        assert torch.equal(text(session, ids, cache=cache), text(session, ids))
 
 
 @pytest.mark.parametrize("dense", [False, True])

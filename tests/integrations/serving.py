@@ -19,9 +19,7 @@ from moyu.integrations.server.metrics import Metrics
 from moyu.measure.windows import Windows
 from moyu.model import loading
 
-TEMPLATE = (
-    "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}def{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}# {{ m.role }}\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}# assistant\n{% endif %}"
 WORDS = (
     "import os\ndef read(path, mode):\n    with open(path) as file:\n        return [line.split() for line in file]\n"
 )

@@ -100,7 +100,7 @@ def test_a_chat_is_its_template_continued(server, client, model):
     chat = client.chat.completions.create(
         model="swiglu", messages=said, max_tokens=9, temperature=0, logprobs=True, top_logprobs=3
     )
-    prompt = loaded.tokenizer("# user: reads a file\ndef")["input_ids"]
+    prompt = loaded.tokenizer("# user\nreads a file\n# assistant\n")["input_ids"]
     text = client.completions.create(model="swiglu", prompt=prompt, max_tokens=9, temperature=0, logprobs=3)
     choice = chat.choices[0]
     assert choice.message.content == text.choices[0].text and choice.message.role == "assistant"
@@ -176,6 +176,8 @@ BAD = [
     ({"prompt": "x", "n": 17}, "more than 16 sequences"),
     ({"prompt": "x", "temperature": 3}, "temperature"),
     ({"prompt": "x", "temperature": float("nan")}, "temperature"),
+    ({"prompt": "x", "temperature": 1e-45}, "at least 0.01"),
+    ({"prompt": "x", "repetition_penalty": 5e-324}, "repetition_penalty"),
     ({"prompt": "x", "top_p": 0}, "top_p"),
     ({"prompt": "x", "stop": ["a"] * 5}, "stop"),
     ({"prompt": "x", "stop": ""}, "stop"),

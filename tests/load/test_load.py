@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2 as httpx
@@ -57,13 +58,13 @@ def jobs():
     return found
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A process of its own: (process, url)."""
+@contextmanager
+def served(*options):
+    """`moyu serve` as a process of its own: (process, url). It must end without a traceback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "moyu.commands.cli", "serve", MODEL, "--port", str(port), "--queue", "256"]
+    words = [sys.executable, "-m", "moyu.commands.cli", "serve", MODEL, "--port", str(port), *options]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
     while process.poll() is None:
@@ -77,6 +78,12 @@ def server():
     _, said = process.communicate(timeout=60)
     print(said)
     assert process.returncode == 0 and "Traceback" not in said
+
+
+@pytest.fixture(scope="module")
+def server():
+    with served("--queue", "256") as found:
+        yield found
 
 
 def memory(process) -> int:
@@ -181,3 +188,26 @@ def test_throughput(server, jobs):
 
     for clients in (1, 4, 8, 16):
         print(f"{MODEL}: {clients} concurrent requests: {asyncio.run(measure(clients)):.1f} tokens/s")
+
+
+@pytest.mark.timeout(0)
+def test_whatever_a_fuzzer_sends_is_answered():
+    """schemathesis makes requests of the OpenAPI document, valid and not: no 5xx, and answers are what it documents."""
+    if "SCHEMATHESIS" not in os.environ:
+        pytest.skip("`make load` installs schemathesis")
+    with served("--new-tokens", "8") as (_, url):
+        words = [
+            sys.executable,
+            "-m",
+            "schemathesis.cli",
+            "run",
+            f"{url}/openapi.json",
+            "--max-examples",
+            str(max(10, N // 10)),
+        ]
+        checks = "not_a_server_error,content_type_conformance,response_schema_conformance,status_code_conformance"
+        words += ["--checks", checks, "--request-timeout", "60", "--workers", "2"]
+        env = {**os.environ, "PYTHONPATH": f"{os.environ['SCHEMATHESIS']}:{os.environ.get('PYTHONPATH', '')}"}
+        found = subprocess.run(words, env=env, text=True, capture_output=True, cwd=os.environ["SCHEMATHESIS"])
+        print(found.stdout[-2000:])
+        assert found.returncode == 0

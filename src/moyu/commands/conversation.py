@@ -9,6 +9,7 @@ from typing import Any
 from moyu import kernels
 from moyu.engine.applied import Applied
 from moyu.engine.generate import generate, new_cache
+from moyu.engine.trace import NATIVE
 from moyu.errors import UserError
 from moyu.kernels import BackendName
 from moyu.measure import accounting
@@ -35,13 +36,8 @@ class Conversation(AbstractContextManager):
         seed: int = 0,
     ) -> None:
         """settings: of the generation config. Raises UserError for a model without a chat template."""
-        self.loaded, self.new_tokens, self.settings, self.backend, self.seed = (
-            loaded,
-            new_tokens,
-            settings,
-            backend,
-            seed,
-        )
+        self.loaded, self.new_tokens, self.settings, self.seed = loaded, new_tokens, settings, seed
+        self.backend: BackendName = backend
         self.first = [] if system is None else [{"role": "system", "content": system}]
         as_chat(loaded, [*self.first, {"role": "user", "content": "x"}], REMEDY)
         self.anatomy = dissect(loaded.model)
@@ -95,9 +91,11 @@ class Conversation(AbstractContextManager):
         pieces = Pieces(self.loaded.tokenizer, prompt[-8:], written, special=False)
         settings = {**self.settings, "max_new_tokens": min(self.new_tokens, limit - len(ids))}
         stream = generate(self.session, [ids], seed=self.seed + len(self.history), cache=self.cache, **settings)
+        native, prefill = self.session.traces.counts[NATIVE], 0
         try:
             with kernels.count_bytes() as counter:
                 for tokens in stream:
+                    prefill = prefill if fresh else counter.total
                     times.append(time.perf_counter())
                     fresh.append(int(tokens))
                     pieces.take(fresh[-1])
@@ -108,12 +106,15 @@ class Conversation(AbstractContextManager):
                 raise
         pieces.end()
         self.history = [*asked, {"role": "assistant", "content": "".join(answer)}]
-        read = counter.by_op.get("decode", 0)
+        steps = len(fresh) - 1
+        counted = (
+            0 < steps == self.session.traces.counts[NATIVE] - native
+        )  # other steps have products that count nothing
         return "; ".join(
             [
                 f"{len(prompt) - kept} of {len(prompt)} tokens of the conversation read, {len(fresh)} written",
-                f"{(len(fresh) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(fresh) > 1 else "no second token",
-                *([self._bits(read / (len(fresh) - 1))] if read and len(fresh) > 1 else []),
+                f"{steps / (times[-1] - times[0]):.1f} tokens/s" if steps > 0 else "no second token",
+                *([self._bits((counter.total - prefill) / steps)] if counted else []),
                 self.named,
             ]
         )

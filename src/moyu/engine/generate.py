@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -75,7 +76,7 @@ def generate(
 def _prefill(session: Session, cache: KvCache, rows: list[Tensor]) -> Tensor:
     """Run densely what `cache` lacks of the prompts; logits (B, V) behind each. Prompts of different lengths run one by one."""
     if len({len(row) for row in rows}) == 1:
-        return read(session, cache, torch.stack(rows)[:, int(cache.get_seq_length()) :])[:, -1]
+        return read(session, cache, torch.stack(rows)[:, int(cache.get_seq_length()) :], last=True)[:, -1]
     made = []
     for row in rows:
         own = new_cache(session)
@@ -89,10 +90,13 @@ def new_cache(session: Session) -> KvCache:
     return KvCache(session.model.config.get_text_config(decoder=True))  # pyright: ignore
 
 
-def read(session: Session, cache: KvCache, ids: Tensor) -> Tensor:
-    """Run ids (B, T) densely behind what `cache` holds; their logits (B, T, V)."""
+def read(session: Session, cache: KvCache, ids: Tensor, *, last: bool = False) -> Tensor:
+    """Run ids (B, T) densely behind what `cache` holds; their logits (B, T, V), or (B, 1, V) of the last where that is enough."""
+    kwargs: dict[str, Any] = {"input_ids": ids, "use_cache": True, **given_cache(session.model, cache)}
+    if last and "logits_to_keep" in inspect.signature(session.model.forward).parameters:
+        kwargs["logits_to_keep"] = 1
     with session.prompt(int(cache.get_seq_length()) + ids.shape[1]):
-        out: Any = session.model(input_ids=ids, use_cache=True, **given_cache(session.model, cache))
+        out: Any = session.model(**kwargs)
     return out.logits
 
 

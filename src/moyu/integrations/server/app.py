@@ -22,6 +22,7 @@ from moyu.integrations.server.errors import problem, refusal
 from moyu.integrations.server.guard import Guard
 from moyu.integrations.server.jobs import Job, Limits, Model
 from moyu.integrations.server.schema import Chat, Completion
+from moyu.measure.environment import VERSION
 
 OFF: Any = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
 PAGE_MAY = (
@@ -36,6 +37,7 @@ SAID = {
     429: "too many",
     504: "too long",
 }
+STREAMS: Any = {200: {"description": "The answer, or its parts as events.", "content": {"text/event-stream": {}}}}
 REFUSALS: Any = {code: {"description": said, "model": replies.Problem} for code, said in SAID.items()}
 
 
@@ -52,6 +54,7 @@ def build(
 
     app = FastAPI(
         title="moyu",
+        version=VERSION,
         docs_url=None,
         redoc_url=None,
         lifespan=life,
@@ -115,12 +118,14 @@ def build(
         finally:
             job.cancel(engine)
 
-    @app.post("/v1/chat/completions", response_model=replies.ChatReply, response_model_exclude_none=True)
+    @app.post(
+        "/v1/chat/completions", response_model=replies.ChatReply, response_model_exclude_none=True, responses=STREAMS
+    )
     async def chat_completions(body: Chat, request: Request) -> Any:
         """Answer a conversation."""
         return await answered(body, request)
 
-    @app.post("/v1/completions", response_model=replies.TextReply, response_model_exclude_none=True)
+    @app.post("/v1/completions", response_model=replies.TextReply, response_model_exclude_none=True, responses=STREAMS)
     async def completions(body: Completion, request: Request) -> Any:
         """Continue a text."""
         return await answered(body, request)

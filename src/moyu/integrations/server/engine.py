@@ -169,7 +169,7 @@ class Engine:
         done = int(cache.get_seq_length())
         try:
             part = request.prompt[done : done + CHUNK].to(self.session.model.device)  # pyright: ignore
-            logits = read(self.session, cache, part[None])[:, -1]
+            logits = read(self.session, cache, part[None], last=True)[:, -1]
             if done + CHUNK < len(request.prompt):
                 return
             self.metrics.prompt_tokens.inc(len(request.prompt))

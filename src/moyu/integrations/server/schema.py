@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-MOST_STOPS, MOST_LIKELY = 4, 20
+MOST_STOPS, MOST_LIKELY, COLD = 4, 20, 0.01
 
 
 def _encodable(text: str) -> str:
@@ -54,7 +54,7 @@ class Asked(Strict):
     # Beyond OpenAI's, under vLLM's names.
     top_k: int | None = Field(None, ge=1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     ignore_eos: bool = False
     # What changes no answer is taken, and what would change it is refused, but at its neutral value.
     user: str | None = None
@@ -66,6 +66,13 @@ class Asked(Strict):
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _warm(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < COLD:  # scores divided by less overflow
+            raise ValueError(f"it is 0, which is greedy, or at least {COLD}")
+        return value
 
     @property
     def stops(self) -> tuple[str, ...]:
