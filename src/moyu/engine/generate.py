@@ -20,6 +20,10 @@ from moyu.errors import UserError
 from moyu.kernels import BackendName
 from moyu.plan import Plan
 
+CHUNK = (
+    256  # tokens of a prompt that are read at once: a server steps other sequences in between, and its texts are these
+)
+
 
 @torch.no_grad()
 def generate(
@@ -76,7 +80,9 @@ def generate(
 def _prefill(session: Session, cache: KvCache, rows: list[Tensor]) -> Tensor:
     """Run densely what `cache` lacks of the prompts; logits (B, V) behind each. Prompts of different lengths run one by one."""
     if len({len(row) for row in rows}) == 1:
-        return read(session, cache, torch.stack(rows)[:, int(cache.get_seq_length()) :], last=True)[:, -1]
+        while (done := int(cache.get_seq_length())) < len(rows[0]) - CHUNK:
+            read(session, cache, torch.stack(rows)[:, done : done + CHUNK], last=True)
+        return read(session, cache, torch.stack(rows)[:, done:], last=True)[:, -1]
     made = []
     for row in rows:
         own = new_cache(session)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moyu.engine.cache import KvCache
-from moyu.engine.generate import join, leave, new_cache, read, step
+from moyu.engine.generate import CHUNK, join, leave, new_cache, read, step
 from moyu.engine.memory import memory_of
 from moyu.engine.rows import MAX_SKIPPING_ROWS
 from moyu.engine.session import Session
@@ -21,7 +21,6 @@ from moyu.errors import UserError
 from moyu.integrations.server.answers import Answer, Event, Failed
 from moyu.integrations.server.metrics import Metrics
 
-CHUNK = 256  # tokens of a prompt that are read between two steps of the others
 NEVER = 1 << 60  # a prompt that ends here is never left: all steps are dense
 
 
@@ -229,8 +228,11 @@ class Engine:
         if not rows:
             self._lanes.remove(lane)
         elif len(rows) < len(lane.rows):
-            leave(lane.cache, torch.tensor([n for n, row in enumerate(lane.rows) if row in rows]))
-            lane.rows = rows
+            count = len(rows)
+            late = [n for n, row in enumerate(lane.rows) if row in rows and n >= count]
+            order = [n if lane.rows[n] in rows else late.pop() for n in range(count)]  # the last ones fill the gaps
+            leave(lane.cache, torch.tensor(order))
+            lane.rows = [lane.rows[n] for n in order]
 
     def _merge(self) -> None:
         """Put two lanes together where they have become short enough: weights are read once for all rows of a lane."""
