@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from integrations.serving import WORDS, embedded, running
+from moyu.commands import cli
 from moyu.engine.applied import Applied
 from moyu.engine.generate import generate
+from moyu.integrations.server import engine
 from moyu.model import loading
 
 PROMPTS = [WORDS[:n] for n in (3, 9, 17, 30, 44, 60, 81, 100, 5, 12, 25, 90)]
@@ -281,6 +283,25 @@ def test_what_finds_no_place_in_the_queue_gets_429(plain):
         assert post(server, **asked).status_code == 200
 
 
+@pytest.mark.parametrize("broken", ["read", "step", "join", "leave"])
+def test_a_failure_of_the_engine_is_told_and_the_next_request_is_answered(plain, monkeypatch, broken):
+    def fails(*args, **kwargs):
+        raise RuntimeError("of the tests")
+
+    with running(*plain) as server, ThreadPoolExecutor(6) as pool:
+        asked = [
+            {"prompt": "def", "max_tokens": n, "temperature": 0, "ignore_eos": True} for n in (5, 20, 35, 50, 65, 80)
+        ]
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, broken, fails)
+            answers = list(pool.map(lambda body: post(server, **body), asked))
+        codes = {a.status_code for a in answers}
+        assert codes <= {200, 500} and 500 in codes
+        assert all("of the tests" not in a.text for a in answers)
+        server.waits_for(lambda: server.idle)
+        assert all(a.status_code == 200 for a in pool.map(lambda body: post(server, **body), asked))
+
+
 def test_requests_have_a_time_limit(plain):
     with running(*plain, seconds=0.05, patience=0.3) as server:
         asked = {"prompt": "def", "max_tokens": 250, "ignore_eos": True}
@@ -334,29 +355,19 @@ def test_methods_of_a_sequence_keep_its_own_mask(method):
 
 @pytest.fixture(scope="module")
 def process():
-    """`moyu serve` as a process of its own: (process, url)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """`moyu serve` as a process of its own: (process, url, its first line)."""
     # FastAPI exports traces where the environment names a collector, and fails where it cannot: nothing is exported here.
     env = {**os.environ, "FASTAPI_OTEL_AUTO_CONFIGURE": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
-    words = [sys.executable, "-m", "moyu.commands.cli", "serve", "relu", "--port", str(port)]
+    words = [sys.executable, "-m", "moyu.commands.cli", "serve", "relu", "--port", "0"]
     started = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env)
-    url = f"http://127.0.0.1:{port}"
-    end = time.monotonic() + 60
-    while time.monotonic() < end and started.poll() is None:
-        try:
-            httpx.get(f"{url}/health")
-            break
-        except httpx.TransportError:
-            time.sleep(0.05)
-    yield started, url
+    said = started.stderr.readline()
+    yield started, said.split()[1], said
     started.kill()
     started.communicate()
 
 
 def test_sigterm_finishes_what_is_being_written_and_takes_nothing_new(process):
-    started, url = process
+    started, url, said = process
     asked = {"prompt": "def", "max_tokens": 300, "stream": True, "ignore_eos": True, "temperature": 0}
     with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as answer:
         lines = answer.iter_lines()
@@ -371,5 +382,21 @@ def test_sigterm_finishes_what_is_being_written_and_takes_nothing_new(process):
         json.loads(rest[-4 if rest[-1] == "" else -3].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     )
     assert started.wait(20) == 0
-    said = started.stderr.read()
-    assert "relu; native steps" in said and "Traceback" not in said
+    assert "serves relu; native steps" in said and started.stderr.read() == ""
+
+
+def test_what_cannot_be_served_is_refused_in_a_line(monkeypatch, capfd):
+    def refusal(*words):
+        monkeypatch.setattr(sys, "argv", ["moyu", "serve", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        line = capfd.readouterr().err
+        assert line.startswith("moyu: error: ") and line.count("\n") == 1
+        return line
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "give another --host or --port" in refusal("relu", "--port", str(taken.getsockname()[1]))
+    assert "the 512 tokens that 'relu' reads" in refusal("relu", "--context", "1000")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install 'moyu-llm[serve]'" in refusal("relu")

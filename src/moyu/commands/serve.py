@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,8 +90,6 @@ def serve(
         app = build(served, engine, limits, key=key, hosts=[*HERE, "[::1]"] if host in HERE else None)
         config = uvicorn.Config(
             app,
-            host=host,
-            port=port,
             http="h11",
             ws="none",
             lifespan="on",
@@ -100,12 +99,24 @@ def serve(
             timeout_graceful_shutdown=max(1, round(drain)),
             server_header=False,
         )
-        print(f"moyu: {', '.join(served.names)}; {_says(session, loaded, sequences, room, key)}", file=sys.stderr)
+        line = _listen(host, port)
+        where = f"http://{f'[{host}]' if ':' in host else host}:{line.getsockname()[1]}"
+        says = _says(session, loaded, sequences, room, key)
+        print(f"moyu: {where} serves {', '.join(served.names)}; {says}", file=sys.stderr, flush=True)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn drains, then raises the signal again
         try:
-            uvicorn.Server(config).run()
+            uvicorn.Server(config).run(sockets=[line])
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at this address. Raises UserError."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        said = error.strerror or str(error)
+        raise UserError(f"cannot listen on {host}, port {port} ({said})", "give another --host or --port") from error
 
 
 def _says(session: Any, loaded: Any, sequences: int, context: int, key: str | None) -> str:

@@ -127,14 +127,23 @@ class Engine:
     def run(self) -> None:
         """Step until stopped: in turn, a part of a prompt and a step of every lane."""
         while self._wait():
-            self._drop()
-            self._admit()
-            if self._reading is not None:
-                self._read(self._reading)
-            for lane in list(self._lanes):
-                self._step(lane)
-            self._merge()
+            try:
+                self._turn()
+            except Exception as error:  # nobody may wait for ever, and the next request is answered again
+                lost = [row.request for lane in self._lanes for row in lane.rows]
+                lost += [] if self._reading is None else [self._reading.request]
+                self._lanes, self._reading = [], None
+                self._fail(lost, error)
             self.metrics.active.set(self.active)
+
+    def _turn(self) -> None:
+        self._drop()
+        self._admit()
+        if self._reading is not None:
+            self._read(self._reading)
+        for lane in list(self._lanes):
+            self._step(lane)
+        self._merge()
 
     def _wait(self) -> bool:
         """Sleep while there is nothing to do; False once stopped."""
