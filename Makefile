@@ -6,7 +6,7 @@
 #   ARGS       more arguments for `moyu run`
 #   TESTS      what pytest runs, and its options: make unit TESTS="tests/kernels -x"
 #   REAL       all: `make real` fetches Qwen2.5-Coder-1.5B too (1.1 GB)
-#   N, SEED    of make hostile and make kill: how many inputs or kills, and which
+#   N, SEED    of make hostile, kill and load: how many inputs, kills or requests, and which
 #   KERNELS    optional: go on where the C++ kernels do not compile, which only test and unit refuse otherwise
 
 PYTHON ?= python3
@@ -24,6 +24,7 @@ NEED_GB := 4
 OLDEST := 5.17.0
 NEWEST := 5.24.0
 TORCHAO := 0.18.0
+SCHEMATHESIS := 4.32.5
 
 checksum = $(shell cat $(1) 2>/dev/null | cksum | cut -d ' ' -f 1)
 DEPS_KEY := $(call checksum,pyproject.toml constraints.txt)
@@ -39,7 +40,7 @@ say = echo "==>"
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo setup dev test lint types unit slow coverage oldest newest quantised hostile kill sanitize real format browser clean distclean
+.PHONY: help demo setup dev test lint types unit slow coverage oldest newest quantised hostile kill load sanitize real format browser clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -101,6 +102,12 @@ hostile: dev  ## plans, GGUF files, checkpoints, records and task files that are
 
 kill: dev  ## commands that are killed N times each at random moments: N=3 SEED=1
 	@KILL_N=$(if $(filter 10000,$(N)),3,$(N)) KILL_SEED=$(SEED) $(BIN)/python -m pytest -rP -m slow tests/kill
+
+load: dev  ## moyu serve under N mixed requests, N=1000, on SmolLM2 if `make real` has fetched it; tokens a second; a fuzzer
+	@test -d build/schemathesis/$(SCHEMATHESIS) || PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input \
+	  -c constraints.txt --target build/schemathesis/$(SCHEMATHESIS) schemathesis==$(SCHEMATHESIS)
+	@SCHEMATHESIS=$(CURDIR)/build/schemathesis/$(SCHEMATHESIS) LOAD_N=$(if $(filter 10000,$(N)),1000,$(N)) LOAD_SEED=$(SEED) \
+	  $(BIN)/python -m pytest -rP tests/load
 
 sanitize: dev  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (some 15 minutes, not in CI)
 	@$(BIN)/python scripts/sanitize.py address

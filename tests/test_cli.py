@@ -27,7 +27,7 @@ from moyu.commands import info as info_command
 from moyu.kernels import gpu
 from moyu.measure import text
 from moyu.measure.windows import Windows
-from moyu.model import loading, zoo
+from moyu.model import loading, prompts, zoo
 from tiny import build, tokens
 
 SMALL = ["--window", "32", "--prompt-tokens", "16"]
@@ -461,12 +461,12 @@ def test_pieces_make_up_the_text_whatever_its_characters():
     for words in ("x = 'é ü 漢字 🙂'\n    return", "  indented\n\n\tand more"):
         ids = loaded.tokenizer(words, add_special_tokens=False)["input_ids"]
         pieces: list[str] = []
-        text = writing.Pieces(loaded.tokenizer, ids[:1], pieces.append)
+        text = prompts.Pieces(loaded.tokenizer, ids[:1], pieces.append)
         for token in ids[1:]:
             text.take(token)
         text.end()
         assert loaded.tokenizer.decode(ids[:1]) + "".join(pieces) == loaded.tokenizer.decode(ids)
-        assert not any(writing.BROKEN in piece for piece in pieces)
+        assert not any(prompts.BROKEN in piece for piece in pieces)
 
 
 def test_more_tokens_than_the_model_has_positions(refused):

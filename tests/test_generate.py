@@ -7,12 +7,14 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import moyu
 from moyu import UserError, methods
 from moyu.engine.applied import Applied
 from moyu.engine.cache import KvCache, KvLayer
-from moyu.engine.generate import generate, join, leave, step
+from moyu.engine.generate import generate, join, leave, new_cache, read, step
 from moyu.measure.windows import Windows
 from tiny import build, tokens
 
@@ -139,6 +141,69 @@ def test_the_trace_says_which_step_ran_and_strict_refuses_another():
     with Applied(model, plan) as session:
         list(generate(session, tokens(1, 5), max_new_tokens=3, strict=True))
         assert session.traces.summary() == "native"
+
+
+def test_steps_stay_native_when_the_longest_row_leaves():
+    """And the rows that stay get no more room than they need."""
+    from moyu.kernels import cpu
+
+    if cpu.unavailable() is not None:
+        pytest.skip(cpu.unavailable())
+    model, plan = planned("teal")
+    with Applied(model, plan) as session, torch.no_grad():
+        cache = new_cache(session)
+        for length in (700, 5):
+            own = new_cache(session)
+            read(session, own, tokens(1, length))
+            join(cache, own)
+        leave(cache, torch.tensor([1]))
+        step(session, cache, tokens(1, 1)[0])
+        assert session.traces.summary() == "native"
+        assert cache.lengths.tolist() == [6] and cache.layers[0].capacity < 300
+
+
+@given(st.lists(st.tuples(st.sampled_from(["join", "leave", "grow", "copy"]), st.integers(0, 99)), max_size=12))
+def test_rows_keep_what_they_hold_whoever_joins_and_leaves(moves):
+    """A cache's layer beside a list of rows: the same keys and values, and zeros or old numbers behind them, never NaN."""
+    layer, rows, count = KvLayer(), [], 0
+    for what, number in moves:
+        if what == "join" or not rows:
+            own, count = KvLayer(), count + 1
+            fresh = torch.full((1, 1, 1 + 7 * number, 2), float(count))
+            own.update(fresh, -fresh)
+            layer.join(own)
+            rows.append(fresh[0, 0])
+        elif what == "leave":
+            chosen = [(number + k) % len(rows) for k in range(1 + number % len(rows))]
+            layer.batch_select_indices(torch.tensor(chosen))
+            rows = [rows[n] for n in chosen]
+        elif what == "grow":
+            fresh = torch.arange(len(rows), dtype=torch.float32)[:, None, None, None].expand(-1, 1, 1 + number, 2)
+            layer.update(fresh, -fresh)
+            rows = [torch.cat([row, f[0]]) for row, f in zip(rows, fresh, strict=True)]
+        else:
+            layer = pickle.loads(pickle.dumps(layer)) if number % 2 else copy.deepcopy(layer)
+        assert layer.lengths.tolist() == [len(row) for row in rows] and layer.get_seq_length() <= layer.capacity
+        for n, row in enumerate(rows):
+            assert torch.equal(layer.keys[n, 0, : len(row)], row) and torch.equal(layer.values[n, 0, : len(row)], -row)
+        assert torch.isfinite(layer.keys).all()
+
+
+def test_a_cache_that_holds_the_beginning_of_a_prompt_is_read_on():
+    model, plan = planned("griffin")
+    ids = tokens(1, 20)
+    with Applied(model, plan) as session:
+        cache = new_cache(session)
+        first = text(session, ids[:, :9], cache=cache, max_new_tokens=3)
+        assert cache.lengths.tolist() == [11]
+        whole = torch.cat([ids[:, :9], first, ids[:, 9:]], 1)
+        assert text(session, whole, cache=cache).shape == (1, NEW) and cache.lengths.tolist() == [
+            whole.shape[1] + NEW - 1
+        ]
+    with Applied(model, None) as session:
+        cache = new_cache(session)
+        text(session, ids[:, :9], cache=cache, max_new_tokens=1)
+        assert torch.equal(text(session, ids, cache=cache), text(session, ids))
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -1,6 +1,5 @@
 """The report: what it says, what it leaves out, and that nothing in a record can break it."""
 
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from reporting.sample import METHODS, environment, full, generation, make, profi
 SECTIONS = ["summary", "quality", "speed", "over-activation", "generations", "kernels", "studies", "coverage"]
 ALWAYS = ["environment", "reproduce", "glossary"]
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</pre><img src=http://example.invalid/x>"
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-ARGUMENTS += ["--disable-background-networking", "--disable-component-update"]
 
 
 class _Page(HTMLParser):
@@ -170,19 +167,6 @@ def test_the_terminal_shows_every_table():
         console.print(*shown)
     assert "…" not in printed.get()
     assert all(name in printed.get() for name, *_ in METHODS)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium; the test needs one of the machine's own."""
-    executable = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-    if executable is None:
-        pytest.skip("no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as api:
-        found = api.chromium.launch(executable_path=executable, args=ARGUMENTS)
-        yield found
-        found.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1280, "dark")])

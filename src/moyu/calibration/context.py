@@ -37,6 +37,19 @@ def open_model(name: str, weights: str | None, device: str = "cpu") -> Loaded:
     return loading.load(name, dtype="bfloat16" if weights == "bf16" else "auto", device=device)
 
 
+def open_with_plan(
+    name: str, plan: Path | None, weights: str | None, device: str = "cpu"
+) -> tuple[Loaded, Plan | None]:
+    """A model in the weights that are asked for, and the plan of this folder; without one its own, where it carries one."""
+    asked = None if plan is None else Plan.load(plan)  # before the model, which takes longer
+    loaded = open_model(name, weights, device)
+    if asked is None and loaded.plan is not None:
+        asked = Plan.load(loaded.plan)
+    if weights in QUANTISED:
+        loading.quantise_model(loaded.model, weights)
+    return loaded, asked
+
+
 @dataclass(frozen=True)
 class Quantising:
     """What quantising alone costs, nothing skipped."""

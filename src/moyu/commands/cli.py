@@ -13,6 +13,7 @@ import typer
 from moyu import __version__
 from moyu.commands.bench import bench
 from moyu.commands.calibrate import calibrate
+from moyu.commands.chat import chat
 from moyu.commands.coverage import coverage
 from moyu.commands.eval import evaluate
 from moyu.commands.fit import fit
@@ -22,6 +23,7 @@ from moyu.commands.methods import list_methods
 from moyu.commands.profile import profile
 from moyu.commands.report import report
 from moyu.commands.run import run
+from moyu.commands.serve import serve
 from moyu.commands.study import study
 from moyu.commands.trinity import trinity
 from moyu.commands.zoo import train, zoo
@@ -58,6 +60,8 @@ def common(
 START, STEPS, RESEARCH, LISTS = "Start here", "One step at a time", "Research", "What there is"
 app.command(rich_help_panel=START)(run)
 app.command(rich_help_panel=START)(generate)
+app.command(rich_help_panel=START)(chat)
+app.command(rich_help_panel=START)(serve)
 app.command(rich_help_panel=STEPS)(profile)
 app.command(rich_help_panel=STEPS)(calibrate)
 app.command(rich_help_panel=STEPS)(fit)

@@ -58,31 +58,26 @@ def generate(
 
     kernels = machine.backend_of(backend)
     machine.check(device, kernels, weights)
-    from moyu.calibration.context import open_model
-    from moyu.commands.writing import as_chat, check_length, generation_record, prompt_ids, write
+    from moyu.calibration.context import open_with_plan
+    from moyu.commands.writing import generation_record, write
     from moyu.engine.speculation import Correction
-    from moyu.model import dissect, loading
-    from moyu.plan import Plan
+    from moyu.model import dissect
+    from moyu.model.prompts import as_chat, check_length, prompt_ids
     from moyu.records.about import about_model
     from moyu.reporting.summary import generated
-    from moyu.weights import QUANTISED
 
     correction = None
     if lossless or sirius is not None:
         correction = Correction("lossless" if lossless else "sirius", draft_length, temperature, sirius or 0.0)
-    asked = None if plan is None else Plan.load(plan)
-    loaded = open_model(model, weights, device)
-    if asked is None and loaded.plan is not None:
-        asked = Plan.load(loaded.plan)
+    loaded, asked = open_with_plan(model, plan, weights, device)
     templated = bool(prompt is not None and loaded.tokenizer.chat_template) if chat is None else chat
     prompt = PROMPT if prompt is None else prompt
-    prompt = as_chat(loaded, prompt) if templated else prompt
+    if templated:
+        prompt = as_chat(loaded, [{"role": "user", "content": prompt}], "--raw continues the text itself")
     if templated and chat is None:
         print("moyu: the prompt goes into the model's chat template; --raw continues it as it is", file=sys.stderr)
     ids = prompt_ids(loaded, prompt)
     check_length(loaded, ids, new_tokens)
-    if weights in QUANTISED:
-        loading.quantise_model(loaded.model, weights)
     anatomy = dissect.dissect(loaded.model)
     pieces = _Pieces("" if templated else prompt)
     written = write(

@@ -11,10 +11,11 @@ from moyu.calibration.settings import Settings, Stage, quiet
 from moyu.calibration.speed import bench_model, bench_shape
 from moyu.commands.generate import PROMPT
 from moyu.commands.rows import out_of_reach_record, profile_record, quality_record
-from moyu.commands.writing import generation_record, prompt_ids, write
+from moyu.commands.writing import generation_record, write
 from moyu.errors import OutOfReach, UserError
 from moyu.measure import accounting
 from moyu.measure.environment import machine
+from moyu.model.prompts import prompt_ids
 from moyu.plan import Plan
 from moyu.records import Record
 from moyu.records.stamping import stamped

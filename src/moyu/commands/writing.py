@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +13,12 @@ from moyu import records
 from moyu.engine.applied import Applied
 from moyu.engine.generate import generate
 from moyu.engine.speculation import Correction, Speculation, speculate
-from moyu.errors import UserError
 from moyu.kernels import BackendName
-from moyu.model import dissect
 from moyu.model.anatomy import Anatomy
 from moyu.model.loading import Loaded
+from moyu.model.prompts import Pieces, Show
 from moyu.plan import Plan
 from moyu.records.about import AboutModel, about_plan
-
-Show = Callable[[str], None]  # is given each piece of text as it is written
-BROKEN = "\ufffd"  # what a tokenizer writes for a character whose last bytes are still to come
 
 
 @dataclass(frozen=True)
@@ -37,77 +32,6 @@ class Written:
     tok_s: float | None  # new tokens a second after the first; None for a single token
     drafted: Speculation | None = None  # where dense corrected what a plan drafted
     step: str | None = None  # which implementation of a decode step ran, and why not a faster one
-
-
-def as_chat(loaded: Loaded, prompt: str) -> str:
-    """The prompt as what a user says in the model's chat template, up to where the answer begins.
-
-    Raises UserError for a model without a template, and for one that cannot be filled in.
-    """
-    if not loaded.tokenizer.chat_template:
-        raise UserError(f"{loaded.name!r} has no chat template", "leave --chat out: the text itself is continued")
-    try:
-        said = [{"role": "user", "content": prompt}]
-        return str(loaded.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # templates are programs: jinja2's errors, and whatever they raise themselves
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"the chat template of {loaded.name!r} fails ({line:.200})", "--raw continues the text itself"
-        ) from error
-
-
-def prompt_ids(loaded: Loaded, prompt: str) -> Tensor:
-    """The prompt's tokens (1, T), on the model's device; UserError where it has none.
-
-    A prompt that begins with the model's BOS, as a chat template writes it, gets no second one.
-    """
-    bos = loaded.tokenizer.bos_token
-    begun = isinstance(bos, str) and prompt.startswith(bos)
-    ids: Any = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=not begun)["input_ids"]
-    if ids.shape[1] == 0:
-        raise UserError("the prompt has no token", "give some text to --prompt")
-    return ids.to(loaded.model.device)
-
-
-def check_length(loaded: Loaded, ids: Tensor, new_tokens: int) -> None:
-    """Refuse more tokens than the model has positions for."""
-    limit = getattr(dissect.text_config(loaded.model), "max_position_embeddings", None)
-    taken = ids.shape[1]
-    if limit is not None and taken + new_tokens > limit:
-        room = f"use --new-tokens {limit - taken} or fewer" if limit > taken else "give a shorter --prompt"
-        raise UserError(
-            f"{taken} tokens of prompt and {new_tokens} new ones are more than the {limit} that {loaded.name!r} reads",
-            room,
-        )
-
-
-class Pieces:
-    """Shows text as its tokens come.
-
-    Some characters span several tokens, and some tokenizers write a token differently at the start of a text. So a token is
-    decoded behind the ones before it, and its text is shown once its characters are whole.
-    """
-
-    def __init__(self, tokenizer: Any, prompt: list[int], show: Show) -> None:
-        """`prompt`: the ids before the text."""
-        self.tokenizer, self.show, self.ids = tokenizer, show, list(prompt)
-        self.start, self.shown = max(0, len(prompt) - 4), len(prompt)  # text of ids[start:shown] is before new text
-
-    def take(self, token: int) -> None:
-        """Show what a token adds, where its characters are whole."""
-        self.ids.append(token)
-        self._show()
-
-    def _show(self, last: bool = False) -> None:
-        before = self.tokenizer.decode(self.ids[self.start : self.shown])
-        now = self.tokenizer.decode(self.ids[self.start :])
-        if len(now) > len(before) and (last or not now.endswith(BROKEN)):
-            self.show(now[len(before) :])
-            self.start, self.shown = self.shown, len(self.ids)
-
-    def end(self) -> None:
-        """Show what is left."""
-        self._show(last=True)
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ a model's own modules can run on it.
 
 from __future__ import annotations
 
+import math
+import mmap
 from typing import Any
 
 import torch
@@ -18,16 +20,27 @@ from moyu.errors import UserError
 
 _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 GROW = 256  # positions by which buffers grow at least
+PAGES = 1 << 18  # bytes from which buffers are pages of their own
 
 
 class KvLayer(DynamicLayer):
-    """Keys and values of one layer, (B, H, capacity, D), of which row r holds the first lengths[r] positions."""
+    """Keys and values of one layer, (B, H, capacity, D), of which row r holds the first lengths[r] positions.
+
+    The buffers are the first rows of a storage with places for more. Only what rows hold is ever copied: memory that nobody has
+    written takes no room.
+    """
 
     def __init__(self) -> None:
         """Empty; the first update says of what shape."""
         self.lengths = torch.zeros(0, dtype=torch.int64)
         self.longest = 0
         self.is_initialized = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The buffers are parts of the storage, in a copy too."""
+        vars(self).update(state)
+        if self.is_initialized:
+            self.buffers = tuple(s[: len(self.lengths)] for s in self.storage)
 
     @property
     def keys(self) -> Tensor:
@@ -51,20 +64,28 @@ class KvLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Buffers for rows like these, (B, H, T, D) each."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        # Zeros, because positions behind a short row take part in products with a weight of 0, which NaN would not bear.
-        self.buffers = tuple(
-            t.new_zeros(*t.shape[:2], t.shape[2] + GROW, t.shape[3]) for t in (key_states, value_states)
-        )
+        self.storage = tuple(_zeros(t, *t.shape[:2], t.shape[2] + GROW, t.shape[3]) for t in (key_states, value_states))
+        self.buffers = self.storage
         self.hold(torch.zeros(len(key_states), dtype=torch.int64))
         self.is_initialized = True
 
     def reserve(self, length: int) -> None:
         """Make room for `length` positions a row."""
         if length > self.capacity:
-            longer = length + max(GROW, self.longest // 2)
-            self.buffers = tuple(
-                torch.cat([b, b.new_zeros(*b.shape[:2], longer - b.shape[2], b.shape[3])], dim=2) for b in self.buffers
-            )
+            self._move(len(self.storage[0]), length + max(GROW, self.longest // 2))
+
+    def _move(self, rows: int, room: int, chosen: list[int] | None = None) -> None:
+        """To a storage of so many rows of so much room; chosen: the rows that go along, all of them where it is None."""
+        chosen = list(range(len(self.lengths))) if chosen is None else chosen
+        fresh = tuple(_zeros(b, rows, b.shape[1], room, b.shape[3]) for b in self.buffers)
+        for place, row in enumerate(chosen):
+            self._copy(self.buffers, row, fresh, place, int(self.lengths[row]))
+        self.storage, self.buffers = fresh, tuple(b[: len(chosen)] for b in fresh)
+
+    @staticmethod
+    def _copy(source: tuple[Tensor, ...], row: int, to: tuple[Tensor, ...], place: int, length: int) -> None:
+        for a, b in zip(source, to, strict=True):
+            b[place, :, :length] = a[row, :, :length]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (B, H, T, D) to every row; all keys and values, (B, H, longest row, D)."""
@@ -95,10 +116,19 @@ class KvLayer(DynamicLayer):
             self.hold((self.lengths + tokens_to_remove).clamp(min=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at `indices`, in that order."""
-        if self.is_initialized:
-            self.buffers = tuple(b[indices.to(b.device)] for b in self.buffers)
-            self.hold(self.lengths[indices.cpu()])
+        """Keep the rows at `indices`, in that order. Where rows of the end take the places of others, only they are copied."""
+        if not self.is_initialized:
+            return
+        chosen, lengths = indices.tolist(), self.lengths[indices.cpu()]
+        room = GROW + (int(lengths.max()) if chosen else 0)
+        moved = [(row, place) for place, row in enumerate(chosen) if row != place]
+        if self.capacity > 2 * room or any(row < len(chosen) for row, _ in moved):
+            self._move(len(chosen), min(self.capacity, room), chosen)
+        else:
+            for row, place in moved:
+                self._copy(self.buffers, row, self.storage, place, int(self.lengths[row]))
+        self.buffers = tuple(s[: len(chosen)] for s in self.storage)
+        self.hold(lengths)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times in a row."""
@@ -111,16 +141,30 @@ class KvLayer(DynamicLayer):
     def join(self, other: KvLayer) -> None:
         """Take the rows of another cache's layer behind one's own."""
         if not self.is_initialized:
-            self.buffers, self.dtype, self.device, self.is_initialized = other.buffers, other.dtype, other.device, True
+            self.storage, self.buffers, self.is_initialized = other.storage, other.buffers, True
+            self.dtype, self.device = other.dtype, other.device
             self.hold(other.lengths)
             return
-        longest = max(self.longest, other.longest)
-        self.reserve(longest)
-        other.reserve(longest)
-        room = min(self.capacity, other.capacity)
-        pairs = zip(self.buffers, other.buffers, strict=True)
-        self.buffers = tuple(torch.cat([a[:, :, :room], b[:, :, :room]]) for a, b in pairs)
+        count, rows = len(self.lengths), len(self.lengths) + len(other.lengths)
+        longest, places = max(self.longest, other.longest), len(self.storage[0])
+        if rows > places or longest > self.capacity:
+            self._move(places if rows <= places else max(rows, 2 * places), max(self.capacity, longest + GROW))
+        for row, length in enumerate(other.lengths.tolist()):
+            self._copy(other.buffers, row, self.storage, count + row, length)
+        self.buffers = tuple(s[:rows] for s in self.storage)
         self.hold(torch.cat([self.lengths, other.lengths]))
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros of like's type, because positions behind a short row take part in products with a weight of 0, which NaN would not bear.
+
+    On a CPU in pages of their own, which take memory once they are written and give it back when they are let go; torch writes its
+    zeros, and the heap keeps what a server's sequences of all lengths have left (8 GB where 16 sequences hold 1).
+    """
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size < PAGES:
+        return like.new_zeros(shape)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(shape)
 
 
 class KvCache(DynamicCache):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,6 +20,10 @@ from moyu.errors import UserError
 from moyu.kernels import BackendName
 from moyu.plan import Plan
 
+CHUNK = (
+    256  # tokens of a prompt that are read at once: a server steps other sequences in between, and its texts are these
+)
+
 
 @torch.no_grad()
 def generate(
@@ -29,6 +34,7 @@ def generate(
     backend: BackendName = "auto",
     strict: bool = False,
     seed: int | None = None,
+    cache: KvCache | None = None,
     **settings: Any,
 ) -> Iterator[Tensor]:
     """Yield the next token of every prompt, (B,) int64, until all have ended.
@@ -36,8 +42,9 @@ def generate(
     model: a model, which runs under `plan` (None: dense, on MOYU's kernels), or one with a plan applied already.
     prompts: ids (B, T) of equal lengths, or a sequence of (T,) of any. settings: whatever the model's generation config has
     (max_new_tokens, do_sample, temperature, repetition_penalty, eos_token_id, ...); what is not given is the config's own.
-    seed: of the draws; None takes torch's global generator. strict: refuse a step that is not the fastest. A sequence that
-    has ended yields the pad token. The cache, and which implementation of a step ran, are the session's to tell
+    cache: what holds the first tokens of the prompt already, of one prompt; it is read on from there, and holds afterwards all
+    but the last token. seed: of the draws; None takes torch's global generator. strict: refuse a step that is not the fastest.
+    A sequence that has ended yields the pad token. The cache, and which implementation of a step ran, are the session's to tell
     (`Session.traces`).
 
     Raises UserError for an empty prompt, for settings that are no single draw a step (beams, assistants), for a plan or a back
@@ -58,7 +65,7 @@ def generate(
         core: Any = session.model
         device = next(core.parameters()).device
         draw = Draw(core, rows, seed, settings)
-        cache = KvCache(core.config.get_text_config(decoder=True))
+        cache = new_cache(session) if cache is None else cache
         logits = _prefill(session, cache, [row.to(device) for row in rows])
         while True:
             tokens, ended = draw(logits)
@@ -71,21 +78,31 @@ def generate(
 
 
 def _prefill(session: Session, cache: KvCache, rows: list[Tensor]) -> Tensor:
-    """Run the prompts densely and fill `cache`; logits (B, V) behind each. Prompts of different lengths run one by one."""
+    """Run densely what `cache` lacks of the prompts; logits (B, V) behind each. Prompts of different lengths run one by one."""
     if len({len(row) for row in rows}) == 1:
-        return read(session, cache, torch.stack(rows))[:, -1]
+        while (done := int(cache.get_seq_length())) < len(rows[0]) - CHUNK:
+            read(session, cache, torch.stack(rows)[:, done : done + CHUNK], last=True)
+        return read(session, cache, torch.stack(rows)[:, done:], last=True)[:, -1]
     made = []
     for row in rows:
-        own = KvCache(session.model.config.get_text_config(decoder=True))  # pyright: ignore
+        own = new_cache(session)
         made.append(_prefill(session, own, [row]))
         join(cache, own)
     return torch.cat(made)
 
 
-def read(session: Session, cache: KvCache, ids: Tensor) -> Tensor:
-    """Run ids (B, T) densely behind what `cache` holds; their logits (B, T, V)."""
+def new_cache(session: Session) -> KvCache:
+    """An empty cache for the session's model."""
+    return KvCache(session.model.config.get_text_config(decoder=True))  # pyright: ignore
+
+
+def read(session: Session, cache: KvCache, ids: Tensor, *, last: bool = False) -> Tensor:
+    """Run ids (B, T) densely behind what `cache` holds; their logits (B, T, V), or (B, 1, V) of the last where that is enough."""
+    kwargs: dict[str, Any] = {"input_ids": ids, "use_cache": True, **given_cache(session.model, cache)}
+    if last and "logits_to_keep" in inspect.signature(session.model.forward).parameters:
+        kwargs["logits_to_keep"] = 1
     with session.prompt(int(cache.get_seq_length()) + ids.shape[1]):
-        out: Any = session.model(input_ids=ids, use_cache=True, **given_cache(session.model, cache))
+        out: Any = session.model(**kwargs)
     return out.logits
 
 
@@ -100,6 +117,8 @@ def join(cache: KvCache, other: KvCache) -> None:
 def leave(cache: KvCache, keep: Tensor) -> None:
     """Let only the rows at `keep` (M,) int64 take part in the steps to come."""
     cache.batch_select_indices(keep)
+    memory = memory_of(cache)
+    memory.seen = min(memory.seen, int(cache.get_seq_length()))  # of the longest row, which may have left
 
 
 def step(session: Session, cache: KvCache, tokens: Tensor) -> Tensor:

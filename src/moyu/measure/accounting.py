@@ -54,6 +54,17 @@ def count_weights(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) + sum(math.prod(m.blocks.shape) for m in kept.values())
 
 
+def bits_per_weight(model: nn.Module, anatomy: Anatomy, read: float) -> float:
+    """Bits of each weight of a dense step that a step which reads so many bytes reads, the plan's own bytes included."""
+    kept = {
+        m.blocks.tensors[0].data_ptr(): m.blocks
+        for m in model.modules()
+        if isinstance(m, QuantisedLinear | QuantisedEmbedding)
+    }
+    stored = sum(map(stored_bytes, model.parameters())) + sum(blocks.nbytes for blocks in kept.values())
+    return 8 * stored / count_weights(model) * read / dense_step_bytes(model, anatomy)
+
+
 def added_bytes(plan: Plan, anatomy: Anatomy) -> float:
     """Bytes that a step reads of the plan itself: biases, bases, low-rank parts, thresholds, scores.
 
