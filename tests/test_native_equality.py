@@ -34,6 +34,7 @@ from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter, Recorder, Replayer
 from moyu.engine.steps.layers import PlainLayer
 from moyu.kernels import cpu
+from moyu.weights import QUANTISED
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
 
@@ -46,6 +47,7 @@ NATIVE = (
     "countdown",
     "estimate",
     "griffin",
+    "levels",
     "popularity",
     "relu-zero",
     "static-norm",
@@ -53,12 +55,19 @@ NATIVE = (
     "teal",
     "was",
 )
-CASES = [(name, weights, batch) for name in methods.names() for weights in WEIGHTS for batch in (1, 3)]
+CASES = [
+    (name, weights, batch)
+    for name in methods.names()
+    for weights in (QUANTISED if methods.method_class(name).quantised_only else WEIGHTS)
+    for batch in (1, 3)
+]
 
 
 def quick(name: str, weights: str, batch: int) -> bool:
     """One case a method, so that all weights come often; the rest is slow."""
     n = methods.names().index(name)
+    if methods.method_class(name).quantised_only:
+        return batch == 3
     return weights == WEIGHTS[n % len(WEIGHTS)] and batch == (1 if n % 5 == 4 else 3)
 
 

@@ -114,7 +114,9 @@ def calibrate(
         raise UserError(
             f"method {method.name!r} has nothing to skip in {type(model).__name__} "
             f"({'gated' if gated else 'plain'} network, {'/'.join(sorted(acts))})",
-            "`moyu methods` says what each method needs",
+            "it reads some bits of quantised weights: give a GGUF file of 3 to 8 bits, or --weights q8_0"
+            if method.quantised_only
+            else "`moyu methods` says what each method needs",
         )
     if centre and not any(s.skips == "columns" for layer in blocks for b in layer for s in method.sites(b)):
         raise UserError(

@@ -41,6 +41,7 @@ class Method(ABC):
     needs_calibration: ClassVar[bool] = True
     solves_target: ClassVar[bool] = True  # False: the model decides how much is skipped
     trains: ClassVar[bool] = False
+    quantised_only: ClassVar[bool] = False  # skips bits, which weights of plain numbers do not tell apart
     joint: ClassVar[bool] = False  # what `fit` leaves is then trained through the model's own loss, all sites together
     matrices: ClassVar[tuple[str, ...]] = ()  # buffers that are weights, kept in few bits where the model's are
     divides: ClassVar[bool] = False  # a byte budget goes to the sites, and to their settings, where it costs least

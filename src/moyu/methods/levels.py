@@ -35,6 +35,7 @@ class Levels(Magnitude):
     paper: ClassVar[str] = "own"
     family: ClassVar[Family] = "own"
     divides: ClassVar[bool] = True
+    quantised_only: ClassVar[bool] = True
 
     def sites(self, block) -> tuple[Site, ...]:
         return level_sites(block)

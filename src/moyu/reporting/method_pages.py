@@ -15,6 +15,8 @@ from moyu.kernels import activation
 from moyu.methods.base import Method
 from moyu.methods.values import READS, Acts, Rows, Site, Tap
 from moyu.model.anatomy import Block, Piece
+from moyu.model.quantised import QuantisedLinear
+from moyu.weights.q8_0 import Q8_0
 
 WIDTH, NEURONS = 256, 688  # of the embedded models; shares are of such a block
 ROWS = 32
@@ -50,12 +52,16 @@ SCAFFOLD = """# `{name}`
 def head(name: str) -> str:
     """The table at the top of a method's page."""
     method = methods.method(name)
-    networks = {kind: {act: _block(act, kind == "gated") for act in ("silu", "relu")} for kind in ("gated", "plain")}
+    quantised = method.quantised_only
+    networks = {
+        kind: {act: _block(act, kind == "gated", quantised) for act in ("silu", "relu")} for kind in ("gated", "plain")
+    }
+    needs = _needs(method) + ("; weights in formats of integers (figures here: Q8_0)" if quantised else "")
     rows = [
         ("family", method.family),
         ("decides", _decides(method)),
         ("exact", "yes: only what contributes exactly nothing is skipped" if method.exact else "no"),
-        ("needs", _needs(method)),
+        ("needs", needs),
         *((f"skips, {kind} network", _skips(method, blocks)) for kind, blocks in networks.items()),
         ("skips at most", "; ".join(_most(method, kind, blocks) for kind, blocks in networks.items())),
         ("reads beside the model", _added(method, networks["gated"]["relu" if method.exact else "silu"])),
@@ -68,7 +74,8 @@ def head(name: str) -> str:
 def skipped(name: str) -> str:
     """The sites of a method: what they read and skip in a gated network or, if nothing, in a plain one."""
     method = methods.method(name)
-    found = (_skips(method, {act: _block(act, gated) for act in ("silu", "relu")}) for gated in (True, False))
+    blocks = ({act: _block(act, gated, method.quantised_only) for act in ("silu", "relu")} for gated in (True, False))
+    found = (_skips(method, own) for own in blocks)
     return next((text for text in found if text != "nothing"), "nothing")
 
 
@@ -127,7 +134,7 @@ def _phrases(method: Method, sites: Sequence[Site]) -> str:
         linears = [name for site in same for name in site.linears]
         if same[0].skips == "columns":
             masks = "" if len(linears) == 1 else " (one mask)" if len(same) == 1 else " (a mask each)"
-            pieces = f"columns of {', '.join(linears)}{masks}"
+            pieces = f"{'further bits of ' if same[0].further else ''}columns of {', '.join(linears)}{masks}"
         else:
             pieces = f"rows of {', '.join(linears[:-1])}, columns of {linears[-1]}"
         source = {"token": f"`{reads}`", "sequence": f"the prompt's `{reads}`", "static": "calibration"}
@@ -152,8 +159,8 @@ def _added(method: Method, block: Block) -> str:
     return f"{total / _bytes(block):.1%} of a gated block's weights at 50 %" if total else "nothing"
 
 
-def _block(act: str, gated: bool) -> Block:
-    """A block of the embedded models' widths with random bfloat16 weights."""
+def _block(act: str, gated: bool, quantised: bool = False) -> Block:
+    """A block of the embedded models' widths with random weights, in bfloat16 or in Q8_0."""
     shapes = {n: (WIDTH, WIDTH) for n in "qkvo"} | {"up": (NEURONS, WIDTH), "down": (WIDTH, NEURONS)}
     if gated:
         shapes["gate"] = (NEURONS, WIDTH)
@@ -161,12 +168,12 @@ def _block(act: str, gated: bool) -> Block:
     for name, (q, n) in shapes.items():
         linear = nn.Linear(n, q, bias=False, dtype=torch.bfloat16)
         linear.weight.data.normal_(std=n**-0.5, generator=generator)
-        pieces[name] = Piece(linear)
+        pieces[name] = Piece(QuantisedLinear(Q8_0.store(linear.weight), dtype=torch.bfloat16) if quantised else linear)
     return Block(1, pieces, act=act, heads=4, kv_heads=4, head_rows=torch.arange(WIDTH).view(4, -1))
 
 
 def _bytes(block: Block) -> int:
-    return sum(p.weight.nbytes for p in block.pieces.values())
+    return sum(p.nbytes for p in block.pieces.values())
 
 
 @torch.no_grad()
@@ -182,4 +189,5 @@ def _acts(block: Block) -> Acts:
     taps["mid"] = taps["gate"] * taps["up"]
     index = torch.arange(ROWS)
     rows = Rows(index * 0, index, torch.ones(ROWS, dtype=torch.bool), index % 2 == 1, 1)
-    return Acts(taps, taps, rows, weights)
+    stored = {name: piece.blocks for name, piece in block.pieces.items() if piece.blocks is not None}
+    return Acts(taps, taps, rows, weights, stored=stored)

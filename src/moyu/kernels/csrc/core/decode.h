@@ -200,6 +200,11 @@ class Decoding {
     // my.mask = what each row keeps, by |x_i| * factor_i > threshold in the model's type (as the method computes it), or as
     // it is given; my.kept = the pieces that any row keeps. Returns how many.
     int64_t decide(const DecodeLinear &of, const DecodeLevels &levels, const T *x, int64_t n, Own &my, const Team &team) {
+        choose(of, levels, x, n, my, team);
+        return list_kept(my.mask, n, a.rows, n, my.any, my.kept);
+    }
+    // The mask alone.
+    void choose(const DecodeLinear &of, const DecodeLevels &levels, const T *x, int64_t n, Own &my, const Team &team) {
         const float *factor = static_cast<const float *>(of.factor);
         const float threshold = of.threshold;
         for (int64_t r = 0; r < a.rows; ++r) {
@@ -213,7 +218,6 @@ class Decoding {
             for (int64_t i = 0; i < n && factor; ++i) mask[i] = rounded<T>(fabsf(widen(row[i])) * factor[i]) > threshold;
         }
         tell(levels, my.mask, n, n, team);
-        return list_kept(my.mask, n, a.rows, n, my.any, my.kept);
     }
 
     // Lets who asks have the mask (rows, n) that was taken; null = all.
@@ -229,7 +233,7 @@ class Decoding {
         LinearArgs args = {a.rows, a.threads, x, w.n, stored(w), nullptr, 0, w.bias, out};
         const bool in_blocks = w.kind != Format::plain;
         if (w.first) {
-            decide(w, levels, x, w.n, my, team);
+            choose(w, levels, x, w.n, my, team);
             args.mask = my.mask, args.mask_stride = w.n;
             bytes[team.thread] += levels_share<T>(args, args.weight, round(x, w.n, my), team, area + team.thread * sums_size_of(w));
             return;

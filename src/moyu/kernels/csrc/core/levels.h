@@ -235,40 +235,48 @@ MOYU_ONCE void add_tile(const LevelGroup *g, const uint8_t *tile, int64_t line_a
 }
 #endif
 
-// y (rows, stride) += the product, outputs of tiles `share` of the weight; rows: at most kLevelRows.
+// y (rows, stride) += the product, outputs of tiles `share` of the weight; rows: at most kLevelRows. Returns how many inputs any row
+// chooses.
 template <class F>
-MOYU_ONCE void levels_of(const Weight &w, const Rounded &x, const uint8_t *mask, int64_t mask_stride, int64_t rows, const Share &share,
-               float *y, int64_t y_stride) {
+MOYU_ONCE int64_t levels_of(const Weight &w, const Rounded &x, const uint8_t *mask, int64_t mask_stride, int64_t rows,
+                            const Share &share, float *y, int64_t y_stride) {
     using S [[maybe_unused]] = Split<F>;
     const auto *first = static_cast<const uint8_t *>(w.first);
     const int64_t groups = groups_of(w.inputs), q = w.outputs;
-    LevelGroup group[kLevelRows];
-    for (int64_t g = 0; g < groups; ++g) {
+    LevelGroup both[2][kLevelRows];  // this group's and the next one's, whose lines are prefetched
+    int64_t chosen = 0;
+    const auto load = [&](int64_t g) {
         const int inputs = static_cast<int>(w.inputs - g * kGroup < kGroup ? w.inputs - g * kGroup : kGroup);
+        uint32_t any = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+            const uint32_t bits = bits_of(mask ? mask + r * mask_stride + g * kGroup : nullptr, inputs);
+            prepare<F>(both[g % 2][r], x.row(r).ordered + g * kGroup, bits, piece_of(w, g * kGroup), w.stride);
+            any |= bits;
+        }
+        chosen += __builtin_popcount(any);
+    };
+    load(0);
+    for (int64_t g = 0; g < groups; ++g) {
+        const LevelGroup *group = both[g % 2], *next = both[(g + 1) % 2];
         const uint8_t *own = first + g * w.first_stride, *scales = scales_of(w, g / F::Scales::span);
         const int64_t place = g % F::Scales::span;
-        for (int64_t r = 0; r < rows; ++r)
-            prepare<F>(group[r], x.row(r).ordered + g * kGroup,
-                       bits_of(mask ? mask + r * mask_stride + g * kGroup : nullptr, inputs), piece_of(w, g * kGroup), w.stride);
+        const bool more = g + 1 < groups;
+        if (more) load(g + 1);
         float by[kLevelRows];
         for (int64_t r = 0; r < rows; ++r) by[r] = x.row(r).scale[g];
         int64_t tile = share.begin;
 #if MOYU_INTEGERS
         typename F::Scales::Fields fields[S::parts];
         for (int part = 0; part < S::parts; ++part) fields[part] = F::Scales::of_columns(scales, place * S::parts + part, q);
-        const uint8_t *next[kGroup];  // lines of the next group that the first row chooses
-        int nexts = 0;
-        for (int64_t i = (g + 1) * kGroup; i < w.inputs && i < (g + 2) * kGroup; ++i)
-            if (mask == nullptr || mask[i]) next[nexts++] = piece_of(w, i);
         for (; tile < share.end && (tile + 1) * kTileOutputs <= q; ++tile) {
             const int64_t ahead = tile + kTilesAhead;
             const uint8_t *then = ahead < share.end ? own + ahead * S::tile_bytes
                                                     : own + w.first_stride + (share.begin + ahead - share.end) * S::tile_bytes;
-            if (ahead < share.end || g + 1 < groups)
-                for (int64_t b = 0; b < S::tile_bytes; b += kLineBytes) prefetch<kLineBytes>(then + b);
+            if (ahead < share.end || more) prefetch<S::tile_bytes>(then);
             const int64_t line_at = tile * S::line_tile;
-            if (line_at % kLineBytes == 0 || tile == share.begin)
-                for (int i = 0; i < nexts; ++i) prefetch<kLineBytes>(next[i] + line_at);
+            if (more && (line_at % kLineBytes == 0 || tile == share.begin))
+                for (int part = 0; part < S::parts; ++part)
+                    for (int i = 0; i < next->count[part]; ++i) prefetch<kLineBytes>(next->line[part][i] + line_at);
             const auto add = [&](auto together, int64_t r) {
                 add_tile<F, together()>(group + r, own + tile * S::tile_bytes, line_at, fields, by + r, tile * kTileOutputs,
                                         y + r * y_stride + tile * kTileOutputs, y_stride);
@@ -282,35 +290,33 @@ MOYU_ONCE void levels_of(const Weight &w, const Rounded &x, const uint8_t *mask,
         for (int64_t r = 0; r < rows && from < to; ++r)
             add_levels_plainly<F>(group[r], own, scales, place, by[r], from, to, q, y + r * y_stride);
     }
+    return chosen;
 }
 
 // out (rows, outputs): this thread's outputs of a weight in planes; the mask says which inputs are chosen, null = all. sums: the
-// thread's own, of kLevelRows or all rows and the padded outputs. Returns the bytes read; those of all threads together are what any row chooses.
+// thread's own, of kLevelRows or all rows and the padded outputs. Returns the bytes read, for all threads the first one.
 template <class T>
 int64_t levels_share(const LinearArgs &a, const Weight &w, const Rounded &x, const moyu::Team &team, float *sums) {
     const int64_t q = w.outputs, stride = round_up(q);
     const Share share((q + kTileOutputs - 1) / kTileOutputs, team);
     const int64_t begin = share.begin * kTileOutputs, end = share.end * kTileOutputs < q ? share.end * kTileOutputs : q;
     T *out = static_cast<T *>(a.out);
-    for (int64_t from = 0; from < a.rows; from += kLevelRows) {
+    int64_t read = 0;
+    for (int64_t from = 0; from < a.rows; from += kLevelRows) {  // each time the weight is read anew
         const int64_t rows = a.rows - from < kLevelRows ? a.rows - from : kLevelRows;
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t o = begin; o < end; ++o) sums[r * stride + o] = 0.0f;
         const uint8_t *mask = a.mask ? a.mask + from * a.mask_stride : nullptr;
-        with_levels(w.format, [&](auto f) {
-            levels_of<decltype(f)>(w, x.row(from), mask, a.mask_stride, rows, share, sums, stride);
-        });
+        int64_t chosen = 0;
+        if (begin < end || team.thread == 0)
+            with_levels(w.format, [&](auto f) {
+                chosen = levels_of<decltype(f)>(w, x.row(from), mask, a.mask_stride, rows, share, sums, stride);
+            });
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t o = begin; o < end; ++o) narrow(sums[r * stride + o] + bias_at<T>(a.bias, o), out[(from + r) * q + o]);
+        if (team.thread == 0) read += levels_bytes(w, chosen);
     }
-    if (team.thread != 0) return 0;
-    int64_t chosen = 0;
-    for (int64_t i = 0; i < w.inputs; ++i) {
-        bool any = a.mask == nullptr;
-        for (int64_t r = 0; r < a.rows && !any; ++r) any = a.mask[r * a.mask_stride + i] != 0;
-        chosen += any;
-    }
-    return levels_bytes(w, chosen) + (a.bias ? bytes_of<T>(q) : 0);
+    return team.thread == 0 ? read + (a.bias ? bytes_of<T>(q) : 0) : 0;
 }
 
 template <class T>
