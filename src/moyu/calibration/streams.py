@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +18,7 @@ from moyu.engine.sites import SiteState
 from moyu.errors import UserError
 from moyu.measure.windows import Windows
 from moyu.methods.values import Tap
+from moyu.model.dissect import keeps_logits
 from moyu.model.finite import require_finite
 from moyu.plan import Plan
 
@@ -139,7 +139,7 @@ def dense_run(applied: Applied, tokens: Tensor) -> Chain:
     """One dense pass over tokens (B, T). Raises UserError where it gives numbers that are not finite."""
     model: Any = applied.model
     # Logits of all calibration tokens may take gigabytes, and nobody reads them.
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    few = {"logits_to_keep": 1} if keeps_logits(model) else {}
     chain = Chain(applied.anatomy.layers)
     try:
         with applied.prompt(tokens.shape[1]):

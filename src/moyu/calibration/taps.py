@@ -117,7 +117,7 @@ def acts_of(
         routed_alike = dense_rows is not None and len(dense_rows.seq) == len(rows.seq)
         return taps if routed_alike else sparse_taps  # routing differs between the streams: fit on the sparse one
 
-    dense_taps: Mapping[Tap, Tensor] = OnDemand({}, of_dense)
-    if ahead is not None:
-        dense_taps, sparse_taps = {**dense_taps, site.reads: ahead[0]}, {**sparse_taps, site.reads: ahead[1]}
-    return Acts(dense_taps, sparse_taps, rows, *tensors)
+    known: tuple[dict[Tap, Tensor], ...] = tuple({site.reads: tap} for tap in ahead or ())
+    if not known:
+        return Acts(OnDemand({}, of_dense), sparse_taps, rows, *tensors)
+    return Acts(OnDemand(known[0], of_dense), OnDemand(known[1], lambda: sparse_taps), rows, *tensors)
