@@ -14,7 +14,10 @@ def quality_record(context: Context, plan: Plan, quality: Quality) -> records.Qu
     """One row of the quality table."""
     about, few = context.about(plan), quality.random
     if few is not None and len(few.nll) < len(quality.method.nll):
-        about["notes"].append(f"random and oracle on the first {len(few.nll)} of {len(quality.method.nll)} windows")
+        about["notes"].append(
+            f"random and oracle are of the first {len(few.nll)} of {len(quality.method.nll)} windows, on which the method's own "
+            f"KL is {float(quality.method.kl[: len(few.nll)].mean()):.3g}"
+        )
     foreign, search, quantising = context.anatomy.foreign, plan.calibration.get("search"), context.quantising
     return records.Quality(
         kind="quality",
