@@ -89,6 +89,8 @@ def calibrate(
     with torch.no_grad(), Applied(model, draft, engine="mask", anatomy=anatomy, check=False) as applied:
         ahead = [s for layer in blocks for b in layer for s in method.sites(b) if s.source_layer != s.layer]
         applied.lookahead |= {(s.source_layer, s.reads) for s in ahead}
+        if progress:
+            progress(0, len(blocks))
         walk, asked = Walk(applied, windows, chains), Asked(sparsity, bias, centre, levels or {})
         for index, layer_blocks in enumerate(blocks):
             if layers is not None and index > max(layers, default=-1):

@@ -87,7 +87,6 @@ def _planned(
     plans, refused = {}, []
     for done, name in enumerate(names):
         about = f"calibrate {name} ({done + 1} of {len(names)} methods)"
-        stage(about, 0, len(context.anatomy.layers))
         try:
             plans[name] = context.plan(name, progress=partial(stage, about))
         except OutOfReach:

@@ -95,6 +95,8 @@ def evaluate_all(
     several = len(windows.tokens) if matched is True else int(matched)
     batches = windows.tokens.split(batch)
     found = {name: _Found() for name in plans}
+    if progress:
+        progress(0, len(batches) * len(plans))
     for index, tokens in enumerate(batches):
         first = index * batch
         dense = _log_probs(model, tokens, windows.prompt) if reference is None else reference[first : first + batch]
