@@ -67,10 +67,12 @@ def ascending(scores: Tensor) -> Tensor:
 def quantile(values: Tensor, fraction: float) -> float:
     """The exact `fraction` quantile of all entries: at most that share of them is at or below it, ties aside.
 
-    torch.quantile refuses more than 2**24 entries; kthvalue has no limit.
+    torch.quantile refuses more than 2**24 entries; kthvalue has no limit, and numpy's partition takes half of its time.
     """
-    flat = values.flatten().float()
+    flat = values.detach().flatten().float()
     rank = min(max(round(fraction * flat.numel()), 1), flat.numel())
+    if flat.device.type == "cpu":
+        return float(np.partition(flat.numpy(), rank - 1)[rank - 1])
     return float(flat.kthvalue(rank).values)
 
 
