@@ -134,7 +134,7 @@ def test_the_highest_scores_are_kept_and_ties_go_to_the_lower_index(width, seed,
 def test_large_models_have_fewer_windows_on_a_cpu_alone():
     assert Settings().windows(SMALL) == WINDOWS
     assert Settings().windows(2 * SMALL) == (WINDOWS[0] // 2, WINDOWS[1] // 2)
-    assert Settings().windows(100 * SMALL) == (2, 4)
+    assert Settings().windows(100 * SMALL) == (4, 8)
     assert Settings(device="cuda").windows(100 * SMALL) == WINDOWS
     assert Settings(calibration=3, test=5).windows(100 * SMALL) == (3, 5)
     assert Settings().matched(MATCHED / 8) == 8 and Settings(test=6).matched(MATCHED) is True

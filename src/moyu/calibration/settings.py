@@ -20,8 +20,8 @@ DEFAULT_SPARSITY = 0.5
 ALLOCATIONS = ("uniform", "greedy", "search", "fisher")
 
 WINDOWS = (16, 32)  # of text to calibrate and to test on, at most
-SMALL = 500e6  # weights that a token meets; a larger model on a CPU has fewer windows, in proportion
-MATCHED = 1.1e9  # such weights times windows, up to which the matched references of a run are measured on a CPU
+SMALL = 200e6  # weights that a token meets; a larger model on a CPU has fewer windows, in proportion
+MATCHED = 5.5e8  # such weights times windows, up to which the matched references of a run are measured on a CPU
 
 Stage = Callable[[str, int, int], None]  # (name of the stage, done, all)
 
@@ -73,7 +73,7 @@ class Settings:
     def windows(self, weights: float) -> tuple[int, int]:
         """How many windows calibrate and how many test a model of which a token meets so many weights."""
         share = 1.0 if self.device != "cpu" else min(1.0, SMALL / weights)
-        least, usual = (2, 4), (round(count * share) for count in WINDOWS)
+        least, usual = (4, 8), (round(count * share) for count in WINDOWS)
         few = [max(*pair) for pair in zip(least, usual, strict=True)]
         asked = (self.calibration, self.test)
         return tuple(own if own is not None else count for own, count in zip(asked, few, strict=True))  # pyright: ignore
