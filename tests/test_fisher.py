@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moyu import methods
-from moyu.calibration import fisher, walk
+from moyu.calibration import fisher, streams
 from moyu.calibration.context import Context
 from moyu.calibration.fisher import DENSE, Point, curvature, divide, name_of
 from moyu.calibration.settings import Settings
@@ -32,7 +32,7 @@ def test_curvature_is_the_diagonal_of_the_fisher_information():
     anatomy, windows = dissect(model), Windows(tokens(1, 6), 5)
     drawn = [curvature(model, windows, anatomy, seed) for seed in range(300)]
     states = []
-    hook = anatomy.layers[1].register_forward_hook(lambda m, a, o: states.append(walk.first(o)))
+    hook = anatomy.layers[1].register_forward_hook(lambda m, a, o: states.append(streams.first(o)))
     log_p = model(input_ids=windows.tokens, use_cache=False).logits[0, -1].float().log_softmax(-1)
     hook.remove()
     squares = [torch.autograd.grad(p, states[0], retain_graph=True)[0][0, -1].square() for p in log_p]

@@ -23,8 +23,9 @@ from torch import nn
 
 from moyu.calibration.fisher import curves, divide, name_of
 from moyu.calibration.settings import check_allocation
+from moyu.calibration.streams import Progress
 from moyu.calibration.trials import Trial, each_layer, separable, weights
-from moyu.calibration.walk import Progress, calibrate
+from moyu.calibration.walk import calibrate
 from moyu.errors import UserError
 from moyu.measure.evaluation import evaluate
 from moyu.measure.windows import Windows

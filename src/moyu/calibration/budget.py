@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from moyu.calibration import fisher
 from moyu.calibration.allocation import mean
+from moyu.calibration.streams import Progress
 from moyu.calibration.trials import separable, weights
-from moyu.calibration.walk import Progress, calibrate, solve_bytes
+from moyu.calibration.walk import calibrate, solve_bytes
 from moyu.errors import OutOfReach
 from moyu.measure import accounting
 from moyu.measure.evaluation import evaluate

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypedDict
@@ -13,11 +13,12 @@ from moyu import methods
 from moyu.calibration import allocation, compensation
 from moyu.calibration.budget import Reader, plan_for_bytes, solve, ways
 from moyu.calibration.profiling import Profile, profile
-from moyu.calibration.settings import Settings, Stage, quiet
+from moyu.calibration.settings import WINDOWS, Settings, Stage, quiet
+from moyu.calibration.streams import Chain, Progress
 from moyu.calibration.walk import calibrate
 from moyu.errors import UserError
 from moyu.measure import accounting, text
-from moyu.measure.evaluation import Quality, evaluate, predict, score
+from moyu.measure.evaluation import Quality, evaluate_all, predict, score
 from moyu.measure.windows import Windows
 from moyu.methods.base import Method
 from moyu.model import dissect, loading
@@ -89,6 +90,7 @@ class _Asked(TypedDict):
     bias: bool
     centre: bool
     seed: int
+    chains: dict[str, Chain]
 
 
 @dataclass
@@ -100,6 +102,8 @@ class Context:
     split: text.Split
     settings: Settings
     quantising: Quantising | None = None
+    weights: float = 0.0  # that a token meets
+    chains: dict[str, Chain] = field(default_factory=dict)  # dense runs that all calibrations share
 
     @classmethod
     def open(cls, name: str, settings: Settings, stage: Stage = quiet) -> Context:
@@ -107,21 +111,24 @@ class Context:
         settings.check()
         stage("load", 0, 1)
         loaded = open_model(name, settings.weights, settings.device)
+        anatomy = dissect.dissect(loaded.model, settings.dense_layers)
+        weights = accounting.step_weights(loaded.model, anatomy)
+        calibration, test = settings.windows(weights)
         split = text.windows_for(
             loaded,
             settings.text,
             length=settings.window,
             prompt=settings.boundary,
-            calibration=settings.calibration,
-            test=settings.test,
+            calibration=calibration,
+            test=test,
             seed=settings.seed,
         )
         quantising = None
         if settings.weights in QUANTISED:
             quantising = Quantising.measure(loaded, settings.weights, split.test)
-        anatomy = dissect.dissect(loaded.model, settings.dense_layers)
+            anatomy = dissect.dissect(loaded.model, settings.dense_layers)
         stage("load", 1, 1)
-        return cls(loaded, anatomy, split, settings, quantising)
+        return cls(loaded, anatomy, split, settings, quantising, weights)
 
     # ------------------------------------------------------------------------------------------------- for its records
 
@@ -133,8 +140,20 @@ class Context:
             self.anatomy,
             seed=self.settings.seed,
             plan=plan,
-            notes=[] if self.quantising is None else [self.quantising.note],
+            notes=self._notes,
         )
+
+    @property
+    def _notes(self) -> list[str]:
+        """What a reader must know of all figures."""
+        notes = [] if self.quantising is None else [self.quantising.note]
+        windows, asked = self.settings.windows(self.weights), (self.settings.calibration, self.settings.test)
+        if asked == (None, None) and windows != WINDOWS:
+            notes.append(
+                f"a token meets {self.weights / 1e9:.2g} billion weights of this model, so that {windows[0]} windows of text "
+                f"calibrate and {windows[1]} test at most, in place of {WINDOWS[0]} and {WINDOWS[1]}"
+            )
+        return notes
 
     @property
     def protocol(self) -> Protocol:
@@ -185,9 +204,7 @@ class Context:
         able = [n for n in names if any(self.method(n).sites(b) for b in self.anatomy.all_blocks())]
         return able, [n for n in names if n not in able]
 
-    def plan(
-        self, name: str, sparsity: float | None = None, progress: Callable[[int, int], None] | None = None
-    ) -> Plan:
+    def plan(self, name: str, sparsity: float | None = None, progress: Progress | None = None) -> Plan:
         """Calibrate one method, at `sparsity` or for what the settings ask; OutOfReach below the method's floor."""
         settings, model, windows = self.settings, self.loaded.model, self.split.calibration
         method, reader = self.method(name), Reader(model, self.anatomy)
@@ -197,6 +214,7 @@ class Context:
             "bias": settings.bias,
             "centre": settings.centre,
             "seed": settings.seed,
+            "chains": self.chains,
         }
         fraction = settings.bytes if sparsity is None else None
         if fraction is not None and settings.allocation == "uniform":
@@ -228,14 +246,21 @@ class Context:
         model, windows, steps = self.loaded.model, self.split.calibration, self.settings.learn_bias
         return compensation.learn(model, plan, windows, steps=steps, anatomy=self.anatomy)
 
-    def quality(self, plan: Plan, *, matched: bool = True) -> Quality:
+    def quality(self, plan: Plan, *, matched: bool = True, progress: Progress | None = None) -> Quality:
         """Evaluate a plan on the test windows."""
+        return self.qualities({"plan": plan}, matched=matched, progress=progress)["plan"]
+
+    def qualities(
+        self, plans: Mapping[str, Plan], *, matched: bool = True, progress: Progress | None = None
+    ) -> dict[str, Quality]:
+        """Evaluate plans on the test windows, beside one dense run; matched references on as many as the settings allow."""
         windows = self.split.test
-        return evaluate(
+        return evaluate_all(
             self.loaded.model,
-            plan,
+            plans,
             windows,
-            matched=matched,
+            matched=matched and self.settings.matched(self.weights),
             anatomy=self.anatomy,
             text_bytes=text.scored_bytes(self.loaded.tokenizer, windows.tokens, windows.prompt),
+            progress=progress,
         )

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moyu.calibration.streams import Progress, first
 from moyu.calibration.trials import Trial, each_layer
-from moyu.calibration.walk import Progress, first
 from moyu.engine.choosers import Counter
 from moyu.measure.windows import Windows
 from moyu.methods.base import Method

@@ -18,7 +18,7 @@ from moyu.engine.applied import Applied
 from moyu.errors import UserError
 from moyu.files import atomic_write_bytes, parse_json
 from moyu.measure.windows import Windows
-from moyu.methods import cett
+from moyu.methods import cett, selection
 from moyu.methods.values import Rows, Site, Tap
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy, Block
@@ -131,7 +131,7 @@ class _Sketch:
         values = x[sample].float()
         name = f"layer{layer}.{tap}"
         flat = values.abs().flatten()
-        flat = flat[:: max(1, flat.numel() // 2**20)].sort().values
+        flat = selection.ascending(flat[:: max(1, flat.numel() // 2**20)])
         self.quantiles[name] = flat[torch.linspace(0, len(flat) - 1, QUANTILES).long()]
         self.norms[name] = x.float().square().mean(0).sqrt()
         if tap == "mid":
@@ -148,14 +148,11 @@ def needed(mid: Tensor, down: Tensor, tau: float = TAU) -> Tensor:
     The search uses the running maximum over a grid of `GRID` counts, because CETT is not monotone.
     """
     norms = down.float().norm(dim=0)
-    out = []
-    for a in mid.float():
-        scores = (a.abs() * norms).sort().values
-        at = torch.linspace(0, len(scores) - 1, GRID).long()
-        worst = cett.curve(a[None], down, scores[at])[0].cummax(0).values
-        within = int((worst <= tau).sum())
-        out.append(1.0 - (float(at[within - 1] + 1) / len(scores) if within else 0.0))
-    return torch.tensor(out)
+    scores = (mid.float().abs() * norms).sort(dim=1).values  # (N, f)
+    at = torch.linspace(0, scores.shape[1] - 1, GRID).long()
+    worst = cett.curve(mid, down, scores[:, at]).cummax(1).values  # (N, GRID)
+    within = (worst <= tau).sum(1).tolist()
+    return torch.tensor([1.0 - (float(at[count - 1] + 1) / scores.shape[1] if count else 0.0) for count in within])
 
 
 @torch.no_grad()

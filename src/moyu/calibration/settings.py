@@ -19,6 +19,10 @@ DEFAULT_SPARSITY = 0.5
 # How sites divide a sparsity; `moyu.calibration.allocation` does it.
 ALLOCATIONS = ("uniform", "greedy", "search", "fisher")
 
+WINDOWS = (16, 32)  # of text to calibrate and to test on, at most
+SMALL = 200e6  # weights that a token meets; a larger model on a CPU has fewer windows, in proportion
+MATCHED = 5.5e8  # such weights times windows, up to which the matched references of a run are measured on a CPU
+
 Stage = Callable[[str, int, int], None]  # (name of the stage, done, all)
 
 
@@ -52,8 +56,8 @@ class Settings:
     prompt: str | None = None
     window: int = 256
     boundary: int = 128
-    calibration: int = 16
-    test: int = 32
+    calibration: int | None = None  # windows; None: WINDOWS, or fewer for a large model on a CPU
+    test: int | None = None
     new_tokens: int = 48
     seed: int = 0
     backend: BackendName = "auto"
@@ -65,6 +69,18 @@ class Settings:
     def target(self) -> float:
         """The sparsity asked for."""
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+    def windows(self, weights: float) -> tuple[int, int]:
+        """How many windows calibrate and how many test a model of which a token meets so many weights."""
+        share = 1.0 if self.device != "cpu" else min(1.0, SMALL / weights)
+        least, usual = (4, 8), (round(count * share) for count in WINDOWS)
+        few = [max(*pair) for pair in zip(least, usual, strict=True)]
+        asked = (self.calibration, self.test)
+        return tuple(own if own is not None else count for own, count in zip(asked, few, strict=True))  # pyright: ignore
+
+    def matched(self, weights: float) -> int | bool:
+        """On how many windows the matched references are measured; True: on all."""
+        return True if self.device != "cpu" or self.test is not None else max(2, int(MATCHED / weights))
 
     def knobs_for(self, name: str) -> dict[str, Any]:
         """Those of the knobs that a method has."""

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from moyu.calibration.walk import Progress, Walk, acts_of, tensors_of
+from moyu.calibration.streams import Progress, Walk, states_of
+from moyu.calibration.taps import acts_of, tensors_of
 from moyu.engine.applied import Applied
 from moyu.engine.products import Products
 from moyu.measure.windows import Windows
@@ -36,8 +37,8 @@ class Trial:
     def __init__(self, walk: Walk, index: int, method: Method, sites: list[tuple[Block, Site]]) -> None:
         """walk: must have advanced to the layer `index`. sites: of this layer."""
         self.walk, self.index, self.method, self.sites = walk, index, method, sites
-        walk.attach(index, Plan(method, {}, {}))
-        seen = walk.observe(index, walk.sparse), walk.observe(index, walk.dense)
+        walk.attach(index, [])
+        seen = walk.observe(index), walk.later(lambda: walk.observe_dense(index))
         self.clean = walk.output(index)
         tensors = {id(block): tensors_of(block) for block, _ in sites}
         acts = {site.key: acts_of(tensors[id(block)], site, *seen) for block, site in sites}
@@ -59,7 +60,7 @@ class Trial:
                     self.fits[key] = method.fit(site, self.acts[site.key], level)
                 parts[site.key] = (site, self.fits[key])
         plan = Plan(method, parts, {})
-        self.walk.attach(self.index, plan)
+        self.walk.attach(self.index, states_of(plan, self.index))
         if self.products is not None:
             self.products.at({key: (method, level) if level > 0 else None for key, level in levels.items()})
         return plan

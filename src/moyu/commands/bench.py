@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +12,8 @@ from moyu.commands.options import BackendName, Device, Json, Methods, Seed, Spar
 from moyu.commands.output import progress, show
 from moyu.errors import UserError
 
+FILE_METHODS = ("teal", "cats", "griffin")  # of a model, where none is named: one that skips columns, rows and neurons
+FILE_WINDOWS = 2  # of text that calibrate them: enough to know how fast a method is, not how good
 SHAPE_METHODS = ("cats", "teal", "griffin", "popularity")  # of random weights, where none is named
 
 
@@ -22,6 +26,9 @@ def bench(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Cut the shape to this many layers.")] = None,
     method: Methods = None,
+    plan: Annotated[
+        list[Path] | None, typer.Option(help="A folder with a plan for MODEL. Repeat it for several.")
+    ] = None,
     sparsity: Sparsity = 0.5,
     tokens: Annotated[int, typer.Option(help="Tokens that are decoded in a round.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds. Dense and the methods alternate in each.")] = 3,
@@ -32,16 +39,24 @@ def bench(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Time decoding, dense and skipping in turn in one process, beside the rate at which memory can be read."""
+    """Time decoding, dense and skipping in turn in one process, beside the rate at which memory can be read.
+
+    Of a MODEL: its plans that --plan names, or each --method, else teal, cats and griffin. Methods are calibrated on two windows
+    of text, which is enough to time them; `moyu calibrate` makes plans to use.
+    """
     if (model is None) == (shape is None):
         raise UserError("say what to time", "give MODEL or --shape, not both")
+    if plan and (shape is not None or method):
+        raise UserError("--plan is of a MODEL, and in place of --method", "give one of them")
     if layers is not None and shape is None:
         raise UserError("--layers is of --shape", "a model is timed with all its layers")
-    from moyu.calibration.settings import Settings, default_methods
+    from moyu.calibration.settings import Settings
     from moyu.model import machine
 
     settings = Settings(
-        methods=method or (default_methods(Settings.boundary) if shape is None else SHAPE_METHODS),
+        methods=method or (FILE_METHODS if shape is None else SHAPE_METHODS),
+        calibration=FILE_WINDOWS,
+        test=FILE_WINDOWS,
         sparsity=sparsity,
         seed=seed,
         backend=machine.backend_of(backend),
@@ -74,11 +89,14 @@ def bench(
         else:
             context = Context.open(model, settings, stage)
             own = context.loaded.plan
-            if own is not None and not method:
-                plan = Plan.load(own)
-                plan.check(context.loaded.model, context.anatomy)
-                plans = {plan.method.name: plan}
-            else:
-                plans = {name: context.plan(name) for name in method or context.applicable(settings.methods)[0]}
+            folders = plan or ([] if own is None or method else [own])
+            plans = {}
+            for given in map(Plan.load, folders):
+                given.check(context.loaded.model, context.anatomy)
+                plans[given.method.name if given.method.name not in plans else f"{given.method.name} {given.hash}"] = (
+                    given
+                )
+            for name in () if folders else method or context.applicable(settings.methods)[0]:
+                plans[name] = context.plan(name, progress=partial(stage, f"calibrate {name}"))
             rows = bench_model(context, plans, tokens=tokens, rounds=rounds, strict=strict, stage=stage)
     show(rows, as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -104,12 +105,15 @@ def calibrate(
             context.use_profile(profile)
         names = method or context.applicable(settings.methods)[0]
         for done, name in enumerate(names):
-            stage("calibrate", done, len(names))
-            plan = context.plan(name) if budget is None else largest_sparsity(context, name, budget, stage)
+            which = f"{name} ({done + 1} of {len(names)} methods)"
+            if budget is None:
+                plan = context.plan(name, progress=partial(stage, f"calibrate {which}"))
+            else:
+                plan = largest_sparsity(context, name, budget, stage)
             plan.save(out / name)
-            rows.append(quality_record(context, plan, context.quality(plan, matched=False)))
+            quality = context.quality(plan, matched=False, progress=partial(stage, f"evaluate {which}"))
+            rows.append(quality_record(context, plan, quality))
             records.write(out / name / records.FILE, rows[-1:])
-        stage("calibrate", len(names), len(names))
     show(rows, as_json)
     if not as_json:
         print(f"plans    {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -100,18 +101,19 @@ def evaluate(
         if not loaded and not method and context.loaded.plan is not None:
             loaded = [Plan.load(context.loaded.plan)]
         names = [] if loaded else (method or context.applicable(settings.methods)[0])
+
+        def plans() -> list[Plan]:
+            made = [context.plan(name, progress=partial(stage, f"calibrate {name}")) for name in names]
+            return [*loaded, *made]
+
         if tasks is not None:
             from moyu.integrations import lm_eval
 
             asked = [name.strip() for name in tasks.split(",") if name.strip()]
             found = lm_eval.find_tasks(asked, task_folder)
-            plans = [*loaded, *(context.plan(name) for name in names)]
-            show(lm_eval.compare(context, plans, found, limit=limit, stage=stage), as_json)
+            show(lm_eval.compare(context, plans(), found, limit=limit, stage=stage), as_json)
             return
-        rows = []
-        for done, item in enumerate([*loaded, *names]):
-            stage("evaluate", done, len(loaded) + len(names))
-            made = context.plan(item) if isinstance(item, str) else item
-            rows.append(quality_record(context, made, context.quality(made)))
-        stage("evaluate", len(rows), len(rows))
+        named = {str(n): plan for n, plan in enumerate(plans())}
+        qualities = context.qualities(named, progress=partial(stage, "evaluate"))
+        rows = [quality_record(context, named[n], quality) for n, quality in qualities.items()]
     show(rows, as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,29 +12,32 @@ from pathlib import Path
 from moyu.errors import UserError
 from moyu.records import Record
 
+EVERY = 10.0  # seconds between two lines of progress about one stage
 WIDTH = 140  # of tables that go into a file or a pipe
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A display on stderr that names the stage and the time left; plain lines where stderr is no terminal."""
+    """A display on stderr: the stage, how much of it is done, and the time left; plain lines where stderr is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        seen: set[str] = set()
-
-        def line(name: str, done: int, total: int) -> None:
-            if name not in seen:
-                seen.add(name)
-                print(f"moyu: {name}", file=sys.stderr, flush=True)
-
-        yield line
+        yield _Lines()
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
+        MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -47,6 +51,34 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             display.update(tasks[name], completed=done, total=total)
 
         yield stage
+
+
+class _Lines:
+    """Progress as lines: one where a stage begins, and one every EVERY seconds with its count and the time left."""
+
+    def __init__(self) -> None:
+        self.began: dict[str, tuple[float, int]] = {}  # of each stage: when, and what was done by then
+        self.said = 0.0
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """A stage has done so much of all that it does."""
+        now = time.monotonic()
+        if name not in self.began or done < self.began[name][1]:  # or begins again
+            if name not in self.began:
+                self._say(name, now)
+            self.began[name] = (now, done)
+            return
+        start, before = self.began[name]
+        if done > before and done < total and now - self.said >= EVERY:
+            left = (now - start) / (done - before) * (total - done)
+            self._say(f"{name}, {done} of {total}, {left:.0f} s left", now)
+        elif done == total and now - start >= EVERY:
+            self._say(f"{name}, all {total} after {now - start:.0f} s", now)
+            self.began[name] = (now, done)  # a stage may end more than once
+
+    def _say(self, words: str, now: float) -> None:
+        self.said = now
+        print(f"moyu: {words}", file=sys.stderr, flush=True)
 
 
 def show(rows: Sequence[Record], as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from moyu import methods, records
@@ -86,38 +87,34 @@ def _planned(
     """A plan a method, saved, and the records of methods that cannot read as little as was asked for."""
     plans, refused = {}, []
     for done, name in enumerate(names):
-        stage("calibrate", done, len(names))
+        about = f"calibrate {name} ({done + 1} of {len(names)} methods)"
         try:
-            plans[name] = context.plan(name)
+            plans[name] = context.plan(name, progress=partial(stage, about))
         except OutOfReach:
             floor = accounting.floor(context.loaded.model, context.anatomy, context.method(name))
             refused.append(out_of_reach_record(context, name, floor))
             continue
         plans[name].save(out / "plans" / name)
-    stage("calibrate", len(names), len(names))
+    context.chains.clear()  # hidden states of all layers, which nothing reads from here on
     return plans, refused
 
 
 def _evaluated(context: Context, plans: Mapping[str, Plan], out: Path, stage: Stage) -> dict[str, records.Quality]:
     """The quality of each plan, written beside it too."""
-    found = {}
-    for done, (name, plan) in enumerate(plans.items()):
-        stage("evaluate", done, len(plans))
-        found[name] = quality_record(context, plan, context.quality(plan))
-        records.write(out / "plans" / name / records.FILE, [found[name]])
-    stage("evaluate", len(plans), len(plans))
+    qualities = context.qualities(plans, progress=partial(stage, "evaluate"))
+    found = {name: quality_record(context, plans[name], quality) for name, quality in qualities.items()}
+    for name, record in found.items():
+        records.write(out / "plans" / name / records.FILE, [record])
     return found
 
 
 def without_prompt(context: Context, plans: Sequence[Plan], stage: Stage = quiet) -> list[Record]:
     """The second quality table: the same plans of token-level methods with no dense prompt."""
-    bare, rows = context.without_prompt(), []
-    for done, plan in enumerate(plans):
-        stage("evaluate without a prompt", done, len(plans))
-        rows.append(quality_record(bare, plan, bare.quality(plan)))
-    if plans:
-        stage("evaluate without a prompt", len(plans), len(plans))
-    return rows
+    if not plans:
+        return []
+    bare, named = context.without_prompt(), {plan.hash: plan for plan in plans}
+    qualities = bare.qualities(named, progress=partial(stage, "evaluate without a prompt"))
+    return [quality_record(bare, named[key], quality) for key, quality in qualities.items()]
 
 
 def _generated(context: Context, plans: Sequence[Plan], stage: Stage) -> list[Record]:

@@ -12,10 +12,16 @@ from moyu.records.about import about_method, about_plan
 
 def quality_record(context: Context, plan: Plan, quality: Quality) -> records.Quality:
     """One row of the quality table."""
+    about, few = context.about(plan), quality.random
+    if few is not None and len(few.nll) < len(quality.method.nll):
+        about["notes"].append(
+            f"random and oracle are of the first {len(few.nll)} of {len(quality.method.nll)} windows, on which the method's own "
+            f"KL is {float(quality.method.kl[: len(few.nll)].mean()):.3g}"
+        )
     foreign, search, quantising = context.anatomy.foreign, plan.calibration.get("search"), context.quantising
     return records.Quality(
         kind="quality",
-        **context.about(plan),
+        **about,
         **about_plan(plan, context.kv_bytes),
         protocol=context.protocol,
         corpus=dict(context.split.test.source),

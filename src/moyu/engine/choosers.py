@@ -140,15 +140,18 @@ class Matched:
         counts = table[chosen.seq, chosen.pos]
         typical = int(table[table >= 0].float().mean().round())
         counts = torch.where(counts < 0, typical, counts)  # an expert that the method's own pass did not route here
-        if self.kind == "oracle":
-            scores = oracle()[sparse]
-        else:
-            each = chosen.pos if self.granularity == "token" else torch.zeros_like(chosen.pos)
-            scores = uniform(self.seed, site, each, mask.shape[1])
         out = mask.clone()
-        out[sparse] = selection.top_k(scores, counts)
-        if self.kind == "oracle" and isinstance(oracle, Hindsight):
-            own = mask.clone()
-            own[sparse] = selection.top_k(oracle.own()[sparse], counts)
-            out = torch.where((oracle.error(own) < oracle.error(out))[:, None], own, out)
+        if self.kind == "random":
+            each = chosen.pos if self.granularity == "token" else torch.zeros_like(chosen.pos)
+            out[sparse] = selection.top_k(uniform(self.seed, site, each, mask.shape[1]), counts)
+        elif isinstance(oracle, Hindsight):
+            out[sparse] = _best(oracle.at(sparse, chosen), counts)
+        else:
+            out[sparse] = selection.top_k(oracle()[sparse], counts)
         return out
+
+
+def _best(hindsight: Hindsight, counts: Tensor) -> Tensor:
+    """The columns (N, n) with the largest contributions, or those of the method's own order where that errs less."""
+    ideal, own = (selection.top_k(scores, counts) for scores in (hindsight(), hindsight.own()))
+    return torch.where((hindsight.error(own) < hindsight.error(ideal))[:, None], own, ideal)

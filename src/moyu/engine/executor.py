@@ -204,6 +204,10 @@ class Hindsight:
     x: Tensor
     rows: Rows
 
+    def at(self, index: Tensor, rows: Rows) -> Hindsight:
+        """What it knows of the rows at `index`."""
+        return Hindsight(self.executor, self.site, self.x[index], rows)
+
     def __call__(self) -> Tensor:
         """|x_i| ||w_i||, (N, n)."""
         return self.x.abs() * self.executor.norms(self.site)

@@ -65,6 +65,18 @@ def bits_per_weight(model: nn.Module, anatomy: Anatomy, read: float) -> float:
     return 8 * stored / count_weights(model) * read / dense_step_bytes(model, anatomy)
 
 
+def step_weights(model: nn.Module, anatomy: Anatomy) -> float:
+    """Weights that a token is multiplied with: those of the blocks, of the experts that it is routed to, and of the head."""
+    share = shares(anatomy)
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    shape = () if head is None else head.shape if isinstance(head, QuantisedLinear) else head.weight.shape
+    return math.prod(shape) * (head is not None) + sum(
+        math.prod(piece.shape) * share.get((block.layer, block.expert), 1.0)
+        for block in anatomy.all_blocks()
+        for piece in block.pieces.values()
+    )
+
+
 def added_bytes(plan: Plan, anatomy: Anatomy) -> float:
     """Bytes that a step reads of the plan itself: biases, bases, low-rank parts, thresholds, scores.
 

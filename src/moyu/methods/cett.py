@@ -50,17 +50,18 @@ class Cett(Weighed):
 
 
 def curve(mid: Tensor, down: Tensor, grid: Tensor) -> Tensor:
-    """CETT of each token at each threshold of an ascending `grid` (G,): mid (N, f), down (d, f) -> (N, G).
+    """CETT of each token at each threshold of an ascending `grid` (G,), or (N, G) a token: mid (N, f), down (d, f) -> (N, G).
 
     A neuron is dropped at grid value e where |a_j| ||w_j|| <= e. O(N (f d + G d)): contributions are summed into buckets
     of the grid, cumulated, and their norms taken.
     """
     mid, down = mid.float(), down.float()
     norms = down.norm(dim=0)  # (f,)
-    out = mid.new_empty(len(mid), len(grid))
-    for n, a in enumerate(mid):
-        bucket = torch.searchsorted(grid, a.abs() * norms)  # (f,) first grid value that drops the neuron
-        sums = down.new_zeros(len(grid) + 1, len(down)).index_add_(0, bucket, (a * down).t())  # (G + 1, d)
+    out = mid.new_empty(len(mid), grid.shape[-1])
+    turned = down.t().contiguous()  # (f, d)
+    for n, (a, own) in enumerate(zip(mid, grid.expand(len(mid), -1), strict=True)):
+        bucket = torch.searchsorted(own, a.abs() * norms)  # (f,) first grid value that drops the neuron
+        sums = down.new_zeros(len(own) + 1, len(down)).index_add_(0, bucket, a[:, None] * turned)  # (G + 1, d)
         total = sums.sum(0).norm().clamp(min=1e-12)
         out[n] = sums[:-1].cumsum(0).norm(dim=1) / total
     return out

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from moyu import kernels
@@ -44,9 +45,9 @@ class Levels(Magnitude):
         return {"norms": shape("units")}
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
-        name = site.linears[0]
-        weight = acts.weights[name]
-        return {"norms": (weight - kernels.first_values(acts.stored[name], weight.dtype)).float().norm(dim=0)}
+        stored = acts.stored[site.linears[0]]
+        further = kernels.values(stored, torch.float32) - kernels.first_values(stored, torch.float32)
+        return {"norms": further.norm(dim=0)}
 
     def factors(self, site: Site, params: SiteParams) -> Tensor | None:
         return params.buffers["norms"]

@@ -7,6 +7,8 @@ and are reported.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,11 @@ from moyu.model.queries import find_attentions
 PROBE_TOKENS = 6
 PROBE_BATCH = 2  # sequences; with one alone, rows in another order than the tokens' would go unnoticed
 DEPTHS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers")
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether the model's forward can be asked for the logits of its last positions alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def text_config(model: nn.Module):
