@@ -219,10 +219,12 @@ def steps_from_one_cache(model, plan, ids, mask, recorder, *, native_recorder=No
     native_recorder: other levels for the native steps; twin: another model for the exact ones.
     """
     logits: dict[str, list[Tensor]] = {"native": [], "general": [], "exact": []}
-    twin = twin or exact(model)
+    # What is skipped of bits, plain numbers do not have: such a twin keeps its weights, and masks, which rounds no x.
+    bits = plan.method.quantised_only
+    twin = twin or (copy.deepcopy(model).double() if bits else exact(model))
     with (
         Applied(model, plan) as applied,
-        Applied(twin, plan, backend="reference", check=False) as applied_exact,
+        Applied(twin, plan, backend="reference", engine="mask" if bits else "skip", check=False) as applied_exact,
         applied.prompt(PROMPT),
         applied_exact.prompt(PROMPT),
     ):

@@ -34,6 +34,7 @@ METHODS: dict[str, str | type[Method]] = {  # name -> "module:Class", imported o
     "levels": "moyu.methods.levels:Levels",
     "popularity": "moyu.methods.popularity:Popularity",
     "static-norm": "moyu.methods.static_norm:StaticNorm",
+    "levels-static": "moyu.methods.levels_static:LevelsStatic",
     "random": "moyu.methods.random:Random",
     "random-popular": "moyu.methods.random_popular:RandomPopular",
     "oracle": "moyu.methods.oracle:Oracle",

@@ -45,9 +45,13 @@ class Levels(Magnitude):
         return {"norms": shape("units")}
 
     def prepare(self, site: Site, acts: Acts) -> Mapping[str, Tensor]:
-        stored = acts.stored[site.linears[0]]
-        further = kernels.values(stored, torch.float32) - kernels.first_values(stored, torch.float32)
-        return {"norms": further.norm(dim=0)}
+        return {"norms": further_norms(site, acts)}
 
     def factors(self, site: Site, params: SiteParams) -> Tensor | None:
         return params.buffers["norms"]
+
+
+def further_norms(site: Site, acts: Acts) -> Tensor:
+    """||W_i - w^_i|| of the linear of a site, (n,) float."""
+    stored = acts.stored[site.linears[0]]
+    return (kernels.values(stored, torch.float32) - kernels.first_values(stored, torch.float32)).norm(dim=0)

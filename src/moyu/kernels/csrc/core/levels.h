@@ -19,7 +19,6 @@
 namespace {
 
 constexpr int kTileOutputs = 64;
-constexpr int kLevelRows = 8;   // of x that share what is loaded
 constexpr int64_t kTilesAhead = 6;  // of the prefetch; 2 and 12 were slower where two threads ask for all that memory gives
 
 template <class F>
@@ -235,7 +234,7 @@ MOYU_ONCE void add_tile(const LevelGroup *g, const uint8_t *tile, int64_t line_a
 }
 #endif
 
-// y (rows, stride) += the product, outputs of tiles `share` of the weight; rows: at most kLevelRows. Returns how many inputs any row
+// y (rows, stride) += the product, outputs of tiles `share` of the weight; rows: at most kMostRows. Returns how many inputs any row
 // chooses.
 template <class F>
 MOYU_ONCE int64_t levels_of(const Weight &w, const Rounded &x, const uint8_t *mask, int64_t mask_stride, int64_t rows,
@@ -243,7 +242,7 @@ MOYU_ONCE int64_t levels_of(const Weight &w, const Rounded &x, const uint8_t *ma
     using S [[maybe_unused]] = Split<F>;
     const auto *first = static_cast<const uint8_t *>(w.first);
     const int64_t groups = groups_of(w.inputs), q = w.outputs;
-    LevelGroup both[2][kLevelRows];  // this group's and the next one's, whose lines are prefetched
+    LevelGroup both[2][kMostRows];  // this group's and the next one's, whose lines are prefetched
     int64_t chosen = 0;
     const auto load = [&](int64_t g) {
         const int inputs = static_cast<int>(w.inputs - g * kGroup < kGroup ? w.inputs - g * kGroup : kGroup);
@@ -262,7 +261,7 @@ MOYU_ONCE int64_t levels_of(const Weight &w, const Rounded &x, const uint8_t *ma
         const int64_t place = g % F::Scales::span;
         const bool more = g + 1 < groups;
         if (more) load(g + 1);
-        float by[kLevelRows];
+        float by[kMostRows];
         for (int64_t r = 0; r < rows; ++r) by[r] = x.row(r).scale[g];
         int64_t tile = share.begin;
 #if MOYU_INTEGERS
@@ -293,30 +292,24 @@ MOYU_ONCE int64_t levels_of(const Weight &w, const Rounded &x, const uint8_t *ma
     return chosen;
 }
 
-// out (rows, outputs): this thread's outputs of a weight in planes; the mask says which inputs are chosen, null = all. sums: the
-// thread's own, of kLevelRows or all rows and the padded outputs. Returns the bytes read, for all threads the first one.
+// out (rows, outputs): this thread's outputs of a weight in planes; the mask says which inputs are chosen, null = all. sums (rows,
+// padded outputs): the thread's own. Returns the bytes read, for all threads the first one.
 template <class T>
 int64_t levels_share(const LinearArgs &a, const Weight &w, const Rounded &x, const moyu::Team &team, float *sums) {
     const int64_t q = w.outputs, stride = round_up(q);
     const Share share((q + kTileOutputs - 1) / kTileOutputs, team);
     const int64_t begin = share.begin * kTileOutputs, end = share.end * kTileOutputs < q ? share.end * kTileOutputs : q;
+    if (begin >= end && team.thread != 0) return 0;
+    for (int64_t r = 0; r < a.rows; ++r)
+        for (int64_t o = begin; o < end; ++o) sums[r * stride + o] = 0.0f;
+    int64_t chosen = 0;
+    with_levels(w.format, [&](auto f) {
+        chosen = levels_of<decltype(f)>(w, x, a.mask, a.mask_stride, a.rows, share, sums, stride);
+    });
     T *out = static_cast<T *>(a.out);
-    int64_t read = 0;
-    for (int64_t from = 0; from < a.rows; from += kLevelRows) {  // each time the weight is read anew
-        const int64_t rows = a.rows - from < kLevelRows ? a.rows - from : kLevelRows;
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t o = begin; o < end; ++o) sums[r * stride + o] = 0.0f;
-        const uint8_t *mask = a.mask ? a.mask + from * a.mask_stride : nullptr;
-        int64_t chosen = 0;
-        if (begin < end || team.thread == 0)
-            with_levels(w.format, [&](auto f) {
-                chosen = levels_of<decltype(f)>(w, x.row(from), mask, a.mask_stride, rows, share, sums, stride);
-            });
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t o = begin; o < end; ++o) narrow(sums[r * stride + o] + bias_at<T>(a.bias, o), out[(from + r) * q + o]);
-        if (team.thread == 0) read += levels_bytes(w, chosen);
-    }
-    return team.thread == 0 ? read + (a.bias ? bytes_of<T>(q) : 0) : 0;
+    for (int64_t r = 0; r < a.rows; ++r)
+        for (int64_t o = begin; o < end; ++o) narrow(sums[r * stride + o] + bias_at<T>(a.bias, o), out[r * q + o]);
+    return team.thread == 0 ? levels_bytes(w, chosen) + (a.bias ? bytes_of<T>(q) : 0) : 0;
 }
 
 template <class T>
@@ -325,7 +318,7 @@ int64_t grouped_levels(const LinearArgs &a) {
     Rounded x;
     float *sums;
     int64_t *bytes;
-    const int64_t size = kLevelRows * round_up(w.outputs);
+    const int64_t size = a.rows * round_up(w.outputs);
     in_scratch([&](Arena &arena) {
         x = Rounded::take(arena, a.rows, w.inputs);
         sums = arena.take<float>(a.threads * size);
