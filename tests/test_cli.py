@@ -294,6 +294,8 @@ RUNS_A_MODEL = (
     ["calibrate", "swiglu"],
     ["fit", "deja-vu", "relu"],
     ["generate", "swiglu"],
+    ["chat", "swiglu"],
+    ["serve", "swiglu"],
     ["eval", "swiglu"],
     ["bench", "swiglu"],
     ["bench", "--shape", "tiny"],

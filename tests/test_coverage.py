@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from typer.testing import CliRunner
 
 import moyu
-from moyu.calibration import walk
+from moyu.calibration import streams
 from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
 from moyu.measure.windows import Windows
@@ -135,7 +135,7 @@ def test_calibration_where_layers_are_no_chain_is_that_of_the_chain(monkeypatch)
     """The whole model at every step gives the plan that single layers give."""
     model, windows = build("llama"), Windows(tokens(4, 24), 4)
     chain = calibrate(model, method("teal"), windows, sparsity=0.5)
-    monkeypatch.setattr("moyu.calibration.walk._Chain.remove", _broken(walk._Chain.remove))
+    monkeypatch.setattr(streams.Chain, "remove", _broken(streams.Chain.remove))
     whole = calibrate(model, method("teal"), windows, sparsity=0.5)
     assert chain.parts.keys() == whole.parts.keys()
     for key, (_, params) in chain.parts.items():

@@ -49,6 +49,7 @@ def test_it_needs_no_gradient_of_weights():
     assert all(torch.equal(asked[layer], frozen[layer]) for layer in asked)
 
 
+@pytest.mark.slow
 def test_costs_foresee_kl():
     """Of one site and of all together, on a trained model."""
     context = Context.open("swiglu", Settings(calibration=6, test=8, window=96, boundary=32))

@@ -159,7 +159,10 @@ class Plan:
         tensors: dict[str, Tensor] = {}
         parts = []
         for key, (site, params) in self.parts.items():
-            entry: dict[str, Any] = {"site": dataclasses.asdict(site)}
+            fields = dataclasses.asdict(site)
+            if not site.further:  # as plans were before there were such sites, which have the hash that they had
+                del fields["further"]
+            entry: dict[str, Any] = {"site": fields}
             if own := self.own_knobs(key):
                 entry["knobs"] = own
             match params.rule:

@@ -366,6 +366,7 @@ def process():
     started.communicate()
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_what_is_being_written_and_takes_nothing_new(process):
     started, url, said = process
     asked = {"prompt": "def", "max_tokens": 300, "stream": True, "ignore_eos": True, "temperature": 0}

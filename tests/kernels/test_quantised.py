@@ -217,6 +217,7 @@ def test_what_does_not_fit_is_refused():
         kernels.neurons(x, None, torch.randn(32, 64), down, torch.ones(1, 32, dtype=torch.bool), act="silu")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("MOYU_ISA" in __import__("os").environ, reason="this is what the test sets")
 def test_each_instruction_set(needs_cpu):
     """The others that this machine has, in processes of their own: the choice is made at import."""

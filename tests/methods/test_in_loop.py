@@ -81,6 +81,7 @@ def test_only_methods_in_the_loop_have_a_penalty():
     assert all(methods.method_class(name).joint == (name == "lte") for name in methods.names())
 
 
+@pytest.mark.slow
 def test_tuning_writes_a_checkpoint_and_a_plan_that_fits_it_alone(tmp_path):
     arguments = ["fit", "lte", "relu", "--windows", "8", "--window", "48", "--prompt-tokens", "8", "--knob", "steps=4"]
     done = CliRunner().invoke(cli.app, [*arguments, "--tune", str(tmp_path / "tuned"), "--json"])

@@ -14,7 +14,7 @@ from moyu.errors import UserError
 from moyu.kernels import BackendName
 from moyu.model import machine
 
-DEFAULT_METHODS = ("cett", "cats", "teal", "estimate", "griffin", "tda", "popularity")
+DEFAULT_METHODS = ("cett", "cats", "teal", "estimate", "levels", "griffin", "tda", "popularity")
 DEFAULT_SPARSITY = 0.5
 # How sites divide a sparsity; `moyu.calibration.allocation` does it.
 ALLOCATIONS = ("uniform", "greedy", "search", "fisher")
@@ -72,7 +72,7 @@ class Settings:
 
     def windows(self, weights: float) -> tuple[int, int]:
         """How many windows calibrate and how many test a model of which a token meets so many weights."""
-        share = 1.0 if self.device != "cpu" else min(1.0, SMALL / weights)
+        share = 1.0 if self.device != "cpu" else min(1.0, SMALL / max(weights, 1.0))
         least, usual = (4, 8), (round(count * share) for count in WINDOWS)
         few = [max(*pair) for pair in zip(least, usual, strict=True)]
         asked = (self.calibration, self.test)

@@ -40,7 +40,7 @@ def run(
     able, without = context.applicable(settings.methods)
     if not able:
         raise UserError(f"none of {', '.join(settings.methods)} has anything to skip in {name!r}", "see `moyu methods`")
-    notes = [f"{n}: nothing to skip in this model" for n in without]
+    notes = [f"{n}: nothing to skip in this model" for n in without if not methods.method_class(n).quantised_only]
     rows: list[Record] = [
         records.Environment(kind="environment", **stamped(notes=notes), **machine(), command=command),
         _profiled(context, out, stage),

@@ -48,7 +48,7 @@ def top_k(scores: Tensor, counts: Tensor) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     width = scores.shape[1]
     # Values are sorted, not places: a sort of places takes ten times as long as the products of a small model's layer.
-    cut = ascending(scores).gather(1, (width - counts).clamp(max=width - 1)[:, None])  # (N, 1) the least score kept
+    cut = ascending(scores).gather(1, (width - counts).clamp(0, width - 1)[:, None])  # (N, 1) the least score kept
     kept, tied = scores > cut, scores == cut
     room = counts - kept.sum(1)  # (N,) for those that are tied
     crowded = (tied.sum(1) > room).nonzero().squeeze(1)

@@ -242,40 +242,39 @@ MOYU_ONCE int64_t levels_of(const Weight &w, const Rounded &x, const uint8_t *ma
     using S [[maybe_unused]] = Split<F>;
     const auto *first = static_cast<const uint8_t *>(w.first);
     const int64_t groups = groups_of(w.inputs), q = w.outputs;
-    LevelGroup both[2][kMostRows];  // this group's and the next one's, whose lines are prefetched
-    int64_t chosen = 0;
-    const auto load = [&](int64_t g) {
-        const int inputs = static_cast<int>(w.inputs - g * kGroup < kGroup ? w.inputs - g * kGroup : kGroup);
+    const int64_t tiles = share.end - share.begin;
+    const auto inputs_of_group = [&](int64_t g) { return static_cast<int>(w.inputs - g * kGroup < kGroup ? w.inputs - g * kGroup : kGroup); };
+    // The tile that is prefetched: kTilesAhead after the present one, of the groups after this one where a thread has few tiles.
+    int64_t chosen = 0, ahead_group = tiles ? kTilesAhead / tiles : 0, ahead_tile = tiles ? kTilesAhead % tiles : 0;
+    const int64_t ahead_lines = ahead_group + 1;  // groups from one to that whose lines are prefetched with it
+    for (int64_t g = 0; g < groups; ++g) {
+        const uint8_t *own = first + g * w.first_stride, *scales = scales_of(w, g / F::Scales::span);
+        const int64_t place = g % F::Scales::span;
+        LevelGroup group[kMostRows];
+        float by[kMostRows];
         uint32_t any = 0;
         for (int64_t r = 0; r < rows; ++r) {
-            const uint32_t bits = bits_of(mask ? mask + r * mask_stride + g * kGroup : nullptr, inputs);
-            prepare<F>(both[g % 2][r], x.row(r).ordered + g * kGroup, bits, piece_of(w, g * kGroup), w.stride);
+            const uint32_t bits = bits_of(mask ? mask + r * mask_stride + g * kGroup : nullptr, inputs_of_group(g));
+            prepare<F>(group[r], x.row(r).ordered + g * kGroup, bits, piece_of(w, g * kGroup), w.stride);
+            by[r] = x.row(r).scale[g];
             any |= bits;
         }
         chosen += __builtin_popcount(any);
-    };
-    load(0);
-    for (int64_t g = 0; g < groups; ++g) {
-        const LevelGroup *group = both[g % 2], *next = both[(g + 1) % 2];
-        const uint8_t *own = first + g * w.first_stride, *scales = scales_of(w, g / F::Scales::span);
-        const int64_t place = g % F::Scales::span;
-        const bool more = g + 1 < groups;
-        if (more) load(g + 1);
-        float by[kMostRows];
-        for (int64_t r = 0; r < rows; ++r) by[r] = x.row(r).scale[g];
         int64_t tile = share.begin;
 #if MOYU_INTEGERS
         typename F::Scales::Fields fields[S::parts];
         for (int part = 0; part < S::parts; ++part) fields[part] = F::Scales::of_columns(scales, place * S::parts + part, q);
+        const int64_t later = g + ahead_lines;
+        const uint32_t later_bits =
+            later < groups ? bits_of(mask ? mask + later * kGroup : nullptr, inputs_of_group(later)) : 0;
         for (; tile < share.end && (tile + 1) * kTileOutputs <= q; ++tile) {
-            const int64_t ahead = tile + kTilesAhead;
-            const uint8_t *then = ahead < share.end ? own + ahead * S::tile_bytes
-                                                    : own + w.first_stride + (share.begin + ahead - share.end) * S::tile_bytes;
-            if (ahead < share.end || more) prefetch<S::tile_bytes>(then);
+            if (ahead_group < groups)
+                prefetch<S::tile_bytes>(first + ahead_group * w.first_stride + (share.begin + ahead_tile) * S::tile_bytes);
+            if (++ahead_tile == tiles) ahead_tile = 0, ++ahead_group;
             const int64_t line_at = tile * S::line_tile;
-            if (more && (line_at % kLineBytes == 0 || tile == share.begin))
-                for (int part = 0; part < S::parts; ++part)
-                    for (int i = 0; i < next->count[part]; ++i) prefetch<kLineBytes>(next->line[part][i] + line_at);
+            if (line_at % kLineBytes == 0 || tile == share.begin)
+                for (uint32_t left = later_bits; left != 0; left &= left - 1)
+                    prefetch<kLineBytes>(piece_of(w, later * kGroup + __builtin_ctz(left)) + line_at);
             const auto add = [&](auto together, int64_t r) {
                 add_tile<F, together()>(group + r, own + tile * S::tile_bytes, line_at, fields, by + r, tile * kTileOutputs,
                                         y + r * y_stride + tile * kTileOutputs, y_stride);
