@@ -110,7 +110,10 @@ inline uint32_t bits_of(const uint8_t *mask, int count) {
     const uint32_t all = count == kGroup ? ~0u : (1u << count) - 1;
     if (mask == nullptr) return all;
 #if MOYU_INTEGERS
-    if (count == kGroup) return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(mask)), _mm256_setzero_si256())));
+    if (count == kGroup) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(mask));
+        return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256())));
+    }
 #endif
     uint32_t bits = 0;
     for (int i = 0; i < count; ++i) bits |= (mask[i] != 0 ? 1u : 0u) << i;
@@ -243,7 +246,9 @@ MOYU_ONCE int64_t levels_of(const Weight &w, const Rounded &x, const uint8_t *ma
     const auto *first = static_cast<const uint8_t *>(w.first);
     const int64_t groups = groups_of(w.inputs), q = w.outputs;
     const int64_t tiles = share.end - share.begin;
-    const auto inputs_of_group = [&](int64_t g) { return static_cast<int>(w.inputs - g * kGroup < kGroup ? w.inputs - g * kGroup : kGroup); };
+    const auto inputs_of_group = [&](int64_t g) {
+        return static_cast<int>(w.inputs - g * kGroup < kGroup ? w.inputs - g * kGroup : kGroup);
+    };
     // The tile that is prefetched: kTilesAhead after the present one, of the groups after this one where a thread has few tiles.
     int64_t chosen = 0, ahead_group = tiles ? kTilesAhead / tiles : 0, ahead_tile = tiles ? kTilesAhead % tiles : 0;
     const int64_t ahead_lines = ahead_group + 1;  // groups from one to that whose lines are prefetched with it
