@@ -15,7 +15,7 @@ from moyu.reporting.scoreboard import standalone
 
 WIDTH, HEIGHT = 860.0, 480.0
 LEAST = 1e-5  # nats, below which a row is the source for all that can be seen
-MARKS = "dots: files, blue with an importance matrix; diamonds: plans, red with their own choice; line: best files"
+MARKS = "dots: files, blue with an importance matrix; diamonds: plans, red; grey: their random and oracle choices; line: best files"
 HEAD = (
     "row",
     "importance",
@@ -132,7 +132,7 @@ def _panel(canvas: Canvas, rows: Sequence[Comparison], top: float) -> None:
         hint = f"{name}{', importance' if r.importance else ''}: KL {number(r.kl)} at {r.step_bytes / 1e6:.1f} MB"
         style = "rounding" if r.what == "plan" and r.choice == "own" else "own" if r.importance else "other"
         (canvas.diamond if r.what == "plan" else canvas.dot)(*at, style, 3.5, hint)
-        if name not in named:
+        if name not in named and r.choice == "own":
             named.add(name)
             canvas.label(*at, name, 7.0)
 
