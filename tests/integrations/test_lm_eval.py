@@ -191,6 +191,13 @@ def test_data_that_cannot_be_read_is_said(own_tasks, tmp_path):
         find_tasks(["own"], tmp_path)
 
 
+def test_a_task_without_a_name_is_said(own_tasks, tmp_path):
+    (tmp_path / "own.yaml").write_text("task: null\noutput_type: multiple_choice\n")
+    with pytest.raises(UserError, match="cannot be read.*the `task` of every YAML file") as error:
+        find_tasks(["own"], tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_questions_of_the_zoo_have_their_answers():
     lines, words = questions.next_line()["test"], questions.assignment()["test"]
     assert len(lines) == len(words) == 200

@@ -151,22 +151,33 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, An
     own: list[str | Path] = [Path(zoo.__file__).parent / "tasks", *([folder] if folder else [])]
     found = {}
     with _quiet():
-        manager = TaskManager(include_path=own, include_defaults=False)
-        if not set(names) <= set(manager.all_tasks):
-            manager = TaskManager(include_path=own)  # reads thousands of files
+        try:
+            manager = TaskManager(include_path=own, include_defaults=False)
+            known = manager.all_tasks
+            if not set(names) <= set(known):
+                manager = TaskManager(include_path=own)  # reads thousands of files
+                known = manager.all_tasks
+        except Exception as error:  # of the harness, which believes what a file says
+            raise UserError(
+                f"the tasks in {str(folder or own[0])!r} cannot be read ({_line(error)})",
+                "is the `task` of every YAML file there a name?",
+            ) from error
         for name in names:
-            if name not in manager.all_tasks:
-                near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.4) or TASKS
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or TASKS
                 raise UserError(f"no task {name!r}", f"did you mean {' or '.join(near)}?")
             try:
                 found[name] = manager.load([name])
             except Exception as error:  # of datasets, of its network, of what a task imports, of what its file says
-                line = " ".join(str(error).split()) or type(error).__name__
                 raise UserError(
-                    f"task {name!r} or its data cannot be read ({line:.300})",
+                    f"task {name!r} or its data cannot be read ({_line(error)})",
                     f"is its file right, and does this machine reach the hub? {' and '.join(TASKS)} need none",
                 ) from error
     return found
+
+
+def _line(error: Exception) -> str:
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 
 TASKS = ("python_next_line", "python_assignment")  # of the zoo
