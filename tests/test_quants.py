@@ -266,4 +266,6 @@ def test_the_figure_has_a_mark_for_every_row(tmp_path, monkeypatch, capsys):
     drawn = ElementTree.parse(tmp_path / "out.svg").getroot()
     marks = [e.tag.rpartition("}")[2] for e in drawn.iter()]
     assert marks.count("circle") == 4 and marks.count("polygon") == 2
-    assert {"Q2_K", "own", "own, random"} <= {e.text for e in drawn.iter() if e.text}
+    texts = [e.text for e in drawn.iter() if e.text]
+    assert {"Q2_K", "own"} <= set(texts) and "own, random" not in texts  # a matched choice is named by its hint alone
+    assert any(text.startswith("own, random: KL") for text in texts)

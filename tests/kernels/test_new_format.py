@@ -64,11 +64,7 @@ HEADER = """
 #pragma once
 #include "formats/format.h"
 namespace {
-struct Six : Plainly<Six> {
-    static int64_t row_bytes(int64_t n) { return groups_of(n) * (kGroup + 2); }
-    static int64_t column_bytes(int64_t q) { return q; }
-    static int32_t at(const uint8_t *codes, int64_t i) { return static_cast<int8_t>(codes[i]); }
-};
+struct Six : Planar<6, HalfScales<false>, 32> {};
 }  // namespace
 """
 
@@ -95,6 +91,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
     calls = (
         lambda: kernels.rows(x, gate, mask), lambda: kernels.columns(x, gate.laid_out("columns"), inputs),
         lambda: kernels.neurons(x, gate, up, down.laid_out("columns"), mask, act="relu"),
+        lambda: kernels.levels(x, gate.laid_out("planes"), inputs),
     )
     for call in calls:
         results = []
