@@ -193,7 +193,7 @@ def test_data_that_cannot_be_read_is_said(own_tasks, tmp_path):
 
 def test_a_task_without_a_name_is_said(own_tasks, tmp_path):
     (tmp_path / "own.yaml").write_text("task: null\noutput_type: multiple_choice\n")
-    with pytest.raises(UserError, match="cannot be read.*the `task` of every YAML file") as error:
+    with pytest.raises(UserError, match=r"cannot be read.*the `task` of every YAML file") as error:
         find_tasks(["own"], tmp_path)
     assert "\n" not in str(error.value)
 
