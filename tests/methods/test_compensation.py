@@ -153,7 +153,7 @@ def test_centring_lowers_the_error_where_inputs_are_off_centre():
 
 
 def test_centring_without_columns_is_refused():
-    with pytest.raises(moyu.UserError, match="'cats' skips no columns here"):
+    with pytest.raises(moyu.UserError, match="'cats' skips no whole columns here"):
         plan_for(build("llama"), methods.method("cats"), centre=True)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moyu.engine.applied import Applied
+from moyu.engine.executor import taken_away
 from moyu.measure.windows import Windows
 from moyu.methods import selection
 from moyu.methods.base import Method
@@ -37,7 +38,7 @@ def correction(block: Block, site: Site, params: SiteParams, missing: Tensor) ->
     missing: mean of the masked values, in the basis of the mask. The part that a low-rank path recovers is subtracted.
     """
     missing = params.turned_back(missing)[None]
-    return torch.cat([params.lost(block.pieces[n].weight.detach(), missing)[0] for n in targets(site)])
+    return torch.cat([params.lost(taken_away(block.pieces[n], site), missing)[0] for n in targets(site)])
 
 
 # ----------------------------------------------------------------------------------------------------------- centring

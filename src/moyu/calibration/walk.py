@@ -81,9 +81,11 @@ def calibrate(
             if method.quantised_only
             else "`moyu methods` says what each method needs",
         )
-    if centre and not any(s.skips == "columns" for layer in blocks for b in layer for s in method.sites(b)):
+    if centre and not any(
+        s.skips == "columns" and not s.further for layer in blocks for b in layer for s in method.sites(b)
+    ):
         raise UserError(
-            f"method {method.name!r} skips no columns here, so nothing can be centred", "leave centring out"
+            f"method {method.name!r} skips no whole columns here, so nothing can be centred", "leave centring out"
         )
     parts: dict[str, tuple[Site, SiteParams]] = {}
     own = {key: other for key, other in (settings or {}).items() if other != method}

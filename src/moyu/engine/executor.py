@@ -18,7 +18,7 @@ from moyu.engine.session import Pass, Session
 from moyu.engine.sites import SiteState
 from moyu.methods.magnitude import rest_of
 from moyu.methods.needs import ALL
-from moyu.methods.values import Rows, Tap
+from moyu.methods.values import Rows, Site, Tap
 from moyu.model import layout
 from moyu.model.anatomy import Block, Piece, product
 
@@ -147,7 +147,8 @@ class Executor:
                 return kernels.levels(x, piece.blocks, mask, bias=bias)
             y = kernels.columns(x, piece.operand, mask, bias=bias)
         elif site.site.further:
-            y = self.whole(piece, kept(x, mask)) + functional.linear(x - kept(x, mask), piece.first_values)
+            whole = kept(x, mask)
+            y = self.whole(piece, whole) + functional.linear(x - whole, piece.first_values)
             return self.compensate(y, name, site, rows)
         else:
             y = self.compensate(self.whole(piece, kept(x, mask)), name, site, rows)
@@ -165,14 +166,9 @@ class Executor:
         bias = site.bias_of(name, self.block)
         return y if bias is None else y + torch.where(rows.sparse[:, None], bias.to(y.dtype), 0)
 
-    def skipped(self, site: SiteState, name: str) -> Tensor:
-        """What of a linear's weight a site's skipped units take away, (q, n)."""
-        piece = self.block.pieces[name]
-        return piece.weight.detach() - piece.first_values if site.site.further else piece.weight.detach()
-
     def norms(self, site: SiteState) -> Tensor:
         """||W[:, i]||_2, of what is skipped, over all linears of a site of columns, in the basis of its mask: (in,) float."""
-        whole = torch.cat([self.skipped(site, n) for n in site.site.linears]).float()
+        whole = torch.cat([taken_away(self.block.pieces[n], site.site) for n in site.site.linears]).float()
         basis = site.params.basis
         return (whole if basis is None else whole @ basis.float()).norm(dim=0)
 
@@ -180,6 +176,11 @@ class Executor:
         """Lay out again what `.to`, `deepcopy` or an assignment has packed."""
         if not all(layout.is_laid_out(p, r) for p, r in zip(pieces, roles, strict=True)):
             self.session.lay_out_again(pieces, roles)
+
+
+def taken_away(piece: Piece, site: Site) -> Tensor:
+    """What of a linear's weight is missing where a site skips a unit, (q, n): all of its columns, or their further bits."""
+    return piece.weight.detach() - piece.first_values if site.further else piece.weight.detach()
 
 
 def kept(x: Tensor, mask: Tensor) -> Tensor:
@@ -222,6 +223,6 @@ class Hindsight:
         missing = params.turned_back(torch.where(mask, 0, self.x))
         given = rest_of(self.site.method, self.x, mask, self.site.site, params)
         for name in self.site.site.linears:
-            lost = params.lost(self.executor.skipped(self.site, name), missing)
+            lost = params.lost(taken_away(self.executor.block.pieces[name], self.site.site), missing)
             total = total + (lost if given is None else lost - given.to(lost)).square().sum(1)
         return total
