@@ -64,8 +64,8 @@ class Plan:
         return " + ".join(kinds)
 
     def method_of(self, site: Site) -> Method:
-        """The method with the knobs that it has at a site."""
-        return self.settings.get(site.key, self.method)
+        """The method that decides at a site, with the knobs that it has there."""
+        return self.settings.get(site.key, self.method).at(site)
 
     def own_knobs(self, key: str) -> dict[str, Any]:
         """The knobs of a site that are not those of the plan's method."""
@@ -114,7 +114,7 @@ class Plan:
 
     def check_sites(self, anatomy: Anatomy) -> None:
         """Refuse sites that the method does not have on this model, and tensors of other shapes than it reads there."""
-        blocks = {(b.layer, b.expert): b for b in anatomy.all_blocks()}
+        blocks = {(b.layer, b.expert): b for b in anatomy.places()}
         governed: set[tuple[int, int | None, str]] = set()
         legal: dict[tuple[Block, Method], dict[str, Site]] = {}
         for key, (site, params) in self.parts.items():
@@ -319,7 +319,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def digests(anatomy: Anatomy, sites: Iterator[Site]) -> dict[str, str]:
     """A digest of sampled weights of each planned tensor; the same for a copy in bfloat16 and in float32 of its values."""
-    blocks: dict[tuple[int, int | None], Block] = {(b.layer, b.expert): b for b in anatomy.all_blocks()}
+    blocks: dict[tuple[int, int | None], Block] = {(b.layer, b.expert): b for b in anatomy.places()}
     out = {}
     for site in sites:
         block = blocks.get((site.layer, site.expert))

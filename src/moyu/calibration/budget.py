@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moyu.calibration import fisher
+from moyu.calibration import fisher, head
 from moyu.calibration.allocation import mean
 from moyu.calibration.streams import Progress
 from moyu.calibration.trials import separable, weights
@@ -71,7 +71,7 @@ class Reader:
 
     def skippable(self, method: Method) -> float:
         """Bytes of all units of all sites."""
-        sites = [s for b in self.anatomy.all_blocks() for s in method.sites(b)]
+        sites = [s for b in self.anatomy.places() for s in method.sites(b)]
         return accounting.skippable_bytes(self.model, self.anatomy, sites) * self.share
 
     def added(self, plan: Plan, copies: Mapping[int, int] | None = None) -> float:
@@ -183,7 +183,8 @@ class Divided(Way):
             return skipped * reader.share - reader.added(plan)
 
         seed = int(self.options.get("seed", 0))
-        return fisher.curves(
+        of_head = head.curves(reader.model, self.choices, self.windows, reader.anatomy)
+        return of_head | fisher.curves(
             reader.model, self.choices, self.windows, reader.anatomy, worth, seed=seed, progress=self.progress
         )
 
@@ -205,7 +206,7 @@ class Divided(Way):
 
     def plan(self, windows: Windows, sparsity: float, progress: Progress | None) -> Plan:
         taken = fisher.divide(self.curves, sparsity * self.reader.dense())
-        sites = [s for b in self.reader.anatomy.all_blocks() for s in self.method.sites(b)]
+        sites = [s for b in self.reader.anatomy.places() for s in self.method.sites(b)]
         points = {s.key: taken[fisher.name_of(s)] for s in sites}
         used = collections.Counter(p.method for p in points.values() if p.method is not None)
         usual = max(used, key=lambda own: used[own])
@@ -236,7 +237,7 @@ def ways(
         return [Way(reader, own, options) for own in settings]
     alike: dict[tuple[str, ...], list[Method]] = {}
     for own in settings:
-        keys = tuple(s.key for b in reader.anatomy.all_blocks() for s in own.sites(b))
+        keys = tuple(s.key for b in reader.anatomy.places() for s in own.sites(b))
         alike.setdefault(keys, []).append(own)
     return [Divided(reader, choices[0], options, choices, windows, progress) for choices in alike.values()]
 

@@ -201,7 +201,7 @@ class Context:
 
     def applicable(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
         """Methods that have a site in this model, and those that have none."""
-        able = [n for n in names if any(self.method(n).sites(b) for b in self.anatomy.all_blocks())]
+        able = [n for n in names if any(self.method(n).sites(b) for b in self.anatomy.places())]
         return able, [n for n in names if n not in able]
 
     def plan(self, name: str, sparsity: float | None = None, progress: Progress | None = None) -> Plan:

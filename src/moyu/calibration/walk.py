@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moyu import methods
-from moyu.calibration import in_loop
+from moyu.calibration import head, in_loop
 from moyu.calibration.layers import Asked, LayerFit
 from moyu.calibration.streams import Chain, Progress, Walk
 from moyu.engine.applied import Applied
@@ -71,7 +71,7 @@ def calibrate(
             "calibrate on one process and apply the plan here",
         )
     blocks = [[b for b in anatomy.all_blocks() if b.layer == i] for i in range(len(anatomy.layers))]
-    if not any(method.sites(b) for layer in blocks for b in layer):
+    if not any(method.sites(b) for b in anatomy.places()):
         acts = {b.act for layer in blocks for b in layer if b.act}
         gated = any(b.gated for layer in blocks for b in layer)
         raise UserError(
@@ -103,6 +103,8 @@ def calibrate(
             parts |= LayerFit(walk, index, here, draft, asked).run()
             if progress:
                 progress(index + 1, len(blocks))
+        if layers is None:
+            parts |= head.fit(applied, draft, windows, lambda site: asked.levels.get(site.key, sparsity))
     if is_joint(method) and sparsity > 0 and layers is None:
         draft = in_loop.train(model, draft, windows, sparsity, steps=method.steps, anatomy=anatomy, progress=progress)
     return dataclasses.replace(

@@ -47,7 +47,7 @@ def describe(name: str) -> dict[str, Any]:
     floors: dict[str, float | None] = {}
     for each in methods.names():
         method = methods.method(each)
-        able = any(method.sites(b) for b in blocks)
+        able = any(method.sites(b) for b in anatomy.places())
         floors[each] = accounting.floor(model, anatomy, method) if able else None
     with Applied(model, None, anatomy=anatomy) as session:
         general = None if session.native is not None else session.general_because

@@ -14,6 +14,7 @@ from moyu import kernels
 from moyu.engine import spread, steps
 from moyu.engine.attention import AttentionCall, AttentionLinear
 from moyu.engine.calls import BATCHED, ForwardCall, GenerateCall, RefusedCall, TrainCall
+from moyu.engine.head import HeadLinear
 from moyu.engine.modules import DenseLinear, ExpertsCall
 from moyu.engine.network import FfnCall
 from moyu.engine.session import Engine, Session
@@ -154,7 +155,15 @@ class Applied(Session, AbstractContextManager):
                 self._wrap_ffn(kind(self, block, states, lookahead), taken)
         for experts in self.anatomy.experts:
             self._wrap_experts(experts, lookahead)
-        self.layouts = [call.ensure_layout for call in (*self.ffns, *self.linears)]
+        top = (
+            None
+            if self.anatomy.head is None
+            else HeadLinear(self, self.anatomy.head, states_of(self, self.anatomy.head))
+        )
+        if top is not None:
+            self._wrap_head(top, taken)
+        calls = (*self.ffns, *self.linears, *(() if top is None else (top,)))
+        self.layouts = [call.ensure_layout for call in calls]
         if self.engine == "skip" and self.backend in ("auto", "cpu"):
             self.native, self.general_because = steps.plain_run(self)
             if self.native is not None:
@@ -180,6 +189,13 @@ class Applied(Session, AbstractContextManager):
             layout.lay_out([piece], [call.role])
             self._laid_out.append(piece.module)
         self._replace(piece.module, "forward", call.forward)
+
+    def _wrap_head(self, call: HeadLinear, taken: set[int]) -> None:
+        taken.add(id(call.piece.module))
+        if self.engine == "skip" and call.role is not None:
+            layout.lay_out([call.piece], [call.role])
+            self._laid_out.append(call.piece.module)
+        self._replace(call.piece.module, "forward", call.forward)
 
     def _wrap_attention(self, block: Block, states: list[SiteState]) -> None:
         """Let a block's attention choose before its linears, where its heads may leave keys or values out."""

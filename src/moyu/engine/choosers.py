@@ -86,6 +86,8 @@ class Counter(Known):
         width = mask.shape[1]
         skipped = float((width - kept).sum())
         self.skipped_bytes += skipped * site.unit_bytes * site.units / width
+        if site.skips == "words":  # tens of thousands of a few bytes: they would hide what is skipped of the layers
+            return mask
         layer = self.layers.setdefault(site.layer, [0.0, 0.0])
         layer[0] += skipped
         layer[1] += float(chosen.numel())
@@ -93,13 +95,13 @@ class Counter(Known):
 
     @property
     def sparsity_by_layer(self) -> list[float]:
-        """Fraction of units skipped, a layer."""
+        """Fraction of units skipped, a layer; of words nothing is said."""
         return [skipped / units if units else 0.0 for _, (skipped, units) in sorted(self.layers.items())]
 
     @property
     def sparsity(self) -> float:
-        """Fraction of units skipped, all sites."""
-        skipped, units = (sum(part) for part in zip(*self.layers.values(), strict=True))
+        """Fraction of units skipped, all sites of layers."""
+        skipped, units = (sum(layer[i] for layer in self.layers.values()) for i in range(2))
         return skipped / units if units else 0.0
 
 

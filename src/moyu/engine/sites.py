@@ -53,7 +53,9 @@ class SiteState:
 
     @property
     def role(self) -> Role:
-        """How kernels read the linears of a site of columns."""
+        """How kernels read the linears of a site of columns or words."""
+        if self.site.skips == "words":
+            return "parted"
         return "planes" if self.site.further else "column"
 
     def bias_of(self, name: str, block: Block) -> Tensor | None:

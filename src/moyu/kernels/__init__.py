@@ -1,7 +1,7 @@
-"""Kernels that read only the weights that a mask keeps: whole neurons, rows, columns, or the further bits of columns.
+"""Kernels that read only the weights that a mask keeps: whole neurons, rows, columns, or the further bits of columns or rows.
 
-The four are ``torch.library`` operators (``torch.ops.moyu.neurons``, ``rows``, ``columns``, ``levels``) with fake implementations,
-and these thin functions are in front. Any number of rows N is correct; speed is for small decode batches: all rows that
+The five are ``torch.library`` operators (``torch.ops.moyu.neurons``, ``rows``, ``columns``, ``levels``, ``words``) with fake
+implementations, and these thin functions are in front. Any number of rows N is correct; speed is for small decode batches: all rows that
 keep a piece of weight use it while it is in the cache, so it is read once (once per 32 rows in the ``cpu`` back end).
 
 Weights are tensors of x's dtype, or ``weights.Stored`` in any format. With those of GGUF files x is rounded to 8 bits, with one scale
@@ -64,6 +64,7 @@ __all__ = [
     "use",
     "values",
     "whole",
+    "words",
 ]
 
 
@@ -180,10 +181,30 @@ def levels(x: Tensor, weight: Stored, mask: Tensor, *, bias: Tensor | None = Non
     return operators.levels(x, *operators.opened("levels", "weight", weight, "planes"), mask, bias)
 
 
+def words(x: Tensor, weight: Stored, mask: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` with all bits of the outputs that the mask keeps, and with the first bits of the others.
+
+    Args:
+        x: (N, n).
+        weight: (q, n), parted.
+        mask: (N, q) bool, True = all bits. The further bits of outputs that no row keeps are not read.
+        bias: (q,) or None.
+
+    Returns:
+        (N, q) in x's dtype, contiguous; sums are taken in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: as ``neurons``.
+    """
+    return operators.words(x, *operators.opened("words", "weight", weight, "parted"), mask, bias)
+
+
 def whole(x: Tensor, weight: Stored, *, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, (N, n) -> (N, q), nothing skipped, however the weight lies."""
     if weight.order == "rows":
         return rows(x, weight, bias=bias)
+    if weight.order == "parted":
+        return words(x, weight, torch.ones(len(x), weight.shape[0], dtype=torch.bool, device=x.device), bias=bias)
     every = torch.ones(x.shape, dtype=torch.bool, device=x.device)
     return (columns if weight.order == "columns" else levels)(x, weight, every, bias=bias)
 

@@ -1,4 +1,4 @@
-"""What a back end is: it computes rows, columns, levels and neurons of stored weights. The list of them is in `choosing`."""
+"""What a back end is: it computes rows, columns, levels, words and neurons of stored weights. The list of them is in `choosing`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Read = int | Callable[[], int]  # bytes of weights and biases that were read, or
 
 
 class Backend(ABC):
-    """One way to compute. The products are what `kernels.rows`, `columns`, `levels` and `neurons` say, on arguments that were checked."""
+    """One way to compute. The products are what `kernels.rows`, `columns`, `levels`, `words` and `neurons` say, on checked arguments."""
 
     name: str
 
@@ -38,6 +38,10 @@ class Backend(ABC):
     def levels(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Read]:
         """Called where `supports` does not refuse it."""
         raise NotImplementedError(f"the {self.name} back end has no levels")
+
+    def words(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Read]:
+        """Called where `supports` does not refuse it."""
+        raise NotImplementedError(f"the {self.name} back end has no words")
 
     @abstractmethod
     def neurons(
@@ -73,3 +77,9 @@ def levels_read(weight: Stored, mask: Tensor) -> int:
     groups = -(-weight.shape[1] // weight.format.group)
     first, further = weight.format.plane_bytes(weight.shape[0])
     return groups * (first + weight.scale_bytes) + int(mask.any(0).sum()) * further
+
+
+def words_read(weight: Stored, mask: Tensor) -> int:
+    """Bytes of the first bits and of the scales of all rows, and of the further bits of rows that any row of the mask keeps."""
+    _, further = weight.format.part_bytes(weight.shape[1])
+    return weight.shape[0] * (weight.row_bytes - further) + int(mask.any(0).sum()) * further

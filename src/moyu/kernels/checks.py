@@ -56,14 +56,14 @@ def check_neurons(
 
 
 def check_linear(op: str, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> None:
-    """As check_neurons, of `rows`, `columns` and `levels`."""
+    """As check_neurons, of `rows`, `columns`, `levels` and `words`."""
     _matrix(op, "x", x)
     if len(weight.shape) != 2:
         raise ValueError(f"{op}: weight has shape {weight.shape}, not two dimensions; flatten it to rows first")
     q, n = weight.shape[0], x.shape[1]
-    _weight(op, "weight", weight, x, (q, n), "planes" if op == "levels" else op)
+    _weight(op, "weight", weight, x, (q, n), {"levels": "planes", "words": "parted"}.get(op, op))
     if mask is not None:
-        _mask(op, mask, x, x.shape[0], q if op == "rows" else n)
+        _mask(op, mask, x, x.shape[0], q if op in ("rows", "words") else n)
     if bias is not None:
         _bias(op, "bias", bias, x, q)
 

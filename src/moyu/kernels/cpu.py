@@ -98,6 +98,9 @@ class Cpu(Backend):
     def levels(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
         return _multiply(extension().levels, x, weight, mask, bias)
 
+    def words(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+        return _multiply(extension().words, x, weight, mask, bias)
+
     def neurons(
         self,
         x: Tensor,
@@ -127,7 +130,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def values(weight: Stored, dtype: torch.dtype, first: bool = False) -> Tensor:
     """A weight that is not plain, (q, n) in `dtype`: what `Stored.values` gives, in every bit, in a tenth of the time.
 
-    first: what `Stored.first_values` gives, of a weight by rows or in planes.
+    first: what `Stored.first_values` gives; not of a weight by columns.
     """
     out = torch.empty(weight.shape, dtype=dtype)
     extension().values(native_weight(weight), first, _DTYPES[dtype], torch.get_num_threads(), out.data_ptr())
@@ -138,7 +141,7 @@ def native_weight(weight: Stored) -> Any:
     """A weight as the extension takes it; its addresses are those of the live tensors."""
     outputs, inputs = weight.shape
     codes, *scales = weight.tensors
-    first = scales[1] if weight.order == "planes" else None
+    first = scales[1] if weight.order in ("planes", "parted") else None
     by_step = 1 if isinstance(weight.format, Plain) and weight.order == "columns" else 0
     return extension().Weight(
         format=weight.format.native,

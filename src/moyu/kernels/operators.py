@@ -1,7 +1,8 @@
 """The products as ``torch.library`` operators, so that torch.compile and fake tensors see them.
 
 An operator takes a weight as its tensors, the name of its format and its shape; an absent weight has no tensors. Order follows
-from the operator: `rows`, and gate and up of `neurons`, read rows; `columns` and down read columns; `levels` reads planes.
+from the operator: `rows`, and gate and up of `neurons`, read rows; `columns` and down read columns; `levels` reads planes; `words`
+reads parted weights.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _library.define(
 _library.define(f"rows(Tensor x, {_WEIGHT.format('weight')}, Tensor? mask=None, Tensor? bias=None) -> Tensor")
 _library.define(f"columns(Tensor x, {_WEIGHT.format('weight')}, Tensor mask, Tensor? bias=None) -> Tensor")
 _library.define(f"levels(Tensor x, {_WEIGHT.format('weight')}, Tensor mask, Tensor? bias=None) -> Tensor")
+_library.define(f"words(Tensor x, {_WEIGHT.format('weight')}, Tensor mask, Tensor? bias=None) -> Tensor")
 _library.define("columns_above(Tensor x, Tensor weight, Tensor thresholds, Tensor? bias=None) -> Tensor")
 
 
@@ -79,7 +81,7 @@ def _fake_neurons(*args):
 
 def _linear(order: Order, x, tensors, format, shape, mask: Any = None, bias=None):
     weight = _closed(tensors, format, shape, order)
-    check_linear("levels" if order == "planes" else order, x, weight, mask, bias)
+    check_linear({"planes": "levels", "parted": "words"}.get(order, order), x, weight, mask, bias)
     return x, weight, mask, bias
 
 
@@ -115,6 +117,17 @@ def _fake_levels(*args):
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
+def _run_words(*args):
+    x, weight, mask, bias = _linear("parted", *args)
+    assert mask is not None
+    return _finish("words", choosing.choose("words", weight.format, x).words(x, weight, mask, bias))
+
+
+def _fake_words(*args):
+    x, weight, _, _ = _linear("parted", *args)
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
 def _run_columns_above(x, weight, thresholds, bias=None):
     if isinstance(choosing.choose("columns", held(weight, "columns").format, x), Gpu):
         return gpu.columns_above(x, weight, thresholds, bias)
@@ -136,6 +149,7 @@ for _name, _run, _fake in (
     ("rows", _run_rows, _fake_rows),
     ("columns", _run_columns, _fake_columns),
     ("levels", _run_levels, _fake_levels),
+    ("words", _run_words, _fake_words),
     ("columns_above", _run_columns_above, _fake_columns_above),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
@@ -145,4 +159,5 @@ neurons = torch.ops.moyu.neurons.default
 rows = torch.ops.moyu.rows.default
 columns = torch.ops.moyu.columns.default
 levels = torch.ops.moyu.levels.default
+words = torch.ops.moyu.words.default
 columns_above = torch.ops.moyu.columns_above.default

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moyu.kernels.backend import Backend, columns_read, levels_read
+from moyu.kernels.backend import Backend, columns_read, levels_read, words_read
 from moyu.weights import Format, Stored
 
 
@@ -80,6 +80,12 @@ class Reference(Backend):
             + torch.where(mask, 0, factor) @ weight.first_values(wide).T
         )
         return (y if bias is None else y + bias.to(wide)).to(x.dtype), levels_read(weight, mask) + _bytes(bias)
+
+    def words(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+        wide = _wide(x)
+        factor = taken(x, weight.format).to(wide)
+        y = torch.where(mask, factor @ weight.values(wide).T, factor @ weight.first_values(wide).T)
+        return (y if bias is None else y + bias.to(wide)).to(x.dtype), words_read(weight, mask) + _bytes(bias)
 
     def neurons(
         self,

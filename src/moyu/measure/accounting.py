@@ -92,7 +92,7 @@ def added_bytes(plan: Plan, anatomy: Anatomy) -> float:
 
 def floor(model: nn.Module, anatomy: Anatomy, method: Method) -> float:
     """The least byte fraction of a method: every unit of every site is skipped."""
-    sites = [s for b in anatomy.all_blocks() for s in method.sites(b)]
+    sites = [s for b in anatomy.places() for s in method.sites(b)]
     total = dense_step_bytes(model, anatomy)
     return (total - skippable_bytes(model, anatomy, sites)) / total
 

@@ -35,6 +35,7 @@ METHODS: dict[str, str | type[Method]] = {  # name -> "module:Class", imported o
     "popularity": "moyu.methods.popularity:Popularity",
     "static-norm": "moyu.methods.static_norm:StaticNorm",
     "levels-static": "moyu.methods.levels_static:LevelsStatic",
+    "shortlist": "moyu.methods.shortlist:Shortlist",
     "random": "moyu.methods.random:Random",
     "random-popular": "moyu.methods.random_popular:RandomPopular",
     "oracle": "moyu.methods.oracle:Oracle",

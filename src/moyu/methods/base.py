@@ -64,6 +64,10 @@ class Method(ABC):
 
     # Where the defaults are right, nothing of what follows is written.
 
+    def at(self, site: Site) -> Method:
+        """The method that decides at one of the sites: another one, where a method is made of several."""
+        return self
+
     def shapes(self, site: Site, block: Block) -> Mapping[str, Shape]:
         """The buffers that `score` reads at a site, in the letters of `methods.expected.sizes`; a plan has these and no others."""
         return {}

@@ -25,6 +25,8 @@ def sizes(site: Site, block: Block) -> dict[str, int]:
             return {**found, "n": first.shape[1], "width": first.shape[1], "outputs": outputs}
         case "heads":
             return {**found, "n": first.shape[1], "width": site.units}
+        case "words":
+            return {**found, "n": site.units, "width": site.units}
     reads = block.pieces["up"].shape[1] if site.reads == "mlp_in" else block.neurons
     return {**found, "n": reads, "width": block.neurons}
 

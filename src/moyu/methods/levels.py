@@ -3,7 +3,8 @@
 score_i = |x_i| ||W_i - w^_i||, at the input of every linear: W_i is column i of the weight and w^_i what the first bits of its
 codes stand for (`weights.planes`): of 8 bits the first 4, of 6 the first 4, of 5 the first 3, of 4 the first 2. The score is the
 size of the error that input i makes while its further bits are not read. Inputs above a threshold of their linear, calibrated on
-text, are multiplied with all bits; the others with the first ones. The weights are those of the quantised model as it is: nothing
+text, are multiplied with all bits; the others with the first ones. At the head the first bits of all words say which words need the others
+(`shortlist`). The weights are those of the quantised model as it is: nothing
 is stored twice, and nothing is lost where all bits are read.
 """
 
@@ -17,11 +18,14 @@ import torch
 from torch import Tensor
 
 from moyu import kernels
-from moyu.methods.base import Family
+from moyu.methods.base import Family, Method
 from moyu.methods.magnitude import Magnitude
 from moyu.methods.shapes import shape
-from moyu.methods.sites import level_sites
+from moyu.methods.shortlist import Shortlist
+from moyu.methods.sites import level_sites, word_sites
 from moyu.methods.values import Acts, Site, SiteParams
+
+WORDS = 0.1  # words of the head that are kept, for each input that other linears keep
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,10 @@ class Levels(Magnitude):
     quantised_only: ClassVar[bool] = True
 
     def sites(self, block) -> tuple[Site, ...]:
-        return level_sites(block)
+        return (*level_sites(block), *word_sites(block))
+
+    def at(self, site: Site) -> Method:
+        return Shortlist(WORDS) if site.skips == "words" else self
 
     def shapes(self, site: Site, block):
         return {"norms": shape("units")}

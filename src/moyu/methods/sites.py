@@ -54,6 +54,19 @@ def level_sites(block: Block) -> tuple[Site, ...]:
     return tuple(found)
 
 
+def word_sites(block: Block) -> tuple[Site, ...]:
+    """A mask of words (entries of the vocabulary) for a head that can be parted; what is skipped are further bits of its rows.
+
+    What decides is the product with the first bits, (N, vocabulary). Few words are kept, so skipping one saves every byte.
+    """
+    stored = block.pieces["head"].blocks if "head" in block.pieces else None
+    if stored is None or not stored.format.splits_rows:
+        return ()
+    words, n = stored.shape
+    size = stored.format.part_bytes(n)[1]
+    return (Site(block.layer, "words", "words", ("head",), words, size, block.expert, further=True),)
+
+
 def input_sites(block: Block) -> tuple[Site, ...]:
     """A mask of input channels for every input: q, k and v share one, gate and up share one."""
     shared: dict[Tap, list[str]] = {}

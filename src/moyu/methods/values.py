@@ -14,11 +14,11 @@ from moyu.methods.selection import Rule, Soft, TopK
 from moyu.methods.shapes import ORDERS, Shape, shape
 from moyu.weights import Stored
 
-Tap = Literal["attn_in", "q_latent", "kv_latent", "heads", "mlp_in", "gate", "up", "mid"]
-Skips = Literal["columns", "rows", "neurons", "heads"]
+Tap = Literal["attn_in", "q_latent", "kv_latent", "heads", "mlp_in", "gate", "up", "mid", "words"]
+Skips = Literal["columns", "rows", "neurons", "heads", "words"]
 Memory = Mapping[str, Tensor]  # one site's sequence memory; every tensor is (B, ...)
 NOTHING = torch.empty(0)  # stands for an activation that a score does not look at
-TAPS: tuple[Tap, ...] = ("attn_in", "q_latent", "kv_latent", "heads", "mlp_in", "gate", "up", "mid")
+TAPS: tuple[Tap, ...] = ("attn_in", "q_latent", "kv_latent", "heads", "mlp_in", "gate", "up", "mid")  # of layers
 READS: Mapping[str, Tap] = {  # the input of each linear
     "q": "attn_in",
     "k": "attn_in",
@@ -34,6 +34,7 @@ READS: Mapping[str, Tap] = {  # the input of each linear
     "up": "mlp_in",
     "down": "mid",
 }
+_UNITS: tuple[Skips, ...] = ("columns", "rows", "neurons", "heads")  # of layers
 ATTENTION = tuple(n for n in READS if n not in ("gate", "up", "down"))  # the linears of an attention
 
 
@@ -71,7 +72,7 @@ class Site:
     expert: int | None = None
     reads_layer: int | None = None  # another layer whose activation decides: look-ahead
     act: str | None = None  # the network's activation, for scores that foresee neurons
-    further: bool = False  # of skipped columns the first bits are read all the same (`weights.planes`)
+    further: bool = False  # of what is skipped the first bits are read all the same (`weights.planes`)
 
     @property
     def source_layer(self) -> int:
@@ -114,7 +115,9 @@ class SiteParams:
     """
 
     rule: Rule
-    blocks: Tensor | None = field(default=None, metadata=_part("units", shape("width", kind=ORDERS), read=False))
+    blocks: Tensor | None = field(
+        default=None, metadata=_part("units", shape("width", kind=ORDERS), skips=_UNITS, read=False)
+    )
     basis: Tensor | None = field(
         default=None, metadata=_part("basis", shape("n", "n"), skips=("columns",), matrix=True)
     )
@@ -125,7 +128,7 @@ class SiteParams:
             "low_rank", shape("q", "r"), shape("r", "n"), names=("outer", "inner"), skips=("columns",), matrix=True
         ),
     )
-    bias: Tensor | None = field(default=None, metadata=_part("bias", shape("outputs")))
+    bias: Tensor | None = field(default=None, metadata=_part("bias", shape("outputs"), skips=_UNITS))
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def needs(self) -> frozenset[str]:

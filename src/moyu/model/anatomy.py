@@ -170,7 +170,7 @@ class Block:
     """The prunable part of one decoder layer: a feed-forward network (or one expert of it) and the attention's linears."""
 
     layer: int
-    pieces: dict[str, Piece]  # of an attention (see `Attention`), and gate, up, down
+    pieces: dict[str, Piece]  # of an attention (see `Attention`), and gate, up, down; or the head
     act: str | None = None  # activation of the feed-forward network, if kernels have it
     expert: int | None = None  # of routed ones; -1, -2, ... are further dense networks of the layer
     host: nn.Module | None = None  # the module whose forward is the whole network; None: inline in the layer
@@ -231,6 +231,7 @@ class Anatomy:
     experts: list[Experts]
     gaps: list[str]  # parts that stay dense, with the reason
     further: list[Block] = field(default_factory=list)  # dense networks beside the first of their layer
+    head: Block | None = None  # behind the last layer: the quantised linear that gives the logits
     dense_layers: tuple[int, ...] = ()  # left dense on request
 
     @property
@@ -245,6 +246,12 @@ class Anatomy:
             yield block
             yield from (b for b in self.further if b.layer == block.layer)
             yield from (b for e in self.experts if e.layer == block.layer for b in e.blocks)
+
+    def places(self) -> Iterator[Block]:
+        """All that may have sites: every block, and the head."""
+        yield from self.all_blocks()
+        if self.head is not None:
+            yield self.head
 
     def attention(self) -> str:
         """The kinds of attention that were proved, with their counts and heads."""

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from moyu.errors import UserError
-from moyu.model.anatomy import Anatomy, Block
+from moyu.model.anatomy import Anatomy, Block, Piece
 from moyu.model.calls import Adapters, Call, is_linear_call, obstacle
 from moyu.model.experts import find_experts
 from moyu.model.finite import require_finite
 from moyu.model.networks import find_networks
+from moyu.model.quantised import QuantisedLinear
 from moyu.model.queries import find_attentions
 
 PROBE_TOKENS = 6
@@ -133,6 +134,9 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
         taken |= own | {id(e.module) for e in experts}
         anatomy.blocks.append(block)
     anatomy.layers = nn.ModuleList(list(anatomy.layers)[:last])
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
+    if isinstance(head, QuantisedLinear):
+        anatomy.head = Block(last, {"head": Piece(head)})
     anatomy.blocks = anatomy.blocks[:last]
     if not anatomy.experts and not any(b.has_ffn for b in anatomy.blocks):
         reasons = "; ".join(dict.fromkeys(anatomy.gaps))

@@ -13,16 +13,16 @@ from moyu.model.quantised import QuantisedLinear
 from moyu.weights import Order, Stored, mapped
 
 Layout = Literal["neuron_major", "input_major"]
-Role = Literal["row", "column", "planes"]
-_ORDERS: dict[Role, Order] = {"row": "rows", "column": "columns", "planes": "planes"}
+Role = Literal["row", "column", "planes", "parted"]
+_ORDERS: dict[Role, Order] = {"row": "rows", "column": "columns", "planes": "planes", "parted": "parted"}
 
 
 def lay_out(pieces: list[Piece], roles: list[Role]) -> None:
     """Store the k pieces of each neuron side by side: one (f, k, d) storage, and every parameter a strided view of it.
 
-    roles: whether neuron j is row j or column j of each piece; "planes" is for the columns of quantised weights. One piece with the
-    role "column" is `input_major`. Values do not change. If a piece is a part of a parameter (fused gates, experts), its rows or
-    columns are made contiguous and no more.
+    roles: whether neuron j is row j or column j of each piece; "planes" is for the columns of quantised weights, "parted" for the rows
+    of a head. One piece with the role "column" is `input_major`. Values do not change. If a piece is a part of a parameter (fused
+    gates, experts), its rows or columns are made contiguous and no more.
     """
     if any(p.blocks for p in pieces):
         _lay_out_blocks(pieces, roles)

@@ -160,6 +160,9 @@ def quantise_model(model: PreTrainedModel, kind: str) -> None:
             mapped.let_go(weight.data)
             if not getattr(model.config, "tie_word_embeddings", False):
                 del done[weight]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, QuantisedLinear) and isinstance(embedding, QuantisedEmbedding) and len(done):
+        head.tie(embedding)
 
 
 @dataclass(frozen=True)

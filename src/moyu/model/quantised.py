@@ -27,7 +27,8 @@ class _Quantised(nn.Module):
         self.format, self.shape = stored.format, stored.shape
         self.order: Order = stored.order
         self._dtypes: tuple[torch.dtype, ...] = ()
-        self.store(stored)
+        self._twins: tuple[_Quantised, ...] = ()
+        self._hold(stored)
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=stored.device), persistent=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
@@ -42,7 +43,16 @@ class _Quantised(nn.Module):
         return Stored(self.format, self.order, tuple(tensors), self.shape)
 
     def store(self, stored: Stored) -> None:
-        """Hold the same weight in other memory or in another order; buffers that both orders have keep their identity."""
+        """Hold the same weight in other memory or in another order, here and in modules that are tied to this one."""
+        for module in (self, *self._twins):
+            module._hold(stored)
+
+    def tie(self, other: _Quantised) -> None:
+        """Let both hold one weight, in whatever order it is stored in later."""
+        self._twins, other._twins = (*self._twins, other), (*other._twins, self)
+
+    def _hold(self, stored: Stored) -> None:
+        """Buffers that both orders have keep their identity."""
         before, self._dtypes = self._names, tuple(t.dtype for t in stored.tensors)
         for name in before[len(self._dtypes) :]:
             delattr(self, name)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Order = Literal["rows", "columns", "planes"]
+Order = Literal["rows", "columns", "planes", "parted"]
 CHUNK = 1 << 18  # weights that are (de)quantised at once: temporaries take some 20 bytes a weight
 
 
@@ -24,7 +24,8 @@ class Format(ABC):
     native: its name in the C++ kernels (csrc/formats/formats.def), None = they do not read it, and products with it take
         the values that `values` gives.
     rounds_inputs: products are sums of integers: x is rounded to 8 bits, one scale for every `group` values.
-    splits: a weight can lie in planes, the first bits of its codes apart from the others (`weights.planes`).
+    splits: a weight can lie in planes: by columns, the first bits of its codes apart from the others (`weights.planes`).
+    splits_rows: a weight can be parted: by rows, the first bits of its codes apart from the others.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Format(ABC):
     native: str | None = None
     rounds_inputs: bool = False
     splits: bool = False
+    splits_rows: bool = False
 
     @abstractmethod
     def store(self, weight: Tensor) -> Stored:
@@ -53,15 +55,19 @@ class Format(ABC):
 
     @abstractmethod
     def laid_out(self, stored: Stored, order: Order) -> Stored:
-        """The same values by rows, by columns or in planes, contiguous; itself where it already is."""
+        """The same values in another order, contiguous; itself where it already is."""
 
     def first_values(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        """Of a weight in planes, what its first bits alone stand for: (q, n)."""
+        """Of a weight in planes or parted, what its first bits alone stand for: (q, n)."""
         raise ValueError(f"weights in {self.name} have no planes")
 
     def plane_bytes(self, outputs: int) -> tuple[int, int]:
         """Of a weight in planes: bytes of the first bits of a group of columns, and of the further bits of one column."""
         raise ValueError(f"weights in {self.name} have no planes")
+
+    def part_bytes(self, inputs: int) -> tuple[int, int]:
+        """Of a parted weight: bytes of the first bits of a row, without its scales, and of its further bits."""
+        raise ValueError(f"weights in {self.name} cannot be parted")
 
     @abstractmethod
     def row_bytes(self, inputs: int) -> int:
@@ -133,9 +139,9 @@ class Stored:
         return self.format.values(self, dtype)
 
     def first_values(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What the first bits alone stand for, (q, n). ValueError for a weight that does not lie in planes."""
-        if self.order != "planes":
-            raise ValueError(f"a weight by {self.order} has no first bits apart; lay it out in planes")
+        """What the first bits alone stand for, (q, n). ValueError for a weight whose first bits do not lie apart."""
+        if self.order not in ("planes", "parted"):
+            raise ValueError(f"a weight by {self.order} has no first bits apart; lay it out in planes, or parted")
         return self.format.first_values(self, dtype)
 
     def pieces(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -147,7 +153,7 @@ class Stored:
         return self.format.at(self, row, column)
 
     def laid_out(self, order: Order) -> Stored:
-        """The same values by rows, by columns or in planes; itself where it already is."""
+        """The same values in another order; itself where it already is."""
         return self if order == self.order else self.format.laid_out(self, order)
 
 

@@ -5,7 +5,8 @@ and offset are those of its group of 32 inputs, or of half a group (`halves` = 2
 one group and some to a block of `span` groups.
 
 A stored weight has two tensors, codes and scales. By rows, a line of codes is a row; by columns, it is a column, and its numbers are
-those of outputs. In planes there is a third tensor, the first bits of all codes, and codes are the further ones (`weights.planes`).
+those of outputs. In planes and parted there is a third tensor, the first bits of all codes, and codes are the further ones: by columns
+as `weights.planes` has them, or by rows, lines of the same form.
 A line is a plane of the codes' low bits (4 of them, or 2, or all 8) and one of the high bits, if any. A plane of b bits has 4 b
 bytes for 32 numbers: number i is in byte i % (4 b), from bit b * (i // (4 b)) on. Scales by rows are (q, bytes): field after field.
 By columns they are (n / (32 span), bytes): field after field, each (count, q).
@@ -33,6 +34,7 @@ PLANES = {
     2: (2,),
 }  # bits of a code: of its planes, the low one first
 HALF, BYTE, SIGNED = torch.float16, torch.uint8, torch.int8
+BY_ROWS = ("rows", "parted")  # orders in which the scales of a row lie together
 
 
 class Grouped(Format):
@@ -71,6 +73,10 @@ class Grouped(Format):
     def splits(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.table is None and self.bits in planes.SPLITS
 
+    @property
+    def splits_rows(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.splits and self.bits >= 4
+
     @torch.no_grad()
     def store(self, weight: Tensor) -> Stored:
         """As llama.cpp's quantiser rounds. Where n is no multiple of 32, the last group of a row is filled up with zeros."""
@@ -101,32 +107,11 @@ class Grouped(Format):
 
     def packed(self, codes: Tensor) -> Tensor:
         """Lines (m, bytes) of codes (m, k)."""
-        if self.bits == 8:
-            return codes.view(self.code)
-        codes = functional.pad(codes, (0, -codes.shape[1] % GROUP), value=self.zero).unflatten(1, (-1, GROUP))
-        lines, low = [], 0
-        for bits in PLANES[self.bits]:
-            numbers = (codes >> low & (1 << bits) - 1).unflatten(2, (8 // bits, 4 * bits))
-            line = numbers[:, :, 0]
-            for i in range(1, 8 // bits):
-                line = line | numbers[:, :, i] << bits * i
-            lines.append(line.flatten(1))
-            low += bits
-        return torch.cat(lines, 1) if len(lines) > 1 else lines[0]
+        return codes.view(self.code) if self.bits == 8 else _lines(codes, self.bits, self.zero)
 
     def unpacked(self, lines: Tensor) -> Tensor:
         """The codes of lines, (m, k or more)."""
-        if self.bits == 8:
-            return lines
-        codes, low, start, groups = None, 0, 0, lines.shape[1] // (4 * self.bits)
-        for bits in PLANES[self.bits]:
-            plane = lines[:, start : start + groups * 4 * bits].unflatten(1, (groups, 1, 4 * bits))
-            shifts = torch.arange(0, 8, bits, dtype=BYTE, device=lines.device)[:, None]
-            numbers = (plane >> shifts & (1 << bits) - 1).flatten(1)
-            codes = numbers if codes is None else codes | numbers << low
-            low, start = low + bits, start + groups * 4 * bits
-        assert codes is not None
-        return codes
+        return lines if self.bits == 8 else _codes_of(lines, self.bits)
 
     def _code_at(self, lines: Tensor, line: Tensor, place: Tensor) -> Tensor:
         """Single codes: place `place` of line `line`, both (k,)."""
@@ -144,7 +129,7 @@ class Grouped(Format):
     def _fields(self, scales: Tensor, order: Order, q: int) -> list[Tensor]:
         """The fields of scales, each (q, B, count)."""
         scales = scales.view(BYTE)
-        by_rows = order == "rows"
+        by_rows = order in BY_ROWS
         blocks = scales.shape[1] // self._field_bytes if by_rows else len(scales)
         fields, start = [], 0
         for dtype, count in self.fields:
@@ -156,14 +141,14 @@ class Grouped(Format):
 
     def _scales(self, stored: Stored, rows: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor | None]:
         """Scale and offset of each part of a group, (q, parts) float32; rows: of a weight by rows, only of these."""
-        scales = stored.tensors[1][rows] if stored.order == "rows" else stored.tensors[1]
+        scales = stored.tensors[1][rows] if stored.order in BY_ROWS else stored.tensors[1]
         scale, offset = self.scaled(*self._fields(scales, stored.order, stored.shape[0]))
         return scale.flatten(1), None if offset is None else offset.flatten(1)
 
     def values(self, stored: Stored, dtype: torch.dtype) -> Tensor:
         q, n = stored.shape
         out = torch.empty(stored.shape, dtype=dtype, device=stored.device)
-        if stored.order != "rows":
+        if stored.order not in BY_ROWS:
             for part in parts(n, q):
                 index = torch.arange(part.start, part.stop, device=stored.device)
                 out[:, part] = self.pieces(stored, index, dtype).t()
@@ -173,16 +158,29 @@ class Grouped(Format):
         return out
 
     def pieces(self, stored: Stored, index: Tensor, dtype: torch.dtype) -> Tensor:
-        if stored.order == "rows":
+        if stored.order in BY_ROWS:
             return self._rows(stored, index).to(dtype)
         return self._columns(stored, index, self.levels(self._codes(stored, index)), dtype)
 
     def first_values(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        further = planes.SPLITS[self.bits][1]
+        if stored.order == "parted":
+            out = torch.empty(stored.shape, dtype=dtype, device=stored.device)
+            for part in parts(*stored.shape):
+                out[part] = self._valued(stored, part, self._first_levels(self._first_of_rows(stored, part)))
+            return out
         codes = planes.first_codes(stored.tensors[2], self.bits, self.halves, stored.shape[0])[: stored.shape[1]]
+        return self._columns(
+            stored, torch.arange(len(codes), device=codes.device), self._first_levels(codes), dtype
+        ).t()
+
+    def _first_levels(self, codes: Tensor) -> Tensor:
+        """What first bits stand for: the middle of the codes that share them."""
+        further = planes.SPLITS[self.bits][1]
         zero = 1 << 7 if self.bits == 8 else self.zero
-        levels = (codes.to(torch.int16) << further) - zero + ((1 << further) - 1) / 2
-        return self._columns(stored, torch.arange(len(codes), device=codes.device), levels, dtype).t()
+        return (codes.to(torch.int16) << further) - zero + ((1 << further) - 1) / 2
+
+    def _first_of_rows(self, stored: Stored, index: slice | Tensor) -> Tensor:
+        return _codes_of(stored.tensors[2][index], planes.SPLITS[self.bits][0])
 
     def _columns(self, stored: Stored, index: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
         """Columns `index` of these levels, (k, q)."""
@@ -200,12 +198,27 @@ class Grouped(Format):
         groups, own = torch.unique(index // GROUP, return_inverse=True)
         codes = planes.first_codes(first[groups], self.bits, self.halves, q)[own * GROUP + index % GROUP]
         codes = codes << planes.SPLITS[self.bits][1] | planes.further(second[index], self.bits, q)
-        return (codes ^ 1 << 7).view(self.code) if self.bits == 8 else codes
+        return self._signed(codes)
 
     def _rows(self, stored: Stored, index: slice | Tensor) -> Tensor:
+        return self._valued(stored, index, self.levels(self._row_codes(stored, index)))
+
+    def _row_codes(self, stored: Stored, index: slice | Tensor) -> Tensor:
+        """The codes of rows `index` of a weight by rows or parted, (k, n or more)."""
+        lines = stored.tensors[0][index]
+        if stored.order == "rows":
+            return self.unpacked(lines)
+        further = planes.SPLITS[self.bits][1]
+        return self._signed(self._first_of_rows(stored, index) << further | _codes_of(lines, further))
+
+    def _signed(self, codes: Tensor) -> Tensor:
+        """Codes as a weight by rows holds them, of codes from 0 on; and the inverse."""
+        return (codes.view(BYTE) ^ 1 << 7).view(self.code) if self.bits == 8 else codes
+
+    def _valued(self, stored: Stored, index: slice | Tensor, levels: Tensor) -> Tensor:
+        """The values of rows `index`, (k, n), of their levels (k, n or more)."""
         scale, offset = self._scales(stored, index)
-        levels = self.levels(self.unpacked(stored.tensors[0][index])).unflatten(1, (-1, GROUP // self.halves))
-        levels = levels[:, : scale.shape[1]]
+        levels = levels.unflatten(1, (-1, GROUP // self.halves))[:, : scale.shape[1]]
         values = levels * scale[..., None]
         values = values if offset is None else values + offset[..., None]
         return values.flatten(1)[:, : stored.shape[1]]
@@ -213,6 +226,8 @@ class Grouped(Format):
     def at(self, stored: Stored, row: Tensor, column: Tensor) -> Tensor:
         if stored.order == "planes":
             return self.pieces(stored, column, torch.float32).gather(1, row[:, None])[:, 0]
+        if stored.order == "parted":
+            return self.pieces(stored, row, torch.float32).gather(1, column[:, None])[:, 0]
         by_rows = stored.order == "rows"
         code = self._code_at(stored.tensors[0], *((row, column) if by_rows else (column, row)))
         scale, offset = self._scales(stored, row if by_rows else slice(None))
@@ -225,7 +240,9 @@ class Grouped(Format):
             return stored
         if order == "planes":
             return self._split(stored.laid_out("columns"))
-        if stored.order == "planes":
+        if order == "parted":
+            return self._parted(stored.laid_out("rows"))
+        if stored.order in ("planes", "parted"):
             return self._whole(stored).laid_out(order)
         (lines, scales), (q, n) = stored.tensors, stored.shape
         count, padded = (n, q) if stored.order == "rows" else (q, whole(n))
@@ -248,15 +265,33 @@ class Grouped(Format):
         high = torch.empty((-(-n // GROUP), whole_first), dtype=BYTE, device=stored.device)
         step = max(1, CHUNK // (GROUP * q)) * GROUP
         for start in range(0, n, step):
-            codes = self.unpacked(lines[start : start + step])[:, :q].view(BYTE)
-            codes = codes ^ 1 << 7 if self.bits == 8 else codes
+            codes = self._signed(self.unpacked(lines[start : start + step])[:, :q]).view(BYTE)
             part = slice(start // GROUP, (start + len(codes) + GROUP - 1) // GROUP)
             high[part], low[start : start + len(codes)] = planes.split(codes, self.bits, self.halves)
         return Stored(self, "planes", (low, scales, high), stored.shape)
 
+    def _parted(self, stored: Stored) -> Stored:
+        """A weight by rows, parted."""
+        if not self.splits_rows:
+            raise ValueError(f"weights in {self.name} cannot be parted: their codes are no integers of 4 bits or more")
+        (lines, scales), (q, n) = stored.tensors, stored.shape
+        first, further = planes.SPLITS[self.bits]
+        high = torch.empty((q, whole(n) * first // 8), dtype=BYTE, device=stored.device)
+        low = torch.empty((q, whole(n) * further // 8), dtype=BYTE, device=stored.device)
+        for part in parts(q, n):
+            codes = self._signed(self.unpacked(lines[part])).view(BYTE)
+            codes = functional.pad(codes, (0, whole(n) - codes.shape[1]))
+            high[part], low[part] = _lines(codes >> further, first), _lines(codes & (1 << further) - 1, further)
+        return Stored(self, "parted", (low, scales, high), stored.shape)
+
     def _whole(self, stored: Stored) -> Stored:
-        """The inverse."""
-        n = stored.shape[1]
+        """The inverse of both."""
+        q, n = stored.shape
+        if stored.order == "parted":
+            lines = torch.empty((q, self._line_bytes(whole(n))), dtype=self.code, device=stored.device)
+            for part in parts(q, n):
+                lines[part] = self.packed(self._row_codes(stored, part))
+            return Stored(self, "rows", (lines, stored.tensors[1]), stored.shape)
         lines = torch.empty((n, self.column_bytes(stored.shape[0])), dtype=self.code, device=stored.device)
         for part in parts(n, stored.shape[0]):
             lines[part] = self.packed(self._codes(stored, torch.arange(part.start, part.stop, device=stored.device)))
@@ -265,17 +300,24 @@ class Grouped(Format):
     def tensors_of(self, shape: tuple[int, int], order: Order) -> tuple[tuple[tuple[int, int], torch.dtype], ...]:
         """Shape and type of the tensors of a weight (q, n): codes and scales, and in planes the first bits."""
         (q, n), halves = shape, len(self.fields) == 1 and self.fields[0][0] == HALF
-        in_planes = order == "planes"
-        lines = (q, self._line_bytes(whole(n))) if order == "rows" else (n, self.column_bytes(q))
-        lines = (n, self.plane_bytes(q)[1]) if in_planes else lines
-        blocks = -(-n // self.block)
-        scales = (q, blocks * self._field_bytes) if order == "rows" else (blocks, q * self._field_bytes)
-        dtype = HALF if halves else BYTE
-        first = (((-(-n // GROUP), self.plane_bytes(q)[0]), BYTE),) if in_planes else ()
-        return (lines, BYTE if in_planes else self.code), ((scales[0], scales[1] // dtype.itemsize), dtype), *first
+        blocks, dtype = -(-n // self.block), HALF if halves else BYTE
+        first: tuple[tuple[int, int], ...] = ()
+        if order == "planes":
+            lines, first = (n, self.plane_bytes(q)[1]), ((-(-n // GROUP), self.plane_bytes(q)[0]),)
+        elif order == "parted":
+            lines, first = (q, self.part_bytes(n)[1]), ((q, self.part_bytes(n)[0]),)
+        else:
+            lines = (q, self._line_bytes(whole(n))) if order == "rows" else (n, self.column_bytes(q))
+        scales = (q, blocks * self._field_bytes) if order in BY_ROWS else (blocks, q * self._field_bytes)
+        scales = (scales[0], scales[1] // dtype.itemsize)
+        return (lines, BYTE if first else self.code), (scales, dtype), *((side, BYTE) for side in first)
 
     def plane_bytes(self, outputs: int) -> tuple[int, int]:
         return planes.first_bytes(self.bits, outputs), planes.second_bytes(self.bits, outputs)
+
+    def part_bytes(self, inputs: int) -> tuple[int, int]:
+        first, further = planes.SPLITS[self.bits]
+        return whole(inputs) * first // 8, whole(inputs) * further // 8
 
     def row_bytes(self, inputs: int) -> int:
         return self._line_bytes(whole(inputs)) + -(-inputs // self.block) * self._field_bytes
@@ -295,6 +337,33 @@ class Grouped(Format):
 
     def _typed(self, scales: Tensor) -> Tensor:
         return scales.view(HALF) if len(self.fields) == 1 and self.fields[0][0] == HALF else scales
+
+
+def _lines(codes: Tensor, bits: int, fill: int = 0) -> Tensor:
+    """Lines (m, bytes) of codes (m, k) of so many bits; `fill` is the code that fills the last group of 32 up."""
+    codes = functional.pad(codes, (0, -codes.shape[1] % GROUP), value=fill).unflatten(1, (-1, GROUP))
+    lines, low = [], 0
+    for plane in PLANES[bits]:
+        numbers = (codes >> low & (1 << plane) - 1).unflatten(2, (8 // plane, 4 * plane))
+        line = numbers[:, :, 0]
+        for i in range(1, 8 // plane):
+            line = line | numbers[:, :, i] << plane * i
+        lines.append(line.flatten(1))
+        low += plane
+    return torch.cat(lines, 1) if len(lines) > 1 else lines[0]
+
+
+def _codes_of(lines: Tensor, bits: int) -> Tensor:
+    """The inverse: codes (m, k or more)."""
+    codes, low, start, groups = None, 0, 0, lines.shape[1] // (4 * bits)
+    for plane in PLANES[bits]:
+        line = lines[:, start : start + groups * 4 * plane].unflatten(1, (groups, 1, 4 * plane))
+        shifts = torch.arange(0, 8, plane, dtype=BYTE, device=lines.device)[:, None]
+        numbers = (line >> shifts & (1 << plane) - 1).flatten(1)
+        codes = numbers if codes is None else codes | numbers << low
+        low, start = low + plane, start + groups * 4 * plane
+    assert codes is not None
+    return codes
 
 
 def _side_by_side(fields: list[Tensor]) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moyu.engine.steps.layers import Norm, native_linear
+from moyu.engine.sites import SiteState
+from moyu.engine.steps.layers import Norm, native_linear, threshold
 from moyu.kernels import cpu
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 from moyu.weights import Stored
@@ -49,6 +50,7 @@ class Ends:
     angles: list[Angles]  # as many as the layers name
     output: type  # of the model's own forward
     softcap: float = 0.0  # of the logits; 0 = none
+    words: SiteState | None = None  # the plan's site of the head
 
     @property
     def scale(self) -> float:
@@ -60,6 +62,9 @@ class Ends:
         ends = cpu.extension().Ends()
         ends.embedding, ends.norm = native_linear(_held(self.embedding), None), self.norm.native()
         ends.head = native_linear(_held(self.head), self.head.bias)
+        if self.words is not None:
+            assert isinstance(self.head, QuantisedLinear)
+            ends.head.threshold = threshold(self.words, self.head.like.dtype)
         ends.scale, ends.softcap = self.scale, self.softcap
         return ends
 

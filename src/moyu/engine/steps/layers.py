@@ -146,8 +146,8 @@ def native_linear(weight: Tensor | Stored, bias: Tensor | None) -> Any:
     linear.q, linear.n = weight.shape
     if isinstance(weight, Stored):
         codes, scales = weight.tensors[:2]
-        if weight.order == "planes":
-            first = weight.tensors[2]
+        if weight.order in ("planes", "parted"):
+            first, linear.parted = weight.tensors[2], weight.order == "parted"
             linear.first, linear.first_stride = first.data_ptr(), first.stride(0)
         linear.by_columns, linear.kind = weight.order == "columns", cpu.format_code(weight.format)
         linear.weight, linear.stride = codes.data_ptr(), codes.stride(0)

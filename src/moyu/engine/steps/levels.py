@@ -20,8 +20,8 @@ NOTHING: Level = (0, 0, 0)  # struct DecodeLevels of kernels.h: nothing to repla
 class StepLevels:
     """The levels of every site in one step, as the extension takes them."""
 
-    def __init__(self, layers: list[PlainLayer], chooser: Known, rows: Rows) -> None:
-        """Asks `chooser` for what to replay; `rows` are the step's (B,)."""
+    def __init__(self, layers: list[PlainLayer], head: SiteState | None, chooser: Known, rows: Rows) -> None:
+        """Asks `chooser` for what to replay; `rows` are the step's (B,), `head` the site of a head that the step goes through."""
         self.chooser, self.rows = chooser, rows
         self.columns = array("q")  # struct DecodeColumns, one a layer
         self.neurons: list[Level] = []  # one a layer
@@ -31,7 +31,10 @@ class StepLevels:
             columns: dict[str, Level] = dict.fromkeys(LINEARS, NOTHING)
             neurons: Level = NOTHING
             for state in layer.states:
-                given, taken = self._level(layer, state)
+                width = layer.block.neurons
+                if state.site.skips == "columns":
+                    width = layer.block.pieces[state.site.linears[0]].shape[1]
+                given, taken = self._level(state, width)
                 if state.site.skips == "columns":  # its linears see one input: all replay, the first tells
                     columns |= {name: (*given, 0) for name in state.site.linears}
                     columns[state.site.linears[0]] = (*given, taken)
@@ -41,9 +44,13 @@ class StepLevels:
                 self.columns.extend(columns[name])
             self.neurons.append(neurons)
 
-    def _level(self, layer: PlainLayer, state: SiteState) -> tuple[tuple[int, int], int]:
-        site, block = state.site, layer.block
-        width = block.pieces[site.linears[0]].shape[1] if site.skips == "columns" else block.neurons
+        self.words = NOTHING  # of the head
+        if head is not None:
+            given, taken = self._level(head, head.site.units)
+            self.words = (*given, taken)
+
+    def _level(self, state: SiteState, width: int) -> tuple[tuple[int, int], int]:
+        site = state.site
         taken = torch.empty(len(self.rows.seq), width, dtype=torch.bool)
         self._taken.append((site, taken))
         given = self.chooser.known(site, self.rows)

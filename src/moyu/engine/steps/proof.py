@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moyu.engine.memory import cache_field
 from moyu.engine.session import Session
-from moyu.engine.sites import states_of
+from moyu.engine.sites import SiteState, states_of
 from moyu.engine.steps.ends import Angles, Ends
 from moyu.engine.steps.layers import Norm, PlainLayer
 from moyu.engine.steps.run import DecodeRun, run_step
@@ -34,6 +34,7 @@ _NARROW = 2  # positions of a window that a probe is longer than
 _BY_LENGTH = ("dynamic", "longrope")  # rotary angles that depend on more than the position
 CAN = frozenset(  # what a site may ask of a native step, `moyu.methods.needs`
     {"columns by magnitude", "rows by magnitude", "neurons by masks", "factors", "bias", "remainder", "further bits"}
+    | {"words by score"}  # of the one method that has such sites, `shortlist`
 )
 # The norms of a plain layer: role, the linear that reads it, the linear that it reads.
 _ROLES = (
@@ -92,9 +93,12 @@ def plain_run(session: Session) -> tuple[DecodeRun | None, str | None]:
         return None, "its layers attend in different windows, and its embedding, final norm or head is not plain"
     for layer in layers:
         layer.states = states_of(session, layer.block)
-        reason = _unexpressed(layer)
-        if reason is not None:
-            return None, reason
+    top = [] if session.anatomy.head is None else states_of(session, session.anatomy.head)
+    reason = _unexpressed([state for layer in layers for state in layer.states] + top)
+    if reason is not None:
+        return None, reason
+    if ends is not None and top:
+        ends.words = top[0]
     return DecodeRun(session, layers, ends), None
 
 
@@ -348,14 +352,14 @@ def _proved(ends: Ends, ids: Tensor) -> bool:
 def _readable(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether the kernels read the rows of a table or a head whose rows the model computes with in `dtype`."""
     if isinstance(module, QuantisedEmbedding | QuantisedLinear):
-        return module.like.dtype == dtype and module.order == "rows"
+        return module.like.dtype == dtype and module.order in ("rows", "parted")
     weight = module.weight
     return weight.dtype == dtype and weight.stride(1) == 1  # pyright: ignore
 
 
-def _unexpressed(layer: PlainLayer) -> str | None:
-    """Why the native step cannot decide one of the layer's sites; None = it can."""
-    for state in layer.states:
+def _unexpressed(states: list[SiteState]) -> str | None:
+    """Why the native step cannot decide one of the sites; None = it can."""
+    for state in states:
         missing = needs(state.method, state.site, state.params) - CAN
         if missing:
             return f"{state.method.name} needs {', '.join(sorted(missing))} at {state.site.key}"

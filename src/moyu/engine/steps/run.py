@@ -163,9 +163,10 @@ class DecodeRun:
         kernels.count("decode", self.launch(cache, masks, angles, allowed, levels, hidden=y))
         return y
 
-    def levels(self, chooser: Any, rows: Rows) -> StepLevels | None:
-        """What a chooser replays and wants to see in a step of these rows; None where there is none."""
-        return None if chooser is None else StepLevels(self.layers, chooser, rows)
+    def levels(self, chooser: Any, rows: Rows, whole: bool = False) -> StepLevels | None:
+        """What a chooser replays and wants to see in a step of these rows; None where there is none. whole: up to the logits."""
+        head = self.ends.words if whole and self.ends is not None else None
+        return None if chooser is None else StepLevels(self.layers, head, chooser, rows)
 
     def _mask(self, site: SiteState, state: Pass) -> Tensor:
         frozen = state.memory.masks.get(site.site.key)
@@ -207,9 +208,8 @@ class DecodeRun:
             if mask is not None and not given:
                 given, row = mask.data_ptr(), mask.stride(0)
             memory.extend((*where, given, row, taken))
-        columns = None if levels is None else levels.columns
         read = run_step(
-            built[0], room.past, room.capacity, angles, allowed, memory, columns, hidden=hidden, ids=ids, logits=logits
+            built[0], room.past, room.capacity, angles, allowed, memory, levels, hidden=hidden, ids=ids, logits=logits
         )
         room.grow_by_one()
         if levels is not None:
@@ -244,7 +244,7 @@ def run_step(
     angles: Sequence[tuple[Tensor, ...]],
     allowed: Tensor | None,
     memory: array,
-    columns: array | None = None,
+    levels: StepLevels | None = None,
     *,
     hidden: Tensor | None = None,
     ids: Tensor | None = None,
@@ -254,7 +254,7 @@ def run_step(
 
     `past`: (B,) int64, the positions that each row's keys and values hold, of `capacity` that there is room for; `angles`: cos
     and sin of each rotary embedding, (1 or B, width) float32, contiguous; `allowed`: (B, at least past + 1) uint8, or None = all;
-    `memory` and `columns`: structs DecodeMemory and DecodeColumns of kernels.h. IndexError for a length or a token id out of
+    `memory`: structs DecodeMemory of kernels.h; `levels`: replayed and told. IndexError for a length or a token id out of
     range.
     """
     data = hidden if logits is None else logits
@@ -262,8 +262,9 @@ def run_step(
     step = cpu.extension().Step()
     step.dtype, step.rows, step.threads = cpu.dtype_code(data.dtype), len(data), torch.get_num_threads()
     step.past, step.capacity, step.memory = past.data_ptr(), capacity, memory.buffer_info()[0]
-    if columns is not None:
-        step.columns = columns.buffer_info()[0]
+    if levels is not None:
+        step.columns = levels.columns.buffer_info()[0]
+        step.words_given, step.words_row, step.words_taken = levels.words
     if hidden is not None:
         step.hidden = hidden.data_ptr()
     if ids is not None and logits is not None:

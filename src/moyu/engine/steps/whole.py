@@ -66,7 +66,7 @@ def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[A
             rows = rows_at(cache.lengths, 0, ids.device)
         else:
             rows = rows_of((len(ids), 1), kwargs.get("attention_mask"), past, past, ids.device)
-        levels = run.levels(session.chooser, rows)
+        levels = run.levels(session.chooser, rows, whole=True)
     kernels.count("decode", run.launch(cache, masks, angles, allowed, levels, ids=ids.contiguous(), logits=logits))
     memory.seen = past + 1
     session.traces.note(NATIVE)

@@ -91,9 +91,12 @@ def _keep(model: PreTrainedModel, place: str, blocks: Stored, dtype: torch.dtype
         return
     # Gemma multiplies embeddings by a factor: inside the embedding in newer versions of transformers, behind it in older ones.
     scale = float(getattr(module, "scalar_embed_scale", 1.0))
-    model.set_submodule(place, QuantisedEmbedding(blocks, dtype) if scale == 1 else _Scaled(blocks, dtype, scale))
+    embedding = QuantisedEmbedding(blocks, dtype) if scale == 1 else _Scaled(blocks, dtype, scale)
+    model.set_submodule(place, embedding)
     if model.config.tie_word_embeddings:
-        model.set_output_embeddings(QuantisedLinear(blocks, None, dtype))
+        head = QuantisedLinear(blocks, None, dtype)
+        head.tie(embedding)
+        model.set_output_embeddings(head)
 
 
 class _Scaled(QuantisedEmbedding):

@@ -7,6 +7,7 @@
 #include "core/levels.h"
 #include "core/linear.h"
 #include "core/neurons.h"
+#include "core/words.h"
 
 namespace {
 
@@ -39,6 +40,19 @@ inline float sum_of(int64_t n, F f) {
     float sum = 0.0f;
     for (float p : part) sum += p;
     return sum;
+}
+
+// The largest of them.
+inline float largest_of(const float *x, int64_t n) {
+    constexpr int lanes = 16;
+    float part[lanes], most = -INFINITY;
+    for (float &lane : part) lane = -INFINITY;
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes)
+        for (int lane = 0; lane < lanes; ++lane) part[lane] = x[i + lane] > part[lane] ? x[i + lane] : part[lane];
+    for (; i < n; ++i) most = x[i] > most ? x[i] : most;
+    for (float lane : part) most = lane > most ? lane : most;
+    return most;
 }
 
 // out = norm(x) of n values; x and out may be the same.
@@ -92,7 +106,8 @@ class Decoding {
         for (int64_t r = 0; r < a.rows; ++r) {
             float *to = my.hidden + r * a.d;
             if (a.ends && a.ends->embedding.kind != Format::plain) {
-                widen_row(stored(a.ends->embedding), a.ids[r], false, to);
+                if (a.ends->embedding.parted) widen_parted(stored(a.ends->embedding), a.ids[r], false, to);
+                else widen_row(stored(a.ends->embedding), a.ids[r], false, to);
                 for (int64_t i = 0; i < a.d; ++i) to[i] = rounded<T>(to[i]);
             } else {
                 const DecodeLinear *table = a.ends ? &a.ends->embedding : nullptr;
@@ -110,7 +125,8 @@ class Decoding {
         if (a.ends) {
             load(a.ends->norm, my);
             T *logits = static_cast<T *>(a.logits);
-            start(a.ends->head, kAllDecide.q, my.stored, my, team, logits, nullptr);
+            if (a.ends->head.parted) words(a.ends->head, my, team, logits);
+            else start(a.ends->head, kAllDecide.q, my.stored, my, team, logits, nullptr);
             if (a.ends->softcap != 0.0f) {
                 team.wait();
                 const Share share(a.rows * a.ends->head.q, team);
@@ -148,6 +164,11 @@ class Decoding {
     float *sums[3];
     int64_t *bytes;
     Own own[moyu::kMostThreads];
+    // Of a parted head: what its first bits give, the largest of each thread and row, what each row keeps, and each thread's list of it.
+    float *preview, *largest;
+    uint8_t *preview_mask;
+    int32_t *shortlist;
+    int64_t *listed;
 
     void take_arrays(Arena &arena) {
         sums_size = a.rows * round_up(a.widest);
@@ -157,6 +178,13 @@ class Decoding {
         y = arena.take<T>(a.rows * a.widest);
         for (auto &area : sums) area = arena.take<float>(a.threads * sums_size);
         bytes = arena.take<int64_t>(a.threads);
+        const bool parted = a.ends && a.ends->head.parted;
+        const int64_t vocabulary = parted ? a.ends->head.q : 0;
+        preview = arena.take<float>(a.rows * vocabulary);
+        largest = arena.take<float>(a.threads * a.rows);
+        preview_mask = arena.take<uint8_t>(a.rows * vocabulary);
+        shortlist = arena.take<int32_t>(vocabulary);
+        listed = arena.take<int64_t>(a.threads);
         for (int64_t t = 0; t < a.threads; ++t) {
             own[t].hidden = arena.take<float>(a.rows * a.d);
             own[t].values = arena.take<float>(a.rows * round_up(a.widest));
@@ -193,7 +221,7 @@ class Decoding {
     }
     static Weight stored(const DecodeLinear &w) {
         const int64_t unit = w.kind == Format::plain ? bytes_of<T>(1) : 1;  // of the stride
-        const Order order = w.first ? Order::planes : w.by_columns ? Order::columns : Order::rows;
+        const Order order = w.parted ? Order::parted : w.first ? Order::planes : w.by_columns ? Order::columns : Order::rows;
         return {w.kind, order, w.q, w.n, w.weight, w.stride * unit, w.scales, w.scales_stride, w.first, w.first_stride};
     }
 
@@ -270,6 +298,56 @@ class Decoding {
     int64_t write(const DecodeLinear &w, const float *area, const Team &team, int64_t n, T *out) const {
         return w.kind == Format::plain ? write_sums<T>(area, team.threads, a.rows, n, w.bias, out, team)
                                      : write_sums<T, false>(area, team.threads, a.rows, n, w.bias, out, team);
+    }
+
+    // logits (rows, q) of a parted head: all bits of the words whose first ones come close to the largest, or that are given.
+    void words(const DecodeLinear &head, Own &my, const Team &team, T *logits) {
+        const Weight w = stored(head);
+        const Rounded x = round(my.stored, head.n, my);
+        const Share share(head.q, team);
+        const PartBytes size = part_bytes(w);
+        first_parts<T>(w, head.bias, x, a.rows, share, preview, head.q);
+        for (int64_t r = 0; r < a.rows; ++r)
+            largest[team.thread * a.rows + r] = largest_of(preview + r * head.q + share.begin, share.end - share.begin);
+        team.wait();
+        const DecodeLevels &levels = a.words;
+        for (int64_t r = 0; r < a.rows; ++r) {
+            float most = -INFINITY;
+            for (int64_t t = 0; t < team.threads; ++t) most = largest[t * a.rows + r] > most ? largest[t * a.rows + r] : most;
+            most = rounded<T>(most);
+            for (int64_t o = share.begin; o < share.end; ++o) {
+                const int64_t at = r * head.q + o;
+                const bool keeps = levels.given ? levels.given[r * levels.given_row + o] != 0
+                                                : rounded<T>(rounded<T>(preview[at]) - most) > head.threshold;
+                preview_mask[at] = keeps;
+                if (levels.taken) levels.taken[at] = keeps;
+            }
+        }
+        int64_t count = 0;
+        for (int64_t o = share.begin; o < share.end; ++o) {
+            shortlist[share.begin + count] = static_cast<int32_t>(o);
+            bool any = false;
+            for (int64_t r = 0; r < a.rows; ++r) any = any || preview_mask[r * head.q + o];
+            count += any;
+        }
+        listed[team.thread] = count;
+        team.wait();
+        // The lists of all threads in equal parts: words that are likely are often neighbours.
+        int64_t all = 0, before = 0;
+        for (int64_t t = 0; t < team.threads; ++t) all += listed[t];
+        const Share part(all, team);
+        for (int64_t t = 0; t < team.threads; before += listed[t++]) {
+            const int64_t begin = part.begin > before ? part.begin : before;
+            const int64_t end = part.end < before + listed[t] ? part.end : before + listed[t];
+            if (begin >= end) continue;
+            const Share theirs(head.q, Team{t, team.threads, nullptr});
+            further_parts(w, x, a.rows, preview_mask, head.q, shortlist + theirs.begin + begin - before, end - begin, preview, head.q);
+        }
+        bytes[team.thread] += (share.end - share.begin) * (size.first + (head.bias ? bytes_of<T>(1) : 0)) +
+                              (part.end > part.begin ? part.end - part.begin : 0) * size.further;
+        team.wait();
+        for (int64_t r = 0; r < a.rows; ++r)
+            for (int64_t o = share.begin; o < share.end; ++o) narrow(preview[r * head.q + o], logits[r * head.q + o]);
     }
 
     // hidden += norm(part), or part where there is no norm.

@@ -18,9 +18,10 @@ using moyu::ValuesArgs;
 struct Lines {
     const uint8_t *codes[kTogether], *scales[kTogether], *then[kTogether];
     int count = 0;
-    void add(const Weight &w, int64_t row, const uint8_t *after) {
-        codes[count] = piece_of(w, row);
-        scales[count] = scales_of(w, row);
+    void add(const Weight &w, int64_t row, const uint8_t *after) { add(piece_of(w, row), scales_of(w, row), after); }
+    void add(const uint8_t *line, const uint8_t *its_scales, const uint8_t *after) {
+        codes[count] = line;
+        scales[count] = its_scales;
         then[count++] = after;
     }
 };

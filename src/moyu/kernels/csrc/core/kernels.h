@@ -19,10 +19,11 @@ enum class Format : int {
 };
 constexpr int64_t kMostRows = 32;  // of x that are taken together; weights are read once for them
 
-enum class Order : int { rows, columns, planes };
+enum class Order : int { rows, columns, planes, parted };
 
 // A weight (outputs, inputs). By rows, the inputs of an output are contiguous; by columns, the outputs of an input. In planes
-// (core/levels.h), the first bits of all codes lie apart from the others, of which those of an input are contiguous.
+// (core/levels.h), the first bits of all codes lie apart from the others, of which those of an input are contiguous. Parted
+// (core/words.h), it lies by rows, and the first bits of a row apart from its others.
 struct Weight {
     Format format;
     Order order;
@@ -31,8 +32,8 @@ struct Weight {
     int64_t stride;          // bytes from one row to the next, or from one column, or from one input's further bits
     const void *scales;      // of a format with groups: those of a row, or of a block of columns (core/scales.h)
     int64_t scales_stride;   // bytes from one row's or block's scales to the next
-    const void *first;       // in planes: the first bits, group of inputs by group
-    int64_t first_stride;    // bytes from one group's to the next
+    const void *first;       // in planes: the first bits, group of inputs by group; parted: those of a row
+    int64_t first_stride;    // bytes from one group's, or row's, to the next
 };
 
 // Strides of x, masks and `given` are in elements, from one row to the next; inside a row they are 1.
@@ -51,12 +52,12 @@ struct NeuronsArgs {
     void *out;               // (rows, d_out), contiguous
 };
 
-struct LinearArgs {          // `rows` takes a weight by rows, `columns` one by columns, `levels` one in planes
+struct LinearArgs {          // `rows` takes a weight by rows, `columns` one by columns, `levels` one in planes, `words` a parted one
     int64_t rows, threads;
     const void *x;           // (rows, inputs)
     int64_t x_stride;
     Weight weight;
-    const uint8_t *mask;     // (rows, outputs) for `rows`, (rows, inputs) for `columns` and `levels`; null = all
+    const uint8_t *mask;     // (rows, outputs) for `rows` and `words`, (rows, inputs) for `columns` and `levels`; null = all
     int64_t mask_stride;
     const void *bias;        // (outputs,) or null
     void *out;               // (rows, outputs), contiguous
@@ -65,7 +66,7 @@ struct LinearArgs {          // `rows` takes a weight by rows, `columns` one by 
 struct ValuesArgs {          // the values of a weight that is not plain
     int64_t threads;
     Weight weight;
-    bool first;              // of its first bits alone, by rows or in planes
+    bool first;              // of its first bits alone; not by columns
     void *out;               // (outputs, inputs), contiguous
 };
 
@@ -88,8 +89,9 @@ struct DecodeLinear {
     Format kind;             // not plain: `weight` are codes, and strides are bytes
     const void *scales;
     int64_t scales_stride;
-    const void *first;       // not null: in planes; all bits of the inputs that `by_columns` would keep are read
+    const void *first;       // not null: in planes, all bits of the inputs that `by_columns` would keep are read; or parted
     int64_t first_stride;
+    bool parted;             // all bits of the outputs are read that are above the largest one plus the threshold
     Weight rest;             // not null: columns that skipped inputs are multiplied with instead, where `by_columns`
 };
 
@@ -133,9 +135,9 @@ static_assert(sizeof(DecodeColumns) == 21 * sizeof(int64_t), "the array of integ
 
 // What comes before and after the layers.
 struct DecodeEnds {
-    DecodeLinear embedding;  // (vocabulary, d), by rows
+    DecodeLinear embedding;  // (vocabulary, d), by rows or parted
     DecodeNorm norm;
-    DecodeLinear head;       // by rows
+    DecodeLinear head;       // by rows or parted
     float scale, softcap;    // of the embedding's rows, and of the logits; 0 = none
 };
 
@@ -161,6 +163,7 @@ struct DecodeStep {
     int64_t mask_row;              // bytes from one row to the next
     const DecodeMemory *memory;    // one a layer
     const DecodeColumns *columns;  // one a layer; null = every linear decides and nobody asks
+    DecodeLevels words;            // (rows, vocabulary): of which outputs of a parted head all bits are read
 };
 
 struct DecodeArgs : DecodeStep {
@@ -178,6 +181,7 @@ struct Table {
     int64_t (*rows[3])(const LinearArgs &);
     int64_t (*columns[3])(const LinearArgs &);
     int64_t (*levels[3])(const LinearArgs &);
+    int64_t (*words[3])(const LinearArgs &);
     int64_t (*decode[3])(const DecodeArgs &);
     void (*values[3])(const ValuesArgs &);
     uint64_t (*read)(const void *data, int64_t bytes, int loop, int64_t threads);

@@ -15,6 +15,7 @@
 
 #include "core/formats.h"
 #include "core/sums.h"
+#include "core/words.h"
 
 namespace {
 
@@ -399,7 +400,9 @@ void grouped_values(const ValuesArgs &a) {
     float *rows;
     in_scratch([&](Arena &arena) { rows = arena.take<float>(a.threads * round_up(a.weight.inputs)); });
     auto work = [&](const moyu::Team &team) {
-        if (a.weight.order != moyu::Order::planes) return values_share<T>(a, team, rows + team.thread * round_up(a.weight.inputs));
+        float *row = rows + team.thread * round_up(a.weight.inputs);
+        if (a.weight.order == moyu::Order::parted) return values_of_parts<T>(a, team, row);
+        if (a.weight.order != moyu::Order::planes) return values_share<T>(a, team, row);
         with_levels(a.weight.format, [&](auto f) { values_of_planes<decltype(f), T>(a, team); });
     };
     run_parallel(threads_for(a.weight.outputs * a.weight.inputs * bytes_of<T>(1), a.weight.outputs, a.threads), work);

@@ -94,7 +94,7 @@ const char *const kFormats[] = {
 #include "formats/formats.def"
 #undef X
 };
-const char *const kOrders[] = {"rows", "columns", "planes"};
+const char *const kOrders[] = {"rows", "columns", "planes", "parted"};
 const char *const kActivations[] = {"relu", "relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"};
 
 // An enum's value by its number or its name; raises for one that it does not have.
@@ -130,11 +130,13 @@ void check(const char *name, const Weight &w) {
     need(w.outputs >= 0 && w.inputs >= 0 && w.stride >= 0 && w.scales_stride >= 0, name, " has a negative size or stride");
     need(w.address != nullptr || empty, name, " has no address");
     need(w.format == Format::plain || w.scales != nullptr || empty, name, " has no scales");
-    need(w.order != Order::planes || (w.format != Format::plain && w.first_stride >= 0 && (w.first != nullptr || empty)), name,
-         " has no first plane");
+    const bool apart = w.order == Order::planes || w.order == Order::parted;
+    need(!apart || (w.format != Format::plain && w.first_stride >= 0 && (w.first != nullptr || empty)), name,
+         " has no first bits that lie apart");
 }
 void check_order(const char *name, const Weight &w, Order order) {
-    static const char *const wrong[] = {" does not lie by rows", " does not lie by columns", " does not lie in planes"};
+    static const char *const wrong[] = {" does not lie by rows", " does not lie by columns", " does not lie in planes",
+                                        " is not parted"};
     need(w.order == order, name, wrong[static_cast<int>(order)]);
 }
 void check_rows(int64_t rows, int64_t threads, int64_t width, int64_t outputs, int64_t x_stride, const void *x,
@@ -156,7 +158,10 @@ int64_t multiply(const Linear &call) {
     check("weight", a.weight);
     check_order("weight", a.weight, order);
     check_rows(a.rows, a.threads, a.weight.inputs, a.weight.outputs, a.x_stride, a.x, a.out);
-    const auto &kernels = order == Order::rows ? table->rows : order == Order::columns ? table->columns : table->levels;
+    const auto &kernels = order == Order::rows      ? table->rows
+                          : order == Order::columns ? table->columns
+                          : order == Order::planes  ? table->levels
+                                                    : table->words;
     return kernels[static_cast<int>(call.dtype)](a);
 }
 
@@ -215,6 +220,7 @@ void bind_products(nb::module_ &m) {
     m.def("rows", &multiply<Order::rows>, release());
     m.def("columns", &multiply<Order::columns>, release());
     m.def("levels", &multiply<Order::planes>, release());
+    m.def("words", &multiply<Order::parted>, release());
 
     nb::class_<Neurons>(m, "NeuronsArgs")
         .def("__init__",
@@ -285,6 +291,7 @@ struct Decoder {
             need(w.weight != nullptr && n > 0 && q > 0 && w.n == n && w.q == q,
                  std::string(name) + " must be (" + std::to_string(q) + ", " + std::to_string(n) + ") and have a weight");
             need(w.kind == Format::plain || w.scales != nullptr, std::string(name) + " is in blocks without scales");
+            need(!w.parted, std::string(name) + " is parted, which only a head can be");
             need(w.first == nullptr || (w.kind != Format::plain && !w.by_columns), std::string(name) + " has a first plane and does not lie in planes");
             widest = std::max({widest, n, q});
         };
@@ -325,8 +332,9 @@ struct Decoder {
             const DecodeLinear *const tables[] = {&ends.embedding, &ends.head};
             for (const DecodeLinear *w : tables)
                 need(w->weight != nullptr && w->n == width && w->n > 0 && w->q > 0 && !w->by_columns &&
-                         (w->kind == Format::plain || w->scales != nullptr),
-                     "a step from ids needs an embedding and a head, both by rows of the layers' width");
+                         (w->kind == Format::plain || w->scales != nullptr) && w->parted == (w->first != nullptr) &&
+                         (w->kind != Format::plain || !w->parted),
+                     "a step from ids needs an embedding and a head, both by rows or parted, of the layers' width");
             need(ends.norm.weight != nullptr, "a step from ids needs the norm before the head");
         }
         for (int64_t r = 0; r < step.rows; ++r) {
@@ -367,7 +375,7 @@ void bind_decode(nb::module_ &m) {
     linear.def_prop_rw("kind", [](const DecodeLinear &self) { return static_cast<int>(self.kind); },
                        [](DecodeLinear &self, int value) { self.kind = numbered<Format>("kind", value, kFormats); });
     linear.def_rw("stride", &DecodeLinear::stride).def_rw("n", &DecodeLinear::n).def_rw("q", &DecodeLinear::q);
-    linear.def_rw("rest", &DecodeLinear::rest);
+    linear.def_rw("rest", &DecodeLinear::rest).def_rw("parted", &DecodeLinear::parted);
     linear.def_rw("by_columns", &DecodeLinear::by_columns).def_rw("threshold", &DecodeLinear::threshold);
 
     nb::class_<DecodeLayer> layer(m, "Layer");
@@ -404,6 +412,12 @@ void bind_decode(nb::module_ &m) {
     step.def_rw("mask_row", &DecodeStep::mask_row);
     def_address(step, "memory", &DecodeStep::memory);
     def_address(step, "columns", &DecodeStep::columns);
+    step.def_prop_rw("words_given", [](const DecodeStep &self) { return reinterpret_cast<uintptr_t>(self.words.given); },
+                     [](DecodeStep &self, uintptr_t value) { self.words.given = reinterpret_cast<const uint8_t *>(value); });
+    step.def_prop_rw("words_taken", [](const DecodeStep &self) { return reinterpret_cast<uintptr_t>(self.words.taken); },
+                     [](DecodeStep &self, uintptr_t value) { self.words.taken = reinterpret_cast<uint8_t *>(value); });
+    step.def_prop_rw("words_row", [](const DecodeStep &self) { return self.words.given_row; },
+                     [](DecodeStep &self, int64_t value) { self.words.given_row = value; });
 
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::init<>())

@@ -7,6 +7,7 @@
 #include "core/linear.h"
 #include "core/neurons.h"
 #include "core/read.h"
+#include "core/words.h"
 
 namespace {
 
@@ -23,6 +24,10 @@ int64_t levels(const LinearArgs &a) {
     return in_parts<T>(a, grouped_levels<T>);
 }
 template <class T>
+int64_t words(const LinearArgs &a) {
+    return in_parts<T>(a, grouped_words<T>);
+}
+template <class T>
 int64_t neurons(const NeuronsArgs &a) {
     return in_parts<T>(a, a.down.format == Format::plain ? plain_neurons<T> : grouped_neurons<T>);
 }
@@ -33,6 +38,7 @@ const moyu::Table table = {
     {rows<float>, rows<BF16>, rows<F16>},
     {columns<float>, columns<BF16>, columns<F16>},
     {levels<float>, levels<BF16>, levels<F16>},
+    {words<float>, words<BF16>, words<F16>},
     {decode<float>, decode<BF16>, decode<F16>},
     {grouped_values<float>, grouped_values<BF16>, grouped_values<F16>},
     read,

@@ -1,0 +1,176 @@
+// Parted weights: the rows of a head, the first bits of every code apart from the others. All rows are multiplied with their first
+// bits; the further bits are read only for the rows that a mask keeps, or that come close to the largest product.
+//
+// A code of `bits` bits is first << s | further, and a weight is scale * (code - zero) + offset. So a row is the sum of two rows with
+// the same scales: one of the first bits in the middle of the codes that share them, and one of what the others are beside it.
+#pragma once
+
+#include "core/grouped.h"
+
+namespace {
+
+// Scales of a code that counts kStep each, from kTwice / 2 on; `Keeps`: with the weight's own offsets.
+template <class S, int kStep, int kTwice, bool Keeps>
+struct Stepped {
+    static constexpr int halves = S::halves, span = S::span, bytes = S::bytes;
+    static constexpr bool has_offset = true;
+    using Fields = typename S::Fields;
+    static Fields of_row(const uint8_t *all, int64_t groups) { return S::of_row(all, groups); }
+    static ScaleAndOffset at(const Fields &f, int64_t i, int64_t j) {
+        const auto own = S::at(f, i, j);
+        return {own.scale * kStep, (Keeps ? own.offset : 0.0f) + own.scale * (0.5f * kTwice)};
+    }
+#if MOYU_INTEGERS
+    static void row(const Fields &f, int64_t b, int count, __m256 *scale, __m256 *offset) {
+        S::row(f, b, count, scale, offset);
+        for (int h = 0; h < halves; ++h) {
+            const __m256 more = Eight::times(scale[h], Eight::set(0.5f * kTwice));
+            offset[h] = Keeps && S::has_offset ? _mm256_add_ps(offset[h], more) : more;
+            scale[h] = Eight::times(scale[h], Eight::set(static_cast<float>(kStep)));
+        }
+    }
+#endif
+};
+
+template <class F>
+struct Parted {
+    static constexpr int further = F::further, first = F::bits - further, middle = (1 << further) - 1;  // twice the middle
+    using First = Planar<first, Stepped<typename F::Scales, 1 << further, middle - 2 * F::zero, true>>;
+    using Further = Planar<further, Stepped<typename F::Scales, 1, -middle, false>>;
+};
+
+// f(F{}) for the struct F of a format that can be parted.
+template <class Fn>
+inline void with_parts(Format format, Fn f) {
+    with_format(format, [&](auto of) {
+        using F = decltype(of);
+        if constexpr (F::splits && F::bits >= 4) f(of);
+        else moyu::fail("a weight whose format has no parts came to their loops");
+    });
+}
+
+inline const uint8_t *first_of(const Weight &w, int64_t row) { return at<uint8_t>(w.first, row * w.first_stride); }
+
+// Bytes of a row's first bits and scales, and of its further bits.
+struct PartBytes { int64_t first, further; };
+MOYU_ONCE PartBytes part_bytes(const Weight &w) {
+    PartBytes bytes{};
+    with_parts(w.format, [&](auto f) {
+        using F = decltype(f);
+        bytes.further = Parted<F>::Further::line_bytes(groups_of(w.inputs) * kGroup);
+        bytes.first = F::row_bytes(w.inputs) - bytes.further;
+    });
+    return bytes;
+}
+
+// to[0 .. inputs) = row i of a parted weight; `first`: what its first bits alone stand for.
+MOYU_ONCE void widen_parted(const Weight &w, int64_t i, bool first, float *to) {
+    with_parts(w.format, [&](auto f) {
+        using F = decltype(f);
+        using P = Parted<F>;
+        const int64_t groups = groups_of(w.inputs);
+        const auto fields = F::Scales::of_row(scales_of(w, i), groups);
+        const uint8_t *high = first_of(w, i), *low = piece_of(w, i);
+        constexpr int size = kGroup / F::Scales::halves;
+        for (int64_t part = 0; part * size < w.inputs; ++part) {
+            const auto own = F::Scales::at(fields, part / (F::Scales::halves * F::Scales::span), part);
+            for (int64_t k = part * size; k < (part + 1) * size && k < w.inputs; ++k) {
+                const int code = code_at<P::first>(high, k, groups) << P::further;
+                const float level = first ? static_cast<float>(code - F::zero) + F::middle
+                                          : static_cast<float>((code | code_at<P::further>(low, k, groups)) - F::zero);
+                to[k] = own.scale * level + own.offset;
+            }
+        }
+    });
+}
+
+// out[c] = what the first (or the further) bits of row c give, for every row of lines.
+template <bool First>
+MOYU_ONCE void dot_parts(const Weight &w, const Lines &lines, const Rounded &x, bool ahead, float *out) {
+    const int64_t groups = groups_of(w.inputs);
+    with_parts(w.format, [&](auto f) {
+        using P = Parted<decltype(f)>;
+        using F = std::conditional_t<First, typename P::First, typename P::Further>;
+        int c = 0;
+        for (; c + 4 <= lines.count; c += 4)
+            F::template dot<4>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr, x, groups, out + c);
+        for (; c < lines.count; ++c)
+            F::template dot<1>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr, x, groups, out + c);
+    });
+}
+
+// y (rows, stride): what the first bits of the rows of `share` give, with the bias.
+template <class T>
+void first_parts(const Weight &w, const void *bias, const Rounded &x, int64_t rows, const Share &share, float *y, int64_t stride) {
+    const int64_t hop = Taken::hop(part_bytes(w).first);
+    for (int64_t step = 0; step < Taken::steps(share, 4); ++step) {
+        const Taken taken(nullptr, share, 4, step, hop);
+        Lines lines;
+        for (int c = 0; c < taken.count; ++c)
+            lines.add(first_of(w, taken.piece[c]), scales_of(w, taken.piece[c]), first_of(w, taken.next[c]));
+        for (int64_t r = 0; r < rows; ++r) {
+            float value[kTogether];
+            dot_parts<true>(w, lines, x.row(r), r == 0, value);
+            for (int c = 0; c < lines.count; ++c) y[r * stride + taken.piece[c]] = value[c] + bias_at<T>(bias, taken.piece[c]);
+        }
+    }
+}
+
+// y += what the further bits of some rows of the weight give, of each row of x those that its mask keeps.
+inline void further_parts(const Weight &w, const Rounded &x, int64_t rows, const uint8_t *mask, int64_t mask_stride,
+                          const int32_t *kept, int64_t count, float *y, int64_t stride) {
+    for (int64_t i = 0; i < count; i += 4) {
+        Lines lines;
+        const int here = static_cast<int>(count - i < 4 ? count - i : 4);
+        for (int c = 0; c < here; ++c) lines.add(piece_of(w, kept[i + c]), scales_of(w, kept[i + c]), piece_of(w, kept[i + 4 + c < count ? i + 4 + c : i + c]));
+        for (int64_t r = 0; r < rows; ++r) {
+            float value[kTogether];
+            dot_parts<false>(w, lines, x.row(r), r == 0, value);
+            for (int c = 0; c < here; ++c)
+                if (mask == nullptr || mask[r * mask_stride + kept[i + c]]) y[r * stride + kept[i + c]] += value[c];
+        }
+    }
+}
+
+template <class T>
+int64_t grouped_words(const LinearArgs &a) {
+    const Weight &w = a.weight;
+    const int64_t q = w.outputs, stride = round_up(q);
+    Rounded x;
+    float *y;
+    int32_t *kept;
+    uint8_t *any;
+    in_scratch([&](Arena &arena) {
+        x = Rounded::take(arena, a.rows, w.inputs);
+        y = arena.take<float>(a.rows * stride);
+        kept = arena.take<int32_t>(q);
+        any = arena.take<uint8_t>(q);
+    });
+    fill_rows<T>(x, a.x, a.x_stride, a.rows, w.inputs);
+    const int64_t count = list_kept(a.mask, a.mask_stride, a.rows, q, any, kept);
+    const PartBytes bytes = part_bytes(w);
+    auto work = [&](const moyu::Team &team) {
+        const Share own(q, team), further(count, team);
+        first_parts<T>(w, a.bias, x, a.rows, own, y, stride);
+        team.wait();
+        further_parts(w, x, a.rows, a.mask, a.mask_stride, kept + further.begin, further.end - further.begin, y, stride);
+        team.wait();
+        for (int64_t r = 0; r < a.rows; ++r)
+            for (int64_t o = own.begin; o < own.end; ++o) narrow(y[r * stride + o], static_cast<T *>(a.out)[r * q + o]);
+    };
+    run_parallel(threads_for(q * bytes.first, q, a.threads), work);
+    return q * (bytes.first + (a.bias ? bytes_of<T>(1) : 0)) + count * bytes.further;
+}
+
+// The values of a thread's rows of a parted weight.
+template <class T>
+void values_of_parts(const ValuesArgs &a, const moyu::Team &team, float *row) {
+    const Share share(a.weight.outputs, team);
+    T *out = static_cast<T *>(a.out);
+    for (int64_t i = share.begin; i < share.end; ++i) {
+        widen_parted(a.weight, i, a.first, row);
+        for (int64_t k = 0; k < a.weight.inputs; ++k) narrow(row[k], out[i * a.weight.inputs + k]);
+    }
+}
+
+}  // namespace
