@@ -102,7 +102,7 @@ def test_sums_of_extreme_codes_fit(needs_cpu, name, byte):
 
 def test_another_order_is_refused():
     weight = weight_of("q8_0", 64, 64)
-    with pytest.raises(ValueError, match="not by planes"):
+    with pytest.raises(ValueError, match="lies by rows, and `planes` are read"):
         kernels.levels(torch.ones(1, 64), weight, torch.ones(1, 64, dtype=torch.bool))
     with pytest.raises(ValueError, match="first bits"):
         weight.first_values()

@@ -83,5 +83,5 @@ def test_sums_of_extreme_codes_fit(needs_cpu, name, byte):
 
 def test_another_order_is_refused():
     weight = weight_of("q8_0", 64, 64)
-    with pytest.raises(ValueError, match="not by parted"):
+    with pytest.raises(ValueError, match="lies by rows, and `parted` are read"):
         kernels.words(torch.ones(1, 64), weight, torch.ones(1, 64, dtype=torch.bool))

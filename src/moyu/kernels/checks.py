@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moyu.kernels.reference import ACTIVATIONS
 from moyu.weights import Plain, Stored
+from moyu.weights.format import LIES
 from moyu.weights.grouped import Grouped
 
 
@@ -83,8 +84,8 @@ def check_stored(op: str, name: str, weight: Stored) -> None:
     for tensor, (shape, dtype) in zip(weight.tensors, kind.tensors_of(weight.shape, weight.order), strict=True):
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(
-                f"{op}: a tensor of {name} is {tensor.dtype} {tuple(tensor.shape)}, but {kind} of {weight.shape} by "
-                f"{weight.order} has {dtype} {shape}"
+                f"{op}: a tensor of {name} is {tensor.dtype} {tuple(tensor.shape)}, but {kind} of {weight.shape} "
+                f"that {LIES[weight.order]} has {dtype} {shape}"
             )
 
 
@@ -116,7 +117,7 @@ def _weight(op: str, name: str, weight: Stored, x: Tensor, shape: tuple[int, int
     if weight.shape != shape:
         raise ValueError(f"{op}: {name} has shape {weight.shape}, expected {shape} beside x {tuple(x.shape)}")
     if weight.order != order:
-        raise ValueError(f"{op}: {name} lies by {weight.order}, not by {order}; lay it out again with Stored.laid_out")
+        raise ValueError(f"{op}: {name} {LIES[weight.order]}, and `{order}` are read; use Stored.laid_out({order!r})")
     if isinstance(weight.format, Plain):
         _alike(op, name, weight.tensors[0], x)
         _contiguous(op, name, weight.tensors[0], 1 if order == "rows" else 0)

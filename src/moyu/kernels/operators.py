@@ -18,6 +18,7 @@ from moyu.kernels.backend import Read
 from moyu.kernels.checks import check_linear, check_neurons
 from moyu.kernels.gpu import Gpu
 from moyu.weights import Order, Stored, held, named
+from moyu.weights.format import LIES
 
 Opened = tuple[Sequence[Tensor], str, Sequence[int]]
 
@@ -41,7 +42,7 @@ def opened(op: str, name: str, weight: Tensor | Stored | None, order: Order) -> 
         return [], "", []
     stored = weight if isinstance(weight, Stored) else held(weight, order)
     if stored.order != order:
-        raise ValueError(f"{op}: {name} lies by {stored.order}, not by {order}; lay it out again with Stored.laid_out")
+        raise ValueError(f"{op}: {name} {LIES[stored.order]}, and `{order}` are read; use Stored.laid_out({order!r})")
     return stored.tensors, stored.format.name, stored.shape
 
 

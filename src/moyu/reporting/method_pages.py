@@ -18,7 +18,7 @@ from moyu.model.anatomy import Block, Piece
 from moyu.model.quantised import QuantisedLinear
 from moyu.weights.q8_0 import Q8_0
 
-WIDTH, NEURONS = 256, 688  # of the embedded models; shares are of such a block
+WIDTH, NEURONS, WORDS = 256, 688, 4096  # of the embedded models; shares are of such a block, or of such a head
 ROWS = 32
 HEAD = r"(<!-- head: [^\n]*-->\n).*?(<!-- /head -->)"
 TO_WRITE = "(to be written)"  # by hand; the tests refuse a page that still has it
@@ -57,13 +57,17 @@ def head(name: str) -> str:
         kind: {act: _block(act, kind == "gated", quantised) for act in ("silu", "relu")} for kind in ("gated", "plain")
     }
     needs = _needs(method) + ("; weights in formats of integers (figures here: Q8_0)" if quantised else "")
+    of_head = method.sites(_head())
+    most = [_most(method, kind, blocks) for kind, blocks in networks.items()]
+    most += [f"{of_head[0].units * of_head[0].unit_bytes / _bytes(_head()):.0%} of a head's"] if of_head else []
     rows = [
         ("family", method.family),
         ("decides", _decides(method)),
         ("exact", "yes: only what contributes exactly nothing is skipped" if method.exact else "no"),
         ("needs", needs),
         *((f"skips, {kind} network", _skips(method, blocks)) for kind, blocks in networks.items()),
-        ("skips at most", "; ".join(_most(method, kind, blocks) for kind, blocks in networks.items())),
+        *([("skips, head", _phrases(method, of_head))] if of_head else []),
+        ("skips at most", "; ".join(most)),
         ("reads beside the model", _added(method, networks["gated"]["relu" if method.exact else "silu"])),
         ("knobs", ", ".join(f"`{k}={v!r}`" for k, v in method.knobs().items()) or "none"),
         ("source", method.paper),
@@ -76,7 +80,8 @@ def skipped(name: str) -> str:
     method = methods.method(name)
     blocks = ({act: _block(act, gated, method.quantised_only) for act in ("silu", "relu")} for gated in (True, False))
     found = (_skips(method, own) for own in blocks)
-    return next((text for text in found if text != "nothing"), "nothing")
+    parts = [next((text for text in found if text != "nothing"), ""), _phrases(method, method.sites(_head()))]
+    return "; ".join(filter(None, parts)) or "nothing"
 
 
 def write(folder: Path) -> None:
@@ -135,6 +140,8 @@ def _phrases(method: Method, sites: Sequence[Site]) -> str:
         if same[0].skips == "columns":
             masks = "" if len(linears) == 1 else " (one mask)" if len(same) == 1 else " (a mask each)"
             pieces = f"{'further bits of ' if same[0].further else ''}columns of {', '.join(linears)}{masks}"
+        elif same[0].skips == "words":
+            pieces = "further bits of rows of the head"
         else:
             pieces = f"rows of {', '.join(linears[:-1])}, columns of {linears[-1]}"
         source = {"token": f"`{reads}`", "sequence": f"the prompt's `{reads}`", "static": "calibration"}
@@ -170,6 +177,12 @@ def _block(act: str, gated: bool, quantised: bool = False) -> Block:
         linear.weight.data.normal_(std=n**-0.5, generator=generator)
         pieces[name] = Piece(QuantisedLinear(Q8_0.store(linear.weight), dtype=torch.bfloat16) if quantised else linear)
     return Block(1, pieces, act=act, heads=4, kv_heads=4, head_rows=torch.arange(WIDTH).view(4, -1))
+
+
+def _head() -> Block:
+    """A head with random weights in Q8_0."""
+    weight = torch.randn(WORDS, WIDTH, generator=torch.Generator().manual_seed(0))
+    return Block(2, {"head": Piece(QuantisedLinear(Q8_0.store(weight), dtype=torch.bfloat16))})
 
 
 def _bytes(block: Block) -> int:
