@@ -100,10 +100,10 @@ def _check_kind(name: str, knob: dataclasses.Field, value: Any) -> None:
 
 
 def markdown() -> str:
-    """The method table of the README."""
+    """The table of docs/methods.md."""
     lines = ["| method | family | decides | exact | what it does | source |", "|---|---|---|---|---|---|"]
     for row in table():
         exact = "yes" if row["exact"] else "no"
-        name, summary = f"[`{row['method']}`](docs/methods/{row['method']}.md)", row["summary"].rstrip(".")
+        name, summary = f"[`{row['method']}`](methods/{row['method']}.md)", row["summary"].rstrip(".")
         lines.append(f"| {name} | {row['family']} | {row['granularity']} | {exact} | {summary} | {row['paper']} |")
     return "\n".join(lines)
