@@ -1,6 +1,8 @@
 """What the README and the pages show is what the product does: tables, examples, commands, links."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,31 @@ def test_every_module_is_in_the_file_tree():
     for path in (ROOT / "src" / "moyu").iterdir():
         if path.name not in ("__init__.py", "__main__.py", "__pycache__", "py.typed"):
             assert f"  {path.name}" in page, path.name
+
+
+def test_the_page_of_commands_is_the_command_line(tmp_path):
+    page = DOCS / "reference" / "cli.md"
+    made = [
+        sys.executable,
+        "-m",
+        "typer",
+        "moyu.commands.cli",
+        "utils",
+        "docs",
+        "--name",
+        "moyu",
+        "--title",
+        "Commands",
+    ]
+    subprocess.run([*made, "--output", str(tmp_path / "cli.md")], check=True, capture_output=True, timeout=120)
+    again = f"run `.venv/bin/python {' '.join(made[1:])} --output {page.relative_to(ROOT)}`"
+    assert (tmp_path / "cli.md").read_text() == page.read_text(), again
+
+
+def test_the_page_of_the_api_has_every_public_name():
+    page = (DOCS / "reference" / "api.md").read_text()
+    named = {name: home for home, name in re.findall(r"^::: moyu\.(\S+)\.(\w+)$", page, re.MULTILINE)}
+    assert named == moyu._HOMES
 
 
 # ------------------------------------------------------------------------------------------------------------- examples

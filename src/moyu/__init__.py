@@ -47,6 +47,11 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """The public names, whether they were used yet or not."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name on first use: torch and transformers take seconds, `moyu --help` should not."""
     if name not in _HOMES:

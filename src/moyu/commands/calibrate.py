@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moyu.commands import words
 from moyu.commands.options import (
     RUNS,
     BackendName,
@@ -58,7 +59,9 @@ def calibrate(
         str,
         typer.Option(
             help="How sites divide the sparsity (token-level methods): uniform, greedy, search or fisher. The better of it and "
-            "uniform is taken."
+            "uniform is taken.",
+            callback=words.allocation,
+            autocompletion=lambda: list(words.ALLOCATIONS),
         ),
     ] = "uniform",
     dense_layers: DenseLayers = None,

@@ -15,6 +15,7 @@ from moyu.commands.bench import bench
 from moyu.commands.calibrate import calibrate
 from moyu.commands.chat import chat
 from moyu.commands.coverage import coverage
+from moyu.commands.doctor import doctor
 from moyu.commands.eval import evaluate
 from moyu.commands.fit import fit
 from moyu.commands.generate import generate
@@ -38,7 +39,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run a language model without reading the weights that the next token does not need.\n\n"
     "A method decides what is skipped. `calibrate` fits it to a model and writes a plan; `generate` and `eval` read plans; "
-    "`run` does everything and writes a report. Start with `moyu run` or `moyu generate`: both have a small model at hand.",
+    "`run` does everything and writes a report. Start with `moyu run` or `moyu generate`: both have a small model at hand. "
+    "`moyu doctor` looks at this machine.",
 )
 
 
@@ -73,6 +75,7 @@ app.command(rich_help_panel=RESEARCH)(study)
 app.command(rich_help_panel=RESEARCH)(coverage)
 app.command(name="methods", rich_help_panel=LISTS)(list_methods)
 app.command(rich_help_panel=LISTS)(info)
+app.command(rich_help_panel=LISTS)(doctor)
 zoo_app = typer.Typer(invoke_without_command=True)
 zoo_app.callback()(zoo)
 zoo_app.command()(train)
@@ -88,12 +91,16 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         code = app(standalone_mode=False)  # typer returns 130 for Ctrl-C, older versions raise
+        sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED
     except MemoryError:
         _fail("out of memory: use a smaller model or fewer tokens, or `--weights q8_0`")
+    except BrokenPipeError:  # who reads the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would fail
+        code = 0
     except OSError as error:
         where = f" {error.filename!r}" if error.filename else ""
         remedy = "free some disk, or choose another --out" if error.errno == errno.ENOSPC else "choose another --out"
@@ -106,7 +113,8 @@ def main() -> None:
         message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
         if not message:  # no sub-command: the help is printed already
             sys.exit(MISTAKE)
-        _fail(f"{message.rstrip('.')}: see `moyu --help`")
+        asked = getattr(error, "ctx", None)  # of the command whose line was read
+        _fail(f"{message.rstrip('.')}: see `{asked.command_path if asked else 'moyu'} -h`")
     if code == STOPPED:
         print("moyu: stopped", file=sys.stderr)
     if code:

@@ -9,22 +9,36 @@ from typing import Annotated, Any
 
 import typer
 
+from moyu import methods
+from moyu.commands import words
 from moyu.errors import UserError
 
 RUNS = Path("runs")  # what commands write goes below it
 
 # ------------------------------------------------------------------------------------------------------ model and text
 
-Model = Annotated[str, typer.Argument(help="A zoo name (`moyu zoo`), a local folder, a GGUF file or a hub id.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A zoo name (`moyu zoo`), a local folder, a GGUF file or a hub id.",
+        callback=words.model,
+        autocompletion=words.complete_models,
+    ),
+]
 Weights = Annotated[
     str | None,
-    typer.Option(help="Keep the weights as bf16, q8_0 or q4_0. Default: as the checkpoint has them."),
+    typer.Option(
+        help="Keep the weights as bf16, q8_0 or q4_0. Default: as the checkpoint has them.",
+        callback=words.weights,
+        autocompletion=lambda: list(words.WEIGHTS),
+    ),
 ]
 Text = Annotated[
     Path | None,
     typer.Option(
         help="A text file. Its first half calibrates, its third quarter decides searches, its last quarter tests. "
-        "Default: Python code that comes with MOYU."
+        "Default: Python code that comes with MOYU.",
+        callback=words.text,
     ),
 ]
 Prompt = Annotated[str | None, typer.Option(help="The text to continue.")]
@@ -44,7 +58,13 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 Methods = Annotated[
     list[str] | None,
-    typer.Option("--method", "-m", help="A method of `moyu methods`. Repeat it for several."),
+    typer.Option(
+        "--method",
+        "-m",
+        help="A method of `moyu methods`. Repeat it for several.",
+        callback=words.method_list,
+        autocompletion=methods.names,
+    ),
 ]
 Sparsity = Annotated[float | None, typer.Option(help="Skip this fraction of the units, in [0, 1). Default: 0.5.")]
 Bytes = Annotated[
@@ -63,14 +83,25 @@ DenseLayers = Annotated[
     typer.Option("--dense-layers", help="Layers that skip nothing, for example 0,1,-1 (-1 is the last)."),
 ]
 
+PlanFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan", help="A folder that `moyu calibrate` wrote. Without one the model runs dense.", callback=words.plan
+    ),
+]
+
 # ------------------------------------------------------------------------------------------------- where, and what out
 
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, or cuda:1 for the second GPU.")]
+Device = Annotated[
+    str, typer.Option(help="Where the model runs: cpu, cuda, or cuda:1 for the second GPU.", callback=words.device)
+]
 BackendName = Annotated[
     str,
     typer.Option(
         "--backend",
         help="The kernels that decode: cpu, gpu, or reference (plain torch). auto takes the device's own where it can.",
+        callback=words.backend,
+        autocompletion=lambda: list(words.BACKENDS),
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The folder to write into.")]
