@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from moyu import __version__
+import moyu
 from moyu.commands.bench import bench
 from moyu.commands.calibrate import calibrate
 from moyu.commands.chat import chat
@@ -46,7 +46,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"moyu {__version__}")
+        print(f"moyu {moyu.__version__}")
         raise typer.Exit
 
 
@@ -98,9 +98,12 @@ def main() -> None:
         code = STOPPED
     except MemoryError:
         _fail("out of memory: use a smaller model or fewer tokens, or `--weights q8_0`")
-    except BrokenPipeError:  # who reads the output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would fail
-        code = 0
+    except BrokenPipeError:
+        code = _read_enough()
+    except SystemExit as stop:  # typer and rich make this of a closed pipe
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
+        code = _read_enough()
     except OSError as error:
         where = f" {error.filename!r}" if error.filename else ""
         remedy = "free some disk, or choose another --out" if error.errno == errno.ENOSPC else "choose another --out"
@@ -119,6 +122,13 @@ def main() -> None:
         print("moyu: stopped", file=sys.stderr)
     if code:
         sys.exit(code)
+
+
+def _read_enough() -> int:
+    """The exit code where the reader of the output has gone, as `head` does: nothing went wrong."""
+    if sys.__stdout__ is not None:  # Python's own last flush would fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+    return 0
 
 
 def _fail(message: str) -> NoReturn:
