@@ -20,7 +20,7 @@ KERNELS ?= $(if $(filter test unit,$(MAKECMDGOALS)),required,optional)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input -c constraints.txt $(PIP_ARGS)
-NEED_GB := 4
+NEED_GB := $(if $(findstring /cpu,$(PIP_ARGS)),3,6)
 OLDEST := 5.17.0
 NEWEST := 5.24.0
 TORCHAO := 0.18.0
@@ -69,7 +69,7 @@ types: $(CORE) $(DEV)  ## pyright on src
 
 docs: $(SITE)  ## the site, into build/site; a dead link is an error
 	@$(say) "mkdocs"
-	@NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict  # --quiet would hide the warnings from --strict too
 
 unit: $(CORE) $(DEV) $(BUILT)  ## pytest
 	@$(say) "pytest"
