@@ -104,12 +104,12 @@ def test_the_example_with_transformers_runs(page, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     loaded = moyu.load("swiglu")
     ids = torch.randint(3, 500, (2, 32), generator=torch.Generator().manual_seed(0))
-    moyu.calibrate(loaded.model, "teal", Windows(ids, 16), sparsity=0.25, name="swiglu").save("runs/plans/teal")
+    moyu.calibrate(loaded.model, "estimate", Windows(ids, 16), sparsity=0.25, name="swiglu").save("runs/plans/estimate")
     names: dict = {}
     exec(compile(example, page, "exec"), names)
     tokenizer = AutoTokenizer.from_pretrained(zoo.path("swiglu"))
     assert capsys.readouterr().out.startswith(tokenizer.decode(tokenizer("Three rivers of Europe are")["input_ids"]))
-    assert names["model"].moyu_applied.plan.method.name == "teal"
+    assert names["model"].moyu_applied.plan.method.name == "estimate"
 
 
 def test_the_examples_in_python_run(capsys):
