@@ -402,6 +402,12 @@ def test_what_needs_no_torch_starts_fast(words):
         (["eval", "--weights", "q8"], "no weights are called 'q8': did you mean 'q8_0'?"),
         (["bench", "--shape", "lama-3-8b"], "no shape is called 'lama-3-8b': did you mean 'llama-3-8b'?"),
         (["zoo", "train", "rely"], "did you mean 'relu'?"),
+        (["run", "--sparsity", "5"], "sparsity must be in [0, 1), not 5.0"),
+        (["bench", "--shape", "tiny", "--sparsity", "nan"], "sparsity must be in [0, 1), not nan"),
+        (["eval", "--bytes", "0"], "byte fraction must be in (0, 1], not 0.0"),
+        (["calibrate", "--max-ppl-increase", "much"], "write 1% or 0.01"),
+        (["calibrate", "--knob", "tau"], "--knob 'tau' has no value: write NAME=VALUE"),
+        (["run", "--dense-layers", "first"], "--dense-layers 'first' is no list of layers"),
         (["calibrate", "--colour"], "No such option: --colour"),
     ],
 )  # fmt: skip

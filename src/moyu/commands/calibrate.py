@@ -21,6 +21,7 @@ from moyu.commands.options import (
     Json,
     Knobs,
     LearnBias,
+    MaxIncrease,
     Methods,
     Model,
     Out,
@@ -41,9 +42,7 @@ def calibrate(
     method: Methods = None,
     sparsity: Sparsity = None,
     bytes_: Bytes = None,
-    max_ppl_increase: Annotated[
-        str | None, typer.Option(help="Instead of --sparsity: skip as much as this rise of perplexity allows, e.g. 1%.")
-    ] = None,
+    max_ppl_increase: MaxIncrease = None,
     knob: Knobs = None,
     text: Text = None,
     profile: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,61 @@ from moyu.commands import words
 from moyu.errors import UserError
 
 RUNS = Path("runs")  # what commands write goes below it
+
+# ------------------------------------------------------------------------------------------------------ what words mean
+
+
+def parse_layers(words: str | None) -> tuple[int, ...]:
+    """ "0,1,-1" as numbers of layers; UserError for anything else."""
+    try:
+        return tuple(int(part) for part in (words or "").split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"--dense-layers {words!r} is no list of layers", "write numbers, e.g. 0,1,-1") from None
+
+
+def parse_knobs(words: Sequence[str] | None) -> dict[str, Any]:
+    """["tau=0.2"] as {"tau": 0.2}: a value is JSON where it can be, else a word. UserError where one has no value."""
+    parsed = {}
+    for knob in words or []:
+        name, sign, value = knob.partition("=")
+        if not sign:
+            raise UserError(f"--knob {knob!r} has no value", "write NAME=VALUE, e.g. tau=0.2")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            parsed[name] = value
+    return parsed
+
+
+def parse_share(words: str) -> float:
+    """ "1%" or "0.01" as 0.01; UserError for anything that is no share above 0."""
+    try:
+        value = float(words.removesuffix("%")) / (100 if words.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 10:
+        raise UserError(f"{words!r} is no share", "write 1% or 0.01")
+    return value
+
+
+def parse_fractions(words: str) -> tuple[float, ...]:
+    """ "0.75,0.6" as numbers; UserError for anything else."""
+    try:
+        return tuple(float(value) for value in words.split(","))
+    except ValueError:
+        raise UserError(f"--bytes {words!r} is no list of fractions", "write 0.75,0.6,0.5") from None
+
+
+def _checked(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A callback that refuses what `parse` refuses, before torch is imported, and leaves the words as they are."""
+
+    def check(words: Any) -> Any:
+        if words is not None:
+            parse(words)
+        return words
+
+    return check
+
 
 # ------------------------------------------------------------------------------------------------------ model and text
 
@@ -66,21 +121,36 @@ Methods = Annotated[
         autocompletion=methods.names,
     ),
 ]
-Sparsity = Annotated[float | None, typer.Option(help="Skip this fraction of the units, in [0, 1). Default: 0.5.")]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="Skip this fraction of the units, in [0, 1). Default: 0.5.", callback=words.sparsity),
+]
 Bytes = Annotated[
     float | None,
-    typer.Option("--bytes", help="Instead of --sparsity: read this fraction of the dense bytes, in (0, 1]."),
+    typer.Option(
+        "--bytes",
+        help="Instead of --sparsity: read this fraction of the dense bytes, in (0, 1].",
+        callback=words.byte_fraction,
+    ),
 ]
 Knobs = Annotated[
     list[str] | None,
-    typer.Option("--knob", help="Set a method's knob: NAME=VALUE. `moyu methods` lists them. Repeat it for several."),
+    typer.Option(
+        "--knob",
+        help="Set a method's knob: NAME=VALUE. `moyu methods` lists them. Repeat it for several.",
+        callback=_checked(parse_knobs),
+    ),
 ]
 Bias = Annotated[bool, typer.Option(help="Add the mean of what is skipped back as a bias (closed form).")]
 Centre = Annotated[bool, typer.Option(help="Skip input channels around the best centre of each site, not around 0.")]
 LearnBias = Annotated[int, typer.Option(help="Train a bias at every site for this many steps. 0: none.")]
 DenseLayers = Annotated[
     str | None,
-    typer.Option("--dense-layers", help="Layers that skip nothing, for example 0,1,-1 (-1 is the last)."),
+    typer.Option(
+        "--dense-layers",
+        help="Layers that skip nothing, for example 0,1,-1 (-1 is the last).",
+        callback=_checked(parse_layers),
+    ),
 ]
 
 PlanFolder = Annotated[
@@ -106,44 +176,11 @@ BackendName = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="The folder to write into.")]
 Json = Annotated[bool, typer.Option("--json", help="Print records as JSON lines on stdout, and nothing else.")]
-
-
-def parse_layers(words: str | None) -> tuple[int, ...]:
-    """ "0,1,-1" as numbers of layers; UserError for anything else."""
-    try:
-        return tuple(int(part) for part in (words or "").split(",") if part.strip())
-    except ValueError:
-        raise UserError(f"--dense-layers {words!r} is no list of layers", "write numbers, e.g. 0,1,-1") from None
-
-
-def parse_knobs(words: Sequence[str] | None) -> dict[str, Any]:
-    """["tau=0.2"] as {"tau": 0.2}: a value is JSON where it can be, else a word. UserError where one has no value."""
-    parsed = {}
-    for knob in words or []:
-        name, sign, value = knob.partition("=")
-        if not sign:
-            raise UserError(f"--knob {knob!r} has no value", "write NAME=VALUE, e.g. tau=0.2")
-        try:
-            parsed[name] = json.loads(value)
-        except ValueError:
-            parsed[name] = value
-    return parsed
-
-
-def parse_share(words: str) -> float:
-    """ "1%" or "0.01" as 0.01; UserError for anything that is no share above 0."""
-    try:
-        value = float(words.removesuffix("%")) / (100 if words.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 10:
-        raise UserError(f"{words!r} is no share", "write 1% or 0.01")
-    return value
-
-
-def parse_fractions(words: str) -> tuple[float, ...]:
-    """ "0.75,0.6" as numbers; UserError for anything else."""
-    try:
-        return tuple(float(value) for value in words.split(","))
-    except ValueError:
-        raise UserError(f"--bytes {words!r} is no list of fractions", "write 0.75,0.6,0.5") from None
+MaxIncrease = Annotated[
+    str | None,
+    typer.Option(
+        "--max-ppl-increase",
+        help="Instead of --sparsity: skip as much as this rise of perplexity allows, e.g. 1%.",
+        callback=_checked(parse_share),
+    ),
+]

@@ -74,6 +74,20 @@ def device(word: str) -> str:
     return word
 
 
+def sparsity(value: float | None) -> float | None:
+    """A fraction of units."""
+    if value is not None and not 0 <= value < 1:
+        raise UserError(f"sparsity must be in [0, 1), not {value}", "0.5 skips half of the units")
+    return value
+
+
+def byte_fraction(value: float | None) -> float | None:
+    """A fraction of bytes."""
+    if value is not None and not 0 < value <= 1:
+        raise UserError(f"byte fraction must be in (0, 1], not {value}", "0.6 reads 60 % of the dense bytes")
+    return value
+
+
 def text(file: Path | None) -> Path | None:
     """A file of text."""
     if file is not None:
