@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from moyu import records
+from moyu.reporting import beside_files
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "measured.md").read_text()
@@ -78,3 +79,19 @@ def test_the_speeds_in_the_readme():
     rows = {name(r): r.tok_s for r in speeds("cpu-zen3.jsonl") if r.dtype == "q8_0"}
     for cell, n in zip(shown, ("llama.cpp", "MOYU dense", "MOYU 50 % of neurons skipped"), strict=True):
         assert agrees(cell, rows[n]), n
+
+
+def test_what_the_readme_says_of_levels_beside_files():
+    words = " ".join((DOCS.parent / "README.md").read_text().split())
+    ((size, times),) = re.findall(
+        r"At (\d+) % of the bytes `levels` is (\d+) times nearer to the file than a smaller", words
+    )
+    (lost,) = re.findall(r"From (\d+) % down the smaller files win", words)
+    source, *others = beside_files.shown(records.read(DOCS / "results" / "quants.jsonl"))
+    plans = {round(100 * r.step_bytes / source.step_bytes): r for r in others if r.what == "plan"}
+    beaten = {
+        s: min(f.kl for f in others if f.what == "file" and f.step_bytes <= p.step_bytes * 1.001) / p.kl
+        for s, p in plans.items()
+    }
+    assert round(beaten[int(size)]) == int(times)
+    assert {s for s, ratio in beaten.items() if ratio < 1} == {s for s in plans if s <= int(lost)} != set()
