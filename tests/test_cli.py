@@ -434,6 +434,10 @@ def test_the_words_that_are_checked_early_are_those_that_there_are():
 def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "moyu", "--version"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"moyu {moyu.__version__}\n", "")
+    done = subprocess.run(
+        [sys.executable, "-m", "moyu", "run", "--colour"], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (2, "") and "see `python -m moyu run -h`" in done.stderr
 
 
 def test_the_public_names_are_seen_without_importing_torch():

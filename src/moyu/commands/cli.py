@@ -82,15 +82,15 @@ zoo_app.command()(train)
 app.add_typer(zoo_app, name="zoo", rich_help_panel=LISTS)
 
 
-def main() -> None:
-    """Run the command line: a user's mistake is one line and exit code 2, Ctrl-C is 130."""
+def main(name: str = "moyu") -> None:
+    """Run the command line: a user's mistake is one line and exit code 2, Ctrl-C is 130. name: what help calls the command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot show is no reason to stop
             stream.reconfigure(errors="replace")
     try:
-        code = app(standalone_mode=False)  # typer returns 130 for Ctrl-C, older versions raise
+        code = app(prog_name=name, standalone_mode=False)  # typer returns 130 for Ctrl-C, older versions raise
         sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
@@ -117,7 +117,7 @@ def main() -> None:
         if not message:  # no sub-command: the help is printed already
             sys.exit(MISTAKE)
         asked = getattr(error, "ctx", None)  # of the command whose line was read
-        _fail(f"{message.rstrip('.')}: see `{asked.command_path if asked else 'moyu'} -h`")
+        _fail(f"{message.rstrip('.')}: see `{asked.command_path if asked else name} -h`")
     if code == STOPPED:
         print("moyu: stopped", file=sys.stderr)
     if code:
