@@ -20,7 +20,7 @@ KERNELS ?= $(if $(filter test unit,$(MAKECMDGOALS)),required,optional)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input -c constraints.txt $(PIP_ARGS)
-NEED_GB := 4
+NEED_GB := $(if $(findstring /cpu,$(PIP_ARGS)),3,6)
 OLDEST := 5.17.0
 NEWEST := 5.24.0
 TORCHAO := 0.18.0
@@ -31,6 +31,7 @@ DEPS_KEY := $(call checksum,pyproject.toml constraints.txt)
 CORE := $(VENV)/.stamp-core-$(DEPS_KEY)
 DEV := $(VENV)/.stamp-dev-$(DEPS_KEY)
 BUILT := $(VENV)/.stamp-kernels-$(call checksum,constraints.txt CMakeLists.txt $(sort $(wildcard src/moyu/kernels/csrc/*/*)))
+SITE := build/docs/.stamp-$(call checksum,scripts/site-requirements.txt)
 EXTENSION := src/moyu/kernels/_cpu.*.so
 BUILD_LOG := build/kernels/make.log
 
@@ -40,7 +41,7 @@ say = echo "==>"
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo setup dev test lint types unit slow coverage oldest newest quantised hostile kill load sanitize real format browser clean distclean
+.PHONY: help demo setup dev test lint types docs unit slow coverage oldest newest quantised hostile kill load sanitize real format browser clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -55,7 +56,7 @@ setup: $(CORE) $(BUILT)  ## .venv with the pinned packages, moyu (editable) and 
 dev: $(CORE) $(DEV) $(BUILT)  ## the same, with the tools for tests and style
 	@:
 
-test: dev lint types browser unit  ## everything that CI runs
+test: dev lint types docs browser unit  ## everything that CI runs
 
 lint: $(CORE) $(DEV)  ## ruff: rules and formatting
 	@$(say) "ruff"
@@ -65,6 +66,10 @@ lint: $(CORE) $(DEV)  ## ruff: rules and formatting
 types: $(CORE) $(DEV)  ## pyright on src
 	@$(say) "pyright"
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+docs: $(SITE)  ## the site, into build/site; a dead link is an error
+	@$(say) "mkdocs"
+	@NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict  # --quiet would hide the warnings from --strict too
 
 unit: $(CORE) $(DEV) $(BUILT)  ## pytest
 	@$(say) "pytest"
@@ -155,6 +160,13 @@ $(DEV): | $(CORE)
 	@$(call requirements,p["project"]["optional-dependencies"]["dev"]) > $(VENV)/dev.txt
 	@$(PIP) -r $(VENV)/dev.txt
 	@rm -f $(VENV)/.stamp-dev-* && touch $@
+
+# The site's tools have an environment of their own: they need neither torch nor moyu.
+$(SITE):
+	@$(say) "installing the site's tools (pinned)"
+	@rm -rf build/docs && $(PYTHON) -m venv build/docs
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 build/docs/bin/python -m pip install -qq --no-input -r scripts/site-requirements.txt
+	@touch $@
 
 # No stamp is left where nothing was built, so that the next run tries again.
 $(BUILT): | $(CORE)

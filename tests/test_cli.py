@@ -20,14 +20,15 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import moyu
 from moyu import files, methods, records
-from moyu.calibration import context
+from moyu.calibration import context, settings
 from moyu.calibration.walk import calibrate
 from moyu.commands import cli, writing
 from moyu.commands import info as info_command
-from moyu.kernels import gpu
+from moyu.commands import words as early
+from moyu.kernels import BACKENDS, gpu
 from moyu.measure import text
 from moyu.measure.windows import Windows
-from moyu.model import loading, prompts, zoo
+from moyu.model import loading, machine, prompts, zoo
 from tiny import build, tokens
 
 SMALL = ["--window", "32", "--prompt-tokens", "16"]
@@ -121,11 +122,20 @@ def test_a_mistake_is_one_line(refused, words, says, tmp_path, monkeypatch):
     assert everything(tmp_path) == []
 
 
-@pytest.mark.parametrize("words", [["run", "--sparsity", "lots"], ["rum"], ["run", "--colour"], ["run", "a", "b"]])
-def test_a_misspelt_command_line_is_one_line(moyu_command, words):
+@pytest.mark.parametrize(
+    ("words", "asks"),
+    [
+        (["run", "--sparsity", "lots"], "moyu run"),
+        (["rum"], "moyu"),
+        (["calibrate", "--colour"], "moyu calibrate"),
+        (["run", "swiglu", "b"], "moyu run"),
+        (["zoo", "train"], "moyu zoo train"),
+    ],
+)
+def test_a_misspelt_command_line_is_one_line_and_names_the_help_of_its_command(moyu_command, words, asks):
     code, out, err = moyu_command(*words)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("moyu: error: ") and "`moyu --help`" in err
+    assert err.startswith("moyu: error: ") and err.endswith(f": see `{asks} -h`\n")
 
 
 def test_no_command_is_the_help(moyu_command):
@@ -343,7 +353,7 @@ def test_all_commands_that_run_a_model_say_where():
     shown = {" ".join(name): command.params for name, command in _commands(typer.main.get_command(cli.app))}
     placed = {name for name, params in shown.items() if {"device", "backend"} <= {p.name for p in params}}
     assert placed == {words[0] for words in RUNS_A_MODEL}
-    assert set(shown) - placed == {"coverage", "info", "methods", "report", "zoo", "zoo train"}
+    assert set(shown) - placed == {"coverage", "doctor", "info", "methods", "report", "zoo", "zoo train"}
 
 
 def _commands(group, before=()):
@@ -374,14 +384,93 @@ def test_what_needs_no_torch_starts_fast(words):
     assert out == f"moyu {moyu.__version__}\n" if words == ["--version"] else "Usage: " in out
 
 
-def test_a_mistake_is_named_before_transformers_is_imported():
-    code, out, err, seconds = fresh("eval", "swiglu", "--backend", "foo")
-    lines = err.splitlines()
-    assert (code, out, lines[-1]) == (2, "", "['torch']")
-    assert lines[:-1] == [
-        "moyu: error: no back end is called 'foo': did you mean 'auto'? There are auto, cpu, gpu, reference"
-    ]
-    assert seconds < 5
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["run", "nosuchmodel"], "no model 'nosuchmodel': give a zoo name"),
+        (["chat", "swigul"], "did you mean 'swiglu'?"),
+        (["generate", "Llama-Q8_0.gguf"], "did you mean 'Llama-1B-Q8_0.gguf'?"),
+        (["bench", "no/such/folder"], "no model 'no/such/folder'"),
+        (["calibrate", "swiglu", "--method", "tael"], "unknown method 'tael': did you mean teal"),
+        (["fit", "deja-vy"], "did you mean deja-vu"),
+        (["calibrate", "--allocation", "grady"], "no allocation is called 'grady': did you mean 'greedy'?"),
+        (["calibrate", "--text", "mien.txt"], "cannot read text 'mien.txt' (No such file or directory)"),
+        (["generate", "--plan", "plans/tael"], "no plan in plans/tael (No such file or directory): did you mean plans/teal?"),
+        (["eval", "--plan", "plans/teal", "--plan", "nowhere"], "no plan in nowhere"),
+        (["eval", "--backend", "foo"], "no back end is called 'foo': did you mean 'auto'? There are auto, cpu, gpu, reference"),
+        (["eval", "--device", "tpu9"], "no device is called 'tpu9'"),
+        (["eval", "--weights", "q8"], "no weights are called 'q8': did you mean 'q8_0'?"),
+        (["bench", "--shape", "lama-3-8b"], "no shape is called 'lama-3-8b': did you mean 'llama-3-8b'?"),
+        (["zoo", "train", "rely"], "did you mean 'relu'?"),
+        (["run", "--sparsity", "5"], "sparsity must be in [0, 1), not 5.0"),
+        (["bench", "--shape", "tiny", "--sparsity", "nan"], "sparsity must be in [0, 1), not nan"),
+        (["eval", "--bytes", "0"], "byte fraction must be in (0, 1], not 0.0"),
+        (["calibrate", "--max-ppl-increase", "much"], "write 1% or 0.01"),
+        (["calibrate", "--knob", "tau"], "--knob 'tau' has no value: write NAME=VALUE"),
+        (["run", "--dense-layers", "first"], "--dense-layers 'first' is no list of layers"),
+        (["calibrate", "--colour"], "No such option: --colour"),
+    ],
+)  # fmt: skip
+def test_a_typo_is_answered_before_torch_is_imported(words, says, tmp_path, monkeypatch):
+    """In some .3 seconds of the processor; torch alone takes over a second."""
+    (tmp_path / "Llama-1B-Q8_0.gguf").touch()
+    (tmp_path / "plans" / "teal").mkdir(parents=True)
+    (tmp_path / "plans" / "teal" / "plan.json").touch()
+    monkeypatch.chdir(tmp_path)
+    code, out, err, seconds = fresh(*words)
+    line, imported = err.splitlines()
+    assert (code, out, imported) == (2, "", "[]")
+    assert line.startswith("moyu: error: ") and says in line
+    assert seconds < 1
+
+
+def test_the_words_that_are_checked_early_are_those_that_there_are():
+    assert list(early.BACKENDS) == ["auto", *BACKENDS]
+    assert list(early.WEIGHTS) == list(machine.WEIGHTS)
+    assert list(early.ALLOCATIONS) == list(settings.ALLOCATIONS)
+    assert list(early.SHAPES) == list(loading.SHAPES)
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "moyu", "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"moyu {moyu.__version__}\n", "")
+    done = subprocess.run(
+        [sys.executable, "-m", "moyu", "run", "--colour"], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (2, "") and "see `python -m moyu run -h`" in done.stderr
+
+
+def test_the_public_names_are_seen_without_importing_torch():
+    code = "import moyu, sys; print(*dir(moyu)); print('torch' in sys.modules)"
+    seen, torch_there = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    ).stdout.splitlines()
+    assert {n for n in seen.split() if n == "__version__" or not n.startswith("__")} == set(moyu.__all__)
+    assert torch_there == "False"
+
+
+# --------------------------------------------------------------------------------------------------------- into a pipe
+
+
+def test_a_method_is_one_line_in_a_pipe(moyu_command):
+    code, out, err = moyu_command("methods")
+    assert (code, err) == (0, "")
+    head, *lines = out.splitlines()
+    assert head.split() == ["method", "family", "granularity", "exact", "calibration", "knobs", "source"]
+    assert [line.split()[0] for line in lines] == methods.names()
+    (teal,) = [line for line in lines if "arXiv 2408.14690" in line]
+    assert teal.split() == ["teal", "threshold", "token", "no", "yes", "-", "TEAL,", "arXiv", "2408.14690"]
+
+
+@pytest.mark.parametrize("words", [["methods"], ["--help"], ["zoo", "--json"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words):
+    reads, writes = os.pipe()
+    os.close(reads)  # as `head` leaves it
+    done = subprocess.run(
+        [sys.executable, "-m", "moyu", *words], stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_shell_completes_commands_and_options():

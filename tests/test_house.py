@@ -11,7 +11,7 @@ import moyu
 SOURCE = Path(moyu.__file__).parent
 FLOORS = (
     "errors", "files", "weights", "kernels", "model", "methods", "plan", "engine", "measure", "records", "calibration", "reporting",
-    "integrations", "research", "commands",
+    "integrations", "research", "commands", "__main__",
 )  # fmt: skip
 COMPILED = "kernels._cpu"  # a module that is no file of Python
 

@@ -1,38 +1,170 @@
-"""What the README shows is what the product does."""
+"""What the README and the pages show is what the product does: tables, examples, commands, links."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-from moyu import methods
+import pytest
+import torch
+import typer
+from transformers import AutoTokenizer
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+import moyu
+from moyu import methods, records
+from moyu.commands import cli
+from moyu.measure.windows import Windows
+from moyu.model import zoo
+from moyu.reporting import beside_files
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+AGAIN = "run `python -m moyu.research.pages`"
 
 
-def python_examples():
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
+# ------------------------------------------------------------------------------------------------------------ generated
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len(README.splitlines()) <= 200
+    assert len(README.split()) <= 1200
 
 
 def test_method_table_is_the_registry():
-    assert methods.markdown() in README, "run `python -m moyu.research.pages`"
+    assert methods.markdown() in (DOCS / "methods.md").read_text(), AGAIN
+    assert f"There are {len(methods.names())} methods" in README
 
 
-def test_python_example_runs(capsys):
-    example = python_examples()[0]
-    exec(compile(example, "README.md", "exec"), {})
-    text, perplexity = capsys.readouterr().out.strip().rsplit("\n", 1)
-    assert "def main():" in text
-    assert 1 < float(perplexity) < 50
+def test_what_you_get_is_what_was_measured():
+    rows = records.read(DOCS / "results" / "quants.jsonl")
+    table = beside_files.markdown(rows)
+    assert table in README and table in (DOCS / "plans.md").read_text(), AGAIN
+    assert (DOCS / "results" / "levels.svg").read_text() == beside_files.picture(rows) + "\n", AGAIN
 
 
-def test_the_example_through_transformers_loading_runs(capsys):
-    names: dict = {}
-    exec(compile(python_examples()[1], "README.md", "exec"), names)
-    assert "def main():" in capsys.readouterr().out
-    assert names["model"].moyu_applied.plan.method.name == "griffin"
+def test_no_file_that_is_shown_is_beaten_by_another_and_no_plan_is_left_out():
+    rows = [r for r in records.read(DOCS / "results" / "quants.jsonl") if isinstance(r, records.Comparison)]
+    source, *others = beside_files.shown(rows)
+    assert source.what == "source"
+    for row in others:
+        assert row.what == "plan" or not [
+            r for r in rows if r.what == "file" and r.model == row.model and r.step_bytes <= row.step_bytes and r.kl < row.kl
+        ]  # fmt: skip
+    plans = {r.row for r in rows if r.plan and r.row.startswith("levels ") and r.choice == "own"}
+    assert plans and plans == {r.row for r in others if r.what == "plan"}
 
 
 def test_every_module_is_in_the_file_tree():
-    source = Path(__file__).parent.parent / "src" / "moyu"
-    for path in source.iterdir():
-        if path.name not in ("__init__.py", "__pycache__", "py.typed"):
-            assert path.name in README, path.name
+    page = (DOCS / "how.md").read_text()
+    for path in (ROOT / "src" / "moyu").iterdir():
+        if path.name not in ("__init__.py", "__main__.py", "__pycache__", "py.typed"):
+            assert f"  {path.name}" in page, path.name
+
+
+def test_the_page_of_commands_is_the_command_line(tmp_path):
+    page = DOCS / "reference" / "cli.md"
+    made = [
+        sys.executable,
+        "-m",
+        "typer",
+        "moyu.commands.cli",
+        "utils",
+        "docs",
+        "--name",
+        "moyu",
+        "--title",
+        "Commands",
+    ]
+    subprocess.run([*made, "--output", str(tmp_path / "cli.md")], check=True, capture_output=True, timeout=120)
+    again = f"run `.venv/bin/python {' '.join(made[1:])} --output {page.relative_to(ROOT)}`"
+    assert (tmp_path / "cli.md").read_text() == page.read_text(), again
+
+
+def test_the_page_of_the_api_has_every_public_name():
+    page = (DOCS / "reference" / "api.md").read_text()
+    named = {name: home for home, name in re.findall(r"^::: moyu\.(\S+)\.(\w+)$", page, re.MULTILINE)}
+    assert named == moyu._HOMES
+
+
+# ------------------------------------------------------------------------------------------------------------- examples
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/use/transformers.md"])
+def test_the_example_with_transformers_runs(page, tmp_path, monkeypatch, capsys):
+    """On the embedded model in place of the one that has to be downloaded."""
+    (example,) = blocks((ROOT / page).read_text(), "python")
+    example, changed = re.subn(r"name = \".*\"", f'name = "{zoo.path("swiglu")}"', example)
+    assert changed == 1
+    monkeypatch.chdir(tmp_path)
+    loaded = moyu.load("swiglu")
+    ids = torch.randint(3, 500, (2, 32), generator=torch.Generator().manual_seed(0))
+    moyu.calibrate(loaded.model, "estimate", Windows(ids, 16), sparsity=0.25, name="swiglu").save("runs/plans/estimate")
+    names: dict = {}
+    exec(compile(example, page, "exec"), names)
+    tokenizer = AutoTokenizer.from_pretrained(zoo.path("swiglu"))
+    assert capsys.readouterr().out.startswith(tokenizer.decode(tokenizer("Three rivers of Europe are")["input_ids"]))
+    assert names["model"].moyu_applied.plan.method.name == "estimate"
+
+
+def test_the_examples_in_python_run(capsys):
+    first, second = blocks((DOCS / "use" / "python.md").read_text(), "python")
+    exec(compile(first, "python.md", "exec"), {})
+    text, perplexity = capsys.readouterr().out.strip().rsplit("\n", 1)
+    assert "def main():" in text
+    assert 1 < float(perplexity) < 12  # dense: 7.5
+    exec(compile(second, "python.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 8  # two tokens a line
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """Every line of a shell block that calls moyu, with its page."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page.read_text(), "sh"):
+            for line in re.findall(r"^(?:\.venv/bin/)?moyu (.*)$", block, re.MULTILINE):
+                found.append((str(page.relative_to(ROOT)), line.partition("  #")[0].strip()))
+    return found
+
+
+def test_every_command_that_is_shown_exists():
+    """Its sub-command, its options and its methods."""
+    lines = command_lines()
+    assert len(lines) > 30
+    for page, line in lines:
+        command, words = typer.main.get_command(cli.app), line.split()
+        while words and hasattr(command, "commands") and words[0] in command.commands:  # pyright: ignore
+            command = command.commands[words.pop(0)]  # pyright: ignore
+        assert command.name or words[0].startswith("-"), f"{page}: moyu {line}"
+        options = {o for p in command.params for o in [*p.opts, *p.secondary_opts]} | {"-h", "--help"}
+        for word in (w for w in words if re.match(r"--?[a-z]", w)):
+            assert word in options | {"--install-completion"}, f"{page}: moyu {line}: {word}"
+        for name in re.findall(r"(?:--method|-m) (\S+)", line):
+            assert name in {*methods.names(), "relative"}, f"{page}: moyu {line}"  # CONTRIBUTING's example
+
+
+# ---------------------------------------------------------------------------------------------------------------- links
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", t.lower()).strip().replace(" ", "-") for t in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        target, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file), link

@@ -152,7 +152,6 @@ def test_published_tables_are_those_of_the_records():
     assert scoreboard.markdown(rows) in (root / "docs" / "scoreboard.md").read_text(), (
         "run `python -m moyu.research.pages`"
     )
-    assert scoreboard.brief(rows) in (root / "README.md").read_text(), "run `python -m moyu.research.pages`"
 
 
 def test_speed_is_timed_once_with_all_methods_in_one_run(quick, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moyu import records
 from moyu.records import Comparison
+from moyu.reporting.beside_files import front
 from moyu.reporting.charts import Canvas, Linear, Log
 from moyu.reporting.columns import NONE, number
 from moyu.reporting.scoreboard import standalone
@@ -37,15 +38,6 @@ def groups(rows: Sequence[records.Record]) -> list[list[Comparison]]:
         if isinstance(r, Comparison):
             found.setdefault((r.source_sha256, str(r.corpus)), []).append(r)
     return [sorted(own, key=lambda r: (-r.step_bytes, r.kl)) for own in found.values()]
-
-
-def front(rows: Sequence[Comparison]) -> list[Comparison]:
-    """The files that no other file beats in both bytes and KL, fewest bytes first."""
-    found: list[Comparison] = []
-    for r in sorted((r for r in rows if r.what == "file"), key=lambda r: (r.step_bytes, r.kl)):
-        if not found or r.kl < found[-1].kl:
-            found.append(r)
-    return found
 
 
 def of_files(rows: Sequence[Comparison], size: float) -> float | None:

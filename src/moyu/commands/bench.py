@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moyu.commands import words
 from moyu.commands.options import BackendName, Device, Json, Methods, Seed, Sparsity, Strict, Weights
 from moyu.commands.output import progress, show
 from moyu.errors import UserError
@@ -19,15 +20,26 @@ SHAPE_METHODS = ("cats", "teal", "griffin", "popularity")  # of random weights, 
 
 def bench(
     model: Annotated[
-        str | None, typer.Argument(help="A zoo name, a local folder, a GGUF file or a hub id; or use --shape.")
+        str | None,
+        typer.Argument(
+            help="A zoo name, a local folder, a GGUF file or a hub id; or use --shape.",
+            callback=words.model,
+            autocompletion=words.complete_models,
+        ),
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help="Random weights of a published shape, e.g. llama-3.2-1b: speed, no quality.")
+        str | None,
+        typer.Option(
+            help="Random weights of a published shape, e.g. llama-3.2-1b: speed, no quality.",
+            callback=words.shape,
+            autocompletion=lambda: list(words.SHAPES),
+        ),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Cut the shape to this many layers.")] = None,
     method: Methods = None,
     plan: Annotated[
-        list[Path] | None, typer.Option(help="A folder with a plan for MODEL. Repeat it for several.")
+        list[Path] | None,
+        typer.Option(help="A folder with a plan for MODEL. Repeat it for several.", callback=words.plan_list),
     ] = None,
     sparsity: Sparsity = 0.5,
     tokens: Annotated[int, typer.Option(help="Tokens that are decoded in a round.")] = 16,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moyu.commands import words
 from moyu.commands.options import (
     RUNS,
     BackendName,
@@ -20,6 +21,7 @@ from moyu.commands.options import (
     Json,
     Knobs,
     LearnBias,
+    MaxIncrease,
     Methods,
     Model,
     Out,
@@ -40,9 +42,7 @@ def calibrate(
     method: Methods = None,
     sparsity: Sparsity = None,
     bytes_: Bytes = None,
-    max_ppl_increase: Annotated[
-        str | None, typer.Option(help="Instead of --sparsity: skip as much as this rise of perplexity allows, e.g. 1%.")
-    ] = None,
+    max_ppl_increase: MaxIncrease = None,
     knob: Knobs = None,
     text: Text = None,
     profile: Annotated[
@@ -58,7 +58,9 @@ def calibrate(
         str,
         typer.Option(
             help="How sites divide the sparsity (token-level methods): uniform, greedy, search or fisher. The better of it and "
-            "uniform is taken."
+            "uniform is taken.",
+            callback=words.allocation,
+            autocompletion=lambda: list(words.ALLOCATIONS),
         ),
     ] = "uniform",
     dense_layers: DenseLayers = None,

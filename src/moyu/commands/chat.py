@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moyu.commands.options import BackendName, Device, Model, Seed, Weights
+from moyu.commands.options import BackendName, Device, Model, PlanFolder, Seed, Weights
 from moyu.errors import UserError
 
 COMMANDS = "/reset begins anew, /plan FOLDER takes a plan, /plan off none, /quit ends; Ctrl-C stops an answer"
@@ -16,9 +16,7 @@ COMMANDS = "/reset begins anew, /plan FOLDER takes a plan, /plan off none, /quit
 
 def chat(
     model: Model = "swiglu",
-    plan: Annotated[
-        Path | None, typer.Option(help="A folder that `moyu calibrate` wrote. Without one the model runs dense.")
-    ] = None,
+    plan: PlanFolder = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Write at most this many tokens an answer.", min=1)] = 1024,
     temperature: Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moyu.commands import words
 from moyu.commands.options import (
     BackendName,
     Bias,
@@ -36,7 +37,8 @@ from moyu.errors import UserError
 def evaluate(
     model: Model = "swiglu",
     plan: Annotated[
-        list[Path] | None, typer.Option(help="A folder that `moyu calibrate` wrote. Repeat it for several.")
+        list[Path] | None,
+        typer.Option(help="A folder that `moyu calibrate` wrote. Repeat it for several.", callback=words.plan_list),
     ] = None,
     method: Methods = None,
     sparsity: Sparsity = None,

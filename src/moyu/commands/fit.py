@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from moyu import methods
+from moyu.commands import words
 from moyu.commands.options import (
     RUNS,
     BackendName,
@@ -28,7 +30,14 @@ from moyu.commands.output import check_writable, progress
 
 
 def fit(
-    method: Annotated[str, typer.Argument(help="A method of `moyu methods` that trains a router.")],
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="A method of `moyu methods` that trains a router.",
+            callback=words.method,
+            autocompletion=methods.names,
+        ),
+    ],
     model: Model = "swiglu",
     sparsity: Sparsity = None,
     knob: Knobs = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moyu.commands.options import BackendName, Device, Json, Model, Prompt, Seed, Strict, Weights
+from moyu.commands.options import BackendName, Device, Json, Model, PlanFolder, Prompt, Seed, Strict, Weights
 from moyu.errors import UserError
 
 PROMPT = "def read_config(path):\n"  # for the embedded models, which know Python alone
@@ -16,9 +16,7 @@ PROMPT = "def read_config(path):\n"  # for the embedded models, which know Pytho
 
 def generate(
     model: Model = "swiglu",
-    plan: Annotated[
-        Path | None, typer.Option(help="A folder that `moyu calibrate` wrote. Without one the model runs dense.")
-    ] = None,
+    plan: PlanFolder = None,
     prompt: Prompt = None,
     chat: Annotated[
         bool | None,

@@ -3,78 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moyu import methods
+from moyu.commands import words
 from moyu.errors import UserError
 
 RUNS = Path("runs")  # what commands write goes below it
 
-# ------------------------------------------------------------------------------------------------------ model and text
-
-Model = Annotated[str, typer.Argument(help="A zoo name (`moyu zoo`), a local folder, a GGUF file or a hub id.")]
-Weights = Annotated[
-    str | None,
-    typer.Option(help="Keep the weights as bf16, q8_0 or q4_0. Default: as the checkpoint has them."),
-]
-Text = Annotated[
-    Path | None,
-    typer.Option(
-        help="A text file. Its first half calibrates, its third quarter decides searches, its last quarter tests. "
-        "Default: Python code that comes with MOYU."
-    ),
-]
-Prompt = Annotated[str | None, typer.Option(help="The text to continue.")]
-Window = Annotated[int, typer.Option(help="Tokens in a window of text.")]
-Boundary = Annotated[
-    int,
-    typer.Option(
-        "--prompt-tokens", help="Tokens at the start of a window that run dense; the others skip and are scored."
-    ),
-]
-Strict = Annotated[
-    bool, typer.Option("--strict", help="Stop with an error where a decode step is not the fastest that there is.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-
-# ---------------------------------------------------------------------------------------------------- what is skipped
-
-Methods = Annotated[
-    list[str] | None,
-    typer.Option("--method", "-m", help="A method of `moyu methods`. Repeat it for several."),
-]
-Sparsity = Annotated[float | None, typer.Option(help="Skip this fraction of the units, in [0, 1). Default: 0.5.")]
-Bytes = Annotated[
-    float | None,
-    typer.Option("--bytes", help="Instead of --sparsity: read this fraction of the dense bytes, in (0, 1]."),
-]
-Knobs = Annotated[
-    list[str] | None,
-    typer.Option("--knob", help="Set a method's knob: NAME=VALUE. `moyu methods` lists them. Repeat it for several."),
-]
-Bias = Annotated[bool, typer.Option(help="Add the mean of what is skipped back as a bias (closed form).")]
-Centre = Annotated[bool, typer.Option(help="Skip input channels around the best centre of each site, not around 0.")]
-LearnBias = Annotated[int, typer.Option(help="Train a bias at every site for this many steps. 0: none.")]
-DenseLayers = Annotated[
-    str | None,
-    typer.Option("--dense-layers", help="Layers that skip nothing, for example 0,1,-1 (-1 is the last)."),
-]
-
-# ------------------------------------------------------------------------------------------------- where, and what out
-
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, or cuda:1 for the second GPU.")]
-BackendName = Annotated[
-    str,
-    typer.Option(
-        "--backend",
-        help="The kernels that decode: cpu, gpu, or reference (plain torch). auto takes the device's own where it can.",
-    ),
-]
-Out = Annotated[Path, typer.Option("--out", help="The folder to write into.")]
-Json = Annotated[bool, typer.Option("--json", help="Print records as JSON lines on stdout, and nothing else.")]
+# ------------------------------------------------------------------------------------------------------ what words mean
 
 
 def parse_layers(words: str | None) -> tuple[int, ...]:
@@ -116,3 +57,130 @@ def parse_fractions(words: str) -> tuple[float, ...]:
         return tuple(float(value) for value in words.split(","))
     except ValueError:
         raise UserError(f"--bytes {words!r} is no list of fractions", "write 0.75,0.6,0.5") from None
+
+
+def _checked(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A callback that refuses what `parse` refuses, before torch is imported, and leaves the words as they are."""
+
+    def check(words: Any) -> Any:
+        if words is not None:
+            parse(words)
+        return words
+
+    return check
+
+
+# ------------------------------------------------------------------------------------------------------ model and text
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A zoo name (`moyu zoo`), a local folder, a GGUF file or a hub id.",
+        callback=words.model,
+        autocompletion=words.complete_models,
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep the weights as bf16, q8_0 or q4_0. Default: as the checkpoint has them.",
+        callback=words.weights,
+        autocompletion=lambda: list(words.WEIGHTS),
+    ),
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        help="A text file. Its first half calibrates, its third quarter decides searches, its last quarter tests. "
+        "Default: Python code that comes with MOYU.",
+        callback=words.text,
+    ),
+]
+Prompt = Annotated[str | None, typer.Option(help="The text to continue.")]
+Window = Annotated[int, typer.Option(help="Tokens in a window of text.")]
+Boundary = Annotated[
+    int,
+    typer.Option(
+        "--prompt-tokens", help="Tokens at the start of a window that run dense; the others skip and are scored."
+    ),
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop with an error where a decode step is not the fastest that there is.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+# ---------------------------------------------------------------------------------------------------- what is skipped
+
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        "-m",
+        help="A method of `moyu methods`. Repeat it for several.",
+        callback=words.method_list,
+        autocompletion=methods.names,
+    ),
+]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="Skip this fraction of the units, in [0, 1). Default: 0.5.", callback=words.sparsity),
+]
+Bytes = Annotated[
+    float | None,
+    typer.Option(
+        "--bytes",
+        help="Instead of --sparsity: read this fraction of the dense bytes, in (0, 1].",
+        callback=words.byte_fraction,
+    ),
+]
+Knobs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--knob",
+        help="Set a method's knob: NAME=VALUE. `moyu methods` lists them. Repeat it for several.",
+        callback=_checked(parse_knobs),
+    ),
+]
+Bias = Annotated[bool, typer.Option(help="Add the mean of what is skipped back as a bias (closed form).")]
+Centre = Annotated[bool, typer.Option(help="Skip input channels around the best centre of each site, not around 0.")]
+LearnBias = Annotated[int, typer.Option(help="Train a bias at every site for this many steps. 0: none.")]
+DenseLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--dense-layers",
+        help="Layers that skip nothing, for example 0,1,-1 (-1 is the last).",
+        callback=_checked(parse_layers),
+    ),
+]
+
+PlanFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan", help="A folder that `moyu calibrate` wrote. Without one the model runs dense.", callback=words.plan
+    ),
+]
+
+# ------------------------------------------------------------------------------------------------- where, and what out
+
+Device = Annotated[
+    str, typer.Option(help="Where the model runs: cpu, cuda, or cuda:1 for the second GPU.", callback=words.device)
+]
+BackendName = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        help="The kernels that decode: cpu, gpu, or reference (plain torch). auto takes the device's own where it can.",
+        callback=words.backend,
+        autocompletion=lambda: list(words.BACKENDS),
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", help="The folder to write into.")]
+Json = Annotated[bool, typer.Option("--json", help="Print records as JSON lines on stdout, and nothing else.")]
+MaxIncrease = Annotated[
+    str | None,
+    typer.Option(
+        "--max-ppl-increase",
+        help="Instead of --sparsity: skip as much as this rise of perplexity allows, e.g. 1%.",
+        callback=_checked(parse_share),
+    ),
+]

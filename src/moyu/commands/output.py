@@ -8,9 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moyu.errors import UserError
-from moyu.records import Record
+
+if TYPE_CHECKING:  # pydantic takes a quarter of a second, which `moyu -h` should not
+    from moyu.records import Record
 
 EVERY = 10.0  # seconds between two lines of progress about one stage
 WIDTH = 140  # of tables that go into a file or a pipe

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moyu.commands import words
 from moyu.commands.options import (
     RUNS,
     BackendName,
@@ -52,7 +53,12 @@ def run(
     learn_bias: LearnBias = 0,
     dense_layers: DenseLayers = None,
     shape: Annotated[
-        str, typer.Option(help="Time random weights of this published shape as well. none: do not.")
+        str,
+        typer.Option(
+            help="Time random weights of this published shape as well. none: do not.",
+            callback=words.shape_or_none,
+            autocompletion=lambda: [*words.SHAPES, "none"],
+        ),
     ] = "llama-3.2-1b",
     shape_layers: Annotated[int, typer.Option(help="Layers of that shape.")] = 8,
     weights: Weights = None,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moyu.commands.options import BackendName, Device, Model, Weights
+from moyu.commands.options import BackendName, Device, Model, PlanFolder, Weights
 from moyu.errors import UserError
 
 HERE = ["127.0.0.1", "localhost", "::1"]
@@ -18,9 +18,7 @@ HERE = ["127.0.0.1", "localhost", "::1"]
 
 def serve(
     model: Model = "swiglu",
-    plan: Annotated[
-        Path | None, typer.Option(help="A folder that `moyu calibrate` wrote. Without one the model runs dense.")
-    ] = None,
+    plan: PlanFolder = None,
     host: Annotated[
         str, typer.Option(help="The address to listen on. 0.0.0.0 is every one: give a key then.")
     ] = "127.0.0.1",

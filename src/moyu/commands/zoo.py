@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from moyu.commands import words
 from moyu.commands.options import RUNS, Json, Seed
 from moyu.commands.output import check_writable
 from moyu.errors import UserError
@@ -34,7 +35,7 @@ def zoo(context: typer.Context, as_json: Json = False) -> None:
 
 
 def train(
-    name: Annotated[str, typer.Argument(help="swiglu, relu or gelu.")],
+    name: Annotated[str, typer.Argument(help="swiglu, relu or gelu.", callback=words.embedded)],
     data: Annotated[Path, typer.Option(help="The folder of the token files. They are made where it has none.")] = RUNS
     / "zoo-data",
     out: Annotated[Path | None, typer.Option(help="The folder for the model.")] = None,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moyu.errors import UserError
-from moyu.methods.base import Method
+
+if TYPE_CHECKING:  # it imports torch, and names are checked without
+    from moyu.methods.base import Method
 
 METHODS: dict[str, str | type[Method]] = {  # name -> "module:Class", imported on use, or the class itself
     "relu-zero": "moyu.methods.relu_zero:ReluZero",
@@ -50,11 +52,16 @@ def names() -> list[str]:
     return list(METHODS)
 
 
-def method_class(name: str) -> type[Method]:
-    """The class of a registered method; UserError names the nearest ones where there is none."""
+def check_name(name: str) -> None:
+    """Refuse a method that is not registered; UserError names the nearest ones. Imports nothing."""
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.3) or names()
         raise UserError(f"unknown method {name!r}", f"did you mean {', '.join(near)}? `moyu methods` lists all")
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a registered method; UserError names the nearest ones where there is none."""
+    check_name(name)
     found = METHODS[name]
     if isinstance(found, str):
         module, _, attribute = found.partition(":")
@@ -101,10 +108,10 @@ def _check_kind(name: str, knob: dataclasses.Field, value: Any) -> None:
 
 
 def markdown() -> str:
-    """The method table of the README."""
+    """The table of docs/methods.md."""
     lines = ["| method | family | decides | exact | what it does | source |", "|---|---|---|---|---|---|"]
     for row in table():
         exact = "yes" if row["exact"] else "no"
-        name, summary = f"[`{row['method']}`](docs/methods/{row['method']}.md)", row["summary"].rstrip(".")
+        name, summary = f"[`{row['method']}`](methods/{row['method']}.md)", row["summary"].rstrip(".")
         lines.append(f"| {name} | {row['family']} | {row['granularity']} | {exact} | {summary} | {row['paper']} |")
     return "\n".join(lines)

@@ -28,6 +28,7 @@ from moyu.model import zoo
 from moyu.model.finite import require_finite
 from moyu.model.gguf import loading as gguf
 from moyu.model.machine import device_of
+from moyu.model.named import check_name, gguf_file
 from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 from moyu.weights import Stored, mapped, named
 
@@ -84,13 +85,7 @@ def load(
             require_finite(model, repr(name))
         return Loaded(name, model.to(device_of(device)), tokenizer)  # pyright: ignore[reportArgumentType]
     source = str(zoo.path(name)) if embedded else name
-    if not embedded and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
-        near = difflib.get_close_matches(name, zoo.names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(
-            f"no model {name!r}",
-            f"{hint}give a zoo name ({', '.join(zoo.names())}), a local folder, a GGUF file or a hub id",
-        )
+    check_name(name)
     try:
         asked: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(source, **asked)
@@ -132,12 +127,6 @@ def plan_folder(source: str, revision: str | None = None) -> Path:
     if Path(source).is_dir():
         return Path(source) / PLAN_FOLDER
     return Path(snapshot_download(source, revision=revision, allow_patterns=[f"{PLAN_FOLDER}/*"])) / PLAN_FOLDER
-
-
-def gguf_file(name: str) -> Path | None:
-    """The GGUF file that `name` is; None for a zoo name, a folder or a hub id."""
-    path = Path(name)
-    return path if name not in zoo.names() and (name.endswith(".gguf") or path.is_file()) else None
 
 
 @torch.no_grad()

@@ -54,13 +54,6 @@ def markdown(rows: Iterable[records.Record]) -> str:
     return _text(tables(rows))
 
 
-def brief(rows: Iterable[records.Record]) -> str:
-    """The tables at equal bytes of the first model, as Markdown."""
-    found = [b for b in tables(rows) if b.title.endswith("at equal bytes")]
-    model = found[0].title.partition(",")[0] if found else ""
-    return _text([b for b in found if b.title.startswith(f"{model},")])
-
-
 def _text(found: Sequence[ScoreTable]) -> str:
     parts = []
     for board in found:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moyu import methods, records
 from moyu.model import zoo
-from moyu.reporting import method_pages, scoreboard
+from moyu.reporting import beside_files, method_pages, scoreboard
 from moyu.reporting.paper import kinds_drawing
 from moyu.research import evidence
 from moyu.research.studies import figure1
@@ -54,17 +54,21 @@ def draw(rows: list[records.Record], file: Path) -> None:
 def main() -> None:
     """Write all generated parts. Run it in the root of a checkout."""
     readme, docs = Path("README.md"), RESULTS.parent
-    replace(readme, "methods", methods.markdown())
+    replace(docs / "methods.md", "methods", methods.markdown())
     method_pages.write(docs / "methods")
+
+    rows = records.read(RESULTS / "quants.jsonl")
+    for page in (readme, docs / "plans.md"):
+        replace(page, "gains", beside_files.markdown(rows))
+    (RESULTS / "levels.svg").write_text(beside_files.picture(rows) + "\n")
 
     rows = records.read(RESULTS / "trinity.jsonl")
     replace(docs / "scoreboard.md", "scoreboard", scoreboard.markdown(rows))
-    replace(readme, "scoreboard", scoreboard.brief(rows))
     draw(rows, RESULTS / "trinity.svg")
 
     studies = [r for r in records.read(RESULTS / "studies.jsonl") if isinstance(r, records.Study)]
     replace(docs / "paper.md", "verdicts", markdown(studies))
-    replace(readme, "studies", sentence(studies))
+    replace(docs / "paper.md", "studies", sentence(studies))
     replace(docs / "kinds.md", "kinds", table())
     (RESULTS / "figure1.svg").write_text(drawing())
 

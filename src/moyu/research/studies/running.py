@@ -213,7 +213,7 @@ def markdown(rows: Iterable[records.Study]) -> str:
 
 
 def sentence(rows: Iterable[records.Study]) -> str:
-    """All verdicts in one sentence for the README: failed and open claims first."""
+    """All verdicts in one sentence: failed and open claims first."""
     found: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         found.setdefault(row.verdict, {}).setdefault(row.name, []).extend([row.model] if row.model else [])

@@ -1,0 +1,97 @@
+"""docs/measured.md says what its records say: every cell of its tables is a record's number, rounded."""
+
+import re
+from pathlib import Path
+
+from moyu import records
+from moyu.reporting import beside_files
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "measured.md").read_text()
+SHAPE = "llama-3.2-1b"
+
+
+def table(first: str) -> dict[str, list[str]]:
+    """The table whose head begins with these cells: the cells of each row by its name."""
+    (found,) = re.findall(rf"^\| {re.escape(first)} .*\n\|[-|]+\|\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in found.splitlines()]
+    return {name: cells for name, *cells in rows}
+
+
+def agrees(cell: str, value: float) -> bool:
+    """Whether a cell is this value, to half a unit of its last digit (and a rounding that went the other way)."""
+    number = re.fullmatch(r"([\d,]*\.?\d*)[ ×%]*", cell)
+    assert number is not None, cell
+    digits = len(number[1].partition(".")[2])
+    return abs(float(number[1].replace(",", "")) - value * (100 if "%" in cell else 1)) <= 0.501 * 10**-digits
+
+
+def name(row: records.Speed) -> str:
+    """A record's name in the tables."""
+    own = re.fullmatch(r"moyu (\d+)% (\w+)", row.backend.partition(":")[0])
+    return f"MOYU {own[1]} % of {own[2]} skipped" if own else row.backend.partition(":")[0].replace("moyu", "MOYU")
+
+
+def speeds(file: str) -> list[records.Speed]:
+    found = records.read(DOCS / "results" / file)
+    return [r for r in found if isinstance(r, records.Speed) and r.model == SHAPE]
+
+
+def test_speed_in_16_bits():
+    rows = {name(r): r for r in speeds("cpu.jsonl")}
+    shown = table("variant | byte fraction")
+    assert list(shown) == list(rows)
+    eager, rival, dense = (rows[n].tok_s for n in ("transformers eager", "llama.cpp", "MOYU dense"))
+    for n, (size, tokens, over_eager, over_rival, over_dense, share) in shown.items():
+        r = rows[n]
+        assert agrees(size, r.byte_fraction) and agrees(tokens, r.tok_s), n
+        assert agrees(over_eager, r.tok_s / eager) and agrees(over_rival, r.tok_s / rival), n
+        assert agrees(over_dense, r.tok_s / dense) if n.startswith("MOYU") else not over_dense, n
+        assert agrees(share, r.ceiling_share), n
+
+
+def test_speed_in_8_and_4_bits():
+    shown = table("variant | bf16")
+    for column, dtype in enumerate(("bfloat16", "q8_0", "q4_0")):
+        rows = {name(r): r.tok_s for r in speeds("cpu-zen3.jsonl") if r.dtype == dtype}
+        assert [n for n, cells in shown.items() if cells[column] != "–"] == list(rows)
+        for n, tokens in rows.items():
+            own, ratio = shown[n][column].split(", ")
+            assert agrees(own, tokens) and agrees(ratio, tokens / rows["llama.cpp"]), (n, dtype)
+
+
+def test_quality_of_one_run():
+    found = records.read(DOCS / "results" / "run-swiglu.jsonl")
+    rows = {r.method: r for r in found if isinstance(r, records.Quality) and r.protocol and r.protocol.table == "main"}
+    shown = table("method | realised sparsity")
+    assert list(shown) == list(rows)
+    for method, cells in shown.items():
+        r = rows[method]
+        values = (r.realized_sparsity, r.byte_fraction, r.ppl, r.ppl_random, r.ppl_oracle, r.kl)
+        for cell, value in zip(cells, values, strict=True):
+            assert value is not None and agrees(cell, value), (method, cell, value)
+
+
+def test_the_speeds_in_the_readme():
+    words = " ".join((DOCS.parent / "README.md").read_text().split())
+    said = r"llama\.cpp writes (\S+) tokens a second, MOYU (\S+) with nothing skipped and (\S+) with half of the neurons skipped"
+    (shown,) = re.findall(said, words)
+    rows = {name(r): r.tok_s for r in speeds("cpu-zen3.jsonl") if r.dtype == "q8_0"}
+    for cell, n in zip(shown, ("llama.cpp", "MOYU dense", "MOYU 50 % of neurons skipped"), strict=True):
+        assert agrees(cell, rows[n]), n
+
+
+def test_what_the_readme_says_of_levels_beside_files():
+    words = " ".join((DOCS.parent / "README.md").read_text().split())
+    ((size, times),) = re.findall(
+        r"At (\d+) % of the bytes `levels` is (\d+) times nearer to the file than a smaller", words
+    )
+    (lost,) = re.findall(r"From (\d+) % down the smaller files win", words)
+    source, *others = beside_files.shown(records.read(DOCS / "results" / "quants.jsonl"))
+    plans = {round(100 * r.step_bytes / source.step_bytes): r for r in others if r.what == "plan"}
+    beaten = {
+        s: min(f.kl for f in others if f.what == "file" and f.step_bytes <= p.step_bytes * 1.001) / p.kl
+        for s, p in plans.items()
+    }
+    assert round(beaten[int(size)]) == int(times)
+    assert {s for s, ratio in beaten.items() if ratio < 1} == {s for s in plans if s <= int(lost)} != set()
