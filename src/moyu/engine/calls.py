@@ -91,8 +91,10 @@ class ForwardCall:
         """Keep the tokens and ask the controller after a sparse step."""
         memory.tokens = ids if memory.tokens is None else torch.cat([memory.tokens, ids], dim=1)
         if state.any_sparse and self.session.controller is not None:
+            told = isinstance(output, tuple)  # as `return_dict=False` asks for it, behind a loss if there is one
             memory.steps += 1
-            step = Step(memory.steps, output.logits[:, -1], memory.tokens, memory.control)
+            logits = next(t for t in output if isinstance(t, Tensor) and t.dim() == 3) if told else output.logits
+            step = Step(memory.steps, logits[:, -1], memory.tokens, memory.control)
             memory.decision = self.session.controller.after(step)
 
     def _refresh(self, memory: SequenceMemory, cache: Cache | None, call: Mapping[str, Any]) -> None:
