@@ -54,7 +54,7 @@ def run(
     shape: Annotated[
         str, typer.Option(help="Time random weights of this published shape as well. none: do not.")
     ] = "llama-3.2-1b",
-    shape_layers: Annotated[int, typer.Option(help="Layers of that shape.")] = 8,
+    shape_layers: Annotated[int, typer.Option(help="Layers of that shape.", min=1)] = 8,
     weights: Weights = None,
     device: Device = "cpu",
     backend: BackendName = "auto",

@@ -44,7 +44,7 @@ def windows_for(
     """Windows for a model, from the parts of `file`, or from the splits of the zoo's corpus without a file.
 
     calibration, test: the most windows of these parts; validation has as many as test. Raises UserError if the text is
-    missing or empty, or if one of its parts is shorter than a window.
+    missing or empty, or if one of its parts is shorter than a window or holds special tokens alone.
     """
     limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -124,6 +124,8 @@ def _windows(
         )
     random.Random(seed).shuffle(rows)
     chosen = rows[:count]
+    if {token for _, ids in chosen for token in ids} <= set(tokenizer.all_special_ids):
+        raise UserError(f"{what} is special tokens alone", "give a text with words to --text")
     return Windows(torch.tensor([ids for _, ids in chosen]), prompt, source, tuple(document for document, _ in chosen))
 
 
