@@ -161,6 +161,29 @@ def test_a_text_of_no_use(refused, tmp_path, content, says):
     assert says in refused("eval", "relu", *QUICK, "--text", tmp_path / "text")
 
 
+def test_a_tokenizer_of_more_tokens_than_the_model_has(refused, tmp_path):
+    build("llama", torch.float32).save_pretrained(tmp_path / "small")
+    loading.load("swiglu").tokenizer.save_pretrained(tmp_path / "small")
+    for words in (["generate", "--prompt", "def read_config(path):"], ["eval", "-m", "cats", *SMALL]):
+        line = refused(words[0], tmp_path / "small", *words[1:])
+        assert re.search(r"token \d+ is none of the 128 that .* has: is this the tokenizer", line)
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(moyu_command, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    folder, ran = shutil.copytree(zoo.path("relu"), tmp_path / "own"), tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import OPTConfig as Own, OPTForCausalLM as OwnModel\n"
+    (folder / "own.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    for kind in (config["model_type"], "own"):
+        maps = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(config | {"auto_map": maps, "model_type": kind}))
+        code, _, err = moyu_command("generate", folder, "--new-tokens", 2)
+        assert code == 0 or (code == 2 and "cannot load" in err and err.count("\n") == 1), err
+        assert not ran.exists()
+
+
 def test_a_text_of_special_tokens(refused, tmp_path):
     """No byte of it is text, so there are no bits per byte."""
     (tmp_path / "text").write_text("<eos><bos><pad>" * 400)

@@ -89,7 +89,7 @@ class PromptEnd:
     """
 
     def __init__(self, columns: int | None = None) -> None:
-        """The prompt is still being read. columns: of the ids that were given, where they are all that the model reads."""
+        """The prompt is still being read. columns: of the ids that were given, where drafted tokens may come in one call with them."""
         self.columns, self.draws = columns, 0  # draws: tokens drawn so far
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:

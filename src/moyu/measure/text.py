@@ -17,6 +17,7 @@ from moyu.errors import UserError
 from moyu.measure.windows import Windows
 from moyu.model import zoo
 from moyu.model.loading import Loaded
+from moyu.model.prompts import require_known
 
 # Parts of a user's text: name, position in words, and end as a fraction.
 PARTS = (("calibration", "first half", 1 / 2), ("validation", "third quarter", 3 / 4), ("test", "last quarter", 1.0))
@@ -126,7 +127,8 @@ def _windows(
     chosen = rows[:count]
     if {token for _, ids in chosen for token in ids} <= set(tokenizer.all_special_ids):
         raise UserError(f"{what} is special tokens alone", "give a text with words to --text")
-    return Windows(torch.tensor([ids for _, ids in chosen]), prompt, source, tuple(document for document, _ in chosen))
+    ids = require_known(loaded, torch.tensor([ids for _, ids in chosen]))
+    return Windows(ids, prompt, source, tuple(document for document, _ in chosen))
 
 
 def scored_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, prompt: int) -> int:

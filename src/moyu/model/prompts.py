@@ -54,7 +54,19 @@ def prompt_ids(loaded: Loaded, prompt: str) -> Tensor:
     ids: Any = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=not begun)["input_ids"]
     if ids.shape[1] == 0:
         raise UserError("the prompt has no token", "give some text")
-    return ids.to(loaded.model.device)
+    return require_known(loaded, ids).to(loaded.model.device)
+
+
+def require_known(loaded: Loaded, ids: Tensor) -> Tensor:
+    """The ids, if the model has an embedding of each: a tokenizer may have more tokens, and ids come from outside. Else UserError."""
+    limit = loaded.model.get_input_embeddings().num_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+    strange = ids[(ids < 0) | (ids >= limit)].flatten()
+    if strange.numel():
+        raise UserError(
+            f"token {int(strange[0])} is none of the {limit} that {loaded.name!r} has",
+            "is this the tokenizer that the model was trained with?",
+        )
+    return ids
 
 
 def context_of(model: nn.Module) -> int | None:
