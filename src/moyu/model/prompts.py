@@ -59,7 +59,7 @@ def prompt_ids(loaded: Loaded, prompt: str) -> Tensor:
 
 def require_known(loaded: Loaded, ids: Tensor) -> Tensor:
     """The ids, if the model has an embedding of each: a tokenizer may have more tokens, and ids come from outside. Else UserError."""
-    limit = loaded.model.get_input_embeddings().num_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+    limit: int = loaded.model.get_input_embeddings().num_embeddings  # pyright: ignore
     strange = ids[(ids < 0) | (ids >= limit)].flatten()
     if strange.numel():
         raise UserError(
