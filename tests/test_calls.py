@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import moyu
+from gguf_files import little_memory
 from moyu import UserError, methods
 from moyu.commands import cli
 from moyu.measure.text import windows_for
@@ -44,16 +45,32 @@ def test_types_have_their_short_names():
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: tried")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: tried"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        lambda: torch.empty(10**13),  # what this version of torch says itself
+    ],
 )
 def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
     def full(**more):
-        raise error
+        if isinstance(error, Exception):
+            raise error
+        with little_memory(1 << 30):
+            error()
 
     monkeypatch.setattr(cli, "app", full)
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("moyu: error: out of memory: use")
+
+
+def test_a_text_without_bytes_has_no_bits_per_byte():
+    model = build("llama", torch.float32)
+    windows = Windows(tokens(2, 32), 16)
+    found = moyu.evaluate(model, moyu.calibrate(model, "cats", windows, sparsity=0.5), windows, text_bytes=0)
+    assert found.bits_per_byte(found.method) is None
 
 
 def test_a_terminal_without_utf_8_shows_what_it_can(monkeypatch):

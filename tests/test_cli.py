@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def everything(folder: Path) -> list[str]:
         (["run", "swiglu", "--window", "32"], "--prompt-tokens"),
         (["run", "swiglu", "--window", "4096"], "use --window"),
         (["calibrate", "swiglu", "--max-ppl-increase", "much"], "write 1%"),
-        (["generate", "swiglu", "--new-tokens", "0"], "at least 1"),
+        (["generate", "swiglu", "--new-tokens", "0"], "'--new-tokens'"),
         (["generate", "swiglu", "--plan", "nowhere"], "moyu calibrate"),
         (["report", "nowhere.jsonl"], "nowhere.jsonl"),
         (["zoo", "train", "swigul"], "did you mean 'swiglu'"),
@@ -168,6 +169,39 @@ def test_a_folder_that_holds_no_model(refused, tmp_path):
 def test_a_text_of_no_use(refused, tmp_path, content, says):
     (tmp_path / "text").write_bytes(content)
     assert says in refused("eval", "relu", *QUICK, "--text", tmp_path / "text")
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has(refused, tmp_path):
+    build("llama", torch.float32).save_pretrained(tmp_path / "small")
+    loading.load("swiglu").tokenizer.save_pretrained(tmp_path / "small")
+    for words in (["generate", "--prompt", "def read_config(path):"], ["eval", "-m", "cats", *SMALL]):
+        line = refused(words[0], tmp_path / "small", *words[1:])
+        assert re.search(r"token \d+ is none of the 128 that .* has: is this the tokenizer", line)
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(moyu_command, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    folder, ran = shutil.copytree(zoo.path("relu"), tmp_path / "own"), tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import OPTConfig as Own, OPTForCausalLM as OwnModel\n"
+    (folder / "own.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    for kind in (config["model_type"], "own"):
+        maps = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(config | {"auto_map": maps, "model_type": kind}))
+        code, _, err = moyu_command("generate", folder, "--new-tokens", 2)
+        assert code == 0 or (code == 2 and "cannot load" in err and err.count("\n") == 1), err
+        assert not ran.exists()
+
+
+def test_a_text_of_special_tokens(refused, tmp_path):
+    """No byte of it is text, so there are no bits per byte."""
+    (tmp_path / "text").write_text("<eos><bos><pad>" * 400)
+    assert "special tokens alone" in refused("eval", "relu", *QUICK, "--text", tmp_path / "text")
+    (tmp_path / "text").write_text("def f(x):\n    return x\n" * 300 + "<eos><bos><pad>" * 200)
+    assert "the text's last quarter is special tokens alone" in refused(
+        "eval", "relu", *QUICK, "--text", tmp_path / "text"
+    )
 
 
 def test_a_missing_text(refused, tmp_path):
@@ -564,6 +598,60 @@ def test_more_tokens_than_the_model_has_positions(refused):
     limit = loading.load("relu").model.config.max_position_embeddings
     line = refused("generate", "relu", "--prompt", "def", "--new-tokens", limit)
     assert re.search(rf"more than the {limit} that 'relu' reads: use --new-tokens \d+ or fewer", line)
+
+
+def test_a_prompt_and_steps_that_the_model_has_no_positions_for_are_refused_before_the_work(refused, monkeypatch):
+    monkeypatch.setattr(context.Context, "plan", lambda *_, **__: pytest.fail("a plan was made"))
+    assert "than the 512 that 'relu' reads: give a shorter --prompt" in refused(
+        "run", "relu", *SMALL, "--prompt", "x " * 600
+    )
+    assert "than the 512 that the model reads: use --tokens 511 or fewer" in refused("bench", "relu", "--tokens", 5000)
+
+
+def test_every_number_says_its_least(refused):
+    """A count of 0 or below would load the model and then fail somewhere inside."""
+    own = {"sparsity", "bytes_", "sirius"}  # checked with the others, with a sentence of their own
+    for command in (*cli.app.registered_commands, *cli.zoo_app.registered_commands):
+        assert command.callback is not None
+        for name, hint in typing.get_type_hints(command.callback, include_extras=True).items():
+            option = next(
+                (m for m in getattr(hint, "__metadata__", ()) if isinstance(m, typer.models.OptionInfo)), None
+            )
+            kinds = {hint.__origin__, *typing.get_args(hint.__origin__)} if option is not None else set()
+            if option is not None and kinds & {int, float} and name not in own:
+                assert option.min is not None, f"{command.callback.__name__} {name}"
+    for words in (
+        ["bench", "relu", "--rounds", "0"],
+        ["bench", "--shape", "tiny", "--layers", "0"],
+        ["fit", "deja-vu", "relu", "--windows", "0"],
+        ["run", "relu", "--shape-layers", "0"],
+        ["zoo", "train", "relu", "--tokens", "0"],
+        ["trinity", "--documents", "1"],
+        ["generate", "relu", "--seed", "-1"],
+    ):
+        assert f"'{words[-2]}'" in refused(*words)
+
+
+@pytest.mark.parametrize("words", ["def größe(x):\n", "def 漢字():\n"])
+def test_a_prompt_in_the_c_locale_is_the_prompt(moyu_command, words):
+    """There Python hands over the bytes of other characters one by one, as lone surrogates."""
+    asked = ["generate", "relu", "--new-tokens", 4, "--json", "--prompt"]
+    (wanted,) = objects(moyu_command(*asked, words)[1])
+    code, out, err = moyu_command(*asked, words.encode().decode("ascii", "surrogateescape"))
+    assert code == 0, err
+    (found,) = objects(out)
+    assert (found["sparse_text"], found["prompt"]) == (wanted["sparse_text"], wanted["prompt"])
+
+
+def test_a_path_in_the_c_locale_is_written_into_records():
+    row = records.stamp(kind="environment", command="moyu run größe".encode().decode("ascii", "surrogateescape"))
+    assert json.loads(row.model_dump_json())["command"] == "moyu run größe"
+
+
+def test_a_prompt_that_is_no_utf_8(refused):
+    assert "the prompt is not UTF-8 text" in refused(
+        "generate", "relu", "--prompt", b"\xff\xfe".decode("ascii", "surrogateescape")
+    )
 
 
 @pytest.mark.parametrize(

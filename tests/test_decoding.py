@@ -149,6 +149,23 @@ def test_native_steps_are_the_general_ones(structure, name, batch):
         assert_alike(native, general, counted, by_general)
 
 
+@pytest.mark.parametrize("name", ["teal", "was", "cett", "cats", "griffin"])
+def test_a_network_of_one_neuron_skips_its_columns(name):
+    """Its weights are contiguous by rows and by columns, and only the plan says which of them a step is to skip."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**WIDE, **{**GATED, "intermediate_size": 1})).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    ids, mask = padded(2)
+    with Applied(model, plan_for(model, name)) as applied:
+        assert applied.native is not None
+        native, counted = decode(model, applied, ids, mask)
+        general, by_general = decode(model, applied, ids, mask, general=True)
+    assert_native(counted)
+    assert_alike(native, general, counted, by_general)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("rest", [4, 8])
 @pytest.mark.parametrize("weights", [*DTYPES, "q8_0"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 import moyu
 from moyu import UserError, methods
@@ -206,28 +207,30 @@ def test_a_cache_that_holds_the_beginning_of_a_prompt_is_read_on():
         assert torch.equal(text(session, ids, cache=cache), text(session, ids))
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_a_cache_that_a_plan_has_seen_is_pickled_and_copied(dense):
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("kind", [DynamicCache, KvCache])
+def test_a_cache_that_a_plan_has_seen_is_pickled_and_copied(kind, restored):
     """Also one of transformers' own classes, which stays what it was; the copy goes on with the same logits."""
-    from transformers import DynamicCache
-
     model, plan = planned("griffin")
-    ids = tokens(2, 9)
-    with Applied(model, plan) as applied, torch.no_grad():
-        for cache in (DynamicCache(config=model.config), KvCache(model.config)):
-            kind = type(cache)
-            with applied.prompt(9):
-                model(input_ids=ids, past_key_values=cache, use_cache=True)
-            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-            copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
-            assert type(cache) is kind and all(type(c) is kind for c in copies)
-            wanted = [
-                model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(3)
-            ]
-            for other in copies:
-                for t in range(3):
-                    got = model(input_ids=ids[:, t : t + 1], past_key_values=other, use_cache=True).logits
-                    torch.testing.assert_close(got, wanted[t], rtol=1e-4, atol=1e-4)
+    ids, cache = tokens(2, 9), kind(config=model.config)
+
+    def after(cache):
+        steps = [model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(3)]
+        return torch.cat(steps, 1)
+
+    applied = Applied(model, plan)
+    with torch.no_grad():
+        with applied.prompt(9):
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        if restored:
+            applied.restore()
+        copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+        assert all(type(c) is kind for c in (cache, *copies))
+        wanted = after(cache)
+        for other in copies:
+            torch.testing.assert_close(after(other), wanted, rtol=1e-4, atol=1e-4)
+    applied.restore()
 
 
 def test_another_plan_or_back_end_beside_an_applied_plan_is_refused():

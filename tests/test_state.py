@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache
 
 import moyu
+from fixtures_methods import Every
 from moyu import methods
+from moyu.calibration.profiling import profile
 from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
+from moyu.engine.choosers import Recorder, Replayer
 from moyu.measure.windows import Windows
 from tiny import build, tokens
 
@@ -178,6 +183,68 @@ def test_a_second_plan_is_refused():
         with pytest.raises(moyu.UserError, match="already applied"):
             moyu.apply(model, plan)
         assert torch.equal(stepwise(model, applied), expected)  # the first is as it was
+
+
+ASKED = {
+    "calibrate": lambda model, plan: moyu.calibrate(model, "cats", Windows(tokens(2, 32), 16), sparsity=0.5),
+    "profile": lambda model, plan: profile(model, Windows(tokens(2, 32), 16)),
+    "evaluate": lambda model, plan: moyu.evaluate(model, plan, Windows(tokens(2, 32), 16)),
+    "apply": lambda model, plan: moyu.apply(copy.deepcopy(model), plan),
+    "apply to a part": lambda model, plan: moyu.apply(model.model, plan),
+}
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_what_is_made_from_a_dense_model_is_refused_under_a_plan(what):
+    """It would be made from the sparse model, or blame what the plan has put in place of the model's own parts."""
+    model, plan = planned(name="cats")
+    expected = dense(model)
+    with moyu.apply(model, plan):
+        with pytest.raises(moyu.UserError, match=r"a plan is already applied to this model: restore\(\) it first"):
+            ASKED[what](model, plan)
+    assert torch.equal(dense(model), expected) and not any("_moyu_applied" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize(("structure", "name"), PAIRS)
+def test_autocast_is_obeyed(structure, name):
+    """Both engines do the products that transformers would do under it, and a step that masks says why."""
+    model, plan = planned(structure, name)
+    levels, found = Recorder(), []
+    for engine, chooser in (("mask", levels), ("skip", Replayer(levels))):
+        with Applied(model, plan, engine=engine) as applied:
+            with torch.autocast("cpu", torch.bfloat16):
+                greedy(model, tokens(1, PROMPT))
+                with applied.watched(chooser=chooser):
+                    found.append(stepwise(model, applied))
+            if engine == "skip":
+                assert all("torch.autocast is on" in str(trace.because) for trace in applied.traces.counts)
+            assert stepwise(model, applied).dtype == torch.float32
+    masked, skipped = found
+    assert masked.dtype == skipped.dtype == torch.bfloat16
+    # laid-out weights are summed in another order: a rounding of bfloat16 in each of the three layers
+    assert (masked - skipped).abs().max() <= 3 * 2**-8 * masked.abs().max()
+
+
+@pytest.mark.parametrize(("structure", "name"), PAIRS)
+def test_outputs_may_be_tuples(structure, name):
+    model, plan = planned(structure, name)
+
+    def logits(*, tuples):
+        cache, found = None, []
+        with (
+            moyu.apply(model, plan, controller=Every(period=2, tokens=3)) as applied,
+            torch.no_grad(),
+            applied.prompt(PROMPT),
+        ):
+            for start, stop in [(0, PROMPT)] + [(t, t + 1) for t in range(PROMPT, LENGTH)]:
+                ids = tokens(1, LENGTH)[:, start:stop]
+                out = model(ids, past_key_values=cache, use_cache=True, return_dict=not tuples)
+                assert isinstance(out, tuple) == tuples
+                cache = next(c for c in out if isinstance(c, Cache)) if tuples else out.past_key_values
+                found.append(out[0])
+        return torch.cat(found, 1)
+
+    torch.testing.assert_close(logits(tuples=True), logits(tuples=False), rtol=1e-4, atol=1e-4)
 
 
 def test_a_sequence_method_needs_to_know_the_prompt():

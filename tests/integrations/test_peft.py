@@ -51,6 +51,43 @@ def test_adapters_count_under_a_plan_that_skips_nothing(targets, method, trained
         torch.testing.assert_close(torch.stack(sparse.logits), torch.stack(dense.logits), rtol=1e-3, atol=1e-3)
 
 
+def columns_of_passes(applied) -> list[tuple[int, int]]:
+    """(dense, sparse) rows of each pass from here on."""
+    seen, new_pass = [], applied.new_pass
+
+    def watched(rows, memory):
+        seen.append((int((rows.valid & ~rows.sparse).sum()), int(rows.sparse.sum())))
+        return new_pass(rows, memory)
+
+    applied.new_pass = watched
+    return seen
+
+
+@pytest.mark.parametrize("engine", ["mask", "skip"])
+@pytest.mark.parametrize("method", ["griffin", "teal", "cats"])
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PrefixTuningConfig], ids=["prompt", "prefix"])
+def test_virtual_tokens_are_part_of_the_prompt(kind, method, engine):
+    """They come between `generate` and `forward`: as embeddings before the prompt's, or as keys and values in the cache."""
+    torch.manual_seed(0)
+    base = build("llama", torch.float32)
+    plan = plan_for(base, method, sparsity=0.5)
+    model = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=6)).eval()
+    ids = tokens(1, 12)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with Applied(model.base_model, plan, engine=engine) as applied, torch.no_grad():
+        passes = columns_of_passes(applied)
+        if kind is peft.PrefixTuningConfig and method == "griffin":  # a prefix has no activations that could decide
+            with pytest.raises(UserError, match="has not seen"):
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+            return
+        text = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[:, 12:]
+        assert passes[0] == (12 if kind is peft.PrefixTuningConfig else 18, 0)
+        assert set(passes[1:]) <= {(0, 1)}  # a native step makes none
+        if kind is peft.PromptTuningConfig:
+            whole = torch.cat([model.get_prompt(1), base.get_input_embeddings()(ids)], 1)
+            assert torch.equal(text, base.generate(inputs_embeds=whole, **settings))
+
+
 @pytest.mark.parametrize("method", ["griffin", "teal"])
 @pytest.mark.parametrize("targets", [("q_proj",), ("gate_proj",)])
 def test_masked_is_skipped_beside_adapters(targets, method):

@@ -172,7 +172,7 @@ BAD = [
     ({"prompt": "x", "max_tokens": 10**9}, "context of 256: set max_tokens to 254"),
     ({"prompt": "word " * 600}, "send a shorter one"),
     ({"prompt": []}, "prompt"),
-    ({"prompt": [1 << 20]}, "none of the model's"),
+    ({"prompt": [1 << 20]}, "is none of the 4096"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": "\ud800"}, "surrogate"),
     ({"prompt": "x", "n": 17}, "more than 16 sequences"),

@@ -1,5 +1,6 @@
 """Cases for the kernels' tests, their float64 truth by plain loops over pieces, and the comparison that decides."""
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative to the sum of the magnitudes of what was added up: fp32 accumulation, and for 16 bits the output's rounding.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-13}
 FORMS = ("gated", "plain", "gate_given", "up_given")
+
+
+def examples(usual: int) -> int:
+    """How many random cases a property has: scripts/fuzz.py asks for more than usual."""
+    return int(os.environ.get("KERNEL_EXAMPLES", usual))
 
 
 @dataclass(frozen=True)

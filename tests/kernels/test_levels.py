@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_cases import examples
 from raw_weights import extreme, weight_of
 
 from moyu import kernels
@@ -58,7 +59,7 @@ def test_formats_of_tables_and_of_two_bits_have_no_planes(name):
 
 
 @pytest.mark.parametrize("name", SPLIT)
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(12), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     q=st.integers(1, 200),
     blocks=st.integers(1, 3),

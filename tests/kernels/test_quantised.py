@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, FORMS, TOLERANCE, make_mask
+from kernel_cases import DTYPES, FORMS, TOLERANCE, examples, make_mask
 from raw_weights import extreme, weight_of
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from moyu import kernels
 from moyu.weights import IN_FILES, QUANTISED, Stored, named
 from moyu.weights.grouped import GROUP, Grouped
 
-each_backend = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+each_backend = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(20))
 widths = st.sampled_from([1, 20, 32, 64, 96, 100, 128, 224, 256, 288, 300, 544])
 heights = st.sampled_from([1, 3, 4, 7, 31, 32, 33, 63, 64, 65, 100, 128, 200])
 densities = st.sampled_from([0.0, 0.1, 0.5, 1.0])

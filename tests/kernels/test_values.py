@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, FORMS, assert_close, linear_truth, make_mask, make_neurons
+from kernel_cases import DTYPES, FORMS, assert_close, examples, linear_truth, make_mask, make_neurons
 
 from moyu import kernels
 from moyu.weights import held
 
-each_backend = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+each_backend = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(40))
 sizes = st.sampled_from([1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130])
 
 

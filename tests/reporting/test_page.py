@@ -157,6 +157,7 @@ def test_warnings_name_what_must_be_known():
     assert "noisy" in " ".join(warnings([speed(p80=1.0)]))
     assert "from a cache" in " ".join(warnings([fast]))
     assert warnings([quality()]) == []
+    assert "fewer than 1,000 tokens were scored" in warnings([quality(tokens=381)])[0]
     assert "more than one state" in warnings([quality(), quality(commit=None)])[0]
 
 

@@ -54,6 +54,8 @@ class Profile:
         """The needed fraction, mean over layers, for `buckets` ranges of positions: (first position, fraction)."""
         length = self.windows.tokens.shape[1]
         edges = torch.linspace(0, length, buckets + 1).long().tolist()
+        if not self.layers:  # all networks are routed experts
+            return []
         needed = torch.cat([p.needed for p in self.layers])
         positions = torch.cat([p.positions for p in self.layers])
         inside = [(start, (positions >= start) & (positions < stop)) for start, stop in itertools.pairwise(edges)]

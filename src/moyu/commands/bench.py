@@ -35,15 +35,15 @@ def bench(
             autocompletion=lambda: list(words.SHAPES),
         ),
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Cut the shape to this many layers.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Cut the shape to this many layers.", min=1)] = None,
     method: Methods = None,
     plan: Annotated[
         list[Path] | None,
         typer.Option(help="A folder with a plan for MODEL. Repeat it for several.", callback=words.plan_list),
     ] = None,
     sparsity: Sparsity = 0.5,
-    tokens: Annotated[int, typer.Option(help="Tokens that are decoded in a round.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Rounds. Dense and the methods alternate in each.")] = 3,
+    tokens: Annotated[int, typer.Option(help="Tokens that are decoded in a round.", min=2)] = 16,
+    rounds: Annotated[int, typer.Option(help="Rounds. Dense and the methods alternate in each.", min=1)] = 3,
     weights: Weights = None,
     device: Device = "cpu",
     backend: BackendName = "auto",
@@ -78,6 +78,7 @@ def bench(
     settings.check()
     from moyu.calibration.context import Context
     from moyu.calibration.speed import bench_model, bench_shape
+    from moyu.measure.benchmark import check_positions
     from moyu.model import loading
     from moyu.plan import Plan
 
@@ -100,6 +101,7 @@ def bench(
             )
         else:
             context = Context.open(model, settings, stage)
+            check_positions(context.loaded.model, 1, tokens)
             own = context.loaded.plan
             folders = plan or ([] if own is None or method else [own])
             plans = {}

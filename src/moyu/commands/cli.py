@@ -82,6 +82,9 @@ zoo_app.command()(train)
 app.add_typer(zoo_app, name="zoo", rich_help_panel=LISTS)
 
 
+_NO_MEMORY = ("DefaultCPUAllocator", "out of memory")  # torch's words for it, on a CPU and on a GPU
+
+
 def main(name: str = "moyu") -> None:
     """Run the command line: a user's mistake is one line and exit code 2, Ctrl-C is 130. name: what help calls the command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -109,7 +112,7 @@ def main(name: str = "moyu") -> None:
         remedy = "free some disk, or choose another --out" if error.errno == errno.ENOSPC else "choose another --out"
         _fail(f"{error.strerror or error}{where}: {remedy}")
     except Exception as error:
-        if isinstance(error, RuntimeError) and "not enough memory" in str(error):  # torch's word for it on a CPU
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY):
             _fail("out of memory: use a smaller model or fewer tokens, or `--weights q8_0`")
         if not (type(error).__module__.startswith(("typer", "click")) and hasattr(error, "format_message")):
             raise

@@ -17,7 +17,7 @@ def coverage(
     ] = None,
     out: Out = RUNS / "coverage",
     page: Annotated[Path | None, typer.Option(help="The page to write. Default: beside the records.")] = None,
-    jobs: Annotated[int, typer.Option(help="Types at a time.")] = 2,
+    jobs: Annotated[int, typer.Option(help="Types at a time.", min=1)] = 2,
     again: Annotated[bool, typer.Option("--again", help="Examine types again that have a record.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -57,7 +57,7 @@ def evaluate(
         typer.Option(help="Instead of held-out text: these tasks of lm-eval, with commas, e.g. python_next_line."),
     ] = None,
     task_folder: Annotated[Path | None, typer.Option(help="A folder with YAML tasks of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents of each task, at most.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task, at most.", min=1)] = None,
     device: Device = "cpu",
     backend: BackendName = "auto",
     seed: Seed = 0,
@@ -89,8 +89,6 @@ def evaluate(
         weights=weights,
     )
     settings.check()
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1, not {limit}", "leave it out for all documents")
     if tasks is None and (task_folder is not None or limit is not None):
         raise UserError("--task-folder and --limit are of --tasks", "name tasks, e.g. --tasks python_next_line")
     from moyu.calibration.context import Context

@@ -43,7 +43,7 @@ def fit(
     knob: Knobs = None,
     text: Text = None,
     shifted: Annotated[Path | None, typer.Option(help="Text of another kind: grade the router on it as well.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows of text to train on.")] = 64,
+    windows: Annotated[int, typer.Option(help="Windows of text to train on.", min=1)] = 64,
     tune: Annotated[
         Path | None, typer.Option(help="Tune the weights as well (lte): the folder for the checkpoint and its plan.")
     ] = None,

@@ -25,7 +25,7 @@ def generate(
             help="Put --prompt into the model's chat template, or continue it as it is. By default into the template, where there is one.",
         ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Write at most this many tokens.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Write at most this many tokens.", min=1)] = 64,
     compare: Annotated[
         bool, typer.Option("--compare", help="Run dense as well, and say where its text first differs.")
     ] = False,
@@ -39,8 +39,8 @@ def generate(
             help="The plan drafts, and dense rewrites from the first token that it finds less likely than this."
         ),
     ] = None,
-    draft_length: Annotated[int, typer.Option(help="Tokens that the plan drafts before dense checks them.")] = 4,
-    temperature: Annotated[float, typer.Option(help="Of --lossless and --sirius: 0 is greedy.")] = 0.0,
+    draft_length: Annotated[int, typer.Option(help="Tokens that the plan drafts before dense checks them.", min=1)] = 4,
+    temperature: Annotated[float, typer.Option(help="Of --lossless and --sirius: 0 is greedy.", min=0)] = 0.0,
     weights: Weights = None,
     device: Device = "cpu",
     backend: BackendName = "auto",
@@ -49,9 +49,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, or answer it in a chat template, dense or under a plan. The text goes to stdout, its speed to stderr."""
-    if new_tokens < 1:
-        raise UserError(f"--new-tokens must be at least 1, not {new_tokens}", "64 is the default")
-    check_correction(lossless, sirius, draft_length, temperature, plan)
+    check_correction(lossless, sirius, temperature, plan)
     from moyu.model import machine
 
     kernels = machine.backend_of(backend)
@@ -60,7 +58,7 @@ def generate(
     from moyu.commands.writing import generation_record, write
     from moyu.engine.speculation import Correction
     from moyu.model import dissect
-    from moyu.model.prompts import as_chat, check_length, prompt_ids
+    from moyu.model.prompts import as_chat, check_length, prompt_ids, written
     from moyu.records.about import about_model
     from moyu.reporting.summary import generated
 
@@ -69,7 +67,7 @@ def generate(
         correction = Correction("lossless" if lossless else "sirius", draft_length, temperature, sirius or 0.0)
     loaded, asked = open_with_plan(model, plan, weights, device)
     templated = bool(prompt is not None and loaded.tokenizer.chat_template) if chat is None else chat
-    prompt = PROMPT if prompt is None else prompt
+    prompt = PROMPT if prompt is None else written(prompt)
     if templated:
         prompt = as_chat(loaded, [{"role": "user", "content": prompt}], "--raw continues the text itself")
     if templated and chat is None:
@@ -78,7 +76,7 @@ def generate(
     check_length(loaded, ids, new_tokens)
     anatomy = dissect.dissect(loaded.model)
     pieces = _Pieces("" if templated else prompt)
-    written = write(
+    text = write(
         loaded,
         anatomy,
         asked,
@@ -94,7 +92,7 @@ def generate(
         pieces.end()
     dense = write(loaded, anatomy, None, ids, new_tokens, backend=kernels) if compare and asked is not None else None
     about = about_model(loaded.name, loaded.model, anatomy, seed=seed, plan=asked)
-    row = generation_record(about, asked, prompt, written, dense, correction)
+    row = generation_record(about, asked, prompt, text, dense, correction)
     if as_json:
         print(row.model_dump_json())
         return
@@ -102,7 +100,7 @@ def generate(
         print(f"moyu: {line}", file=sys.stderr)
 
 
-def check_correction(lossless: bool, sirius: float | None, drafts: int, temperature: float, plan: Path | None) -> None:
+def check_correction(lossless: bool, sirius: float | None, temperature: float, plan: Path | None) -> None:
     """Refuse options of drafting that contradict each other."""
     if not lossless and sirius is None:
         if temperature:
@@ -114,8 +112,6 @@ def check_correction(lossless: bool, sirius: float | None, drafts: int, temperat
         raise UserError("no plan to draft with", "`moyu calibrate` makes one; then --plan runs/plans/METHOD")
     if sirius is not None and not 0 <= sirius <= 1:
         raise UserError(f"--sirius is a likelihood in [0, 1], not {sirius}", "the paper's is 0.1")
-    if drafts < 1:
-        raise UserError(f"--draft-length must be at least 1, not {drafts}", "4 is the default")
 
 
 class _Pieces:

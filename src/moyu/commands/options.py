@@ -97,17 +97,17 @@ Text = Annotated[
     ),
 ]
 Prompt = Annotated[str | None, typer.Option(help="The text to continue.")]
-Window = Annotated[int, typer.Option(help="Tokens in a window of text.")]
+Window = Annotated[int, typer.Option(help="Tokens in a window of text.", min=2)]
 Boundary = Annotated[
     int,
     typer.Option(
-        "--prompt-tokens", help="Tokens at the start of a window that run dense; the others skip and are scored."
+        "--prompt-tokens", help="Tokens at the start of a window that run dense; the others skip and are scored.", min=0
     ),
 ]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Stop with an error where a decode step is not the fastest that there is.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**63 - 1)]
 
 # ---------------------------------------------------------------------------------------------------- what is skipped
 
@@ -143,7 +143,7 @@ Knobs = Annotated[
 ]
 Bias = Annotated[bool, typer.Option(help="Add the mean of what is skipped back as a bias (closed form).")]
 Centre = Annotated[bool, typer.Option(help="Skip input channels around the best centre of each site, not around 0.")]
-LearnBias = Annotated[int, typer.Option(help="Train a bias at every site for this many steps. 0: none.")]
+LearnBias = Annotated[int, typer.Option(help="Train a bias at every site for this many steps. 0: none.", min=0)]
 DenseLayers = Annotated[
     str | None,
     typer.Option(

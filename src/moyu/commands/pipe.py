@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from moyu import methods, records
 from moyu.calibration.context import Context
 from moyu.calibration.settings import Settings, Stage, quiet
@@ -16,7 +18,7 @@ from moyu.commands.writing import generation_record, write
 from moyu.errors import OutOfReach, UserError
 from moyu.measure import accounting
 from moyu.measure.environment import machine
-from moyu.model.prompts import prompt_ids
+from moyu.model.prompts import check_length, prompt_ids, written
 from moyu.plan import Plan
 from moyu.records import Record
 from moyu.records.stamping import stamped
@@ -37,6 +39,9 @@ def run(
 ) -> list[Record]:
     """All stages, whose records, plans and report go into `out`. shape: random weights to time as well, None for none."""
     context = Context.open(name, settings, stage)
+    prompt = written(settings.prompt or default_prompt(context))
+    ids = prompt_ids(context.loaded, prompt)
+    check_length(context.loaded, ids, settings.new_tokens, option=False)
     able, without = context.applicable(settings.methods)
     if not able:
         raise UserError(f"none of {', '.join(settings.methods)} has anything to skip in {name!r}", "see `moyu methods`")
@@ -50,7 +55,7 @@ def run(
     rows += [*refused, *qualities.values()]
     if settings.boundary > 0:
         rows += without_prompt(context, [p for p in plans.values() if p.method.granularity == "token"], stage)
-    rows += _generated(context, list(plans.values()), stage)
+    rows += _generated(context, list(plans.values()), prompt, ids, stage)
     rows += bench_model(context, plans, strict=settings.strict, stage=stage)
     if shape is not None:
         skipped = {n: min(max(row.realized_sparsity or 0.0, 0.0), MOST) for n, row in qualities.items()}
@@ -117,11 +122,10 @@ def without_prompt(context: Context, plans: Sequence[Plan], stage: Stage = quiet
     return [quality_record(bare, named[key], quality) for key, quality in qualities.items()]
 
 
-def _generated(context: Context, plans: Sequence[Plan], stage: Stage) -> list[Record]:
+def _generated(context: Context, plans: Sequence[Plan], prompt: str, ids: Tensor, stage: Stage) -> list[Record]:
     """Text after the prompt under each plan, dense beside it."""
     settings, loaded, anatomy = context.settings, context.loaded, context.anatomy
-    prompt = settings.prompt or default_prompt(context)
-    ids, rows = prompt_ids(loaded, prompt), []
+    rows: list[Record] = []
     dense = write(loaded, anatomy, None, ids, settings.new_tokens)
     for done, plan in enumerate(plans):
         stage("generate", done, len(plans))

@@ -60,7 +60,7 @@ def run(
             autocompletion=lambda: [*words.SHAPES, "none"],
         ),
     ] = "llama-3.2-1b",
-    shape_layers: Annotated[int, typer.Option(help="Layers of that shape.")] = 8,
+    shape_layers: Annotated[int, typer.Option(help="Layers of that shape.", min=1)] = 8,
     weights: Weights = None,
     device: Device = "cpu",
     backend: BackendName = "auto",

@@ -20,7 +20,7 @@ def trinity(
     bytes_: Annotated[
         str, typer.Option("--bytes", help="Fractions of the dense bytes, in (0, 1), with commas.")
     ] = "0.75,0.6,0.5",
-    documents: Annotated[int, typer.Option(help="Documents of held-out text, a window each.")] = 24,
+    documents: Annotated[int, typer.Option(help="Documents of held-out text, a window each.", min=2)] = 24,
     quick: Annotated[
         bool, typer.Option("--quick", help="Only try whether all runs: few methods, little text.")
     ] = False,

@@ -40,9 +40,11 @@ def train(
     / "zoo-data",
     out: Annotated[Path | None, typer.Option(help="The folder for the model.")] = None,
     size: Annotated[str, typer.Option(help="6m, like the models that come with MOYU, or 100m.")] = "6m",
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. Default: the size's.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on. Default: the size's.", min=1)] = None,
     watch: Annotated[bool, typer.Option(help="Log sparsity and the sign statistic on the way.")] = False,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes. Run it again to go on.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after so many minutes. Run it again to go on.", min=0)
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Train one of the models that come with MOYU again, from nothing, on the CPU. Run it again to go on."""

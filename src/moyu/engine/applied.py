@@ -25,7 +25,7 @@ from moyu.methods.control import Controller
 from moyu.methods.values import ATTENTION
 from moyu.model import layout
 from moyu.model.anatomy import Anatomy, Block, Experts, Piece
-from moyu.model.dissect import dissect
+from moyu.model.dissect import APPLIED, dissect, require_dense
 from moyu.model.networks import Aside, is_linear
 from moyu.plan import Plan
 
@@ -58,8 +58,7 @@ class Applied(Session, AbstractContextManager):
                 f"{plan!r:.60} is no plan",
                 "make one with moyu.calibrate(model, method, windows, ...), or Plan.load(folder)",
             )
-        if any(isinstance(vars(m).get("forward"), ForwardCall) for m in model.modules()):
-            raise UserError("a plan is already applied to this model", "restore() it first")
+        require_dense(model)
         if model.training:
             raise UserError("the model is in training mode", "call model.eval() first")
         try:
@@ -127,8 +126,9 @@ class Applied(Session, AbstractContextManager):
     # --------------------------------------------------------------------------------------------------------- attach
 
     def _replace(self, module: nn.Module, name: str, value: Any) -> None:
-        self._undo.append((module, name, vars(module).get(name)))
-        vars(module)[name] = value
+        for key, new in ((name, value), (APPLIED, True)):
+            self._undo.append((module, key, vars(module).get(key)))
+            vars(module)[key] = new
 
     def _attach(self) -> None:
         if self.plan is not None:

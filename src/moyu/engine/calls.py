@@ -91,8 +91,10 @@ class ForwardCall:
         """Keep the tokens and ask the controller after a sparse step."""
         memory.tokens = ids if memory.tokens is None else torch.cat([memory.tokens, ids], dim=1)
         if state.any_sparse and self.session.controller is not None:
+            told = isinstance(output, tuple)  # as `return_dict=False` asks for it, behind a loss if there is one
             memory.steps += 1
-            step = Step(memory.steps, output.logits[:, -1], memory.tokens, memory.control)
+            logits = next(t for t in output if isinstance(t, Tensor) and t.dim() == 3) if told else output.logits
+            step = Step(memory.steps, logits[:, -1], memory.tokens, memory.control)
             memory.decision = self.session.controller.after(step)
 
     def _refresh(self, memory: SequenceMemory, cache: Cache | None, call: Mapping[str, Any]) -> None:
@@ -142,7 +144,7 @@ class GenerateCall:
         extra = next((n for n, p in self.__signature__.parameters.items() if p.kind is p.VAR_KEYWORD), None)
         given = {**call, **({} if extra is None else call.get(extra, {}))}
         ids = next((given[n] for n in ("inputs", "input_ids") if isinstance(given.get(n), Tensor)), None)
-        end, session = PromptEnd(None if ids is None else ids.shape[1]), self.session
+        end, session = PromptEnd(ids.shape[1] if ids is not None and self._drafts(given) else None), self.session
         kwargs["logits_processor"] = LogitsProcessorList([*(given.get("logits_processor") or ()), end])
         before = session.traces.sparse_rows
         with session.prompt(end):
@@ -155,6 +157,13 @@ class GenerateCall:
             )
         return output
 
+    def _drafts(self, given: Mapping[str, Any]) -> bool:
+        """Whether tokens that another model has drafted may come into one call with the prompt's."""
+        config = given.get("generation_config") or getattr(self.session.model, "generation_config", None)
+        return any(given.get(name) is not None or getattr(config, name, None) is not None for name in _DRAFTING)
+
+
+_DRAFTING = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
 
 # Ways of generating that call the model's forward from a scheduler of their own, which never says where a prompt ends.
 BATCHED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,5 +162,7 @@ def given_cache(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
 
 def cache_of(values: Mapping[str, Any] | Any) -> Cache | None:
     """The cache among the arguments of a call or in an output: transformers has called it `past_key_values` and `cache`."""
-    values = values if isinstance(values, Mapping) else vars(values) if hasattr(values, "__dict__") else {}
-    return next((value for value in values.values() if isinstance(value, Cache)), None)
+    if not isinstance(values, Sequence):  # a tuple is what `return_dict=False` asks for
+        values = values if isinstance(values, Mapping) else vars(values) if hasattr(values, "__dict__") else {}
+        values = values.values()
+    return next((value for value in values if isinstance(value, Cache)), None)

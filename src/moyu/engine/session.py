@@ -33,6 +33,8 @@ from moyu.plan import Plan
 Engine = Literal["skip", "mask"]
 Prompt = int | Tensor  # columns of the prompt: of every sequence, or (B,) of each
 
+AUTOCAST = "torch.autocast is on, and kernels read weights in their own type: units are masked"
+
 _pass: ContextVar[Mapping[int, Pass]] = ContextVar("moyu_pass", default=MappingProxyType({}))
 _prompt: ContextVar[Mapping[int, Prompt | PromptEnd]] = ContextVar("moyu_prompt", default=MappingProxyType({}))
 
@@ -87,7 +89,7 @@ class PromptEnd:
     """
 
     def __init__(self, columns: int | None = None) -> None:
-        """The prompt is still being read. columns: of the ids that were given, where they are all that the model reads."""
+        """The prompt is still being read. columns: of the ids that were given, where drafted tokens may come in one call with them."""
         self.columns, self.draws = columns, 0  # draws: tokens drawn so far
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
@@ -194,6 +196,7 @@ class Session:
         any_dense = bool((rows.valid & ~rows.sparse).any())
         if any_dense:  # once a prompt
             self._refuse_wrappers()
+        cast = autocasts(self.model)
         skipping = (
             self.engine == "skip"
             and any_sparse
@@ -201,8 +204,11 @@ class Session:
             and rows.seq.numel() <= MAX_SKIPPING_ROWS
             and self.observer is None
             and not torch.is_grad_enabled()
+            and not cast
         )
-        return Pass(rows, memory, any_sparse, any_dense, skipping, self.observer, self.chooser)
+        state = Pass(rows, memory, any_sparse, any_dense, skipping, self.observer, self.chooser)
+        state.because = AUTOCAST if cast else None
+        return state
 
     def _refuse_wrappers(self) -> None:
         """Raise UserError where a module was replaced since the plan was applied: nobody would call what replaced it."""
@@ -217,6 +223,12 @@ class Session:
         """Called by an executor whose weights something has repacked."""
         with self.layout_lock:
             layout.lay_out(pieces, roles)
+
+
+def autocasts(model: nn.Module) -> bool:
+    """Whether torch.autocast changes the types of products on the model's device: kernels read weights in their own type."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class _CopyableLock:

@@ -22,6 +22,7 @@ from moyu.measure import accounting
 from moyu.measure.environment import last_level_cache, read_buffer
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy
+from moyu.model.prompts import context_of
 from moyu.plan import Plan
 
 
@@ -64,6 +65,16 @@ class Comparison:
     prompt_tokens: int
 
 
+def check_positions(model: nn.Module, prompt: int, tokens: int) -> None:
+    """Refuse more tokens, behind a prompt of so many, than the model has positions for."""
+    limit = context_of(model)
+    if limit is not None and prompt + tokens > limit:
+        raise UserError(
+            f"{prompt} tokens of prompt and {tokens} new ones are more than the {limit} that the model reads",
+            f"use --tokens {limit - prompt} or fewer",
+        )
+
+
 @torch.no_grad()
 def compare(
     model: nn.Module,
@@ -80,10 +91,12 @@ def compare(
     """Time `tokens` greedy steps after `prompt` (B, P): eager, dense and one variant per plan, in turn, `rounds` times.
 
     All use the same weights in one process, on the device of `prompt`; read loops are timed in between. Raises UserError for
-    an empty prompt, for fewer than 2 tokens, and under strict for a step that is not the fastest there is.
+    an empty prompt, for fewer than 2 tokens or more than the model has positions for, and under strict for a step that is not
+    the fastest there is.
     """
     if prompt.shape[1] < 1 or tokens < 2:
         raise UserError("nothing to time", "use a prompt of at least 1 token and at least 2 new tokens")
+    check_positions(model, prompt.shape[1], tokens)
     anatomy = anatomy or dissect.dissect(model)
     total = accounting.dense_step_bytes(model, anatomy)
     device = prompt.device

@@ -51,7 +51,7 @@ class Quality:
 
     def bits_per_byte(self, scores: Scores) -> float | None:
         """Bits per byte of text under one of this object's scores; None if the bytes are unknown."""
-        return None if self.text_bytes is None else bits_per_byte(float(scores.nll.double().sum()), self.text_bytes)
+        return None if not self.text_bytes else bits_per_byte(float(scores.nll.double().sum()), self.text_bytes)
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:

@@ -17,6 +17,7 @@ from moyu.errors import UserError
 from moyu.measure.windows import Windows
 from moyu.model import zoo
 from moyu.model.loading import Loaded
+from moyu.model.prompts import require_known
 
 # Parts of a user's text: name, position in words, and end as a fraction.
 PARTS = (("calibration", "first half", 1 / 2), ("validation", "third quarter", 3 / 4), ("test", "last quarter", 1.0))
@@ -44,7 +45,7 @@ def windows_for(
     """Windows for a model, from the parts of `file`, or from the splits of the zoo's corpus without a file.
 
     calibration, test: the most windows of these parts; validation has as many as test. Raises UserError if the text is
-    missing or empty, or if one of its parts is shorter than a window.
+    missing or empty, or if one of its parts is shorter than a window or holds special tokens alone.
     """
     limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -124,7 +125,10 @@ def _windows(
         )
     random.Random(seed).shuffle(rows)
     chosen = rows[:count]
-    return Windows(torch.tensor([ids for _, ids in chosen]), prompt, source, tuple(document for document, _ in chosen))
+    if {token for _, ids in chosen for token in ids} <= set(tokenizer.all_special_ids):
+        raise UserError(f"{what} is special tokens alone", "give a text with words to --text")
+    ids = require_known(loaded, torch.tensor([ids for _, ids in chosen]))
+    return Windows(ids, prompt, source, tuple(document for document, _ in chosen))
 
 
 def scored_bytes(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, prompt: int) -> int:

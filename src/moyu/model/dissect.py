@@ -36,12 +36,24 @@ def text_config(model: nn.Module):
     return model.config.get_text_config(decoder=True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
 
-def _setting(config: object, name: str) -> object:
+def setting(config: object, name: str) -> object:
     """A value of a configuration; None if it has none, or if values differ between layers and reading one raises."""
     try:
         return getattr(config, name, None)
     except Exception:  # of a class that the oldest supported transformers does not have
         return None
+
+
+APPLIED = "_moyu_applied"  # among the attributes of a module that an applied plan has changed
+
+
+def require_dense(model: nn.Module) -> None:
+    """Refuse a model that a plan is applied to, or of which a part has one: its numbers are not its own."""
+    if any(APPLIED in vars(module) for module in model.modules()):
+        raise UserError(
+            "a plan is already applied to this model",
+            "restore() it first; `model.moyu_applied.restore()` where transformers loaded the model with its plan",
+        )
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
@@ -58,7 +70,7 @@ def _called_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList, list[list
     if not found:
         raise UserError(f"{type(model).__name__} has no list of decoder layers", "is it a causal LM of transformers?")
     config = text_config(model)
-    depths = {_setting(config, name) for name in DEPTHS}
+    depths = {setting(config, name) for name in DEPTHS}
 
     def size(item: tuple) -> tuple[bool, int]:
         return len(item[1]) in depths, sum(p.numel() for p in item[1].parameters())
@@ -79,8 +91,10 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
     """Find and prove every block of a causal LM. Runs the model once on a few tokens.
 
-    dense_layers: layers to leave dense; -1 is the last. Raises UserError, with the reasons, if no network is found.
+    dense_layers: layers to leave dense; -1 is the last. Raises UserError, with the reasons, if no network is found, and for a
+    model that a plan is applied to.
     """
+    require_dense(model)
     stacks = _called_stacks(model)
     main = stacks[0][1]
     left = _chosen(dense_layers, len(main))
@@ -149,7 +163,7 @@ def dissect(model: nn.Module, dense_layers: tuple[int, ...] = ()) -> Anatomy:
 
 def _heads(model: nn.Module) -> int:
     """Query heads by the configuration; 0 if it does not tell."""
-    heads = _setting(text_config(model), "num_attention_heads")
+    heads = setting(text_config(model), "num_attention_heads")
     return heads if isinstance(heads, int) else 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,6 +26,7 @@ from transformers.utils import logging
 
 from moyu.errors import UserError
 from moyu.model import zoo
+from moyu.model.dissect import DEPTHS, setting
 from moyu.model.finite import require_finite
 from moyu.model.gguf import loading as gguf
 from moyu.model.machine import device_of
@@ -90,6 +92,7 @@ def load(
         asked: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(source, **asked)
         config = AutoConfig.from_pretrained(source, **asked)
+        _check_depth(config, Path(source))
         plan = None
         if carries_plan(config):  # its weights are plain ones: commands apply the plan where they need it
             plan = plan_folder(source, revision)
@@ -98,7 +101,7 @@ def load(
             source, config=config, dtype=dtype, output_loading_info=True, **asked
         )
         model, info = made
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # readers of damaged files raise many classes, tokenizers the bare one
         line = " ".join(str(error).split()) or type(error).__name__
@@ -114,6 +117,25 @@ def load(
     if finite and not embedded:
         require_finite(model, repr(name))
     return Loaded(name, model.eval().to(device_of(device)), tokenizer, revision, embedded, plan)  # pyright: ignore
+
+
+def _check_depth(config: Any, folder: Path) -> None:
+    """Refuse a configuration of more layers than its weights are tensors, which would be built one by one before they are missed."""
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        return
+    tensors = 0
+    for file in files:
+        with safe_open(file, "pt") as held:
+            tensors += len(held.keys())
+    for part in (config, config.get_text_config(decoder=True)):
+        for name in DEPTHS:
+            depth = setting(part, name)
+            if isinstance(depth, int) and depth > tensors:
+                raise UserError(
+                    f"{str(folder / 'config.json')!r} says {name} {depth:.4g}, and its weights are {tensors} tensors",
+                    "they do not belong together: download or save the model again",
+                )
 
 
 def carries_plan(config: Any) -> bool:

@@ -24,11 +24,24 @@ def as_chat(loaded: Loaded, messages: Sequence[Mapping[str, str]], remedy: str) 
     if not loaded.tokenizer.chat_template:
         raise UserError(f"{loaded.name!r} has no chat template", remedy)
     try:
-        said = [dict(message) for message in messages]
+        said = [{key: written(text) for key, text in message.items()} for message in messages]
         return str(loaded.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+    except UserError:
+        raise
     except Exception as error:  # templates are programs: jinja2's errors, and whatever they raise themselves
         line = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the chat template of {loaded.name!r} fails ({line:.200})", remedy) from error
+
+
+def written(words: str) -> str:
+    """The words as they were written: where the locale is C, Python hands over the bytes of other characters one by one.
+
+    Raises UserError for what is no text in UTF-8.
+    """
+    try:
+        return words.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise UserError("the prompt is not UTF-8 text", "write it in UTF-8") from error
 
 
 def prompt_ids(loaded: Loaded, prompt: str) -> Tensor:
@@ -36,12 +49,24 @@ def prompt_ids(loaded: Loaded, prompt: str) -> Tensor:
 
     A prompt that begins with the model's BOS, as a chat template writes it, gets no second one.
     """
-    bos = loaded.tokenizer.bos_token
+    prompt, bos = written(prompt), loaded.tokenizer.bos_token
     begun = isinstance(bos, str) and prompt.startswith(bos)
     ids: Any = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=not begun)["input_ids"]
     if ids.shape[1] == 0:
         raise UserError("the prompt has no token", "give some text")
-    return ids.to(loaded.model.device)
+    return require_known(loaded, ids).to(loaded.model.device)
+
+
+def require_known(loaded: Loaded, ids: Tensor) -> Tensor:
+    """The ids, if the model has an embedding of each: a tokenizer may have more tokens, and ids come from outside. Else UserError."""
+    limit: int = loaded.model.get_input_embeddings().num_embeddings  # pyright: ignore
+    strange = ids[(ids < 0) | (ids >= limit)].flatten()
+    if strange.numel():
+        raise UserError(
+            f"token {int(strange[0])} is none of the {limit} that {loaded.name!r} has",
+            "is this the tokenizer that the model was trained with?",
+        )
+    return ids
 
 
 def context_of(model: nn.Module) -> int | None:
@@ -49,12 +74,12 @@ def context_of(model: nn.Module) -> int | None:
     return getattr(text_config(model), "max_position_embeddings", None)
 
 
-def check_length(loaded: Loaded, ids: Tensor, new_tokens: int) -> None:
-    """Refuse more tokens than the model has positions for."""
+def check_length(loaded: Loaded, ids: Tensor, new_tokens: int, option: bool = True) -> None:
+    """Refuse more tokens than the model has positions for. option: whether --new-tokens can be given."""
     limit = context_of(loaded.model)
     taken = ids.shape[1]
     if limit is not None and taken + new_tokens > limit:
-        room = f"use --new-tokens {limit - taken} or fewer" if limit > taken else "give a shorter --prompt"
+        room = f"use --new-tokens {limit - taken} or fewer" if option and limit > taken else "give a shorter --prompt"
         raise UserError(
             f"{taken} tokens of prompt and {new_tokens} new ones are more than the {limit} that {loaded.name!r} reads",
             room,

@@ -27,6 +27,15 @@ from moyu.records.parts import (
 )  # fmt: skip
 
 
+def written(value: Any) -> Any:
+    """A value with its words as UTF-8 has them: in a C locale, paths and prompts come as single bytes, which no file can hold."""
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {key: written(own) for key, own in value.items()}
+    return [written(own) for own in value] if isinstance(value, list) else value
+
+
 class Stamped(Strict):
     """Fields of every record."""
 
@@ -44,6 +53,11 @@ class Stamped(Strict):
         description="of a result that is kept: digest of the weights, the text, the settings and the version of the definition; "
         "it is found again by this alone",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, values: Any) -> Any:
+        return written(values)
 
 
 class ModelRecord(Stamped):

@@ -9,6 +9,7 @@ from moyu.reporting.columns import fixed, gain, label, number, percent, times
 from moyu.reporting.groups import Group, quality_groups, speed_groups, without_prompt
 
 KL_CLOSE = 0.1  # nats per token; below it the sparse model is called close to the dense one
+FEW_TOKENS = 1000  # scored; with fewer the mean KL of a plan changes by some 10 % from text to text
 KL_LOST = 0.5  # above it the sparse model counts as another model
 BEYOND = 1.05  # a speed-up above its limit by bytes times this is not from skipping alone
 NOISY = 1.5  # p80 / p20 of the seconds per token
@@ -80,12 +81,14 @@ def warnings(records: Sequence[Record]) -> list[str]:
     quality = [r for r in records if isinstance(r, Quality) and r.kl is not None]
     speed = [r for r in records if isinstance(r, Speed) and r.method != "dense"]
     trained = [r for r in speed if r.weights == "trained"]
+    few = [r for r in quality if r.tokens is not None and r.tokens < FEW_TOKENS]
     lost = [r for r in quality if (r.kl or 0) > KL_LOST]
     vain = [r for r in quality if r.kl_random is not None and (r.kl or 0) >= r.kl_random and r.family != "reference"]
     fast = [r for r in speed if gain(r) > r.speedup_limit * BEYOND]
     out = [
         _warn(lost, quality, f"KL above {KL_LOST} nats per token. The model is no longer itself."),
         _warn(vain, quality, "no better than its matched random, so the ranking adds nothing here."),
+        _warn(few, quality, f"fewer than {FEW_TOKENS:,} tokens were scored: small differences are chance."),
         _warn([r for r in speed if r.speedup < 1], speed, "skipping is slower than dense."),
         _warn(
             fast, speed, "faster than its bytes allow: its loop is faster than the baseline's, or the timing is noisy."

@@ -107,7 +107,8 @@ class PlainLayer:
 
     def _linear(self, name: str, decides: SiteState | None, kept: list[Tensor]) -> Any:
         piece = self.block.pieces[name]
-        linear = native_linear(piece.operand, piece.bias)
+        by_columns = decides is not None or (name == "down" and self.sequence_site is not None)
+        linear = native_linear(piece.operand, piece.bias, by_columns)
         if decides is not None:
             linear.bias = self._bias(name, decides, kept)
             rest = remainder_of(decides.method, decides.site, decides.params)
@@ -140,8 +141,11 @@ class PlainLayer:
         return None if state.factors is NOTHING else state.factors
 
 
-def native_linear(weight: Tensor | Stored, bias: Tensor | None) -> Any:
-    """A linear as the extension takes it: (q, n), skipping nothing, by columns where those are contiguous."""
+def native_linear(weight: Tensor | Stored, bias: Tensor | None, by_columns: bool = False) -> Any:
+    """A linear as the extension takes it: (q, n), skipping nothing, by columns where those are contiguous.
+
+    by_columns: what to take where rows and columns are both contiguous, in a weight of one row or one column.
+    """
     linear = cpu.extension().Linear()
     linear.q, linear.n = weight.shape
     if isinstance(weight, Stored):
@@ -153,7 +157,7 @@ def native_linear(weight: Tensor | Stored, bias: Tensor | None) -> Any:
         linear.weight, linear.stride = codes.data_ptr(), codes.stride(0)
         linear.scales, linear.scales_stride = scales.data_ptr(), scales.stride(0) * scales.element_size()
     else:
-        linear.by_columns = weight.stride(1) != 1
+        linear.by_columns = weight.stride(0) == 1 if by_columns else weight.stride(1) != 1
         linear.stride = weight.stride(1) if linear.by_columns else weight.stride(0)
         linear.weight = weight.data_ptr()
     linear.bias = 0 if bias is None else bias.data_ptr()

@@ -233,7 +233,8 @@ class _LayerCall:
             if state.native:
                 return self.run.step(state, hidden, kwargs)
             if self.run.ends is None:  # else the step from token ids has said why
-                state.because = "the call is no step of one more token on a cache that native layers can append to"
+                why = "the call is no step of one more token on a cache that native layers can append to"
+                state.because = state.because or why
         return hidden if state.native else self.inner(hidden, *args, **kwargs)
 
 

@@ -17,7 +17,7 @@ from moyu.engine.cache import KvCache
 from moyu.engine.choosers import Known
 from moyu.engine.memory import SequenceMemory, cache_field, cache_of, memory_of
 from moyu.engine.rows import MAX_SKIPPING_ROWS, rows_at, rows_of
-from moyu.engine.session import Pass, Session
+from moyu.engine.session import AUTOCAST, Pass, Session, autocasts
 from moyu.engine.steps.run import DecodeRun
 from moyu.engine.trace import NATIVE
 from moyu.methods.values import NOTHING
@@ -87,6 +87,8 @@ def _because(
         return "gradients are on"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
+    if autocasts(session.model):
+        return AUTOCAST
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or ids.dtype != torch.int64:
         return "the call brings no single token of every row"
     if len(ids) > MAX_SKIPPING_ROWS:

@@ -19,7 +19,7 @@ from moyu.integrations.server.answers import Answer, Event, Failed
 from moyu.integrations.server.engine import Engine, Request
 from moyu.integrations.server.schema import Asked, Chat, Completion
 from moyu.model.loading import Loaded
-from moyu.model.prompts import as_chat, prompt_ids
+from moyu.model.prompts import as_chat, prompt_ids, require_known
 
 DENSE = ":dense"  # behind the model's name: without the plan
 
@@ -78,15 +78,9 @@ class Model:
                 )
                 return [prompt_ids(self.loaded, text)[0]]
             return [
-                prompt_ids(self.loaded, p)[0] if isinstance(p, str) else self._known(torch.tensor(p))
+                prompt_ids(self.loaded, p)[0] if isinstance(p, str) else require_known(self.loaded, torch.tensor(p))
                 for p in body.prompts
             ]
-
-    def _known(self, ids: Tensor) -> Tensor:
-        limit: int = self.loaded.model.get_input_embeddings().num_embeddings  # pyright: ignore
-        if int(ids.max()) >= limit:
-            raise UserError(f"token {int(ids.max())} is none of the model's", f"it has {limit}")
-        return ids
 
 
 @dataclass(eq=False)
