@@ -1,4 +1,4 @@
-"""A griffe extension for the API page: what a docstring says of a parameter (`name: ...` at the start of a line) becomes an item of a list."""
+"""A griffe extension for the API page: parameters (`name: ...` at the start of a docstring's line) become items of a list."""
 
 from __future__ import annotations
 

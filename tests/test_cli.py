@@ -111,6 +111,8 @@ def everything(folder: Path) -> list[str]:
         (["run", "swiglu", "--window", "32"], "--prompt-tokens"),
         (["run", "swiglu", "--window", "4096"], "use --window"),
         (["calibrate", "swiglu", "--max-ppl-increase", "much"], "write 1%"),
+        (["calibrate", "swiglu", "--max-kl", "0"], "write 0.02"),
+        (["calibrate", "swiglu", "--max-kl", "0.02", "--bytes", "0.9"], "give one of them"),
         (["generate", "swiglu", "--new-tokens", "0"], "'--new-tokens'"),
         (["generate", "swiglu", "--plan", "nowhere"], "moyu calibrate"),
         (["report", "nowhere.jsonl"], "nowhere.jsonl"),

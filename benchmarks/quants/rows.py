@@ -68,7 +68,7 @@ class Size:
 
     file: float
     moyu: float
-    layers: float  # of `file`, those of the layers' linears
+    layers: float | None  # of `file`, those of the layers' linears; None: nobody has told them apart
     layers_moyu: float
     weights: int  # of the layers' linears
 
@@ -186,8 +186,9 @@ class Table:
             reference=self.reference,
         )
         step = found.byte_fraction * size.moyu
-        layers = step - (size.moyu - size.layers_moyu)
-        own = Size(step, step, layers, layers, size.weights)
+        with_head = any(site.skips == "words" for site in plan.sites())
+        layers = None if with_head else step - (size.moyu - size.layers_moyu)
+        own = Size(step, step, layers, size.layers_moyu, size.weights)
         choices = dict(zip(CHOICES, (found.method, found.random, found.oracle), strict=True))
         return [
             self._row(asked, "plan", model, anatomy, own, scores, file=file, choice=choice, plan=plan.hash)
@@ -225,7 +226,7 @@ class Table:
                 "tensors": file.formats(),
                 "step_bytes": size.file,
                 "step_bytes_moyu": size.moyu,
-                "bits_per_weight": 8 * size.layers / size.weights,
+                "bits_per_weight": None if size.layers is None else 8 * size.layers / size.weights,
                 "documents": len(windows.tokens),
                 "tokens": scores.nll.numel(),
                 "ppl_source": math.exp(float(source)),

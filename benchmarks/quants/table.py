@@ -80,7 +80,7 @@ def _table(rows: Sequence[Comparison]) -> str:
             "yes" if r.importance else NONE,
             f"{r.step_bytes / 1e6:.1f}",
             NONE if source is None else f"{r.step_bytes / source:.3f}",
-            f"{r.bits_per_weight:.2f}",
+            "–" if r.bits_per_weight is None else f"{r.bits_per_weight:.2f}",
             number(r.kl),
             f"{number(r.kl_interval[0])} to {number(r.kl_interval[1])}",
             f"{r.ppl:.2f}",

@@ -201,6 +201,20 @@ class Divided(Way):
         return self._floor
 
     @property
+    def most(self) -> float:
+        """The largest fraction of a dense step's bytes that can be saved."""
+        return 1 - self._floor
+
+    def saved_at(self, kl: float) -> float:
+        """The fraction of a dense step's bytes at which the sites' costs add up to `kl`, in nats a token."""
+        low, high = 0.0, self.most
+        for _ in range(20):
+            middle = (low + high) / 2
+            cost = sum(p.cost for p in fisher.divide(self.curves, middle * self.reader.dense()).values())
+            low, high = (middle, high) if cost <= kl else (low, middle)
+        return max(low, LEAST)
+
+    @property
     def slope(self) -> float:
         return -1.0
 

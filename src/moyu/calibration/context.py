@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from moyu import methods
 from moyu.calibration import allocation, compensation
-from moyu.calibration.budget import Reader, plan_for_bytes, solve, ways
+from moyu.calibration.budget import Reader, Way, plan_for_bytes, solve, ways
 from moyu.calibration.profiling import Profile, profile
 from moyu.calibration.settings import WINDOWS, Settings, Stage, quiet
 from moyu.calibration.streams import Chain, Progress
@@ -204,11 +204,16 @@ class Context:
         able = [n for n in names if any(self.method(n).sites(b) for b in self.anatomy.places())]
         return able, [n for n in names if n not in able]
 
-    def plan(self, name: str, sparsity: float | None = None, progress: Progress | None = None) -> Plan:
-        """Calibrate one method, at `sparsity` or for what the settings ask; OutOfReach below the method's floor."""
-        settings, model, windows = self.settings, self.loaded.model, self.split.calibration
-        method, reader = self.method(name), Reader(model, self.anatomy)
-        asked: _Asked = {
+    def ways(self, name: str, progress: Progress | None = None) -> list[Way]:
+        """The ways in which one method can spend a byte budget."""
+        reader = Reader(self.loaded.model, self.anatomy)
+        return ways(reader, self.method(name), self.split.calibration, progress, **self._asked)
+
+    @property
+    def _asked(self) -> _Asked:
+        """What every plan is made with."""
+        settings = self.settings
+        return {
             "name": self.loaded.name,
             "revision": self.loaded.revision,
             "bias": settings.bias,
@@ -216,12 +221,16 @@ class Context:
             "seed": settings.seed,
             "chains": self.chains,
         }
+
+    def plan(self, name: str, sparsity: float | None = None, progress: Progress | None = None) -> Plan:
+        """Calibrate one method, at `sparsity` or for what the settings ask; OutOfReach below the method's floor."""
+        settings, model, windows = self.settings, self.loaded.model, self.split.calibration
+        method, asked = self.method(name), self._asked
         fraction = settings.bytes if sparsity is None else None
         if fraction is not None and settings.allocation == "uniform":
-            found = ways(reader, method, windows, progress, **asked)
-            return self._learnt(plan_for_bytes(found, self.split, fraction, progress=progress))
+            return self._learnt(plan_for_bytes(self.ways(name, progress), self.split, fraction, progress=progress))
         if fraction is not None:
-            sparsity = solve(reader, method, windows, fraction)
+            sparsity = solve(Reader(model, self.anatomy), method, windows, fraction)
         level = settings.target() if sparsity is None else sparsity
         if settings.allocation == "uniform":
             plan = calibrate(model, method, windows, sparsity=level, anatomy=self.anatomy, progress=progress, **asked)

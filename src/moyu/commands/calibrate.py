@@ -22,6 +22,7 @@ from moyu.commands.options import (
     Knobs,
     LearnBias,
     MaxIncrease,
+    MaxKl,
     Methods,
     Model,
     Out,
@@ -35,6 +36,7 @@ from moyu.commands.options import (
     parse_share,
 )
 from moyu.commands.output import check_writable, progress, show
+from moyu.errors import UserError
 
 
 def calibrate(
@@ -43,6 +45,7 @@ def calibrate(
     sparsity: Sparsity = None,
     bytes_: Bytes = None,
     max_ppl_increase: MaxIncrease = None,
+    max_kl: MaxKl = None,
     knob: Knobs = None,
     text: Text = None,
     profile: Annotated[
@@ -93,12 +96,18 @@ def calibrate(
         weights=weights,
     )
     settings.check()
-    budget = None if max_ppl_increase is None else parse_share(max_ppl_increase)
+    given = {"--sparsity": sparsity, "--bytes": bytes_, "--max-ppl-increase": max_ppl_increase, "--max-kl": max_kl}
+    told = [name for name, value in given.items() if value is not None]
+    if len(told) > 1:
+        raise UserError(f"{' and '.join(told)} are given, and each says how much to skip", "give one of them")
     from moyu import records
     from moyu.calibration.context import Context
-    from moyu.calibration.largest import largest_sparsity
+    from moyu.calibration.largest import Allowed, largest
     from moyu.commands.rows import quality_record
 
+    allowed = None if max_kl is None else Allowed("kl", max_kl)
+    if max_ppl_increase is not None:
+        allowed = Allowed("ppl_increase", parse_share(max_ppl_increase))
     check_writable(out)
     rows = []
     with progress() as stage:
@@ -108,10 +117,10 @@ def calibrate(
         names = method or context.applicable(settings.methods)[0]
         for done, name in enumerate(names):
             which = f"{name} ({done + 1} of {len(names)} methods)"
-            if budget is None:
+            if allowed is None:
                 plan = context.plan(name, progress=partial(stage, f"calibrate {which}"))
             else:
-                plan = largest_sparsity(context, name, budget, stage)
+                plan = largest(context, name, allowed, stage)
             plan.save(out / name)
             quality = context.quality(plan, matched=False, progress=partial(stage, f"evaluate {which}"))
             rows.append(quality_record(context, plan, quality))

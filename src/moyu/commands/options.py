@@ -59,6 +59,11 @@ def parse_fractions(words: str) -> tuple[float, ...]:
         raise UserError(f"--bytes {words!r} is no list of fractions", "write 0.75,0.6,0.5") from None
 
 
+def _positive(number: float) -> None:
+    if not 0 < number < 100:
+        raise UserError(f"a KL of {number:g} is no budget", "write 0.02, for example")
+
+
 def _checked(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A callback that refuses what `parse` refuses, before torch is imported, and leaves the words as they are."""
 
@@ -176,6 +181,14 @@ BackendName = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="The folder to write into.")]
 Json = Annotated[bool, typer.Option("--json", help="Print records as JSON lines on stdout, and nothing else.")]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl",
+        help="Instead of --sparsity: skip as much as this KL from the dense model allows, in nats a token, e.g. 0.02.",
+        callback=_checked(_positive),
+    ),
+]
 MaxIncrease = Annotated[
     str | None,
     typer.Option(

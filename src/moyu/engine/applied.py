@@ -161,7 +161,7 @@ class Applied(Session, AbstractContextManager):
             else HeadLinear(self, self.anatomy.head, states_of(self, self.anatomy.head))
         )
         if top is not None:
-            self._wrap_head(top, taken)
+            self._lay_out(top)  # its forward is replaced below: native steps are proved on the module's own
         calls = (*self.ffns, *self.linears, *(() if top is None else (top,)))
         self.layouts = [call.ensure_layout for call in calls]
         if self.engine == "skip" and self.backend in ("auto", "cpu"):
@@ -169,7 +169,9 @@ class Applied(Session, AbstractContextManager):
             if self.native is not None:
                 self.native.attach(self._replace)
         head = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-        if head is not None and is_linear(head) and id(head) not in taken:
+        if top is not None:
+            self._replace(top.piece.module, "forward", top.forward)
+        elif head is not None and is_linear(head) and id(head) not in taken:
             self._replace(head, "forward", MethodType(DenseLinear.forward, DenseLinear(self, Piece(head))))
         # Wrappers such as PEFT's call the transformers model inside them, past their own forward.
         inner = next((m for m in self.model.modules() if isinstance(m, PreTrainedModel)), self.model)
@@ -185,17 +187,14 @@ class Applied(Session, AbstractContextManager):
 
     def _wrap_linear(self, call: AttentionLinear, piece: Piece, taken: set[int]) -> None:
         taken.add(id(piece.module))
-        if self.engine == "skip" and call.role is not None:
-            layout.lay_out([piece], [call.role])
-            self._laid_out.append(piece.module)
+        self._lay_out(call)
         self._replace(piece.module, "forward", call.forward)
 
-    def _wrap_head(self, call: HeadLinear, taken: set[int]) -> None:
-        taken.add(id(call.piece.module))
+    def _lay_out(self, call: AttentionLinear | HeadLinear) -> None:
+        """Lay a linear out as its site's kernels read it."""
         if self.engine == "skip" and call.role is not None:
             layout.lay_out([call.piece], [call.role])
             self._laid_out.append(call.piece.module)
-        self._replace(call.piece.module, "forward", call.forward)
 
     def _wrap_attention(self, block: Block, states: list[SiteState]) -> None:
         """Let a block's attention choose before its linears, where its heads may leave keys or values out."""

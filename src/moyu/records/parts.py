@@ -47,10 +47,12 @@ class KvBytes(Strict):
 
 
 class Search(Strict):
-    """How a budget became a sparsity target: the largest sparsity within the budget on the validation text."""
+    """How what skipping may cost became a plan: the one that skips the most within it on the validation text."""
 
-    max_ppl_increase: Positive = Field(description="allowed rise of perplexity; 0.01 is 1 %")
-    ppl_increase: float = Field(description="rise of perplexity on the text that decided")
+    max_ppl_increase: Positive | None = Field(default=None, description="allowed rise of perplexity; 0.01 is 1 %")
+    ppl_increase: float | None = Field(default=None, description="rise of perplexity on the text that decided")
+    max_kl: Positive | None = Field(default=None, description="allowed KL from the dense model, in nats a token")
+    kl: float | None = Field(default=None, description="KL on the text that decided")
     corpus: dict[str, Any] = Field(description="fingerprint of the text that decided, which is not the one reported on")
 
 

@@ -380,7 +380,10 @@ class Comparison(ModelRecord):
         description="bytes that a decode step reads: of a file as it stores them, of a plan as MOYU does"
     )
     step_bytes_moyu: Positive = Field(description="the same as MOYU stores them: scales of K types take a byte each")
-    bits_per_weight: Positive = Field(description="bits of `step_bytes` that a weight of the blocks takes")
+    bits_per_weight: Positive | None = Field(
+        default=None,
+        description="bits of `step_bytes` that a weight of the blocks takes; null for a plan that leaves out bits of the head as well",
+    )
     documents: Amount = Field(description="documents of held-out text, one window of each")
     tokens: Amount = Field(description="scored tokens")
     ppl_source: Perplexity = Field(description="perplexity per token of the source file")

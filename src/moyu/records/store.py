@@ -99,9 +99,9 @@ def append(path: Path, record: Record) -> None:
             raise
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path | str) -> list[Record]:
     """All records of a file. Raises UserError like ``records.jsonl:12: quality.kl must be >= 0, not -1.0``."""
-    return list(_parse(path))
+    return list(_parse(Path(path)))
 
 
 def _parse(path: Path) -> Iterator[Record]:

@@ -36,7 +36,7 @@ def shown(rows: Sequence[Record]) -> list[Comparison]:
     compared = [r for r in rows if isinstance(r, Comparison)]
     for source in (r for r in compared if r.what == "source"):
         own = [r for r in compared if r.source_sha256 == source.source_sha256 and r.corpus == source.corpus]
-        plans = [r for r in own if r.what == "plan" and r.choice == "own" and re.match(r"levels [\d.]", r.row)]
+        plans = [r for r in own if r.what == "plan" and r.choice == "own" and re.fullmatch(r"levels \.\d\d", r.row)]
         if plans:
             least = ROOM * min(r.step_bytes for r in plans)
             files = [r for r in front(own) if least <= r.step_bytes < source.step_bytes]

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 Order = Literal["rows", "columns", "planes", "parted"]
-LIES: dict[Order, str] = {"rows": "lies by rows", "columns": "lies by columns", "planes": "lies in planes", "parted": "is parted"}
+LIES: dict[Order, str] = {
+    "rows": "lies by rows",
+    "columns": "lies by columns",
+    "planes": "lies in planes",
+    "parted": "is parted",
+}
 CHUNK = 1 << 18  # weights that are (de)quantised at once: temporaries take some 20 bytes a weight
 
 
@@ -142,7 +147,9 @@ class Stored:
     def first_values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the first bits alone stand for, (q, n). ValueError for a weight whose first bits do not lie apart."""
         if self.order not in ("planes", "parted"):
-            raise ValueError(f"a weight that {LIES[self.order]} has no first bits apart; lay it out in planes, or parted")
+            raise ValueError(
+                f"a weight that {LIES[self.order]} has no first bits apart; lay it out in planes, or parted"
+            )
         return self.format.first_values(self, dtype)
 
     def pieces(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
