@@ -50,6 +50,7 @@ NATIVE = (
     "levels",
     "popularity",
     "relu-zero",
+    "shortlist",
     "static-norm",
     "tda",
     "teal",

@@ -89,7 +89,7 @@ def test_expected_speedup_by_hand_and_best_length():
 @pytest.mark.parametrize("name", ["griffin", "teal", "cats"])
 def test_greedy_is_dense_greedy(name, structure):
     model = build(structure)
-    if not any(methods.method(name).sites(b) for b in dissect(model).all_blocks()):
+    if not any(methods.method(name).sites(b) for b in dissect(model).places()):
         pytest.skip("no site")
     plan = plan_for(model, methods.method(name))
     ids = tokens(1, 9)

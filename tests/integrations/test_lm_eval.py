@@ -166,7 +166,7 @@ def own_tasks(monkeypatch):
     [
         (["--tasks", "python_next_lin"], "no task 'python_next_lin': did you mean python_next_line"),
         (["--tasks", "qqq"], "did you mean python_next_line or python_assignment"),
-        (["--tasks", "python_next_line", "--limit", "0"], "--limit must be at least 1"),
+        (["--tasks", "python_next_line", "--limit", "0"], "for '--limit': Input should be greater than or equal to 1"),
         (["--limit", "4"], "--tasks"),
         (["--tasks", "x", "--task-folder", "/nowhere"], "no folder '/nowhere'"),
     ],

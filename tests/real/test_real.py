@@ -111,7 +111,7 @@ def test_every_method_applies(real, name):
     knobs = {"steps": 3} if name == "lte" else {}  # of a training through the whole model, 4 s each
     model, method = real.loaded.model, methods.method(name, **knobs)
     anatomy = dissect(model)
-    if not any(method.sites(block) for block in anatomy.all_blocks()):
+    if not any(method.sites(block) for block in anatomy.places()):
         pytest.skip("there is nothing that it could skip")
     before = model(real.ids[:1, :32]).logits
     with warnings.catch_warnings():

@@ -186,6 +186,7 @@ MaxKl = Annotated[
     typer.Option(
         "--max-kl",
         help="Instead of --sparsity: skip as much as this KL from the dense model allows, in nats a token, e.g. 0.02.",
+        min=0,
         callback=_checked(_positive),
     ),
 ]
