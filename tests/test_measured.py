@@ -93,3 +93,15 @@ def test_what_the_readme_says_of_levels_beside_files():
         for size, plan in plans.items()
     }
     assert len(said) == 3 and said == {size: round(beaten[size]) for size in said}
+
+
+def test_what_the_readme_says_of_gemma():
+    words = " ".join((DOCS.parent / "README.md").read_text().split())
+    said = r"On Gemma 3 270M's Q4_K_M file, .*? at (\d+) % of the bytes has a KL of (\S+), and the smaller file of that size (\S+)\."
+    ((share, kl, of_file),) = re.findall(said, words)
+    rows = [r for r in records.read(DOCS / "results" / "quants.jsonl") if isinstance(r, records.Comparison)]
+    gemma = [r for r in rows if r.model.startswith("gemma")]
+    (source,) = (r for r in gemma if r.what == "source")
+    near = [r for r in gemma if round(100 * r.step_bytes / source.step_bytes) == int(share)]
+    assert agrees(kl, min(r.kl for r in near if r.what == "plan"))
+    assert agrees(of_file, min(r.kl for r in near if r.what == "file"))

@@ -56,9 +56,8 @@ def test_no_file_that_is_shown_is_beaten_by_another_and_no_plan_is_left_out():
         assert row.what == "plan" or not [
             r for r in rows if r.what == "file" and r.model == row.model and r.step_bytes <= row.step_bytes and r.kl < row.kl
         ]  # fmt: skip
-    plans = {
-        r.row for r in rows if r.plan and r.row.startswith("levels .") and "whole" not in r.row and r.choice == "own"
-    }
+    own = [r for r in rows if r.plan and r.model == source.model and r.choice == "own"]
+    plans = {r.row for r in own if r.row.startswith("levels .") and "whole" not in r.row}
     assert plans and plans == {r.row for r in others if r.what == "plan"}
 
 
