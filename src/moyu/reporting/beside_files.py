@@ -65,7 +65,7 @@ def picture(rows: Sequence[Record]) -> str:
     x = Linear(0.0, max(r.kl for r in others), NAMES, WIDTH - VALUES)
     canvas.text(12.0, 20.0, f"How far from {source.model}? Shorter is better", style="title")
     canvas.text(NAMES - 12, 40.0, "MB read a token", "end", style="small")
-    canvas.text(NAMES, 40.0, f"KL from {source.step_bytes / 1e6:.1f} MB, nats a token", style="small")
+    canvas.text(NAMES, 40.0, f"KL from the file itself ({source.step_bytes / 1e6:.1f} MB), nats a token", style="small")
     for index, r in enumerate(others):
         base, own = TOP + ROW * index + 15, r.what == "plan"
         canvas.text(12.0, base, f"{'MOYU ' if own else ''}{r.row}", style="bold" if own else "")
