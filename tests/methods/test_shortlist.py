@@ -70,6 +70,7 @@ def test_the_step_is_native_up_to_the_logits_and_counts_what_it_reads(model, tex
             past = applied.model(text[:1, :PROMPT]).past_key_values
             with kernels.count_bytes() as counted, applied.watched(chooser=counter):
                 applied.model(text[:1, PROMPT : PROMPT + 1], past_key_values=past)
+        assert applied.traces.summary() == "native", "layers that are native around a head that is not say so"
     kept = int(counter.kept[site.key].max())
     # A dense step reads a row of the embedding and the norms as well, which kernels do not count.
     beside = model.get_input_embeddings().blocks.row_bytes + sum(p.nbytes for p in model.parameters())

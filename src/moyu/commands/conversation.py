@@ -9,7 +9,6 @@ from typing import Any
 from moyu import kernels
 from moyu.engine.applied import Applied
 from moyu.engine.generate import generate, new_cache
-from moyu.engine.trace import NATIVE
 from moyu.errors import UserError
 from moyu.kernels import BackendName
 from moyu.measure import accounting
@@ -91,7 +90,7 @@ class Conversation(AbstractContextManager):
         pieces = Pieces(self.loaded.tokenizer, prompt[-8:], written, special=False)
         settings = {**self.settings, "max_new_tokens": min(self.new_tokens, limit - len(ids))}
         stream = generate(self.session, [ids], seed=self.seed + len(self.history), cache=self.cache, **settings)
-        native, prefill = self.session.traces.counts[NATIVE], 0
+        native, prefill = self.session.traces.of("native"), 0
         try:
             with kernels.count_bytes() as counter:
                 for tokens in stream:
@@ -107,9 +106,8 @@ class Conversation(AbstractContextManager):
         pieces.end()
         self.history = [*asked, {"role": "assistant", "content": "".join(answer)}]
         steps = len(fresh) - 1
-        counted = (
-            0 < steps == self.session.traces.counts[NATIVE] - native
-        )  # other steps have products that count nothing
+        # Other steps have products that count nothing.
+        counted = 0 < steps == self.session.traces.of("native") - native
         return "; ".join(
             [
                 f"{len(prompt) - kept} of {len(prompt)} tokens of the conversation read, {len(fresh)} written",

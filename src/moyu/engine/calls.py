@@ -16,7 +16,7 @@ from moyu.engine.cache import KvCache
 from moyu.engine.memory import SequenceMemory, cache_of, memory_of, remember
 from moyu.engine.rows import rows_at, rows_of
 from moyu.engine.session import Pass, PromptEnd, Session
-from moyu.engine.trace import NATIVE, Trace
+from moyu.engine.trace import Trace
 from moyu.errors import UserError
 from moyu.methods.control import Keep, Refresh, Step
 
@@ -78,7 +78,8 @@ class ForwardCall:
             until = int(boundary.max()) if isinstance(boundary, Tensor) else boundary
             memory.dense_until = max(memory.dense_until, min(memory.seen, until))
         elif state.any_sparse:
-            session.traces.note(NATIVE if state.native else Trace("general", state.because or because))
+            general = Trace("general", state.because or because)
+            session.traces.note(Trace("native", f"the layers alone: {because}") if state.native else general)
         session.traces.sparse_rows += int(rows.sparse.sum()) if state.any_sparse else 0
         made = cache_of(output)
         if cache is None and made is not None:

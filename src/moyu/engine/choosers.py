@@ -76,6 +76,7 @@ class Counter(Known):
         self.kept: dict[str, Tensor] = {}  # (slots, positions), -1 where a site saw no sparse row
         self.skipped_bytes = 0.0
         self.layers: dict[int, list[float]] = {}  # [skipped, all] units
+        self.words = [0.0, 0.0]  # the same of a head
 
     def __call__(self, site: Site, mask: Tensor, rows: Rows, oracle: Callable[[], Tensor]) -> Tensor:
         """Count the sparse rows of a mask."""
@@ -86,9 +87,8 @@ class Counter(Known):
         width = mask.shape[1]
         skipped = float((width - kept).sum())
         self.skipped_bytes += skipped * site.unit_bytes * site.units / width
-        if site.skips == "words":  # tens of thousands of a few bytes: they would hide what is skipped of the layers
-            return mask
-        layer = self.layers.setdefault(site.layer, [0.0, 0.0])
+        # Words are tens of thousands of a few bytes: among the others they would hide what is skipped of the layers.
+        layer = self.words if site.skips == "words" else self.layers.setdefault(site.layer, [0.0, 0.0])
         layer[0] += skipped
         layer[1] += float(chosen.numel())
         return mask
@@ -100,8 +100,9 @@ class Counter(Known):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of units skipped, all sites of layers."""
-        skipped, units = (sum(layer[i] for layer in self.layers.values()) for i in range(2))
+        """Fraction of units skipped, all sites of layers; of words where nothing else is skipped."""
+        counted = list(self.layers.values()) or [self.words]
+        skipped, units = (sum(part) for part in zip(*counted, strict=True))
         return skipped / units if units else 0.0
 
 

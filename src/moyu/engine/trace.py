@@ -14,7 +14,7 @@ FASTEST: tuple[StepName, ...] = ("native", "compiled")  # on the CPU, on an acce
 
 @dataclass(frozen=True)
 class Trace:
-    """One decode step: the implementation that ran, and why a faster one did not (None: it is the fastest)."""
+    """One decode step: the implementation that ran, and why a faster one, or all of it, did not (None: it is the fastest)."""
 
     step: StepName
     because: str | None = None
@@ -37,6 +37,10 @@ class Traces:
     def note(self, trace: Trace) -> None:
         """Count a decode step."""
         self.counts[trace] += 1
+
+    def of(self, step: StepName) -> int:
+        """How many decode steps an implementation took, in whole or for the layers alone."""
+        return sum(count for trace, count in self.counts.items() if trace.step == step)
 
     def summary(self) -> str:
         """What ran, for a line of output: each implementation with its reason, the most frequent first."""

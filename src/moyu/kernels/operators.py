@@ -7,7 +7,7 @@ reads parted weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,47 +86,18 @@ def _linear(order: Order, x, tensors, format, shape, mask: Any = None, bias=None
     return x, weight, mask, bias
 
 
-def _run_rows(*args):
-    x, weight, mask, bias = _linear("rows", *args)
-    return _finish("rows", choosing.choose("rows", weight.format, x).rows(x, weight, mask, bias))
+def _product(op: str, order: Order) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """What an operator on one weight runs, and what it gives for fake tensors."""
 
+    def run(*args):
+        x, weight, mask, bias = _linear(order, *args)
+        return _finish(op, getattr(choosing.choose(op, weight.format, x), op)(x, weight, mask, bias))
 
-def _run_columns(*args):
-    x, weight, mask, bias = _linear("columns", *args)
-    assert mask is not None  # so says the operator's definition
-    return _finish("columns", choosing.choose("columns", weight.format, x).columns(x, weight, mask, bias))
+    def fake(*args):
+        x, weight, _, _ = _linear(order, *args)
+        return x.new_empty((x.shape[0], weight.shape[0]))
 
-
-def _fake_rows(*args):
-    x, weight, _, _ = _linear("rows", *args)
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-def _fake_columns(*args):
-    x, weight, _, _ = _linear("columns", *args)
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-def _run_levels(*args):
-    x, weight, mask, bias = _linear("planes", *args)
-    assert mask is not None
-    return _finish("levels", choosing.choose("levels", weight.format, x).levels(x, weight, mask, bias))
-
-
-def _fake_levels(*args):
-    x, weight, _, _ = _linear("planes", *args)
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-def _run_words(*args):
-    x, weight, mask, bias = _linear("parted", *args)
-    assert mask is not None
-    return _finish("words", choosing.choose("words", weight.format, x).words(x, weight, mask, bias))
-
-
-def _fake_words(*args):
-    x, weight, _, _ = _linear("parted", *args)
-    return x.new_empty((x.shape[0], weight.shape[0]))
+    return run, fake
 
 
 def _run_columns_above(x, weight, thresholds, bias=None):
@@ -147,10 +118,10 @@ def _fake_columns_above(x, weight, thresholds, bias=None):
 
 for _name, _run, _fake in (
     ("neurons", _run_neurons, _fake_neurons),
-    ("rows", _run_rows, _fake_rows),
-    ("columns", _run_columns, _fake_columns),
-    ("levels", _run_levels, _fake_levels),
-    ("words", _run_words, _fake_words),
+    ("rows", *_product("rows", "rows")),
+    ("columns", *_product("columns", "columns")),
+    ("levels", *_product("levels", "planes")),
+    ("words", *_product("words", "parted")),
     ("columns_above", _run_columns_above, _fake_columns_above),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
