@@ -26,17 +26,27 @@ struct Lines {
     }
 };
 
-// out[c] = row c · x, for every row of weights; the first row of x prefetches (`ahead`), the others find them in the cache.
-MOYU_ONCE void dot_rows_of(const Weight &w, const Lines &lines, const Rounded &x, bool ahead, float *out) {
-    const int64_t groups = groups_of(w.inputs);
-    with_format(w.format, [&](auto f) {
-        using F = decltype(f);
-        int c = 0;
-        for (; c + 4 <= lines.count; c += 4)
-            F::template dot<4>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr, x, groups, out + c);
-        for (; c < lines.count; ++c)
-            F::template dot<1>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr, x, groups, out + c);
-    });
+// out[r * stride + c] = row c of weights · row r of x, for all of them; the first rows of x prefetch, the others find the lines
+// in the cache. groups: of a row.
+template <class F>
+void dot_lines(const Lines &lines, const Rounded &x, int64_t rows, int64_t groups, float *out, int64_t stride) {
+    const auto some = [&](auto lines_at_once, int c, int64_t r, auto rows_at_once, bool ahead) {
+        F::template dot<lines_at_once(), rows_at_once()>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr,
+                                                         x.row(r), groups, out + r * stride + c, stride);
+    };
+    using std::integral_constant;
+    constexpr integral_constant<int, 4> four{};
+    constexpr integral_constant<int, 1> one{};
+    int c = 0;
+    for (; c + 4 <= lines.count; c += 4) {
+        int64_t r = in_groups<kDotRows>(rows, [&](int64_t from, auto at_once, auto ahead) { some(four, c, from, at_once, ahead()); });
+        for (; r < rows; ++r) some(four, c, r, one, r == 0);
+    }
+    for (; c < lines.count; ++c)
+        for (int64_t r = 0; r < rows; ++r) some(one, c, r, one, r == 0);
+}
+MOYU_ONCE void dot_rows_of(const Weight &w, const Lines &lines, const Rounded &x, int64_t rows, float *out, int64_t stride) {
+    with_format(w.format, [&](auto f) { dot_lines<decltype(f)>(lines, x, rows, groups_of(w.inputs), out, stride); });
 }
 
 // The kept columns of one group, at most kGroup, and up to 8 lines that are read after them.
@@ -100,15 +110,14 @@ int64_t grouped_rows_share(const LinearArgs &a, const Weight &w, const Rounded &
         const Taken taken(kept, share, 4, step, hop);
         Lines lines;
         for (int c = 0; c < taken.count; ++c) lines.add(w, taken.piece[c], piece_of(w, taken.next[c]));
-        for (int64_t r = 0; r < a.rows; ++r) {
-            float value[kTogether];
-            dot_rows_of(w, lines, x.row(r), r == 0, value);
+        float value[kMostRows][kTogether];
+        dot_rows_of(w, lines, x, a.rows, value[0], kTogether);
+        for (int64_t r = 0; r < a.rows; ++r)
             for (int c = 0; c < lines.count; ++c) {
                 const int64_t j = taken.piece[c];
                 if (a.mask == nullptr || a.rows == 1 || a.mask[r * a.mask_stride + j])
-                    narrow(value[c] + bias_at<T>(a.bias, j), out[r * w.outputs + j]);
+                    narrow(value[r][c] + bias_at<T>(a.bias, j), out[r * w.outputs + j]);
             }
-        }
     }
     return (share.end - share.begin) * bytes;
 }
@@ -174,7 +183,7 @@ int64_t grouped_neurons_share(const NeuronsArgs &a, const Rounded &x, const int3
                 lines.add(w, neuron[k], column < columns ? piece_of(w, neuron[k + 4])
                                                          : piece_of(down, neuron[column < size ? column : 0]));
             }
-            for (int64_t r = 0; r < a.rows; ++r) dot_rows_of(w, lines, x.row(r), r == 0, to[r] + c);
+            dot_rows_of(w, lines, x, a.rows, to[0] + c, kGroup);
         };
         for (int c = 0, g = 0, first = 0; c < size; c += 4) {
             if (has_gate) project(gate, c, 0, value);

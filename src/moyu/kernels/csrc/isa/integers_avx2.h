@@ -90,12 +90,12 @@ inline __m256 own_scales(const __m256 *parts, int k, int half) {
     const int a = Halves == 1 ? k : 2 * (k % 4) + half, b = a + Halves;
     return _mm256_permutevar8x32_ps(parts[Halves == 1 ? 0 : k / 4], _mm256_setr_epi32(a, a, a, a, b, b, b, b));
 }
-// Where a register holds a whole group: the scale of group k, or of k + 1.
-inline __m256 whole_scales(__m256 scales, int k, int half) { return _mm256_permutevar8x32_ps(scales, _mm256_set1_epi32(k + half)); }
-
 // The lower and the upper lanes of two.
 inline __m256i lower(__m256i a, __m256i b) { return _mm256_permute2x128_si256(a, b, 0x20); }
 inline __m256i upper(__m256i a, __m256i b) { return _mm256_permute2x128_si256(a, b, 0x31); }
+// The first 16 bytes of each group of two registers of whole groups, and the others.
+inline Bytes first_halves(Bytes a, Bytes b) { return lower(a, b); }
+inline Bytes second_halves(Bytes a, Bytes b) { return upper(a, b); }
 
 // add(integers of 8 neighbouring outputs, the first of them) of four registers whose bytes unpack_four has put together, of 32
 // outputs: 0 .. 3 and 16 .. 19, 4 .. 7 and 20 .. 23, 8 .. 11 and 24 .. 27, the others.

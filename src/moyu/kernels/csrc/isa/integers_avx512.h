@@ -91,11 +91,9 @@ inline __m512 own_scales(const __m256 *parts, int k, int half) {
     const int a = Halves * k + half, b = a + Halves, c = b + Halves, d = c + Halves;
     return _mm512_permutexvar_ps(_mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d), all);
 }
-// Where a register holds two whole groups: the scales of groups k and k + 1, or of the two after them.
-inline __m512 whole_scales(__m256 scales, int k, int half) {
-    const int a = k + 2 * half, b = a + 1;
-    return _mm512_permutexvar_ps(_mm512_setr_epi32(a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b), _mm512_castps256_ps512(scales));
-}
+// The first 16 bytes of each group of two registers of whole groups, and the others.
+inline Bytes first_halves(Bytes a, Bytes b) { return _mm512_shuffle_i64x2(a, b, 0x88); }
+inline Bytes second_halves(Bytes a, Bytes b) { return _mm512_shuffle_i64x2(a, b, 0xdd); }
 
 // add(integers of 16 neighbouring outputs, the first of them) of four registers whose bytes unpack_four has put together, of 64
 // outputs: the first four of every 16, then the second, third and fourth four.
