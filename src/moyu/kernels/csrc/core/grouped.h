@@ -16,7 +16,7 @@ using moyu::ValuesArgs;
 
 // Rows of weights at once, and what is prefetched meanwhile.
 struct Lines {
-    const uint8_t *codes[kTogether], *scales[kTogether], *then[kTogether];
+    const uint8_t *codes[kMostPieces], *scales[kMostPieces], *then[kMostPieces];
     int count = 0;
     void add(const Weight &w, int64_t row, const uint8_t *after) { add(piece_of(w, row), scales_of(w, row), after); }
     void add(const uint8_t *line, const uint8_t *its_scales, const uint8_t *after) {
@@ -26,10 +26,18 @@ struct Lines {
     }
 };
 
+// Rows of weights to take at once beside so many rows of x.
+inline int lines_beside(int64_t rows) { return kTiles && rows >= kTileRows ? kTileLines : 4; }
+
 // out[r * stride + c] = row c of weights · row r of x, for all of them; the first rows of x prefetch, the others find the lines
-// in the cache. groups: of a row.
+// in the cache. groups: of a row. In a tile that is not full the last row stands for the missing ones; `stride` has room for it.
 template <class F>
 void dot_lines(const Lines &lines, const Rounded &x, int64_t rows, int64_t groups, float *out, int64_t stride) {
+    if (lines_beside(rows) > 4 && 2 * lines.count > kTileLines && stride >= kTileLines) {
+        Lines full = lines;
+        while (full.count < kTileLines) full.add(lines.codes[lines.count - 1], lines.scales[lines.count - 1], lines.then[lines.count - 1]);
+        return F::tile(full.codes, full.scales, full.then, x, rows, groups, out, stride);
+    }
     const auto some = [&](auto lines_at_once, int c, int64_t r, auto rows_at_once, bool ahead) {
         F::template dot<lines_at_once(), rows_at_once()>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr,
                                                          x.row(r), groups, out + r * stride + c, stride);
@@ -106,12 +114,13 @@ int64_t grouped_rows_share(const LinearArgs &a, const Weight &w, const Rounded &
     const Share share(count, team);
     T *out = static_cast<T *>(a.out);
     const int64_t hop = Taken::hop(bytes);
-    for (int64_t step = 0; step < Taken::steps(share, 4); ++step) {
-        const Taken taken(kept, share, 4, step, hop);
+    const int together = lines_beside(a.rows);
+    for (int64_t step = 0; step < Taken::steps(share, together); ++step) {
+        const Taken taken(kept, share, together, step, hop);
         Lines lines;
         for (int c = 0; c < taken.count; ++c) lines.add(w, taken.piece[c], piece_of(w, taken.next[c]));
-        float value[kMostRows][kTogether];
-        dot_rows_of(w, lines, x, a.rows, value[0], kTogether);
+        float value[kMostRows][kMostPieces];
+        dot_rows_of(w, lines, x, a.rows, value[0], kMostPieces);
         for (int64_t r = 0; r < a.rows; ++r)
             for (int c = 0; c < lines.count; ++c) {
                 const int64_t j = taken.piece[c];

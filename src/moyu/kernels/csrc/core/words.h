@@ -98,13 +98,14 @@ MOYU_ONCE void dot_parts(const Weight &w, const Lines &lines, const Rounded &x, 
 template <class T>
 void first_parts(const Weight &w, const void *bias, const Rounded &x, int64_t rows, const Share &share, float *y, int64_t stride) {
     const int64_t hop = Taken::hop(part_bytes(w).first);
-    for (int64_t step = 0; step < Taken::steps(share, 4); ++step) {
-        const Taken taken(nullptr, share, 4, step, hop);
+    const int together = lines_beside(rows);
+    for (int64_t step = 0; step < Taken::steps(share, together); ++step) {
+        const Taken taken(nullptr, share, together, step, hop);
         Lines lines;
         for (int c = 0; c < taken.count; ++c)
             lines.add(first_of(w, taken.piece[c]), scales_of(w, taken.piece[c]), first_of(w, taken.next[c]));
-        float value[kMostRows][kTogether];
-        dot_parts<true>(w, lines, x, rows, value[0], kTogether);
+        float value[kMostRows][kMostPieces];
+        dot_parts<true>(w, lines, x, rows, value[0], kMostPieces);
         for (int64_t r = 0; r < rows; ++r)
             for (int c = 0; c < lines.count; ++c) y[r * stride + taken.piece[c]] = value[r][c] + bias_at<T>(bias, taken.piece[c]);
     }

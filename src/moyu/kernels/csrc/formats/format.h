@@ -8,6 +8,7 @@
 //   scale_bytes(q)      bytes of the scales that a group of 32 columns shares
 //   level(line, i, g)   the integer of input i of a row, or of output i of a column; the line has g groups of 32
 //   dot<C, R>(...)      C rows times R rows of x
+//   tile(...)           kTileLines rows times all rows of x, where kTiles
 //   add_columns(...)    columns of a group, times what x has for them
 //   widen(...)          a row in float
 #pragma once
@@ -16,7 +17,7 @@
 #include "core/scales.h"
 // In this order: the loops are written in terms of the two.
 #include "core/group_columns.h"
-#include "core/group_rows.h"
+#include "core/group_tiles.h"
 
 namespace {
 
@@ -131,6 +132,14 @@ struct Planar {
         dot_groups<Self, C, R>(w, scales, then, x, groups, out, stride);
 #else
         for (int r = 0; r < R; ++r) dot_plainly<Self, C>(w, scales, x.row(r), groups, out + r * stride);
+#endif
+    }
+    // The same of kTileLines rows, and all rows of x.
+    static void tile([[maybe_unused]] const uint8_t *const *w, [[maybe_unused]] const uint8_t *const *scales,
+                     [[maybe_unused]] const uint8_t *const *then, [[maybe_unused]] const Rounded &x, [[maybe_unused]] int64_t rows,
+                     [[maybe_unused]] int64_t groups, [[maybe_unused]] float *out, [[maybe_unused]] int64_t stride) {
+#if MOYU_INTEGERS
+        if constexpr (kTiles) dot_tile<Self>(w, scales, then, x, rows, groups, out, stride);
 #endif
     }
 };

@@ -9,6 +9,11 @@ using Bytes = __m256i;
 using Wide = Eight;
 constexpr int kBytes = 32, kLanes = 8;
 constexpr int kBeside = 2;  // groups of x.halves that lie side by side (see core/rounded.h)
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+constexpr bool kFourProducts = true;  // an instruction sums four products of bytes
+#else
+constexpr bool kFourProducts = false;
+#endif
 constexpr int kLifted = 0;  // there are products of signed bytes
 
 inline Bytes every(int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
@@ -146,6 +151,16 @@ template <class Fn>
 inline void weighed_pairs(Bytes a, Bytes b, Bytes weights, Fn fn) {
     const Bytes front = _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), weights), back = _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), weights);
     fn(0, lower(front, back)), fn(8, upper(front, back));
+}
+// The i-th four bytes of each lane of 128 bits, four times.
+template <int i>
+inline Bytes each_four(Bytes a) { return _mm256_shuffle_epi32(a, i * 0x55); }
+// In each lane of 128 bits: to[i] gets the i-th four bytes of all four.
+inline void transpose_lanes(const Bytes *m, Bytes *to) {
+    const Bytes a = _mm256_unpacklo_epi32(m[0], m[1]), b = _mm256_unpackhi_epi32(m[0], m[1]);
+    const Bytes c = _mm256_unpacklo_epi32(m[2], m[3]), d = _mm256_unpackhi_epi32(m[2], m[3]);
+    to[0] = _mm256_unpacklo_epi64(a, c), to[1] = _mm256_unpackhi_epi64(a, c);
+    to[2] = _mm256_unpacklo_epi64(b, d), to[3] = _mm256_unpackhi_epi64(b, d);
 }
 inline __m256 load_floats(const float *p) { return _mm256_loadu_ps(p); }
 inline void store_floats(float *p, __m256 a) { _mm256_storeu_ps(p, a); }

@@ -29,6 +29,7 @@ using Bytes = __m512i;
 using Wide = Sixteen;
 constexpr int kBytes = 64, kLanes = 16;
 constexpr int kBeside = 4;  // groups of x.halves that lie side by side (see core/rounded.h)
+constexpr bool kFourProducts = true;  // an instruction sums four products of bytes
 constexpr int kLifted = 128;  // products are of unsigned bytes by signed ones: a signed byte stands for itself - 128
 
 inline Bytes load_some(const uint8_t *p, int count) {  // 0 beyond the count, where nothing is read
@@ -149,6 +150,16 @@ inline void weighed_pairs(Bytes a, Bytes b, Bytes weights, Fn fn) {
     const Bytes front = _mm512_madd_epi16(_mm512_unpacklo_epi16(a, b), weights), back = _mm512_madd_epi16(_mm512_unpackhi_epi16(a, b), weights);
     fn(0, _mm512_permutex2var_epi64(front, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), back));
     fn(16, _mm512_permutex2var_epi64(front, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), back));
+}
+// The i-th four bytes of each lane of 128 bits, four times.
+template <int i>
+inline Bytes each_four(Bytes a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(i * 0x55)); }
+// In each lane of 128 bits: to[i] gets the i-th four bytes of all four.
+inline void transpose_lanes(const Bytes *m, Bytes *to) {
+    const Bytes a = _mm512_unpacklo_epi32(m[0], m[1]), b = _mm512_unpackhi_epi32(m[0], m[1]);
+    const Bytes c = _mm512_unpacklo_epi32(m[2], m[3]), d = _mm512_unpackhi_epi32(m[2], m[3]);
+    to[0] = _mm512_unpacklo_epi64(a, c), to[1] = _mm512_unpackhi_epi64(a, c);
+    to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
 }
 inline __m512 load_floats(const float *p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float *p, __m512 a) { _mm512_storeu_ps(p, a); }
