@@ -8,7 +8,6 @@ run-time order, which it offers for CPUs.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess

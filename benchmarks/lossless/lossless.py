@@ -2,9 +2,10 @@
 
     python benchmarks/lossless/lossless.py MODEL [--text FILE] [--plan FOLDER ...] [--prompts 20] [--tokens 64] [--threads N]
 
---text: a text, of which stretches of 200 tokens are prompts, or .jsonl with a field `prompt` or `question`. Without a plan the text
-alone drafts; each plan drafts with the text and alone. llama.cpp and ik_llama.cpp decode the same prompts where `llama-cpp-python` and
-`ik-llama-cpp-python` are installed and MODEL is a file (PYTHONPATH=benchmarks/cpu). Greedy; texts are compared token by token. Prints a table and, with --out, appends a JSON line.
+--text: a text, of which stretches of 200 tokens are prompts, or .jsonl with a field `prompt` or `question`. Without a plan the
+text alone drafts; each plan drafts with the text and alone. llama.cpp and ik_llama.cpp decode the same prompts where
+`llama-cpp-python` and `ik-llama-cpp-python` are installed and MODEL is a file (PYTHONPATH=benchmarks/cpu). Greedy; texts are compared
+token by token. Prints a table and, with --out, appends a JSON line.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def llama_cpp(path: Path, threads: int, tokens: int) -> Callable[[Tensor], tuple
     return write
 
 
-def ik_llama_cpp(path: Path, threads: int, tokens: int, repack: bool) -> Callable[[Tensor], tuple[list[int], float]] | None:
+def ik_llama_cpp(
+    path: Path, threads: int, tokens: int, repack: bool
+) -> Callable[[Tensor], tuple[list[int], float]] | None:
     """Greedy decoding by ik_llama.cpp; None where it is not installed."""
     from ik_llama_loop import IkLlamaCpp
 
@@ -179,7 +182,9 @@ def main() -> None:
         "step_s": costs,
     }
     print(f"{row['model']}, {row['text']}, {asked.threads} threads, read ceiling {ceiling.gb_s:.1f} GB/s\n")
-    print("| way | tokens/s | over dense, median of prompts | least | accepted | tokens a pass | drafts of the text, of the plan | same text |")
+    print(
+        "| way | tokens/s | over dense, median of prompts | least | accepted | tokens a pass | drafts of the text, of the plan | same text |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, found in rates.items():
         over = [a / b for a, b in zip(found, rates["dense"], strict=True)]
@@ -198,8 +203,15 @@ def main() -> None:
                 "drafted": sum(o.drafted for o in outs) / len(outs),
             }
         row["ways"][name] = own
-        more = "| | |" if not outs else f"{own['accepted']:.0%} | {own['tokens_per_pass']:.2f} | {own['found']:.0f}, {own['drafted']:.0f}"
-        print(f"| {name} | {own['tok_s']:.1f} | {own['over_dense']:.2f} | {own['least_over_dense']:.2f} | {more} | {own['same']} of {len(prompts)} |")
+        more = ["", "", ""]
+        if outs:
+            more = [
+                f"{own['accepted']:.0%}",
+                f"{own['tokens_per_pass']:.2f}",
+                f"{own['found']:.0f}, {own['drafted']:.0f}",
+            ]
+        cells = [name, f"{own['tok_s']:.1f}", f"{own['over_dense']:.2f}", f"{own['least_over_dense']:.2f}", *more]
+        print("| " + " | ".join([*cells, f"{own['same']} of {len(prompts)}"]) + " |")
     for name, found in costs.items():
         told_costs = ", ".join(f"{n}: {t / found[1]:.2f}" for n, t in found.items())
         print(f"\n{name}: a step of one token {found[1] * 1e3:.1f} ms; of more tokens, in its time: {told_costs}")

@@ -77,7 +77,9 @@ class Correction(Strict):
     """How the dense model corrected a text that a plan, or the text before it, drafted."""
 
     rule: Literal["lossless", "sirius"] = Field(description="the rule by which drafts are accepted")
-    drafts: Count | None = Field(default=None, description="drafted tokens per check by the dense model; null: as many as pay")
+    drafts: Count | None = Field(
+        default=None, description="drafted tokens per check by the dense model; null: as many as pay"
+    )
     from_text: int | None = Field(default=None, ge=0, description="drafts that the text so far gave")
     from_plan: int | None = Field(default=None, ge=0, description="drafts that steps under the plan gave")
     temperature: float = Field(ge=0, description="temperature of sampling; 0 is greedy")

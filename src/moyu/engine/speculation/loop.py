@@ -38,7 +38,9 @@ class Speculation:
 
     keep_margins: bool = False
     tokens: list[int] = field(default_factory=list)  # new ones
-    margins: list[float] = field(default_factory=list)  # of each, if asked: how far the two largest dense scores are apart
+    margins: list[float] = field(
+        default_factory=list
+    )  # of each, if asked: how far the two largest dense scores are apart
     drafted: int = 0  # sparse steps
     found: int = 0  # drafts that the text gave
     accepted: int = 0  # of both
@@ -177,7 +179,9 @@ class _Writer:
 
     def draft(self) -> _Drafts:
         """What this round proposes: as many drafts as pay, of the source that promises more; none where none pay."""
-        left = int(self.draw.criteria.max_length) - self.draw.ids.shape[1] - 1  # behind these one token is written anyway
+        left = (
+            int(self.draw.criteria.max_length) - self.draw.ids.shape[1] - 1
+        )  # behind these one token is written anyway
         match = None if self.text is None else self.text.find()
         best, count, kind = 1.0, 0, ""
         if self.text is not None and match is not None:

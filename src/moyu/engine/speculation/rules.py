@@ -18,7 +18,9 @@ from torch import Tensor
 # -> (accepted tokens, the distribution (V,) of the token after them). Distributions are those that tokens are drawn from;
 # likelihoods the model's own.
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor, torch.Generator | None], tuple[int, Tensor]]
-Source = Literal["plan", "text", "both"]  # of drafts: sparse steps, what followed the same words before, or the better of the two
+Source = Literal[
+    "plan", "text", "both"
+]  # of drafts: sparse steps, what followed the same words before, or the better of the two
 
 
 def acceptance(dense: Tensor, sparse: Tensor) -> Tensor:

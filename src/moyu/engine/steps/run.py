@@ -212,7 +212,16 @@ class DecodeRun:
                 given, row = mask.data_ptr(), mask.stride(0)
             memory.extend((*where, given, row, taken))
         read = run_step(
-            built[dense], room.past, room.capacity, angles, allowed, memory, levels, hidden=hidden, ids=ids, logits=logits
+            built[dense],
+            room.past,
+            room.capacity,
+            angles,
+            allowed,
+            memory,
+            levels,
+            hidden=hidden,
+            ids=ids,
+            logits=logits,
         )
         room.grow(fresh)
         if levels is not None:
