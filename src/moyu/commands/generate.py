@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moyu.commands.options import BackendName, Device, Json, Model, PlanFolder, Prompt, Seed, Strict, Weights
+from moyu.commands.options import BackendName, Device, Json, Lossless, Model, PlanFolder, Prompt, Seed, Strict, Weights
 from moyu.errors import UserError
 
 SIRIUS_DRAFTS = 4
@@ -30,13 +30,7 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Run dense as well, and say where its text first differs.")
     ] = False,
-    lossless: Annotated[
-        bool,
-        typer.Option(
-            "--lossless",
-            help="The text so far, and the plan if there is one, draft; the dense model checks: its text, faster where drafts pay.",
-        ),
-    ] = False,
+    lossless: Lossless = False,
     sirius: Annotated[
         float | None,
         typer.Option(

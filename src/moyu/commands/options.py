@@ -109,6 +109,13 @@ Boundary = Annotated[
         "--prompt-tokens", help="Tokens at the start of a window that run dense; the others skip and are scored.", min=0
     ),
 ]
+Lossless = Annotated[
+    bool,
+    typer.Option(
+        "--lossless",
+        help="The text so far, and the plan if there is one, draft; the dense model checks: its text, faster where drafts pay.",
+    ),
+]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Stop with an error where a decode step is not the fastest that there is.")
 ]

@@ -95,6 +95,7 @@ def speculate(
     rule: Rule = lossless,
     strict: bool = False,
     seed: int | None = None,
+    cache: KvCache | None = None,
     out: Speculation | None = None,
     **settings: Any,
 ) -> Iterator[Tensor]:
@@ -102,7 +103,8 @@ def speculate(
 
     drafts: so many a round, or None: as many as pay, by the costs that are measured on the way; none where none pay.
     source: "plan" drafts by sparse steps, "text" takes what followed the same tokens before, "both" what promises more; without a
-    plan both are the text. rule: `lossless`, or `sirius(threshold)` of a plan's drafts. seed, strict, settings: as of `generate`.
+    plan both are the text. rule: `lossless`, or `sirius(threshold)` of a plan's drafts. seed, strict, cache, settings: as of
+    `generate`.
     out: notes what the text took. A sequence-level method keeps the prompt's masks. Raises UserError for a batch, an empty
     prompt, no drafts, no plan where only a plan may draft, settings that need each token's scores once and in order, and for a
     cache that cannot go back.
@@ -124,7 +126,7 @@ def speculate(
         raise UserError(
             "guidance and SynthID watermarks cannot take a drafted token back", "generate without correction"
         )
-    cache, device = new_cache(session), next(core.parameters()).device
+    cache, device = new_cache(session) if cache is None else cache, next(core.parameters()).device
     _check_cache(cache, draw.criteria.max_length)
     out = Speculation() if out is None else out
     writer = _Writer(session, cache, draw, Pace(), drafts, source)
@@ -148,7 +150,7 @@ def speculate(
             yield token
             start = time.perf_counter()
             if ended:  # drafts and a token behind the end are dropped
-                return
+                return _go_back(cache, draw.ids.shape[1] - 1)
             writer.wrote(int(token))
         _go_back(cache, draw.ids.shape[1] - 1)  # the last token is not read yet
         found = writer.draft()
