@@ -30,28 +30,23 @@ struct Lines {
 inline int lines_beside(int64_t rows) { return kTiles && rows >= kTileRows ? kTileLines : 4; }
 
 // out[r * stride + c] = row c of weights · row r of x, for all of them; the first rows of x prefetch, the others find the lines
-// in the cache. groups: of a row. In a tile that is not full the last row stands for the missing ones; `stride` has room for it.
+// in the cache. groups: of a row. In a four or a tile that is not full the last row stands for the missing ones; `stride` has room
+// for them.
 template <class F>
 void dot_lines(const Lines &lines, const Rounded &x, int64_t rows, int64_t groups, float *out, int64_t stride) {
-    if (lines_beside(rows) > 4 && 2 * lines.count > kTileLines && stride >= kTileLines) {
-        Lines full = lines;
-        while (full.count < kTileLines) full.add(lines.codes[lines.count - 1], lines.scales[lines.count - 1], lines.then[lines.count - 1]);
-        return F::tile(full.codes, full.scales, full.then, x, rows, groups, out, stride);
+    const bool tile = lines_beside(rows) > 4 && lines.count > 4;
+    Lines full = lines;
+    while (full.count % (tile ? kTileLines : 4) != 0)
+        full.add(lines.codes[lines.count - 1], lines.scales[lines.count - 1], lines.then[lines.count - 1]);
+    if (tile) return F::tile(full.codes, full.scales, full.then, x, rows, groups, out, stride);
+    for (int c = 0; c < full.count; c += 4) {
+        const auto some = [&](int64_t r, auto at_once, bool ahead) {
+            F::template dot<at_once()>(full.codes + c, full.scales + c, ahead ? full.then + c : nullptr, x.row(r), groups,
+                                       out + r * stride + c, stride);
+        };
+        int64_t r = in_groups<kDotRows>(rows, [&](int64_t from, auto at_once, auto ahead) { some(from, at_once, ahead()); });
+        for (; r < rows; ++r) some(r, std::integral_constant<int, 1>{}, r == 0);
     }
-    const auto some = [&](auto lines_at_once, int c, int64_t r, auto rows_at_once, bool ahead) {
-        F::template dot<lines_at_once(), rows_at_once()>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr,
-                                                         x.row(r), groups, out + r * stride + c, stride);
-    };
-    using std::integral_constant;
-    constexpr integral_constant<int, 4> four{};
-    constexpr integral_constant<int, 1> one{};
-    int c = 0;
-    for (; c + 4 <= lines.count; c += 4) {
-        int64_t r = in_groups<kDotRows>(rows, [&](int64_t from, auto at_once, auto ahead) { some(four, c, from, at_once, ahead()); });
-        for (; r < rows; ++r) some(four, c, r, one, r == 0);
-    }
-    for (; c < lines.count; ++c)
-        for (int64_t r = 0; r < rows; ++r) some(one, c, r, one, r == 0);
 }
 MOYU_ONCE void dot_rows_of(const Weight &w, const Lines &lines, const Rounded &x, int64_t rows, float *out, int64_t stride) {
     with_format(w.format, [&](auto f) { dot_lines<decltype(f)>(lines, x, rows, groups_of(w.inputs), out, stride); });

@@ -7,7 +7,7 @@
 //   column_bytes(q)     bytes of the codes that a column of q outputs takes
 //   scale_bytes(q)      bytes of the scales that a group of 32 columns shares
 //   level(line, i, g)   the integer of input i of a row, or of output i of a column; the line has g groups of 32
-//   dot<C, R>(...)      C rows times R rows of x
+//   dot<R>(...)         four rows times R rows of x
 //   tile(...)           kTileLines rows times all rows of x, where kTiles
 //   add_columns(...)    columns of a group, times what x has for them
 //   widen(...)          a row in float
@@ -124,14 +124,14 @@ struct Planar {
             store_floats(to + i, plus(stands_signed ? Wide::signed_bytes(bytes + i) : Wide::bytes(bytes + i), more));
     }
 #endif
-    // out[r * stride + c] = row w[c] · row r of x; the lines `then` are prefetched, null = none. groups: of a row.
-    template <int C, int R>
+    // out[r * stride + c] = row w[c] · row r of x, c in 0 .. 4; the lines `then` are prefetched, null = none. groups: of a row.
+    template <int R>
     static void dot(const uint8_t *const *w, const uint8_t *const *scales, [[maybe_unused]] const uint8_t *const *then,
                     const Rounded &x, int64_t groups, float *out, int64_t stride) {
 #if MOYU_INTEGERS
-        dot_groups<Self, C, R>(w, scales, then, x, groups, out, stride);
+        dot_groups<Self, R>(w, scales, then, x, groups, out, stride);
 #else
-        for (int r = 0; r < R; ++r) dot_plainly<Self, C>(w, scales, x.row(r), groups, out + r * stride);
+        for (int r = 0; r < R; ++r) dot_plainly<Self, 4>(w, scales, x.row(r), groups, out + r * stride);
 #endif
     }
     // The same of kTileLines rows, and all rows of x.

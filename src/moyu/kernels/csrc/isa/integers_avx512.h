@@ -161,6 +161,17 @@ inline void transpose_lanes(const Bytes *m, Bytes *to) {
     to[0] = _mm512_unpacklo_epi64(a, c), to[1] = _mm512_unpackhi_epi64(a, c);
     to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
 }
+// In each lane of 128 bits: the i-th four bytes are the sum of m[i]'s.
+inline Bytes sums_of_lanes(const Bytes *m) {
+    const Bytes a = _mm512_add_epi32(_mm512_unpacklo_epi32(m[0], m[1]), _mm512_unpackhi_epi32(m[0], m[1]));
+    const Bytes b = _mm512_add_epi32(_mm512_unpacklo_epi32(m[2], m[3]), _mm512_unpackhi_epi32(m[2], m[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+// to[0 .. 4) = the sum of all lanes of 128 bits.
+inline void store_four(float *to, __m512 a) {
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+}
 inline __m512 load_floats(const float *p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float *p, __m512 a) { _mm512_storeu_ps(p, a); }
 inline void store_bytes(uint8_t *p, Bytes a) { _mm512_store_si512(p, a); }
