@@ -128,7 +128,8 @@ def rounded(x: Tensor, group: int) -> Tensor:
     """x (N, n) as 8 bits and a scale for every `group` values, half to even, float32: d = max |x| / 127 is not rounded."""
     groups = F.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     most = groups.abs().amax(2, keepdim=True)
-    whole = (groups * torch.where(most == 0, 0.0, 127 / most)).round()
+    inverse = most.new_tensor(127.0) / most  # `127 / most` would be 127 times a reciprocal, which is rounded itself
+    whole = (groups * torch.where(most == 0, 0.0, inverse)).round()
     return (whole * (most / 127)).flatten(1)[:, : x.shape[1]]
 
 
