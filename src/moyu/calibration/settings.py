@@ -117,6 +117,12 @@ class Settings:
                 near = difflib.get_close_matches(knob, every, n=1, cutoff=0.3)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(every) or 'no knobs'}"
                 raise UserError(f"no knob is called {knob!r} in {', '.join(legal)}", hint)
+        given = {"--sparsity": self.sparsity, "--bytes": self.bytes}
+        told = [option for option, value in given.items() if value is not None]
+        if told and not any(methods.method_class(name).solves_target for name in self.methods):
+            raise UserError(
+                f"{told[0]} would do nothing (the model decides what {', '.join(legal)} skips)", "leave it out"
+            )
         for name in self.methods:
             methods.method(name, **self.knobs_for(name))
             if methods.method_class(name).granularity == "sequence" and self.boundary == 0:

@@ -8,13 +8,25 @@ from typing import Annotated
 
 import typer
 
-from moyu.commands.options import BackendName, Device, Json, Model, PlanFolder, Prompt, Seed, Strict, Weights
+from moyu.commands.options import (
+    BackendName,
+    Device,
+    Json,
+    Model,
+    PlanFolder,
+    Prompt,
+    Seed,
+    Strict,
+    Weights,
+    refuse_unused,
+)
 from moyu.errors import UserError
 
 PROMPT = "def read_config(path):\n"  # for the embedded models, which know Python alone
 
 
 def generate(
+    typed: typer.Context,
     model: Model = "swiglu",
     plan: PlanFolder = None,
     prompt: Prompt = None,
@@ -50,6 +62,8 @@ def generate(
 ) -> None:
     """Continue a prompt, or answer it in a chat template, dense or under a plan. The text goes to stdout, its speed to stderr."""
     check_correction(lossless, sirius, temperature, plan)
+    if not lossless and sirius is None:
+        refuse_unused(typed, "draft_length", because="nothing is drafted", remedy="give --lossless or --sirius as well")
     from moyu.model import machine
 
     kernels = machine.backend_of(backend)
@@ -66,6 +80,8 @@ def generate(
     if lossless or sirius is not None:
         correction = Correction("lossless" if lossless else "sirius", draft_length, temperature, sirius or 0.0)
     loaded, asked = open_with_plan(model, plan, weights, device)
+    if compare and asked is None:
+        raise UserError("--compare holds a plan against dense, and there is no plan", "give --plan, or leave it out")
     templated = bool(prompt is not None and loaded.tokenizer.chat_template) if chat is None else chat
     prompt = PROMPT if prompt is None else written(prompt)
     if templated:
@@ -90,7 +106,7 @@ def generate(
     )
     if not as_json:
         pieces.end()
-    dense = write(loaded, anatomy, None, ids, new_tokens, backend=kernels) if compare and asked is not None else None
+    dense = write(loaded, anatomy, None, ids, new_tokens, backend=kernels) if compare else None
     about = about_model(loaded.name, loaded.model, anatomy, seed=seed, plan=asked)
     row = generation_record(about, asked, prompt, text, dense, correction)
     if as_json:

@@ -48,6 +48,13 @@ def model(word: str | None) -> str | None:
     return word
 
 
+def model_list(words: list[str] | None) -> list[str] | None:
+    """Names of models."""
+    for word in words or ():
+        named.check_name(word)
+    return words
+
+
 def embedded(word: str) -> str:
     """The name of an embedded model."""
     zoo.path(word)
