@@ -133,7 +133,7 @@ def test_a_mistake_is_one_line(refused, words, says, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "option"),
     [
-        (["study", "figure1", "--model", "foo"], "--model"),
+        (["study", "figure1", "--model", "relu"], "--model"),
         (["study", "figure1", "texts", "--device", "cpu", "--backend", "cpu"], "--device and --backend"),
         (["study", "--list", "--quick"], "--quick"),
         (["eval", "relu", "--plan", "PLAN", "--method", "teal", "--bytes", "0.5"], "--method and --bytes"),
