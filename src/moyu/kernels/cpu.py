@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moyu.kernels.backend import Backend
+from moyu.kernels.backend import Backend, Neurons
 from moyu.weights import Format, Plain, Stored, held
 
 _REMEDY = "install moyu where there is a C++17 compiler (g++ or clang), or run `make setup` in a checkout"
@@ -101,23 +101,30 @@ class Cpu(Backend):
     def words(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
         return _multiply(extension().words, x, weight, mask, bias)
 
-    def neurons(
-        self,
-        x: Tensor,
-        gate: Stored | None,
-        up: Stored | None,
-        down: Stored,
-        mask: Tensor,
-        act: str,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        given: Tensor | None,
-    ) -> tuple[Tensor, int]:
+    def neurons(self, call: Neurons) -> tuple[Tensor, int]:
+        x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given = call
         x, mask = _inner(x), _inner(mask)
         given = None if given is None else _inner(given)
         y = torch.empty((len(x), down.shape[0]), dtype=x.dtype)
-        arguments = native_neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given, y)
+        arguments = extension().NeuronsArgs(
+            dtype=_DTYPES[x.dtype],
+            act=_CODES[act],
+            threads=torch.get_num_threads(),
+            rows=len(x),
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            gate=None if gate is None else native_weight(gate),
+            up=None if up is None else native_weight(up),
+            down=native_weight(down),
+            mask=mask.data_ptr(),
+            mask_stride=mask.stride(0),
+            gate_bias=_address(gate_bias),
+            up_bias=_address(up_bias),
+            down_bias=_address(down_bias),
+            given=_address(given),
+            given_stride=0 if given is None else given.stride(0),
+            out=y.data_ptr(),
+        )
         return y, extension().neurons(arguments)
 
 
@@ -154,41 +161,6 @@ def native_weight(weight: Stored) -> Any:
         scales_stride=scales[0].stride(0) * scales[0].element_size() if scales else 0,
         first=0 if first is None else first.data_ptr(),
         first_stride=0 if first is None else first.stride(0),
-    )
-
-
-def native_neurons(
-    x: Tensor,
-    gate: Stored | None,
-    up: Stored | None,
-    down: Stored,
-    mask: Tensor,
-    act: str,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    given: Tensor | None,
-    out: Tensor,
-) -> Any:
-    """The arguments of the extension's `neurons`; addresses are those of the live tensors, whose rows are contiguous."""
-    return extension().NeuronsArgs(
-        dtype=_DTYPES[x.dtype],
-        act=_CODES[act],
-        threads=torch.get_num_threads(),
-        rows=len(x),
-        x=x.data_ptr(),
-        x_stride=x.stride(0),
-        gate=None if gate is None else native_weight(gate),
-        up=None if up is None else native_weight(up),
-        down=native_weight(down),
-        mask=mask.data_ptr(),
-        mask_stride=mask.stride(0),
-        gate_bias=_address(gate_bias),
-        up_bias=_address(up_bias),
-        down_bias=_address(down_bias),
-        given=_address(given),
-        given_stride=0 if given is None else given.stride(0),
-        out=out.data_ptr(),
     )
 
 
