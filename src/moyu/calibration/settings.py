@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moyu import methods
-from moyu.errors import UserError
+from moyu.errors import UserError, check_one_of
 from moyu.kernels import BackendName
 from moyu.model import machine
 
@@ -107,7 +107,7 @@ class Settings:
                 f"a prompt of {self.boundary} tokens leaves nothing to score in windows of {self.window}",
                 "use --prompt-tokens smaller than --window by at least 2",
             )
-        check_allocation(self.allocation)
+        check_one_of("allocation is", self.allocation, ALLOCATIONS)
 
     def _check_methods(self) -> None:
         legal = {name: knobs_of(name) for name in self.methods}
@@ -127,9 +127,3 @@ class Settings:
             methods.method(name, **self.knobs_for(name))
             if methods.method_class(name).granularity == "sequence" and self.boundary == 0:
                 raise UserError(f"method {name!r} decides from the prompt", "use --prompt-tokens of at least 1")
-
-
-def check_allocation(allocation: str) -> None:
-    """Refuse an allocation that there is not."""
-    if allocation not in ALLOCATIONS:
-        raise UserError(f"no allocation is called {allocation!r}", f"--allocation is one of {', '.join(ALLOCATIONS)}")

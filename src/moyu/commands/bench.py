@@ -82,13 +82,11 @@ def bench(
     from moyu.calibration.context import Context
     from moyu.calibration.speed import bench_model, bench_shape
     from moyu.measure.benchmark import check_positions
-    from moyu.model import loading
     from moyu.plan import Plan
 
     with progress() as stage:
         if model is None:
             assert shape is not None
-            loading.check_shape(shape)
             rows = bench_shape(
                 shape,
                 dict.fromkeys(settings.methods, settings.target()),

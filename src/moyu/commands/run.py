@@ -97,10 +97,7 @@ def run(
     )
     settings.check()
     from moyu.commands import pipe
-    from moyu.model import loading
 
-    if shape != "none":
-        loading.check_shape(shape)
     check_writable(out)
     with progress() as stage:
         rows = pipe.run(
