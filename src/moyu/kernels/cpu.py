@@ -102,30 +102,10 @@ class Cpu(Backend):
         return _multiply(extension().words, x, weight, mask, bias)
 
     def neurons(self, call: Neurons) -> tuple[Tensor, int]:
-        x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given = call
-        x, mask = _inner(x), _inner(mask)
-        given = None if given is None else _inner(given)
-        y = torch.empty((len(x), down.shape[0]), dtype=x.dtype)
-        arguments = extension().NeuronsArgs(
-            dtype=_DTYPES[x.dtype],
-            act=_CODES[act],
-            threads=torch.get_num_threads(),
-            rows=len(x),
-            x=x.data_ptr(),
-            x_stride=x.stride(0),
-            gate=None if gate is None else native_weight(gate),
-            up=None if up is None else native_weight(up),
-            down=native_weight(down),
-            mask=mask.data_ptr(),
-            mask_stride=mask.stride(0),
-            gate_bias=_address(gate_bias),
-            up_bias=_address(up_bias),
-            down_bias=_address(down_bias),
-            given=_address(given),
-            given_stride=0 if given is None else given.stride(0),
-            out=y.data_ptr(),
-        )
-        return y, extension().neurons(arguments)
+        given = None if call.given is None else _inner(call.given)
+        call = call._replace(x=_inner(call.x), mask=_inner(call.mask), given=given)
+        y = torch.empty((len(call.x), call.down.shape[0]), dtype=call.x.dtype)
+        return y, extension().neurons(native_neurons(call, y))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -161,6 +141,30 @@ def native_weight(weight: Stored) -> Any:
         scales_stride=scales[0].stride(0) * scales[0].element_size() if scales else 0,
         first=0 if first is None else first.data_ptr(),
         first_stride=0 if first is None else first.stride(0),
+    )
+
+
+def native_neurons(call: Neurons, out: Tensor) -> Any:
+    """The arguments of the extension's `neurons`; addresses are those of the live tensors, whose rows are contiguous."""
+    x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given = call
+    return extension().NeuronsArgs(
+        dtype=_DTYPES[x.dtype],
+        act=_CODES[act],
+        threads=torch.get_num_threads(),
+        rows=len(x),
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        gate=None if gate is None else native_weight(gate),
+        up=None if up is None else native_weight(up),
+        down=native_weight(down),
+        mask=mask.data_ptr(),
+        mask_stride=mask.stride(0),
+        gate_bias=_address(gate_bias),
+        up_bias=_address(up_bias),
+        down_bias=_address(down_bias),
+        given=_address(given),
+        given_stride=0 if given is None else given.stride(0),
+        out=out.data_ptr(),
     )
 
 
