@@ -66,8 +66,7 @@ def measure(kind: str, d: int, f: int) -> list[records.Record]:
     masks = {k: [(torch.rand(f).argsort() < int(f * k))[None] for _ in range(SETS)] for k in KEPT}
     native = cpu.extension().neurons
     ready = {
-        k: [[cpu.native_neurons(Neurons(x, *layer, m, "silu"), y) for m in masks[k]] for layer in layers]
-        for k in KEPT
+        k: [[cpu.native_neurons(Neurons(x, *layer, m, "silu"), y) for m in masks[k]] for layer in layers] for k in KEPT
     }
     kernel: dict[float, list[float]] = {k: [] for k in KEPT}  # GB/s
     operator: dict[float, list[float]] = {k: [] for k in KEPT}
