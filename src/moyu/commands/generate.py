@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from moyu.commands.options import BackendName, Device, Json, Lossless, Model, PlanFolder, Prompt, Seed, Strict, Weights
+from moyu.commands.options import (
+    BackendName,
+    Device,
+    Json,
+    Lossless,
+    Model,
+    PlanFolder,
+    Prompt,
+    Seed,
+    Strict,
+    Weights,
+    refuse_unused,
+)
 from moyu.errors import UserError
 
 SIRIUS_DRAFTS = 4
@@ -16,6 +28,7 @@ PROMPT = "def read_config(path):\n"  # for the embedded models, which know Pytho
 
 
 def generate(
+    typed: typer.Context,
     model: Model = "swiglu",
     plan: PlanFolder = None,
     prompt: Prompt = None,
@@ -51,6 +64,8 @@ def generate(
 ) -> None:
     """Continue a prompt, or answer it in a chat template, dense or under a plan. The text goes to stdout, its speed to stderr."""
     check_correction(lossless, sirius, temperature, plan)
+    if not lossless and sirius is None:
+        refuse_unused(typed, "draft_length", because="nothing is drafted", remedy="give --lossless or --sirius as well")
     from moyu.model import machine
 
     kernels = machine.backend_of(backend)
@@ -68,6 +83,8 @@ def generate(
         length = draft_length or (None if lossless else SIRIUS_DRAFTS)
         correction = Correction("lossless" if lossless else "sirius", length, temperature, sirius or 0.0)
     loaded, asked = open_with_plan(model, plan, weights, device)
+    if compare and asked is None and correction is None:
+        raise UserError("--compare holds a plan or --lossless against dense, and there is neither", "give one, or leave it out")
     templated = bool(prompt is not None and loaded.tokenizer.chat_template) if chat is None else chat
     prompt = PROMPT if prompt is None else written(prompt)
     if templated:
@@ -93,9 +110,7 @@ def generate(
     )
     if not as_json:
         pieces.end()
-    dense = None
-    if compare and (asked is not None or correction is not None):
-        dense = write(loaded, anatomy, None, ids, new_tokens, backend=kernels)
+    dense = write(loaded, anatomy, None, ids, new_tokens, backend=kernels) if compare else None
     about = about_model(loaded.name, loaded.model, anatomy, seed=seed, plan=asked)
     row = generation_record(about, asked, prompt, text, dense, correction)
     if as_json:

@@ -75,6 +75,17 @@ def _checked(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return check
 
 
+def refuse_unused(typed: typer.Context, *names: str, because: str, remedy: str) -> None:
+    """Refuse these parameters where the command line gives them, since the command would not use them."""
+    told = [
+        max(option.opts, key=len)
+        for option in typed.command.params
+        if option.name in names and typed.get_parameter_source(option.name).name == "COMMANDLINE"  # pyright: ignore
+    ]
+    if told:
+        raise UserError(f"{' and '.join(told)} would do nothing ({because})", remedy)
+
+
 # ------------------------------------------------------------------------------------------------------ model and text
 
 Model = Annotated[

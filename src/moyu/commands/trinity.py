@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
-from moyu.commands.options import RUNS, BackendName, Device, Json, Out, Seed, parse_fractions
+from moyu.commands import words
+from moyu.commands.options import RUNS, BackendName, Device, Json, Out, Seed, parse_fractions, refuse_unused
 from moyu.commands.output import check_writable, progress, show
 
 
 def trinity(
+    typed: typer.Context,
     models: Annotated[
         str, typer.Option(help="Zoo names, folders or hub ids, with commas between them.")
     ] = "swiglu,relu,gelu",
@@ -32,11 +34,16 @@ def trinity(
     as_json: Json = False,
 ) -> None:
     """Compare all methods at equal bytes: quality, speed and where they apply, quantising beside. Run it again to go on."""
+    if quick:
+        refuse_unused(typed, "documents", because="--quick takes 6", remedy="leave out one of them")
+    if not speed:
+        refuse_unused(typed, "backend", because="of what is timed, and --no-speed times nothing", remedy="leave it out")
     from moyu.model import machine
 
     kernels = machine.backend_of(backend)
     machine.check(device, kernels)
     fractions = parse_fractions(bytes_)
+    words.model_list(models.split(","))
     from moyu.reporting import scoreboard, write_scoreboard
     from moyu.research import trinity as board
 

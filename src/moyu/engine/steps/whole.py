@@ -151,7 +151,7 @@ def _given(
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """Which positions may be attended to, None = all, and the rows' own positions, None = `past`; None = the general way."""
     if mask is not None:
-        if mask.dim() != 2 or mask.shape != (len(ids), past + 1) or not bool(mask[:, -1].all()):
+        if not isinstance(mask, Tensor) or mask.shape != (len(ids), past + 1) or not bool(mask[:, -1].all()):
             return None
         mask = None if bool(mask.all()) else mask.bool().to(torch.uint8).contiguous()
     if positions is not None:
