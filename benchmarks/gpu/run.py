@@ -6,14 +6,16 @@
 the feed-forward network of the widths of Llama-3.2-1B, 3-8B and 70B as one CUDA graph over several layers, beside the copy
 rate: dense by torch, skipped by a mask a row (`kept`), and cut to what one mask keeps (`cut`, dense products by torch, as a
 sequence's mask is run). `packed` does the same with 8- and 4-bit weights. `steps` times decode steps: transformers' eager loop,
-dense compiled (the baseline: torch.compile, reduce-overhead, static cache), MOYU with nothing skipped (`joined`: one product
-for linears that share an input) and MOYU skipping, compiled the same way. Each row is written as soon as it is measured.
+dense compiled (the baseline: torch.compile, reduce-overhead, static cache), and MOYU's as the commands take them: the general
+step, the compiled one with nothing skipped (`joined`: one product for linears that share an input) and skipping; `loop_ms` is
+a token of `moyu.generate`, `ready_s` the time from applying a plan to the end of its first step. Each row is written as soon as it is measured.
 `--dry-run` goes through all of it on a CPU with tiny widths, the kernels interpreted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -37,17 +39,16 @@ from transformers import DynamicCache, StaticCache
 from moyu import kernels, methods
 from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
-from moyu.engine.memory import memory_of
-from moyu.engine.steps.compiled import frozen
+from moyu.engine.generate import generate, join, new_cache, read, step
 from moyu.measure.windows import Windows
-from moyu.model import dissect, loading
+from moyu.model import loading
+from moyu.plan import Plan
 from moyu.weights import named
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {"llama-3.2-1b": (2048, 8192, 8), "llama-3-8b": (4096, 14336, 4), "llama-3-70b": (8192, 28672, 2)}
 KEPT = (1.0, 0.7, 0.5, 0.35, 0.2)
 BATCHES = (1, 2, 4, 8, 16)
-BATCHED = ("joined", "neurons 50%", "neurons 80%")  # variants of several sequences, one mask for all
 PROMPT, LENGTH = 64, 256
 
 
@@ -285,77 +286,60 @@ def column_rates(run: Run, d: int, f: int, layers: int, best: float) -> None:
 
 @torch.no_grad()
 def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float]) -> None:
-    """Whole decode steps."""
-    names = ["dense", "joined", *(f"neurons {share:.0%}" for share in shares), "columns 50%"]
+    """Whole decode steps: transformers' own on one model, MOYU's on another of the same weights."""
     for shape in shapes:
-        model, ids, twins = variants(run, shape, names)
+        known = "tiny" if run.dry else shape
+        model, other = (loading.random_model(known, dtype=run.dtype, device=run.device) for _ in range(2))
+        ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+        ids, plans = ids.to(run.device), {"general": None, "joined": None}
+        for name, method, sparsity in (
+            *((f"neurons {share:.0%}", "griffin", share) for share in shares),
+            ("columns 50%", "teal", 0.5),
+        ):
+            windows = Windows(ids, PROMPT // 2)
+            plans[name] = calibrate(other, methods.method(method), windows, sparsity=sparsity, name=shape)
         for batch in batches:
             rows = ids.expand(batch, -1)
-            dense, eager = Step(run, model, rows, model), 1.0
-            for name in ("eager", *names):  # each row is written before the next variant compiles
-                if batch > 1 and name not in ("eager", "dense", *BATCHED):
-                    continue
-                own = {"dense": dense}
-                if name != "dense":
-                    own[name] = Step(run, model, rows, twins.get(name))
-                for step in own.values():
-                    step.begin()
-                found = run.seconds(own, rounds=8, repeat=8)
+            dense, eager = Transformers(run, model, rows, compiled=True), 1.0
+            for name in ("eager", *plans):  # each row is written before the next variant compiles
+                start = time.perf_counter()
+                with contextlib.ExitStack() as opened:
+                    if name == "eager":
+                        own: Transformers | Moyu = Transformers(run, model, rows, compiled=False)
+                    else:
+                        own = opened.enter_context(Moyu(run, other, plans[name], rows, general=name == "general"))
+                    ready = time.perf_counter() - start
+                    dense.begin(), own.begin()
+                    found = run.seconds({"dense": dense, name: own}, rounds=8, repeat=8)
+                    loop = own.loop() if isinstance(own, Moyu) else None
                 gain = found["dense"] / found[name]
-                if name == "eager":  # slow: timed beside dense alone
+                if name == "eager":
                     eager = 1 / gain
+                    run.row(part="steps", shape=shape, batch=batch, variant="dense", ms=found["dense"] * 1e3)
                 run.row(
                     part="steps", shape=shape, batch=batch, variant=name, ms=found[name] * 1e3, tok_s=batch / found[name],
-                    against_dense=gain, against_eager=gain * eager,
+                    against_dense=gain, against_eager=gain * eager, ready_s=ready,
+                    loop_ms=None if loop is None else loop * 1e3, trace=own.trace,
                 )  # fmt: skip
             del dense, own
             torch.compiler.reset()
             gc.collect()
-        del model, twins
+        del model, other
 
 
-def variants(
-    run: Run, shape: str, names: list[str], layers: int | None = None
-) -> tuple[nn.Module, Tensor, dict[str, nn.Module]]:
-    """A random model, a prompt (1, PROMPT), and the model as each variant runs it."""
-    model = loading.random_model("tiny" if run.dry else shape, layers=layers, dtype=run.dtype, device=run.device)
-    anatomy = dissect.dissect(model)
-    ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(
-        run.device
-    )
-    twins: dict[str, nn.Module] = {}
-    for name in names:
-        if name in ("dense", "joined"):
-            twins[name] = model if name == "dense" else frozen(model, None)
-            continue
-        kind, share = name.split()
-        method = methods.method({"neurons": "griffin", "columns": "teal"}[kind])
-        sparsity = float(share.rstrip("%")) / 100
-        plan = calibrate(model, method, Windows(ids, PROMPT // 2), sparsity=sparsity, name=shape, anatomy=anatomy)
-        twins[name] = frozen(model, plan, masks_after(model, plan, ids) if kind == "neurons" else None)
-    return model, ids, twins
+class Transformers:
+    """transformers' own step after a prompt, always of the same token: its loop, or compiled with a static cache."""
 
+    trace = None
 
-def masks_after(model: nn.Module, plan: object, ids: Tensor) -> dict[str, Tensor]:
-    """The masks that a sequence-level plan has after a prompt and one step."""
-    cache = DynamicCache(config=model.config)
-    with Applied(model, plan, backend="auto") as applied, applied.prompt(ids.shape[1]):
-        model(ids, past_key_values=cache)
-        model(ids[:, :1], past_key_values=cache)
-    return dict(memory_of(cache).masks)
-
-
-class Step:
-    """A decode step after a prompt, always of the same token: transformers' own loop, or `twin` compiled with a static cache."""
-
-    def __init__(self, run: Run, model: nn.Module, ids: Tensor, twin: nn.Module | None = None) -> None:
+    def __init__(self, run: Run, model: nn.Module, ids: Tensor, *, compiled: bool) -> None:
         """Compiles at the first calls, which happen here."""
         self.model, self.ids, self.token = model, ids, ids[:, :1].clone()
         self.step, self.static = model, None
-        if twin is not None:
+        if compiled:
             self.static = StaticCache(config=model.config, max_cache_len=LENGTH)
             how = {"backend": "eager"} if run.dry else {"mode": "reduce-overhead"}
-            self.step = torch.compile(twin, fullgraph=True, **how)
+            self.step = torch.compile(model, fullgraph=True, **how)
         self.begin()
         for _ in range(1 if run.dry else 4):
             self()
@@ -364,13 +348,53 @@ class Step:
         """Go back to the end of the prompt: a static cache has room for one timing only."""
         self.cache = DynamicCache(config=self.model.config) if self.static is None else self.static
         self.cache.reset()
-        with torch.no_grad():
-            self.model(self.ids, past_key_values=self.cache)
+        self.model(self.ids, past_key_values=self.cache)
 
     def __call__(self) -> Tensor:
         """The next token."""
-        with torch.no_grad(), kernels.use("gpu" if self.static else "auto"):
-            return self.step(self.token, past_key_values=self.cache, use_cache=True).logits[:, -1:].argmax(-1)
+        return self.step(self.token, past_key_values=self.cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+
+class Moyu(contextlib.AbstractContextManager):
+    """MOYU's step after a prompt, as every command takes it; general: the step that takes any model and method."""
+
+    def __init__(self, run: Run, model: nn.Module, plan: Plan | None, ids: Tensor, *, general: bool) -> None:
+        """Compiles and captures at the first call, which happens here."""
+        self.run, self.ids, self.token = run, ids, ids[:, 0].clone()
+        self.session = Applied(model, plan)
+        if general:
+            self.session.native = None
+        self.begin()
+        self()
+
+    def __exit__(self, *exc: object) -> None:
+        """The model is as before."""
+        self.session.restore()
+
+    def begin(self) -> None:
+        """Go back to the end of the prompt."""
+        self.cache = new_cache(self.session)
+        self.cache.expected = LENGTH
+        for row in self.ids:
+            own = new_cache(self.session)
+            read(self.session, own, row[None], last=True)
+            join(self.cache, own)
+
+    def __call__(self) -> Tensor:
+        """The next token of every row."""
+        return step(self.session, self.cache, self.token).argmax(-1)
+
+    def loop(self) -> float:
+        """Seconds a token of `moyu.generate`, greedy, from the second token on."""
+        count, times = 8 if self.run.dry else 128, []
+        for _ in generate(self.session, self.ids, max_new_tokens=count, do_sample=False, eos_token_id=None):
+            times.append(time.perf_counter())
+        return (times[-1] - times[1]) / (count - 2)
+
+    @property
+    def trace(self) -> str:
+        """Which implementation ran."""
+        return self.session.traces.summary()
 
 
 def main() -> None:

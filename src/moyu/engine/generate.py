@@ -24,6 +24,8 @@ CHUNK = (
     256  # tokens of a prompt that are read at once: a server steps other sequences in between, and its texts are these
 )
 
+EXPECTED = 4096  # positions that a cache is told to expect at most: a limit of 100,000 tokens is seldom reached
+
 
 @torch.no_grad()
 def generate(
@@ -66,6 +68,7 @@ def generate(
         device = next(core.parameters()).device
         draw = Draw(core, rows, seed, settings)
         cache = new_cache(session) if cache is None else cache
+        cache.expected = min(draw.longest, EXPECTED)
         logits = _prefill(session, cache, [row.to(device) for row in rows])
         while True:
             tokens, ended = draw(logits)
@@ -163,12 +166,17 @@ class Draw:
             raise
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # of a setting of another type or size
             raise UserError(" ".join(str(error).split()), "see transformers.GenerationConfig") from error
+        self.longest = int(config.max_length)  # tokens of a sequence in the end
         self.sample = bool(config.do_sample)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.unfinished = torch.ones(len(prompts), dtype=torch.bool)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, bool]:
         """The next tokens (B,) from logits (B, V), and whether every sequence has ended."""
+        if not self.sample and not self.processors:  # where they are: a vocabulary takes longer to copy than to search
+            best, finite = torch.stack([logits.argmax(-1), (logits.amax(-1) < torch.inf).long()]).cpu()
+            _require(bool(finite.all()))
+            return self.take(best, logits)
         scores = self.scores(self.ids, logits)
         return self.take(self.pick(self.distribution(scores)) if self.sample else scores.argmax(-1), scores)
 
@@ -178,11 +186,7 @@ class Draw:
         Raises UserError for logits that are NaN or +infinity, of which no token can be drawn.
         """
         given = logits.to("cpu", torch.float32, copy=True)
-        if not bool((given.amax(-1) < torch.inf).all()):  # NaN is the largest of its row, and below nothing
-            raise UserError(
-                "the model's logits are not finite",
-                "load it in another type (dtype='float32'), or make its plan again with `moyu calibrate`",
-            )
+        _require(bool((given.amax(-1) < torch.inf).all()))  # NaN is the largest of its row, and below nothing
         return self.processors(ids, given)
 
     def distribution(self, scores: Tensor) -> Tensor:
@@ -203,6 +207,14 @@ class Draw:
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
         self.unfinished = self.unfinished & ~self.criteria(self.ids, scores)
         return tokens, not bool(self.unfinished.any())
+
+
+def _require(finite: bool) -> None:
+    if not finite:
+        raise UserError(
+            "the model's logits are not finite",
+            "load it in another type (dtype='float32'), or make its plan again with `moyu calibrate`",
+        )
 
 
 def _complete(model: Any, settings: dict[str, Any], longest: int) -> GenerationConfig:
