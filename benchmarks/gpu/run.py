@@ -8,7 +8,8 @@ rate: dense by torch, skipped by a mask a row (`kept`), and cut to what one mask
 sequence's mask is run). `packed` does the same with 8- and 4-bit weights. `steps` times decode steps: transformers' eager loop,
 dense compiled (the baseline: torch.compile, reduce-overhead, static cache), and MOYU's as the commands take them: the general
 step, the compiled one with nothing skipped (`joined`: one product for linears that share an input) and skipping; `loop_ms` is
-a token of `moyu.generate`, `ready_s` the time from applying a plan to the end of its first step. Each row is written as soon as it is measured.
+a token of `moyu.generate`, `ready_s` the time from applying a plan to the end of its first step. Each row is written as soon as
+it is measured.
 `--dry-run` goes through all of it on a CPU with tiny widths, the kernels interpreted.
 """
 

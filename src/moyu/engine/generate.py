@@ -24,6 +24,7 @@ CHUNK = (
     256  # tokens of a prompt that are read at once: a server steps other sequences in between, and its texts are these
 )
 
+NO_SCORES = torch.empty(1, 0)  # what criteria see where nothing but the largest logit was asked for
 EXPECTED = 4096  # positions that a cache is told to expect at most: a limit of 100,000 tokens is seldom reached
 
 
@@ -70,6 +71,9 @@ def generate(
         cache = new_cache(session) if cache is None else cache
         cache.expected = min(draw.longest, EXPECTED)
         logits = _prefill(session, cache, [row.to(device) for row in rows])
+        if draw.greedy and session.native is not None and session.native.waits_for_nobody:
+            yield from _ahead(session, cache, draw, logits, strict)
+            return
         while True:
             tokens, ended = draw(logits)
             yield tokens
@@ -78,6 +82,53 @@ def generate(
             logits = step(session, cache, tokens.to(device))
             if strict:
                 session.traces.require_fastest()
+
+
+def _ahead(session: Session, cache: KvCache, draw: Draw, logits: Tensor, strict: bool) -> Iterator[Tensor]:
+    """The loop where a step is only begun by the host: the next step begins before the host reads the token it is of.
+
+    So the device never waits for the host, which takes 1 ms between steps of 5 ms. The step behind the last token is undone.
+    """
+    ended = False
+    while not ended:
+        found = Found(*logits.max(-1))
+        before, seen = cache.lengths, memory_of(cache).seen
+        logits = step(session, cache, found.tokens)
+        try:
+            tokens, ended = draw.found(found)
+            if strict:
+                session.traces.require_fastest()
+            if ended:
+                cache.hold(before)
+                memory_of(cache).seen = seen
+            yield tokens
+        except BaseException:  # whoever leaves here finds the cache as it was when the token was drawn
+            cache.hold(before)
+            memory_of(cache).seen = seen
+            raise
+
+
+class Found:
+    """The likeliest tokens (B,), on their way to the host."""
+
+    def __init__(self, largest: Tensor, tokens: Tensor) -> None:
+        """largest: their logits (B,)."""
+        self.tokens, self._copied = tokens, None
+        both = torch.stack([tokens, (largest < torch.inf).long()])  # NaN is the largest of its row, and below nothing
+        if both.is_cuda:
+            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            self._host.copy_(both, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._host = both
+
+    def read(self) -> Tensor:
+        """The tokens (B,) on the CPU, once they are there. Raises UserError where a logit is NaN or +infinity."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        _require(bool(self._host[1].all()))
+        return self._host[0]
 
 
 def _prefill(session: Session, cache: KvCache, rows: list[Tensor]) -> Tensor:
@@ -173,12 +224,20 @@ class Draw:
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, bool]:
         """The next tokens (B,) from logits (B, V), and whether every sequence has ended."""
-        if not self.sample and not self.processors:  # where they are: a vocabulary takes longer to copy than to search
-            best, finite = torch.stack([logits.argmax(-1), (logits.amax(-1) < torch.inf).long()]).cpu()
-            _require(bool(finite.all()))
-            return self.take(best, logits)
+        if self.greedy:  # where they are: a vocabulary takes longer to copy than to search
+            return self.found(Found(*logits.max(-1)))
         scores = self.scores(self.ids, logits)
         return self.take(self.pick(self.distribution(scores)) if self.sample else scores.argmax(-1), scores)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, whatever came before."""
+        return not self.sample and not self.processors
+
+    def found(self, found: Found) -> tuple[Tensor, bool]:
+        """What `__call__` gives, of a greedy draw."""
+        tokens = found.read()
+        return self.take(tokens, NO_SCORES.expand(len(tokens), 0))
 
     def scores(self, ids: Tensor, logits: Tensor) -> Tensor:
         """What the processors make of logits (B, V) that follow ids (B, T); float32, on the CPU.

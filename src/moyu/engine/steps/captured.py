@@ -80,7 +80,7 @@ class Compiled:
 class CompiledRun:
     """The compiled step of a model. Copies compile and capture anew."""
 
-    trace, most = COMPILED, MAX_ROWS
+    trace, most, waits_for_nobody = COMPILED, MAX_ROWS, True
 
     def __init__(self, session: Session, layers: list[PlainLayer], ends: Ends) -> None:
         """`layers` are all decoder layers, in order."""
@@ -320,16 +320,10 @@ class Slab:
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=_pool(self.device), capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._run()
             back()
         self._graph = graph
-
-
-@once
-def _pool(device: torch.device) -> Any:
-    """Memory that all graphs of a device share: they run one after another, and what they give is copied."""
-    return torch.cuda.graph_pool_handle()
 
 
 def _same(before: Tensor | None, mask: Tensor) -> bool:

@@ -33,7 +33,7 @@ GROW = 256  # tokens by which a cache's buffers grow at least
 class DecodeRun:
     """All layers of a model as one native call a step. Copies rebuild what points into memory."""
 
-    trace, most = NATIVE, MAX_SKIPPING_ROWS
+    trace, most, waits_for_nobody = NATIVE, MAX_SKIPPING_ROWS, False
 
     def __init__(self, session: Session, layers: list[PlainLayer], ends: Ends | None) -> None:
         """`layers` are all decoder layers, in order; `ends` what is around them, where that is plain too."""

@@ -46,6 +46,7 @@ class Run(Protocol):
 
     trace: Trace
     most: int  # rows of a step
+    waits_for_nobody: bool  # whether a step is over for the host once it has begun on the device
     layers: list[PlainLayer]
     ends: Ends | None  # None: the step is of the layers alone
 
