@@ -286,7 +286,7 @@ def column_rates(run: Run, d: int, f: int, layers: int, best: float) -> None:
 
 
 @torch.no_grad()
-def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float]) -> None:
+def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float], chosen: list[str] | None) -> None:
     """Whole decode steps: transformers' own on one model, MOYU's on another of the same weights."""
     for shape in shapes:
         known = "tiny" if run.dry else shape
@@ -302,7 +302,9 @@ def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float]) 
         for batch in batches:
             rows = ids.expand(batch, -1)
             dense, eager = Transformers(run, model, rows, compiled=True), 1.0
-            for name in ("eager", *plans):  # each row is written before the next variant compiles
+            for name in (
+                n for n in ("eager", *plans) if chosen is None or n in chosen
+            ):  # each row is written before the next variant compiles
                 start = time.perf_counter()
                 with contextlib.ExitStack() as opened:
                     if name == "eager":
@@ -314,11 +316,10 @@ def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float]) 
                     found = run.seconds({"dense": dense, name: own}, rounds=8, repeat=8)
                     loop = own.loop() if isinstance(own, Moyu) else None
                 gain = found["dense"] / found[name]
-                if name == "eager":
-                    eager = 1 / gain
-                    run.row(part="steps", shape=shape, batch=batch, variant="dense", ms=found["dense"] * 1e3)
+                eager = 1 / gain if name == "eager" else eager
                 run.row(
                     part="steps", shape=shape, batch=batch, variant=name, ms=found[name] * 1e3, tok_s=batch / found[name],
+                    dense_ms=found["dense"] * 1e3,
                     against_dense=gain, against_eager=gain * eager, ready_s=ready,
                     loop_ms=None if loop is None else loop * 1e3, trace=own.trace,
                 )  # fmt: skip
@@ -405,6 +406,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(WIDTHS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.5, 0.65, 0.8], help="neurons skipped")
+    parser.add_argument(
+        "--variants", nargs="+", help='of steps: eager, general, joined, "neurons 50%%", "columns 50%%"'
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
@@ -416,7 +420,8 @@ def main() -> None:
     if "packed" in options.part:
         packed_rates(run, [s for s in options.shapes if s == "llama-3-8b"])
     if "steps" in options.part:
-        steps(run, [s for s in options.shapes if s in loading.SHAPES], options.batches, options.shares)
+        shapes = [s for s in options.shapes if s in loading.SHAPES]
+        steps(run, shapes, options.batches, options.shares, options.variants)
 
 
 if __name__ == "__main__":
