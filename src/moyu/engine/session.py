@@ -129,6 +129,11 @@ class Session:
         self.general_because: str | None = None  # why there is none, where kernels are used at all
         self.layouts: list[Callable[[], None]] = []  # each lays weights out again where something has packed them
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows up to which a step is in one piece, or skips."""
+        return MAX_SKIPPING_ROWS if self.native is None else self.native.most
+
     # ------------------------------------------------------------------------------------------------ phases and passes
 
     def current(self) -> Pass | None:

@@ -61,7 +61,7 @@ class Compiled:
         for t in range(tokens):
             now = None if angles is None else (angles[0][0, t : t + 1], angles[1][0, t : t + 1])
             place = torch.full((rows,), t, device=x.device)
-            y[:, t] = step(x[:, t], keys, values, place, columns <= t, now, network=network)
+            y[:, t] = step(x[:, t], keys, values, place, _seen(columns, place, layer.window), now, network=network)
         return y
 
     def logits(self, ends: Ends, ids: Tensor) -> Tensor:
@@ -277,9 +277,8 @@ class Slab:
         """One step: logits (places, V), which the next one overwrites."""
         if levels is not None or self.device.type != "cuda":
             return self._run(levels)
-        if self._graph is None:
-            self._capture()
-        self._graph.replay()
+        graph = self._graph or self._capture()
+        graph.replay()
         return self._logits
 
     def _run(self, levels: Levels | None = None) -> Tensor:
@@ -288,7 +287,7 @@ class Slab:
         seen: dict[int, Tensor] = {}
         for layer, step, (keys, values), mask in zip(self.layers, self._steps, self.storages, self._masks, strict=True):
             if layer.window not in seen:
-                seen[layer.window] = self._seen(layer.window)
+                seen[layer.window] = self._open & _seen(self._columns, self._place, layer.window)
             now = angles[layer.angles] if layer.rotary else None
             x = _layer(step, x, keys, values, self._place, seen[layer.window], now, mask, levels)
         logits = _ends(self._end, x, levels)
@@ -296,13 +295,7 @@ class Slab:
         self._positions += 1
         return logits
 
-    def _seen(self, window: int) -> Tensor:
-        """Columns that each row attends to, (places, capacity) bool."""
-        place = self._place[:, None]
-        seen = self._open & (self._columns <= place)
-        return seen & (self._columns > place - window) if window else seen
-
-    def _capture(self) -> None:
+    def _capture(self) -> Any:
         """The step as a CUDA graph, its kernels compiled and chosen before."""
         held = self._place.clone(), self._positions.clone()
 
@@ -324,6 +317,13 @@ class Slab:
                 self._logits = self._run()
             back()
         self._graph = graph
+        return graph
+
+
+def _seen(columns: Tensor, place: Tensor, window: int) -> Tensor:
+    """Columns (S,) that rows at `place` (P,) attend to, (P, S) bool."""
+    place = place[:, None]
+    return (columns <= place) & (columns > place - window) if window else columns <= place
 
 
 def _same(before: Tensor | None, mask: Tensor) -> bool:

@@ -69,10 +69,10 @@ class _Norm(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(_wide(x))
-        weight = self.weight.to(wide) + self.plus
+        wide = x.float()  # of float64 too, as transformers' norms
+        weight = self.weight.float() + self.plus
         if self.centred:
-            bias = None if self.bias is None else self.bias.to(wide)
+            bias = None if self.bias is None else self.bias.float()
             return functional.layer_norm(wide, weight.shape, weight, bias, self.eps).to(x)
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight).to(x)
 
@@ -124,6 +124,7 @@ class _Decision(nn.Module):
 class Product(nn.Module):
     """Linears that read the same input as one product, whole or without the inputs that their sites skip."""
 
+    weight: Any  # a Tensor, or None where it is stored in a format
     bias: Tensor | None
     thresholds: Tensor | None
 
@@ -142,7 +143,7 @@ class Product(nn.Module):
         self.operand = _Operand(weight, "rows") if self.stored else None
         own = [s for s in states if s is not None]
         device = weight.device
-        self.decisions = nn.ModuleList(_Decision(s, first.dtype, device) for s in own)
+        self.decisions: Any = nn.ModuleList(_Decision(s, first.dtype, device) for s in own)
         self.one = len({id(s) for s in own}) == 1  # one mask for all
         limits = [torch.full((size,), float(d.threshold)) for size, d in zip(self.sizes, self.decisions, strict=False)]
         plain = own and all(d.factors is None for d in self.decisions)
@@ -219,6 +220,9 @@ def _fits(layer: PlainLayer, part: Sequence[str], name: str) -> bool:
 class _Network(nn.Module):
     """A feed-forward network (N, d) -> (N, d): of columns, of masks that are known, or of gate or up first."""
 
+    gate: Any
+    up: Any
+    down: Any
     down_bias: Tensor | None
     gate_bias: Tensor | None
     up_bias: Tensor | None
@@ -258,6 +262,8 @@ class _Network(nn.Module):
             tap = self.act(tap) if self.first == "gate" else tap
             mask = self.decision(tap, levels)
         elif levels is not None:
+            assert self.key is not None
+            assert mask is not None
             mask = levels.level(self.key, mask)
         weights = [NOTHING if w is None else w.opened for w in (self.gate, self.up, self.down)]
         biases = self.gate_bias, self.up_bias, self.down_bias
@@ -266,6 +272,8 @@ class _Network(nn.Module):
 
 class LayerStep(nn.Module):
     """A decoder layer on the next token of each row."""
+
+    alone: Tensor | None
 
     def __init__(self, layer: PlainLayer, joined: Joined | None = None) -> None:
         """joined: puts weights that are read together side by side; None: they stay as they lie, as for a proof."""
@@ -322,7 +330,7 @@ class LayerStep(nn.Module):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, width: int) -> Tensor:
     """x (P, h, D) with its first `width` values turned by the angles of its row, (P, width) each."""
-    head, rest = x[..., :width].to(cos), x[..., width:]
+    head, rest = x[..., :width].to(_wide(x)), x[..., width:]
     one, two = head.chunk(2, -1)
     head = head * cos[:, None] + torch.cat([-two, one], -1) * sin[:, None]
     return torch.cat([head.to(x), rest], -1)
@@ -330,6 +338,9 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, width: int) -> Tensor:
 
 class EndsStep(nn.Module):
     """Final norm, head and cap: hidden states (P, d) -> logits (P, V)."""
+
+    weight: Any
+    bias: Tensor | None
 
     def __init__(self, ends: Ends) -> None:
         """The weights of the live modules."""

@@ -44,11 +44,30 @@ class Way(Protocol):
 class Run(Protocol):
     """The step of a whole model."""
 
-    trace: Trace
-    most: int  # rows of a step
-    waits_for_nobody: bool  # whether a step is over for the host once it has begun on the device
-    layers: list[PlainLayer]
-    ends: Ends | None  # None: the step is of the layers alone
+    @property
+    def trace(self) -> Trace:
+        """What is noted of a step."""
+        ...
+
+    @property
+    def most(self) -> int:
+        """Rows of a step at most."""
+        ...
+
+    @property
+    def waits_for_nobody(self) -> bool:
+        """Whether a step is over for the host once it has begun on the device."""
+        ...
+
+    @property
+    def layers(self) -> list[PlainLayer]:
+        """All decoder layers, in order."""
+        ...
+
+    @property
+    def ends(self) -> Ends | None:
+        """What is around the layers; None: the step is of the layers alone."""
+        ...
 
     @property
     def dtype(self) -> torch.dtype:

@@ -51,7 +51,7 @@ def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[A
     if given is None:
         return None, "its attention mask or its positions are not those of one more token"
     if not run.can_append(cache, len(ids), run.dtype):
-        return None, "its cache is not one that grows by a token a step"
+        return None, "its cache is not one that the step can append to"
     if not run.untouched():
         return None, "a module of the model was hooked, replaced or patched after the plan was applied"
     masks = _known_masks(session, run, memory, len(ids), past, ids.device)
