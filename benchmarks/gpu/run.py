@@ -1,15 +1,15 @@
 """The GPU kernels and whole decode steps on one NVIDIA GPU, variants alternating, random weights.
 
-    python3 benchmarks/gpu/run.py --out RESULTS.jsonl [--part checks kernels packed steps] [--shapes llama-3-8b ...] [--dry-run]
+    python3 benchmarks/gpu/run.py --out RESULTS.jsonl [--part checks kernels packed stored steps] [--shapes llama-3-8b ...] [--dry-run]
 
 `checks` runs tests/kernels/gpu_checks.py compiled, and 1 to 16 rows of the 8B widths beside float32 products. `kernels` times
 the feed-forward network of the widths of Llama-3.2-1B, 3-8B and 70B as one CUDA graph over several layers, beside the copy
-rate: dense by torch, skipped by a mask a row (`kept`), and cut to what one mask keeps (`cut`, dense products by torch, as a
-sequence's mask is run). `packed` does the same with 8- and 4-bit weights. `steps` times decode steps: transformers' eager loop,
-dense compiled (the baseline: torch.compile, reduce-overhead, static cache), and MOYU's as the commands take them: the general
-step, the compiled one with nothing skipped (`joined`: one product for linears that share an input) and skipping; `loop_ms` is
-a token of `moyu.generate`, `ready_s` the time from applying a plan to the end of its first step. Each row is written as soon as
-it is measured.
+rate: dense by torch, skipped by a mask a row (`kept`), and cut to what one mask keeps (`cut`, dense products by torch).
+`packed` does the same with 8- and 4-bit weights, `stored` times products and whole steps with formats of GGUF files. `steps`
+times decode steps: transformers' eager loop, dense compiled (the baseline: torch.compile, reduce-overhead, static cache), and
+MOYU's as the commands take them: the general step, the compiled one with nothing skipped (`joined`: one product for linears
+that share an input) and skipping; `loop_ms` is a token of `moyu.generate`, `ready_s` the time from applying a plan to the end
+of its first step. Each row is written as soon as it is measured.
 `--dry-run` goes through all of it on a CPU with tiny widths, the kernels interpreted.
 """
 
@@ -44,7 +44,7 @@ from moyu.engine.generate import generate, join, new_cache, read, step
 from moyu.measure.windows import Windows
 from moyu.model import loading
 from moyu.plan import Plan
-from moyu.weights import named
+from moyu.weights import Stored, named
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {"llama-3.2-1b": (2048, 8192, 8), "llama-3-8b": (4096, 14336, 4), "llama-3-70b": (8192, 28672, 2)}
@@ -184,6 +184,12 @@ def products(x: Tensor, weights: list[Tensor]) -> None:
         F.linear(x, weight)
 
 
+def stored_products(x: Tensor, weights: list[Stored]) -> None:
+    """Products with weights in a format."""
+    for weight in weights:
+        kernels.rows(x, weight)
+
+
 def skipping_products(x: Tensor, turned: list[Tensor], thresholds: Tensor) -> None:
     """The same with columns skipped."""
     with kernels.use("gpu"):
@@ -263,6 +269,47 @@ def packed_rates(run: Run, shapes: list[str]) -> None:
             gc.collect()
 
 
+@torch.no_grad()
+def stored(run: Run, shapes: list[str], kinds: list[str]) -> None:
+    """Weights in formats of GGUF files: products beside the copy rate, and MOYU's whole step with all linears in one of them."""
+    best = ceiling(run)
+    for shape in shapes:
+        d, f, layers = (256, 512, 2) if run.dry else WIDTHS[shape]
+        for kind in kinds:
+            form = named(kind)
+            made = [form.store(torch.randn(f, d, device=run.device) * d**-0.5) for _ in range(4 * layers)]
+            for batch in (1, 4):
+                x = torch.randn(batch, d, device=run.device).to(run.dtype)
+                with kernels.use("gpu"):
+                    y = kernels.rows(x, made[0]).float()
+                    truth, size = (g(x.float()) @ g(made[0].values()).t() for g in (torch.clone, torch.abs))
+                    error = float(((y - truth).abs() / size).max())
+                    found = run.seconds({"rows": run.graph(partial(stored_products, x, made))})["rows"]
+                rate = len(made) * made[0].nbytes / found
+                run.row(
+                    part="stored",
+                    op="rows",
+                    kind=kind,
+                    shape=[f, d],
+                    batch=batch,
+                    error=error,
+                    gb_s=rate / 1e9,
+                    share=rate / best,
+                )
+            del made
+            model = loading.random_model("tiny" if run.dry else shape, dtype=run.dtype, device=run.device)
+            loading.quantise_model(model, kind)
+            ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+            start = time.perf_counter()
+            with Moyu(run, model, None, ids.to(run.device), general=False) as own:
+                ready = time.perf_counter() - start
+                own.begin()
+                found = run.seconds({"step": own}, rounds=8, repeat=8)["step"]
+                run.row(part="stored", op="step", kind=kind, shape=shape, batch=1, ms=found * 1e3, loop_ms=own.loop() * 1e3, ready_s=ready,
+                        trace=own.trace)  # fmt: skip
+            del model, own
+
+
 def column_rates(run: Run, d: int, f: int, layers: int, best: float) -> None:
     """The column kernel on the widths of each projection."""
     for q, n in ((d + d // 2, d), (d, d), (2 * f, d), (d, f)):
@@ -292,7 +339,7 @@ def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float], 
         known = "tiny" if run.dry else shape
         model, other = (loading.random_model(known, dtype=run.dtype, device=run.device) for _ in range(2))
         ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-        ids, plans = ids.to(run.device), {"general": None, "joined": None}
+        ids, plans = ids.to(run.device), dict[str, Plan | None]({"general": None, "joined": None})
         for name, method, sparsity in (
             *((f"neurons {share:.0%}", "griffin", share) for share in shares),
             ("columns 50%", "teal", 0.5),
@@ -402,13 +449,14 @@ class Moyu(contextlib.AbstractContextManager):
 def main() -> None:
     """Parts in order, each by itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", default=["checks", "kernels", "packed", "steps"])
+    parser.add_argument("--part", nargs="+", default=["checks", "kernels", "packed", "stored", "steps"])
     parser.add_argument("--shapes", nargs="+", default=list(WIDTHS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.5, 0.65, 0.8], help="neurons skipped")
     parser.add_argument(
         "--variants", nargs="+", help='of steps: eager, general, joined, "neurons 50%%", "columns 50%%"'
     )
+    parser.add_argument("--kinds", nargs="+", default=["q8_0", "q4_0"], help="formats of `stored`")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
@@ -419,6 +467,8 @@ def main() -> None:
         kernel_rates(run, options.shapes)
     if "packed" in options.part:
         packed_rates(run, [s for s in options.shapes if s == "llama-3-8b"])
+    if "stored" in options.part:
+        stored(run, [s for s in options.shapes if s in loading.SHAPES], options.kinds)
     if "steps" in options.part:
         shapes = [s for s in options.shapes if s in loading.SHAPES]
         steps(run, shapes, options.batches, options.shares, options.variants)

@@ -28,6 +28,7 @@ from moyu.engine.trace import COMPILED
 from moyu.kernels import gpu
 from moyu.kernels.gpu.common import MAX_ROWS
 from moyu.methods.values import Rows
+from moyu.model.quantised import QuantisedLinear
 
 SHORTEST = 256  # positions of a slab
 SLABS = 6  # that are kept
@@ -44,6 +45,10 @@ class Compiled:
         devices = {p.device for p in session.model.parameters()}
         if len(devices) > 1:
             return "its weights lie on several devices"
+        linears = [m for m in session.model.modules() if isinstance(m, QuantisedLinear)]
+        for linear in linears if "cpu" not in {d.type for d in devices} else ():
+            if not kernels.serves(linear.like.new_empty(1, 0), linear.format):
+                return f"no GPU kernel reads weights in {linear.format.name}"
         for block in session.anatomy.places() if session.plan is not None else ():
             parts = session.plan.parts_of(block.layer, block.expert) if session.plan is not None else ()
             for site, _ in parts:
