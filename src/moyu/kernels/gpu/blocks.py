@@ -60,35 +60,38 @@ def _prune(configs: list, named: dict, **sizes: int) -> list:
 @triton.jit
 def _scale(plain, halves, j, g, part, inside, plain_row, halves_row, n, KIND: tl.constexpr):
     """Scale and offset of group g of output j; part: which half of the group, where halves have their own. One shape, all."""
+    blocks = n // 256
     if KIND == Q4_K:
-        blocks = n // 256
         d = tl.load(halves + j * halves_row + g // 8, mask=inside, other=0.0).to(tl.float32)
         low = tl.load(halves + j * halves_row + blocks + g // 8, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(plain + j * plain_row + 4 * blocks + g, mask=inside, other=0).to(tl.float32)
         m = tl.load(plain + j * plain_row + 12 * blocks + g, mask=inside, other=0).to(tl.float32)
-        return d * s, -(low * m)
-    if KIND == Q6_K:
-        blocks = n // 256
+        scale, offset = d * s, -(low * m)
+    elif KIND == Q6_K:
         d = tl.load(halves + j * halves_row + g // 8, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(plain + j * plain_row + 2 * blocks + 2 * g + part, mask=inside, other=0).to(tl.int8, bitcast=True)
-        return d * s.to(tl.float32), d * 0.0
-    d = tl.load(halves + j * halves_row + g, mask=inside, other=0.0).to(tl.float32)
-    return d, d * 0.0
+        scale, offset = d * s.to(tl.float32), d * 0.0
+    else:
+        scale = tl.load(halves + j * halves_row + g, mask=inside, other=0.0).to(tl.float32)
+        offset = scale * 0.0
+    return scale, offset
 
 
 @triton.jit
 def _codes(codes, j, g, b, half, inside, codes_row, groups, KIND: tl.constexpr):
     """What the code of number `b` (below 16, or 32 of Q8_0) of a half of group g of output j stands for, float32."""
     if KIND == Q8:
-        return tl.load(codes + j * codes_row + g * 32 + b, mask=inside, other=0).to(tl.float32)
-    byte = tl.load(codes + j * codes_row + g * 16 + b, mask=inside, other=0).to(tl.int32)
-    low = (byte >> (4 * half)) & 15
-    if KIND == Q6_K:
-        high = tl.load(codes + j * codes_row + groups * 16 + g * 8 + b % 8, mask=inside, other=0).to(tl.int32)
-        return (low + ((high >> (2 * (2 * half + b // 8))) & 3) * 16 - 32).to(tl.float32)
-    if KIND == Q4:
-        return (low - 8).to(tl.float32)
-    return low.to(tl.float32)
+        level = tl.load(codes + j * codes_row + g * 32 + b, mask=inside, other=0).to(tl.float32)
+    else:
+        byte = tl.load(codes + j * codes_row + g * 16 + b, mask=inside, other=0).to(tl.int32)
+        low = (byte >> (4 * half)) & 15
+        if KIND == Q6_K:
+            more = tl.load(codes + j * codes_row + groups * 16 + g * 8 + b % 8, mask=inside, other=0).to(tl.int32)
+            low = low + ((more >> (2 * (2 * half + b // 8))) & 3) * 16 - 32
+        if KIND == Q4:
+            low = low - 8
+        level = low.to(tl.float32)
+    return level
 
 
 @triton.autotune(_configs(), key=["n", "q", "ROWS", "KIND"], prune_configs_by={"early_config_prune": _prune},
@@ -100,7 +103,7 @@ def _rows(
 ):  # fmt: skip
     """y[r, j] = x[r] . w[j] + bias[j] where the mask keeps it, else 0; BLOCK_J outputs a program."""
     groups = (n + 31) // 32
-    wide: tl.constexpr = 32 if KIND == Q8 else 16  # numbers of a group that are taken at once
+    wide: tl.constexpr = 32 if KIND == Q8 else 16  # pyright: ignore -- numbers of a group that are taken at once
     parts: tl.constexpr = 32 // wide
     j = tl.program_id(0).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
     r = tl.arange(0, ROWS)
