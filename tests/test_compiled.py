@@ -18,6 +18,7 @@ from moyu.engine.generate import join as join_caches
 from moyu.engine.steps import captured
 from moyu.engine.steps.captured import CompiledRun
 from moyu.engine.steps.compiled import LayerStep, Product
+from moyu.engine.steps.way import NotCompiled
 from moyu.errors import UserError
 from moyu.measure.windows import Windows
 from test_decoding import PLAIN, make
@@ -330,6 +331,18 @@ def test_hooks_other_caches_and_back_ends_take_the_general_step():
     assert "hooked" in said and "its cache is not one that the step can append to" in said
     with Applied(model, None, backend="reference") as applied:
         assert applied.native is None and "back end 'reference'" in applied.general_because
+
+
+def test_a_step_that_does_not_compile_leaves_the_text_to_the_general_one(monkeypatch):
+    def step(self, levels):
+        raise NotCompiled("the step did not compile: no compiler")
+
+    model, settings = build("llama", torch.float32), {"max_new_tokens": 5, "eos_token_id": None}
+    expected = torch.cat(list(moyu.generate(model, [fresh(6)], **settings)))
+    monkeypatch.setattr(captured.Slab, "step", step)
+    with Applied(model, None) as applied:
+        assert torch.equal(torch.cat(list(generate(applied, [fresh(6)], **settings))), expected)
+        assert applied.traces.summary() == "general (the step did not compile: no compiler)"
 
 
 def test_strict_takes_it(monkeypatch):

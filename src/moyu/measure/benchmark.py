@@ -158,6 +158,8 @@ def _time(timing: Timing, model: nn.Module, prompt: Tensor, tokens: int, own: Kv
     """
     start = _now(prompt.device)
     given = {} if own is None else given_cache(model, own)
+    if own is not None:
+        own.expected = prompt.shape[1] + tokens + 1  # else a step in between would move to twice the room
     output = model(input_ids=prompt, use_cache=True, **given)
     cache = given or given_cache(model, cache_of(output))
     token = output.logits[:, -1:].argmax(-1)

@@ -23,7 +23,7 @@ from moyu.engine.steps.compiled import EndsStep, LayerStep, Levels
 from moyu.engine.steps.ends import Ends
 from moyu.engine.steps.joining import Joined
 from moyu.engine.steps.layers import PlainLayer
-from moyu.engine.steps.way import Angles, Watch
+from moyu.engine.steps.way import Angles, NotCompiled, Watch
 from moyu.engine.trace import COMPILED
 from moyu.kernels import gpu
 from moyu.kernels.gpu.common import MAX_ROWS
@@ -282,8 +282,13 @@ class Slab:
         """One step: logits (places, V), which the next one overwrites."""
         if levels is not None or self.device.type != "cuda":
             return self._run(levels)
-        graph = self._graph or self._capture()
-        graph.replay()
+        if self._graph is None:
+            try:
+                self._graph = self._capture()
+            except Exception as error:  # of a compiler, a driver, or memory that is full: whoever writes wants his text
+                line = next(iter(str(error).strip().splitlines()), "")
+                raise NotCompiled(f"the step did not compile: {type(error).__name__}, {line:.200}") from error
+        self._graph.replay()
         return self._logits
 
     def _run(self, levels: Levels | None = None) -> Tensor:
@@ -321,7 +326,6 @@ class Slab:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._run()
             back()
-        self._graph = graph
         return graph
 
 

@@ -19,6 +19,10 @@ from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 Angles = tuple[Tensor, Tensor]  # cos and sin
 
 
+class NotCompiled(Exception):
+    """Why a step could not be compiled or captured here: the general one stands in from then on."""
+
+
 class Way(Protocol):
     """How a step runs. `moyu.engine.steps.proof` holds both to what a model's own modules give."""
 

@@ -17,7 +17,7 @@ from moyu.engine.choosers import Known
 from moyu.engine.memory import SequenceMemory, cache_field, cache_of, memory_of
 from moyu.engine.rows import rows_at, rows_of
 from moyu.engine.session import AUTOCAST, Pass, Session, autocasts
-from moyu.engine.steps.way import Run
+from moyu.engine.steps.way import NotCompiled, Run
 from moyu.methods.values import NOTHING
 
 # What a decode step may be called with; anything else takes the general path.
@@ -62,7 +62,12 @@ def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[A
             rows = rows_at(cache.lengths, 0, ids.device)
         else:
             rows = rows_of((len(ids), 1), kwargs.get("attention_mask"), past, past, ids.device)
-    logits = run.logits(cache, ids, masks, allowed, positions, rows)
+    try:
+        logits = run.logits(cache, ids, masks, allowed, positions, rows)
+    except NotCompiled as error:
+        session.native.detach()
+        session.native, session.general_because = None, str(error)
+        return None, session.general_because
     memory.seen = past + 1
     session.traces.note(run.trace)
     session.traces.sparse_rows += len(ids)
