@@ -87,7 +87,8 @@ class Applied(Session, AbstractContextManager):
         elif engine == "mask":
             self.general_because = "units are masked, as asked"
         elif backend not in ("auto", steps.backend_of(model)):
-            self.general_because = f"back end {backend!r} has no step in one piece on this device"
+            kind = "native" if steps.backend_of(model) == "cpu" else "compiled"
+            self.general_because = f"back end {backend!r} has no {kind} step"
         try:
             self._attach()
         except BaseException:
