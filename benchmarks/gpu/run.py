@@ -2,7 +2,7 @@
 
     python3 benchmarks/gpu/run.py --out RESULTS.jsonl [--part checks kernels packed stored steps] [--shapes llama-3-8b ...] [--dry-run]
 
-`checks` runs tests/kernels/gpu_checks.py compiled, and 1 to 16 rows of the 8B widths beside float32 products. `kernels` times
+`checks` runs the checks of tests/kernels compiled, and 1 to 16 rows of the 8B widths beside float32 products. `kernels` times
 the feed-forward network of the widths of Llama-3.2-1B, 3-8B and 70B as one CUDA graph over several layers, beside the copy
 rate: dense by torch, skipped by a mask a row (`kept`), and cut to what one mask keeps (`cut`, dense products by torch).
 `packed` does the same with 8- and 4-bit weights, `stored` times products and whole steps with formats of GGUF files. `steps`
@@ -112,11 +112,11 @@ class Run:
 
 def checks(run: Run) -> None:
     """The test cases compiled, then large ones."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/kernels/gpu_checks.py"], check=False, capture_output=True, text=True
-    )
-    print(done.stdout, done.stderr[-3000:])
-    run.row(part="checks", passed=done.returncode == 0, names=done.stdout.split())
+    for name in ("gpu_checks", "gpu_packed_checks", "gpu_blocks_checks", *(() if run.dry else ("gpu_steps_checks",))):
+        script = [sys.executable, ROOT / f"tests/kernels/{name}.py"]
+        done = subprocess.run(script, check=False, capture_output=True, text=True)
+        print(done.stdout, done.stderr[-3000:])
+        run.row(part="checks", passed=done.returncode == 0, names=done.stdout.split())
     d, f = (64, 96) if run.dry else WIDTHS["llama-3-8b"][:2]
     generator = torch.Generator(run.device).manual_seed(0)
     storage = torch.randn(f, 3, d, generator=generator, device=run.device).mul_(d**-0.5).to(run.dtype)
