@@ -56,8 +56,7 @@ def test_nothing_is_slow_on_a_good_machine():
         ({"load": 20.0}, "Every measurement", "20.0 processes run on 8 cores"),
         ({"free": 1e9}, "Models that do not fit", "1.0 GB of memory are free"),
         ({"huge_pages": False}, "Scattered reads", "echo madvise"),
-        ({"gpus": ("A GPU",), "no_gpu": "Triton is missing; pip install it"}, "--device cuda", "Triton is missing"),
-        ({"gpus": ("A GPU",), "no_gpu": None}, "--device cuda", "moyu.engine.steps.compiled"),
+        ({"gpus": ("A GPU",), "no_gpu": "Triton is missing; pip install it"}, "--device cuda", "do not compile there (Triton is missing)"),
     ],
 )  # fmt: skip
 def test_what_is_slow_has_a_reason_and_a_remedy(other, what, says):
@@ -65,6 +64,12 @@ def test_what_is_slow_has_a_reason_and_a_remedy(other, what, says):
     assert found.what.startswith(what)
     assert says in f"{found.why}. {found.remedy}"
     assert found.remedy.endswith(".")
+
+
+def test_a_gpu_whose_steps_compile_is_not_slow():
+    found = dataclasses.replace(GOOD, gpus=("A GPU", "Another"), no_gpu=None)
+    assert findings(found) == []
+    assert lines(found)["GPU"] == "A GPU, Another; decode steps compile"
 
 
 def test_limits_of_a_control_group(tmp_path, monkeypatch):

@@ -1,19 +1,22 @@
 """The GPU kernels and whole decode steps on one NVIDIA GPU, variants alternating, random weights.
 
-    python3 benchmarks/gpu/run.py --out RESULTS.jsonl [--part checks kernels packed steps] [--shapes llama-3-8b ...] [--dry-run]
+    python3 benchmarks/gpu/run.py --out RESULTS.jsonl [--part checks kernels packed stored steps] [--shapes llama-3-8b ...] [--dry-run]
 
-`checks` runs tests/kernels/gpu_checks.py compiled, and 1 to 16 rows of the 8B widths beside float32 products. `kernels` times
+`checks` runs the checks of tests/kernels compiled, and 1 to 16 rows of the 8B widths beside float32 products. `kernels` times
 the feed-forward network of the widths of Llama-3.2-1B, 3-8B and 70B as one CUDA graph over several layers, beside the copy
-rate: dense by torch, skipped by a mask a row (`kept`), and cut to what one mask keeps (`cut`, dense products by torch, as a
-sequence's mask is run). `packed` does the same with 8- and 4-bit weights. `steps` times decode steps: transformers' eager loop,
-dense compiled (the baseline: torch.compile, reduce-overhead, static cache), MOYU with nothing skipped (`joined`: one product
-for linears that share an input) and MOYU skipping, compiled the same way. Each row is written as soon as it is measured.
+rate: dense by torch, skipped by a mask a row (`kept`), and cut to what one mask keeps (`cut`, dense products by torch).
+`packed` does the same with 8- and 4-bit weights, `stored` times products and whole steps with formats of GGUF files. `steps`
+times decode steps: transformers' eager loop, dense compiled (the baseline: torch.compile, reduce-overhead, static cache), and
+MOYU's as the commands take them: the general step, the compiled one with nothing skipped (`joined`: one product for linears
+that share an input) and skipping; `loop_ms` is a token of `moyu.generate`, `ready_s` the time from applying a plan to the end
+of its first step. Each row is written as soon as it is measured.
 `--dry-run` goes through all of it on a CPU with tiny widths, the kernels interpreted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -37,17 +40,16 @@ from transformers import DynamicCache, StaticCache
 from moyu import kernels, methods
 from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
-from moyu.engine.memory import memory_of
-from moyu.engine.steps.compiled import frozen
+from moyu.engine.generate import generate, join, new_cache, read, step
 from moyu.measure.windows import Windows
-from moyu.model import dissect, loading
-from moyu.weights import named
+from moyu.model import loading
+from moyu.plan import Plan
+from moyu.weights import Stored, named
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {"llama-3.2-1b": (2048, 8192, 8), "llama-3-8b": (4096, 14336, 4), "llama-3-70b": (8192, 28672, 2)}
 KEPT = (1.0, 0.7, 0.5, 0.35, 0.2)
 BATCHES = (1, 2, 4, 8, 16)
-BATCHED = ("joined", "neurons 50%", "neurons 80%")  # variants of several sequences, one mask for all
 PROMPT, LENGTH = 64, 256
 
 
@@ -110,11 +112,11 @@ class Run:
 
 def checks(run: Run) -> None:
     """The test cases compiled, then large ones."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/kernels/gpu_checks.py"], check=False, capture_output=True, text=True
-    )
-    print(done.stdout, done.stderr[-3000:])
-    run.row(part="checks", passed=done.returncode == 0, names=done.stdout.split())
+    for name in ("gpu_checks", "gpu_packed_checks", "gpu_blocks_checks", *(() if run.dry else ("gpu_steps_checks",))):
+        script = [sys.executable, ROOT / f"tests/kernels/{name}.py"]
+        done = subprocess.run(script, check=False, capture_output=True, text=True)
+        print(done.stdout, done.stderr[-3000:])
+        run.row(part="checks", passed=done.returncode == 0, names=done.stdout.split())
     d, f = (64, 96) if run.dry else WIDTHS["llama-3-8b"][:2]
     generator = torch.Generator(run.device).manual_seed(0)
     storage = torch.randn(f, 3, d, generator=generator, device=run.device).mul_(d**-0.5).to(run.dtype)
@@ -180,6 +182,12 @@ def products(x: Tensor, weights: list[Tensor]) -> None:
     """Products by torch."""
     for weight in weights:
         F.linear(x, weight)
+
+
+def stored_products(x: Tensor, weights: list[Stored]) -> None:
+    """Products with weights in a format."""
+    for weight in weights:
+        kernels.rows(x, weight)
 
 
 def skipping_products(x: Tensor, turned: list[Tensor], thresholds: Tensor) -> None:
@@ -261,6 +269,47 @@ def packed_rates(run: Run, shapes: list[str]) -> None:
             gc.collect()
 
 
+@torch.no_grad()
+def stored(run: Run, shapes: list[str], kinds: list[str]) -> None:
+    """Weights in formats of GGUF files: products beside the copy rate, and MOYU's whole step with all linears in one of them."""
+    best = ceiling(run)
+    for shape in shapes:
+        d, f, layers = (256, 512, 2) if run.dry else WIDTHS[shape]
+        for kind in kinds:
+            form = named(kind)
+            made = [form.store(torch.randn(f, d, device=run.device) * d**-0.5) for _ in range(4 * layers)]
+            for batch in (1, 4):
+                x = torch.randn(batch, d, device=run.device).to(run.dtype)
+                with kernels.use("gpu"):
+                    y = kernels.rows(x, made[0]).float()
+                    truth, size = (g(x.float()) @ g(made[0].values()).t() for g in (torch.clone, torch.abs))
+                    error = float(((y - truth).abs() / size).max())
+                    found = run.seconds({"rows": run.graph(partial(stored_products, x, made))})["rows"]
+                rate = len(made) * made[0].nbytes / found
+                run.row(
+                    part="stored",
+                    op="rows",
+                    kind=kind,
+                    shape=[f, d],
+                    batch=batch,
+                    error=error,
+                    gb_s=rate / 1e9,
+                    share=rate / best,
+                )
+            del made
+            model = loading.random_model("tiny" if run.dry else shape, dtype=run.dtype, device=run.device)
+            loading.quantise_model(model, kind)
+            ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+            start = time.perf_counter()
+            with Moyu(run, model, None, ids.to(run.device), general=False) as own:
+                ready = time.perf_counter() - start
+                own.begin()
+                found = run.seconds({"step": own}, rounds=8, repeat=8)["step"]
+                run.row(part="stored", op="step", kind=kind, shape=shape, batch=1, ms=found * 1e3, loop_ms=own.loop() * 1e3, ready_s=ready,
+                        trace=own.trace)  # fmt: skip
+            del model, own
+
+
 def column_rates(run: Run, d: int, f: int, layers: int, best: float) -> None:
     """The column kernel on the widths of each projection."""
     for q, n in ((d + d // 2, d), (d, d), (2 * f, d), (d, f)):
@@ -284,78 +333,62 @@ def column_rates(run: Run, d: int, f: int, layers: int, best: float) -> None:
 
 
 @torch.no_grad()
-def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float]) -> None:
-    """Whole decode steps."""
-    names = ["dense", "joined", *(f"neurons {share:.0%}" for share in shares), "columns 50%"]
+def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float], chosen: list[str] | None) -> None:
+    """Whole decode steps: transformers' own on one model, MOYU's on another of the same weights."""
     for shape in shapes:
-        model, ids, twins = variants(run, shape, names)
+        known = "tiny" if run.dry else shape
+        model, other = (loading.random_model(known, dtype=run.dtype, device=run.device) for _ in range(2))
+        ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+        ids, plans = ids.to(run.device), dict[str, Plan | None]({"general": None, "joined": None})
+        for name, method, sparsity in (
+            *((f"neurons {share:.0%}", "griffin", share) for share in shares),
+            ("columns 50%", "teal", 0.5),
+        ):
+            windows = Windows(ids, PROMPT // 2)
+            plans[name] = calibrate(other, methods.method(method), windows, sparsity=sparsity, name=shape)
         for batch in batches:
             rows = ids.expand(batch, -1)
-            dense, eager = Step(run, model, rows, model), 1.0
-            for name in ("eager", *names):  # each row is written before the next variant compiles
-                if batch > 1 and name not in ("eager", "dense", *BATCHED):
-                    continue
-                own = {"dense": dense}
-                if name != "dense":
-                    own[name] = Step(run, model, rows, twins.get(name))
-                for step in own.values():
-                    step.begin()
-                found = run.seconds(own, rounds=8, repeat=8)
+            dense, eager = Transformers(run, model, rows, compiled=True), 1.0
+            for name in (
+                n for n in ("eager", *plans) if chosen is None or n in chosen
+            ):  # each row is written before the next variant compiles
+                start = time.perf_counter()
+                with contextlib.ExitStack() as opened:
+                    if name == "eager":
+                        own: Transformers | Moyu = Transformers(run, model, rows, compiled=False)
+                    else:
+                        own = opened.enter_context(Moyu(run, other, plans[name], rows, general=name == "general"))
+                    ready = time.perf_counter() - start
+                    dense.begin(), own.begin()
+                    found = run.seconds({"dense": dense, name: own}, rounds=8, repeat=8)
+                    loop = own.loop() if isinstance(own, Moyu) else None
                 gain = found["dense"] / found[name]
-                if name == "eager":  # slow: timed beside dense alone
-                    eager = 1 / gain
+                eager = 1 / gain if name == "eager" else eager
                 run.row(
                     part="steps", shape=shape, batch=batch, variant=name, ms=found[name] * 1e3, tok_s=batch / found[name],
-                    against_dense=gain, against_eager=gain * eager,
+                    dense_ms=found["dense"] * 1e3,
+                    against_dense=gain, against_eager=gain * eager, ready_s=ready,
+                    loop_ms=None if loop is None else loop * 1e3, trace=own.trace,
                 )  # fmt: skip
             del dense, own
             torch.compiler.reset()
             gc.collect()
-        del model, twins
+        del model, other
 
 
-def variants(
-    run: Run, shape: str, names: list[str], layers: int | None = None
-) -> tuple[nn.Module, Tensor, dict[str, nn.Module]]:
-    """A random model, a prompt (1, PROMPT), and the model as each variant runs it."""
-    model = loading.random_model("tiny" if run.dry else shape, layers=layers, dtype=run.dtype, device=run.device)
-    anatomy = dissect.dissect(model)
-    ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(
-        run.device
-    )
-    twins: dict[str, nn.Module] = {}
-    for name in names:
-        if name in ("dense", "joined"):
-            twins[name] = model if name == "dense" else frozen(model, None)
-            continue
-        kind, share = name.split()
-        method = methods.method({"neurons": "griffin", "columns": "teal"}[kind])
-        sparsity = float(share.rstrip("%")) / 100
-        plan = calibrate(model, method, Windows(ids, PROMPT // 2), sparsity=sparsity, name=shape, anatomy=anatomy)
-        twins[name] = frozen(model, plan, masks_after(model, plan, ids) if kind == "neurons" else None)
-    return model, ids, twins
+class Transformers:
+    """transformers' own step after a prompt, always of the same token: its loop, or compiled with a static cache."""
 
+    trace = None
 
-def masks_after(model: nn.Module, plan: object, ids: Tensor) -> dict[str, Tensor]:
-    """The masks that a sequence-level plan has after a prompt and one step."""
-    cache = DynamicCache(config=model.config)
-    with Applied(model, plan, backend="auto") as applied, applied.prompt(ids.shape[1]):
-        model(ids, past_key_values=cache)
-        model(ids[:, :1], past_key_values=cache)
-    return dict(memory_of(cache).masks)
-
-
-class Step:
-    """A decode step after a prompt, always of the same token: transformers' own loop, or `twin` compiled with a static cache."""
-
-    def __init__(self, run: Run, model: nn.Module, ids: Tensor, twin: nn.Module | None = None) -> None:
+    def __init__(self, run: Run, model: nn.Module, ids: Tensor, *, compiled: bool) -> None:
         """Compiles at the first calls, which happen here."""
         self.model, self.ids, self.token = model, ids, ids[:, :1].clone()
         self.step, self.static = model, None
-        if twin is not None:
+        if compiled:
             self.static = StaticCache(config=model.config, max_cache_len=LENGTH)
             how = {"backend": "eager"} if run.dry else {"mode": "reduce-overhead"}
-            self.step = torch.compile(twin, fullgraph=True, **how)
+            self.step = torch.compile(model, fullgraph=True, **how)
         self.begin()
         for _ in range(1 if run.dry else 4):
             self()
@@ -364,22 +397,66 @@ class Step:
         """Go back to the end of the prompt: a static cache has room for one timing only."""
         self.cache = DynamicCache(config=self.model.config) if self.static is None else self.static
         self.cache.reset()
-        with torch.no_grad():
-            self.model(self.ids, past_key_values=self.cache)
+        self.model(self.ids, past_key_values=self.cache)
 
     def __call__(self) -> Tensor:
         """The next token."""
-        with torch.no_grad(), kernels.use("gpu" if self.static else "auto"):
-            return self.step(self.token, past_key_values=self.cache, use_cache=True).logits[:, -1:].argmax(-1)
+        return self.step(self.token, past_key_values=self.cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+
+class Moyu(contextlib.AbstractContextManager):
+    """MOYU's step after a prompt, as every command takes it; general: the step that takes any model and method."""
+
+    def __init__(self, run: Run, model: nn.Module, plan: Plan | None, ids: Tensor, *, general: bool) -> None:
+        """Compiles and captures at the first call, which happens here."""
+        self.run, self.ids, self.token = run, ids, ids[:, 0].clone()
+        self.session = Applied(model, plan)
+        if general:
+            self.session.native = None
+        self.begin()
+        self()
+
+    def __exit__(self, *exc: object) -> None:
+        """The model is as before."""
+        self.session.restore()
+
+    def begin(self) -> None:
+        """Go back to the end of the prompt."""
+        self.cache = new_cache(self.session)
+        self.cache.expected = LENGTH
+        for row in self.ids:
+            own = new_cache(self.session)
+            read(self.session, own, row[None], last=True)
+            join(self.cache, own)
+
+    def __call__(self) -> Tensor:
+        """The next token of every row."""
+        return step(self.session, self.cache, self.token).argmax(-1)
+
+    def loop(self) -> float:
+        """Seconds a token of `moyu.generate`, greedy, from the second token on."""
+        count, times = 8 if self.run.dry else 128, []
+        for _ in generate(self.session, self.ids, max_new_tokens=count, do_sample=False, eos_token_id=None):
+            times.append(time.perf_counter())
+        return (times[-1] - times[1]) / (count - 2)
+
+    @property
+    def trace(self) -> str:
+        """Which implementation ran."""
+        return self.session.traces.summary()
 
 
 def main() -> None:
     """Parts in order, each by itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", default=["checks", "kernels", "packed", "steps"])
+    parser.add_argument("--part", nargs="+", default=["checks", "kernels", "packed", "stored", "steps"])
     parser.add_argument("--shapes", nargs="+", default=list(WIDTHS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.5, 0.65, 0.8], help="neurons skipped")
+    parser.add_argument(
+        "--variants", nargs="+", help='of steps: eager, general, joined, "neurons 50%%", "columns 50%%"'
+    )
+    parser.add_argument("--kinds", nargs="+", default=["q8_0", "q4_0"], help="formats of `stored`")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
@@ -390,8 +467,11 @@ def main() -> None:
         kernel_rates(run, options.shapes)
     if "packed" in options.part:
         packed_rates(run, [s for s in options.shapes if s == "llama-3-8b"])
+    if "stored" in options.part:
+        stored(run, [s for s in options.shapes if s in loading.SHAPES], options.kinds)
     if "steps" in options.part:
-        steps(run, [s for s in options.shapes if s in loading.SHAPES], options.batches, options.shares)
+        shapes = [s for s in options.shapes if s in loading.SHAPES]
+        steps(run, shapes, options.batches, options.shares, options.variants)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class Conversation(AbstractContextManager):
         steps = len(fresh) - 1
         # Other steps have products that count nothing.
         passes = steps if drafts is None else drafts.passes + drafts.drafted
-        counted = 0 < steps and passes == self.session.traces.of("native") - native
+        counted = steps > 0 and passes == self.session.traces.of("native") - native
         return "; ".join(
             [
                 f"{len(prompt) - kept} of {len(prompt)} tokens of the conversation read, {len(fresh)} written",

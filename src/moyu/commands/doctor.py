@@ -123,7 +123,7 @@ def lines(found: Machine) -> dict[str, str]:
         if found.kernels is None
         else found.kernels + (f" (of {', '.join(others)} too)" if others else ""),
         "threads": f"{found.threads}",
-        "GPU": ", ".join(found.gpus) or "none that torch sees",
+        "GPU": _gpus(found),
         "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
         "extras": f"{', '.join(n for n, there in found.extras.items() if there) or 'none'}"
         + (f"; not installed: {', '.join(missing)} (pip install 'moyu-llm[{missing[0]}]')" if missing else ""),
@@ -181,12 +181,18 @@ def findings(found: Machine) -> Sequence[Finding]:
             "the system grants no huge pages",
             f"Remedy: as root, echo madvise > {PAGES}.",
         )
-    if found.gpus:
-        why = "decode steps that compile as a whole are in Python only (moyu.engine.steps.compiled)"
-        if found.no_gpu is not None:
-            why = found.no_gpu.rpartition("; ")[0]
-        add("--device cuda", why, "See docs/use/gpu.md; pip install 'moyu-llm[gpu]' brings the kernels.")
+    if found.gpus and found.no_gpu is not None:
+        why = f"decode steps do not compile there ({found.no_gpu.rpartition('; ')[0]})"
+        add("--device cuda", why, "Remedy: pip install 'moyu-llm[gpu]'.")
     return slow
+
+
+def _gpus(found: Machine) -> str:
+    """Names, and whether decode steps compile there."""
+    if not found.gpus:
+        return "none that torch sees"
+    steps = "decode steps compile" if found.no_gpu is None else "decode steps do not compile"
+    return f"{', '.join(found.gpus)}; {steps}"
 
 
 def _gb(size: float | None) -> str:

@@ -84,7 +84,9 @@ def generate(
         correction = Correction("lossless" if lossless else "sirius", length, temperature, sirius or 0.0)
     loaded, asked = open_with_plan(model, plan, weights, device)
     if compare and asked is None and correction is None:
-        raise UserError("--compare holds a plan or --lossless against dense, and there is neither", "give one, or leave it out")
+        raise UserError(
+            "--compare holds a plan or --lossless against dense, and there is neither", "give one, or leave it out"
+        )
     templated = bool(prompt is not None and loaded.tokenizer.chat_template) if chat is None else chat
     prompt = PROMPT if prompt is None else written(prompt)
     if templated:

@@ -119,6 +119,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _says(session: Any, loaded: Any, sequences: int, context: int, key: str | None) -> str:
     """The server in a line: its decode step, its sequences, its context, whether there is a key."""
-    step = "native steps" if session.native is not None else f"general steps ({session.general_because})"
+    run = session.native
+    step = f"general steps ({session.general_because})" if run is None else f"{run.trace.step} steps"
     chat = "" if loaded.tokenizer.chat_template else "no chat template: only /v1/completions answers; "
     return f"{step}; {chat}{sequences} sequences of {context} tokens; {'no key' if key is None else 'with a key'}"

@@ -86,8 +86,9 @@ class Applied(Session, AbstractContextManager):
             self.general_because = f"no kernel reads {kinds}: units are masked, and no bytes are saved"
         elif engine == "mask":
             self.general_because = "units are masked, as asked"
-        elif backend not in ("auto", "cpu"):
-            self.general_because = f"back end {backend!r} has no native step"
+        elif backend not in ("auto", steps.backend_of(model)):
+            kind = "native" if steps.backend_of(model) == "cpu" else "compiled"
+            self.general_because = f"back end {backend!r} has no {kind} step"
         try:
             self._attach()
         except BaseException:
@@ -98,6 +99,8 @@ class Applied(Session, AbstractContextManager):
 
     def restore(self) -> nn.Module:
         """Undo everything; safe to call twice. Returns the model."""
+        if self.native is not None:
+            self.native.detach()
         for handle in self._hooks:
             handle.remove()
         for module, name, before in reversed(self._undo):
@@ -120,6 +123,8 @@ class Applied(Session, AbstractContextManager):
         Copies would hold a second model. Not while another thread generates: its kernels would meet packed weights.
         """
         with self.layout_lock:
+            if self.native is not None:
+                self.native.detach()
             for module in self._laid_out:
                 layout.pack(module)
 
@@ -164,7 +169,7 @@ class Applied(Session, AbstractContextManager):
             self._lay_out(top)  # its forward is replaced below: native steps are proved on the module's own
         calls = (*self.ffns, *self.linears, *(() if top is None else (top,)))
         self.layouts = [call.ensure_layout for call in calls]
-        if self.engine == "skip" and self.backend in ("auto", "cpu"):
+        if self.engine == "skip" and self.backend in ("auto", steps.backend_of(self.model)):
             self.native, self.general_because = steps.plain_run(self)
             if self.native is not None:
                 self.native.attach(self._replace)

@@ -82,6 +82,12 @@ class KvLayer(DynamicLayer):
             self._copy(self.buffers, row, fresh, place, int(self.lengths[row]))
         self.storage, self.buffers = fresh, tuple(b[: len(chosen)] for b in fresh)
 
+    def lie_in(self, storage: tuple[Tensor, Tensor]) -> None:
+        """Move to this storage, (at least B, H, room, D) each, which somebody else has made."""
+        for row, length in enumerate(self.lengths.tolist()):
+            self._copy(self.buffers, row, storage, row, length)
+        self.storage, self.buffers = storage, tuple(s[: len(self.lengths)] for s in storage)
+
     @staticmethod
     def _copy(source: tuple[Tensor, ...], row: int, to: tuple[Tensor, ...], place: int, length: int) -> None:
         for a, b in zip(source, to, strict=True):
@@ -176,6 +182,7 @@ class KvCache(DynamicCache):
     def __init__(self, config: PretrainedConfig) -> None:
         """An empty cache for a model of this config."""
         super().__init__(config=config)
+        self.expected = 0  # positions that a row will hold, as far as somebody knows
         self.layers: list[Any] = [KvLayer() if type(layer) in _GROWING else layer for layer in self.layers]
 
     @property
@@ -197,6 +204,11 @@ class KvCache(DynamicCache):
         """Row r now holds lengths[r] positions in every layer, (B,) int64: after a native step, or to go back."""
         for layer in self.layers:
             layer.hold(lengths)
+
+    def lie_in(self, storages: list[tuple[Tensor, Tensor]]) -> None:
+        """Move every layer to a storage that somebody else has made; see `KvLayer.lie_in`."""
+        for layer, storage in zip(self.layers, storages, strict=True):
+            layer.lie_in(storage)
 
     def reserve(self, length: int) -> None:
         """Make room for `length` positions a row in every layer."""

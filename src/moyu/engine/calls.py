@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from moyu.engine import steps
 from moyu.engine.cache import KvCache
-from moyu.engine.memory import SequenceMemory, cache_of, memory_of, remember
+from moyu.engine.memory import SequenceMemory, cache_of, given_cache, memory_of, remember
 from moyu.engine.rows import rows_at, rows_of
 from moyu.engine.session import Pass, PromptEnd, Session
 from moyu.engine.trace import Trace
@@ -147,6 +147,8 @@ class GenerateCall:
         ids = next((given[n] for n in ("inputs", "input_ids") if isinstance(given.get(n), Tensor)), None)
         end, session = PromptEnd(ids.shape[1] if ids is not None and self._drafts(given) else None), self.session
         kwargs["logits_processor"] = LogitsProcessorList([*(given.get("logits_processor") or ()), end])
+        if session.native is not None and session.native.waits_for_nobody and not self._drafts(given):
+            kwargs |= self._own_cache(given)
         before = session.traces.sparse_rows
         with session.prompt(end):
             output = self.inner(*args, **kwargs)
@@ -157,6 +159,13 @@ class GenerateCall:
                 "call `moyu.generate`, and report the model and the version of transformers",
             )
         return output
+
+    def _own_cache(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """MOYU's cache, which a compiled step appends to, where the call does not name one."""
+        if cache_of(given) is not None or "cache_implementation" in given or given.get("use_cache") is False:
+            return {}
+        core: Any = self.session.model
+        return given_cache(core, KvCache(core.config.get_text_config(decoder=True)))
 
     def _drafts(self, given: Mapping[str, Any]) -> bool:
         """Whether tokens that another model has drafted may come into one call with the prompt's."""

@@ -24,6 +24,9 @@ CHUNK = (
     256  # tokens of a prompt that are read at once: a server steps other sequences in between, and its texts are these
 )
 
+NO_SCORES = torch.empty(1, 0)  # what criteria see where nothing but the largest logit was asked for
+EXPECTED = 4096  # positions that a cache is told to expect at most: a limit of 100,000 tokens is seldom reached
+
 
 @torch.no_grad()
 def generate(
@@ -66,7 +69,11 @@ def generate(
         device = next(core.parameters()).device
         draw = Draw(core, rows, seed, settings)
         cache = new_cache(session) if cache is None else cache
+        cache.expected = min(draw.longest, EXPECTED)
         logits = prefill(session, cache, [row.to(device) for row in rows])
+        if draw.greedy and session.native is not None and session.native.waits_for_nobody:
+            yield from _ahead(session, cache, draw, logits, strict)
+            return
         while True:
             tokens, ended = draw(logits)
             yield tokens
@@ -75,6 +82,53 @@ def generate(
             logits = step(session, cache, tokens.to(device))
             if strict:
                 session.traces.require_fastest()
+
+
+def _ahead(session: Session, cache: KvCache, draw: Draw, logits: Tensor, strict: bool) -> Iterator[Tensor]:
+    """The loop where a step is only begun by the host: the next step begins before the host reads the token it is of.
+
+    So the device never waits for the host, which takes 1 ms between steps of 5 ms. The step behind the last token is undone.
+    """
+    ended = False
+    while not ended:
+        found = Found(*logits.max(-1))
+        before, seen = cache.lengths, memory_of(cache).seen
+        logits = step(session, cache, found.tokens)
+        try:
+            tokens, ended = draw.found(found)
+            if strict:
+                session.traces.require_fastest()
+            if ended:
+                cache.hold(before)
+                memory_of(cache).seen = seen
+            yield tokens
+        except BaseException:  # whoever leaves here finds the cache as it was when the token was drawn
+            cache.hold(before)
+            memory_of(cache).seen = seen
+            raise
+
+
+class Found:
+    """The likeliest tokens (B,), on their way to the host."""
+
+    def __init__(self, largest: Tensor, tokens: Tensor) -> None:
+        """largest: their logits (B,)."""
+        self.tokens, self._copied = tokens, None
+        both = torch.stack([tokens, (largest < torch.inf).long()])  # NaN is the largest of its row, and below nothing
+        if both.is_cuda:
+            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            self._host.copy_(both, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._host = both
+
+    def read(self) -> Tensor:
+        """The tokens (B,) on the CPU, once they are there. Raises UserError where a logit is NaN or +infinity."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        _require(bool(self._host[1].all()))
+        return self._host[0]
 
 
 def prefill(session: Session, cache: KvCache, rows: list[Tensor]) -> Tensor:
@@ -163,14 +217,27 @@ class Draw:
             raise
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # of a setting of another type or size
             raise UserError(" ".join(str(error).split()), "see transformers.GenerationConfig") from error
+        self.longest = int(config.max_length)  # tokens of a sequence in the end
         self.sample = bool(config.do_sample)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.unfinished = torch.ones(len(prompts), dtype=torch.bool)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, bool]:
         """The next tokens (B,) from logits (B, V), and whether every sequence has ended."""
+        if self.greedy:  # where they are: a vocabulary takes longer to copy than to search
+            return self.found(Found(*logits.max(-1)))
         scores = self.scores(self.ids, logits)
         return self.take(self.pick(self.distribution(scores)) if self.sample else scores.argmax(-1), scores)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, whatever came before."""
+        return not self.sample and not self.processors
+
+    def found(self, found: Found) -> tuple[Tensor, bool]:
+        """What `__call__` gives, of a greedy draw."""
+        tokens = found.read()
+        return self.take(tokens, NO_SCORES.expand(len(tokens), 0))
 
     def scores(self, ids: Tensor, logits: Tensor) -> Tensor:
         """What the processors make of logits (B, V) that follow ids (B, T); float32, on the CPU.
@@ -178,11 +245,7 @@ class Draw:
         Raises UserError for logits that are NaN or +infinity, of which no token can be drawn.
         """
         given = logits.to("cpu", torch.float32, copy=True)
-        if not bool((given.amax(-1) < torch.inf).all()):  # NaN is the largest of its row, and below nothing
-            raise UserError(
-                "the model's logits are not finite",
-                "load it in another type (dtype='float32'), or make its plan again with `moyu calibrate`",
-            )
+        _require(bool((given.amax(-1) < torch.inf).all()))  # NaN is the largest of its row, and below nothing
         return self.processors(ids, given)
 
     def distribution(self, scores: Tensor) -> Tensor:
@@ -203,6 +266,14 @@ class Draw:
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
         self.unfinished = self.unfinished & ~self.criteria(self.ids, scores)
         return tokens, not bool(self.unfinished.any())
+
+
+def _require(finite: bool) -> None:
+    if not finite:
+        raise UserError(
+            "the model's logits are not finite",
+            "load it in another type (dtype='float32'), or make its plan again with `moyu calibrate`",
+        )
 
 
 def _complete(model: Any, settings: dict[str, Any], longest: int) -> GenerationConfig:

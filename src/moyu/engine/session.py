@@ -125,9 +125,14 @@ class Session:
         self.lookahead: set[tuple[int, Tap]] = set()  # taps that sites of other layers read
         self.places: list[tuple[str, nn.Module]] = []  # of every module whose weights are read without its forward
         self.traces = Traces()
-        self.native: Any = None  # the native step of the whole model, where there is one
+        self.native: Any = None  # the step of the whole model in one piece, native or compiled, where there is one
         self.general_because: str | None = None  # why there is none, where kernels are used at all
         self.layouts: list[Callable[[], None]] = []  # each lays weights out again where something has packed them
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows up to which a step is in one piece, or skips."""
+        return MAX_SKIPPING_ROWS if self.native is None else self.native.most
 
     # ------------------------------------------------------------------------------------------------ phases and passes
 

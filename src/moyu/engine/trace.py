@@ -23,7 +23,7 @@ class Trace:
         return self.step if self.because is None else f"{self.step} ({self.because})"
 
 
-NATIVE = Trace("native")
+NATIVE, COMPILED = Trace("native"), Trace("compiled")
 
 
 class Traces:

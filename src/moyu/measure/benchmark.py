@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from moyu import kernels
 from moyu.engine.applied import Applied
+from moyu.engine.cache import KvCache
 from moyu.engine.choosers import Counter
+from moyu.engine.generate import new_cache
 from moyu.engine.memory import cache_of, given_cache
 from moyu.errors import UserError
 from moyu.kernels import BackendName
@@ -110,7 +112,7 @@ def compare(
             ceiling.sample()
             with Applied(model, plan, backend=backend, anatomy=anatomy, check=False) as applied:
                 with applied.prompt(prompt.shape[1]):
-                    _time(variants[name], model, prompt, tokens)
+                    _time(variants[name], model, prompt, tokens, new_cache(applied))
                     if not variants[name].step_bytes:
                         _count(applied, model, prompt, variants[name], total, plan)
                 variants[name].step = applied.traces.summary()
@@ -149,11 +151,17 @@ class _Ceiling:
         return self._buffer.nbytes / statistics.median(self._seconds) / 1e9
 
 
-def _time(timing: Timing, model: nn.Module, prompt: Tensor, tokens: int) -> None:
-    """Time the prompt and each greedy decode step. The first step is a warm-up and does not count."""
+def _time(timing: Timing, model: nn.Module, prompt: Tensor, tokens: int, own: KvCache | None = None) -> None:
+    """Time the prompt and each greedy decode step. The first step is a warm-up and does not count.
+
+    own: MOYU's cache, which a compiled step needs; None: what the model makes itself.
+    """
     start = _now(prompt.device)
-    output = model(input_ids=prompt, use_cache=True)
-    cache = given_cache(model, cache_of(output))
+    given = {} if own is None else given_cache(model, own)
+    if own is not None:
+        own.expected = prompt.shape[1] + tokens + 1  # else a step in between would move to twice the room
+    output = model(input_ids=prompt, use_cache=True, **given)
+    cache = given or given_cache(model, cache_of(output))
     token = output.logits[:, -1:].argmax(-1)
     timing.first.append(_now(prompt.device) - start)
     for step in range(tokens + 1):
@@ -170,8 +178,9 @@ def _count(applied: Applied, model: nn.Module, prompt: Tensor, timing: Timing, t
     if plan is None:
         return
     steps = 4
-    output: Any = model(input_ids=prompt, use_cache=True)
-    cache, token = given_cache(model, cache_of(output)), output.logits[:, -1:].argmax(-1)
+    cache = given_cache(model, new_cache(applied))
+    output: Any = model(input_ids=prompt, use_cache=True, **cache)
+    token = output.logits[:, -1:].argmax(-1)
     counter = Counter(len(prompt), prompt.shape[1] + steps + 1)
     with applied.watched(chooser=counter):
         for _ in range(steps):

@@ -6,8 +6,8 @@ token ids to logits in one call; where they are not, they run as they are around
 that is not a decode step, and a step that somebody watches through hooks take the general path of `moyu.engine.executor`.
 """
 
-from moyu.engine.steps.proof import plain_run
+from moyu.engine.steps.proof import backend_of, plain_run
 from moyu.engine.steps.run import DecodeRun
 from moyu.engine.steps.whole import MOST_TOKENS, dense_step, whole_step
 
-__all__ = ["MOST_TOKENS", "DecodeRun", "dense_step", "plain_run", "whole_step"]
+__all__ = ["MOST_TOKENS", "DecodeRun", "backend_of", "dense_step", "plain_run", "whole_step"]

@@ -1,187 +1,362 @@
-"""A model whose plan is part of its modules: no hooks and no memory, so that a decode step compiles as one graph.
+"""The compiled way of a step: a plain layer as one function of tensors, which `torch.compile` takes as a whole.
 
-For GPUs, where a step is worth compiling whole: `torch.compile(frozen(model, plan), mode="reduce-overhead", fullgraph=True)`
-with a static cache. Every position is sparse, so prompts run through the model itself.
+All layers of one form share what is compiled. Nothing here waits for the host, so that a step is one CUDA graph
+(`moyu.engine.steps.captured`). The same code without a compiler runs anywhere: that is how tests hold it to general steps.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moyu import kernels
-from moyu.errors import UserError
-from moyu.methods.needs import needs
-from moyu.methods.values import READS, Site, SiteParams
-from moyu.model import dissect, networks
-from moyu.model.anatomy import Piece
-from moyu.plan import Plan
+from moyu.engine.choosers import Known
+from moyu.engine.sites import SiteState
+from moyu.engine.steps.ends import Ends
+from moyu.engine.steps.joining import Joined
+from moyu.engine.steps.layers import Norm, PlainLayer, threshold
+from moyu.kernels import operators
+from moyu.methods.magnitude import factors_of
+from moyu.methods.values import Rows
+from moyu.weights import Stored
 
-CAN = frozenset({"columns by magnitude"})  # what a site of columns may ask, `moyu.methods.needs`
 GROUP = 256  # outputs that `kernels.columns_above` lets share a threshold at least
-ALIGNED = 64  # widths of cut networks, filled up with zeros: products of odd widths take up to half as long again
-TOGETHER = [[n for n in READS if READS[n] == tap] for tap in dict.fromkeys(READS.values())]  # they read the same input
 
 
-class Product(nn.Module):
-    """One product for linears that read the same input: the first of them makes it, the last forgets it.
+class Levels:
+    """The masks of every site in one step, by key: those to replay, and those that it took."""
 
-    Columns whose |x_i| is not above an output's threshold are skipped, or none where there are no thresholds.
-    """
+    def __init__(self, states: Sequence[SiteState], chooser: Known, rows: Rows, places: int) -> None:
+        """Asks `chooser` for what to replay; `rows` are the step's (B,), which computes `places` rows."""
+        self.states, self.chooser, self.rows, self.places = states, chooser, rows, places
+        self.given: dict[str, Tensor] = {}
+        self.taken: dict[str, Tensor] = {}
+        for state in states:
+            known = chooser.known(state.site, rows)
+            if known is not None:
+                self.given[state.site.key] = functional.pad(known, (0, 0, 0, places - len(known)))
+
+    def level(self, key: str, mask: Tensor) -> Tensor:
+        """The mask that a site takes, where it would decide for this one."""
+        self.taken[key] = mask = self.given.get(key, mask)
+        return mask
+
+    def tell(self) -> None:
+        """Show the chooser what the step took."""
+        for state in self.states:
+            self.chooser(state.site, self.taken[state.site.key][: len(self.rows.seq)], self.rows, _no_hindsight)
+
+
+def _no_hindsight() -> Tensor:
+    raise RuntimeError("a compiled step has no hindsight: this chooser must not be one of the known ones")
+
+
+class _Norm(nn.Module):
+    """RMSNorm or LayerNorm, in float32 and rounded once."""
 
     weight: Tensor
     bias: Tensor | None
-    thresholds: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, thresholds: Tensor | None) -> None:
-        """weight: (q, n) of all of them one after another, columns contiguous where there are thresholds (q,); bias: (q,)."""
+    def __init__(self, norm: Norm) -> None:
         super().__init__()
-        if weight.is_cuda and thresholds is not None:
-            kernels.gpu.reserve(weight.device)
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
-        self.register_buffer("thresholds", thresholds, persistent=False)
-        self.held: tuple[Tensor, Tensor] | None = None
-
-    def forward(self, x: Tensor, last: bool) -> Tensor:
-        """(..., n) -> (..., q)."""
-        if self.held is not None and self.held[0] is x:
-            y = self.held[1]
-        elif self.thresholds is None:
-            y = functional.linear(x, self.weight, self.bias)
-        else:
-            flat = kernels.columns_above(x.reshape(-1, x.shape[-1]), self.weight, self.thresholds, bias=self.bias)
-            y = flat.reshape(*x.shape[:-1], -1)
-        self.held = None if last else (x, y)
-        return y
-
-
-class Outputs(nn.Module):
-    """One linear as a part of a product."""
-
-    def __init__(self, product: Product, outputs: slice, last: bool) -> None:
-        """`outputs` are its own; `last`: no other linear of the product comes after it."""
-        super().__init__()
-        self.product, self.outputs, self.last = product, outputs, last
+        self.eps, self.centred, self.plus = norm.eps, norm.centred, norm.plus
+        bias = getattr(norm.module, "bias", None)
+        self.register_buffer("weight", norm.module.weight.detach(), persistent=False)  # pyright: ignore
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., own outputs)."""
-        return self.product(x, self.last)[..., self.outputs]
+        wide = x.float()  # of float64 too, as transformers' norms
+        weight = self.weight.float() + self.plus
+        if self.centred:
+            bias = None if self.bias is None else self.bias.float()
+            return functional.layer_norm(wide, weight.shape, weight, bias, self.eps).to(x)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight).to(x)
 
 
-@torch.no_grad()
-def frozen(model: nn.Module, plan: Plan | None, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A copy of `model` that skips what `plan` skips at every position (None: nothing).
-
-    Linears that read the same input become one product, whose weights are copies; what is not replaced shares its parameters.
-
-    masks: of a sequence-level method, by site (B, f) bool, as `runtime.memory_of(cache).masks` holds them after a prompt; they
-    become smaller dense networks. Raises UserError for a method that neither skips columns by magnitude nor decides once for
-    all rows, for a block that is not made of separate linears, and for a plan that was not made for this model.
-    """
-    if plan is not None:
-        plan.check(model, dissect.dissect(model))
-    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    for block in dissect.dissect(twin).all_blocks():
-        parts = [] if plan is None else plan.parts_of(block.layer, block.expert)
-        kept = _kept_neurons(plan, parts, masks or {})
-        for names in TOGETHER:
-            linears = {n: block.pieces[n] for n in names if n in block.pieces}
-            sites = {n: s for n in linears for s in parts if n in s[0].linears and s[0].skips == "columns"}
-            if sites:
-                assert plan is not None
-                _skip_columns(twin, plan, linears, sites)
-            elif kept is not None and set(names) & {"gate", "up", "down"}:
-                _cut_neurons(twin, block.layer, linears, kept)
-            elif len(linears) > 1 and all(p.whole and networks.is_linear(p.module) for p in linears.values()):
-                _join(
-                    twin,
-                    list(linears.values()),
-                    [p.weight for p in linears.values()],
-                    [p.bias for p in linears.values()],
-                )
-    return twin
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _kept_neurons(
-    plan: Plan | None, parts: list[tuple[Site, SiteParams]], masks: Mapping[str, Tensor]
-) -> Tensor | None:
-    """The neurons that a sequence's masks keep, if the block has a site for them."""
-    found = None
-    for site, _ in parts:
-        if site.skips == "columns":
-            continue
-        if site.skips != "neurons" or site.key not in masks:
-            assert plan is not None
-            raise UserError(
-                f"method {plan.method.name!r} decides anew for each token, which no frozen network can",
-                "use a sequence-level method with the masks of its prompt, or one that skips columns by magnitude",
-            )
-        mask = masks[site.key]
-        if not bool((mask == mask[:1]).all()):
-            raise UserError(
-                "the sequences keep different neurons", "freeze one sequence at a time, or one prompt for all"
-            )
-        found = mask[0].nonzero()[:, 0]
-    return found
+class _Operand(nn.Module):
+    """A live weight as the operators take it."""
+
+    def __init__(self, weight: Tensor | Stored, order: Any) -> None:
+        super().__init__()
+        tensors, self.format, shape = operators.opened("decode", "a weight", weight, order)
+        self.shape = list(shape)
+        self.names = [f"part_{i}" for i in range(len(tensors))]
+        for name, tensor in zip(self.names, tensors, strict=True):
+            self.register_buffer(name, tensor.detach(), persistent=False)
+
+    @property
+    def opened(self) -> tuple[list[Tensor], str, list[int]]:
+        return [getattr(self, name) for name in self.names], self.format, self.shape
 
 
-def _skip_columns(model: nn.Module, plan: Plan, linears: Mapping[str, Piece], sites: Mapping[str, tuple]) -> None:
-    params = [p for _, p in sites.values()]
-    missing = frozenset().union(*(needs(plan.method_of(site), site, p) for site, p in sites.values())) - CAN
-    if missing:
-        raise UserError(
-            f"method {plan.method.name!r} needs {', '.join(sorted(missing))}, which no compiled step has",
-            "`teal` is a plain threshold on |x|",
-        )
-    if not all(p.whole for p in linears.values()):
-        raise UserError("its linears share a weight, which no compiled step skips columns of", "use another model")
-    pieces = [linears[name] for name in sites]
-    together = all(len(p.weight) % GROUP == 0 for p in pieces)
-    for members in [range(len(pieces))] if together else [[k] for k in range(len(pieces))]:
-        own = [pieces[k] for k in members]
-        limits = [
-            p.weight.new_full((len(p.weight),), params[k].rule.value, dtype=torch.float32)
-            for k, p in zip(members, own, strict=True)
-        ]
-        _join(model, own, [p.weight for p in own], [p.bias for p in own], torch.cat(limits))
+NOTHING = ([], "", [])  # an absent weight, as `kernels.operators` take it
 
 
-def _cut_neurons(model: nn.Module, layer: int, linears: Mapping[str, Piece], kept: Tensor) -> None:
-    for name, piece in linears.items():
-        if not piece.whole or not isinstance(piece.module, nn.Linear):
-            raise UserError(f"{name} of layer {layer} is no linear of its own", "only separate linears can be cut")
-    pieces, extra = list(linears.values()), -len(kept) % ALIGNED
-    if "down" in linears:
-        weights, biases = [functional.pad(p.weight[:, kept], (0, extra)) for p in pieces], [p.bias for p in pieces]
-    else:
-        weights = [functional.pad(p.weight[kept], (0, 0, 0, extra)) for p in pieces]
-        biases = [None if p.bias is None else functional.pad(p.bias[kept], (0, extra)) for p in pieces]
-    _join(model, pieces, weights, biases)
+class _Decision(nn.Module):
+    """Which units a site keeps: those of |x| * c above its threshold."""
+
+    threshold: Tensor
+    factors: Tensor | None
+
+    def __init__(self, state: SiteState, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.key = state.site.key
+        factors = factors_of(state.method, state.site, state.params)
+        least = torch.tensor(threshold(state, dtype), dtype=dtype, device=device)
+        self.register_buffer("threshold", least, persistent=False)
+        self.register_buffer("factors", None if factors is None else factors.to(device, dtype), persistent=False)
+
+    def forward(self, x: Tensor, levels: Levels | None) -> Tensor:
+        """(N, units) -> (N, units) bool."""
+        score = x.abs() if self.factors is None else x.abs() * self.factors
+        mask = score > self.threshold
+        return mask if levels is None else levels.level(self.key, mask)
 
 
-def _join(
-    model: nn.Module,
-    pieces: list[Piece],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    thresholds: Tensor | None = None,
-) -> None:
-    """Put one product of `weights` in the place of `pieces`."""
-    weight = torch.cat(weights)
-    if thresholds is not None:
-        weight = torch.cat([w.t() for w in weights], dim=1).contiguous().t()
-    bias = None
-    if any(b is not None for b in biases):
-        bias = torch.cat([weight.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
-    product, start = Product(weight.detach(), bias, thresholds), 0
-    for piece, own in zip(pieces, weights, strict=True):
-        new = Outputs(product, slice(start, start := start + len(own)), piece is pieces[-1])
-        for module in model.modules():
-            for name, child in module.named_children():
-                if child is piece.module:
-                    setattr(module, name, new)
+class Product(nn.Module):
+    """Linears that read the same input as one product, whole or without the inputs that their sites skip."""
+
+    weight: Any  # a Tensor, or None where it is stored in a format
+    bias: Tensor | None
+    thresholds: Tensor | None
+
+    def __init__(self, layer: PlainLayer, names: Sequence[str], joined: Joined | None = None) -> None:
+        """names: of the linears, which `joined` puts side by side where they are several."""
+        super().__init__()
+        pieces = [layer.block.pieces[n] for n in names]
+        states = [layer.state(skips="columns", linear=n) for n in names]
+        self.sizes, first = [p.shape[0] for p in pieces], pieces[0]
+        weight = first.operand
+        if joined is not None and len(pieces) > 1:
+            weight = joined.side_by_side(pieces, "rows" if states[0] is None else "columns")
+        self.stored, self.skips = isinstance(weight, Stored), states[0] is not None
+        self.register_buffer("weight", None if self.stored else weight.detach(), persistent=False)  # pyright: ignore
+        self.register_buffer("bias", _bias([_whole_bias(layer, n) for n in names], pieces), persistent=False)
+        self.operand = _Operand(weight, "rows") if self.stored else None
+        own = [s for s in states if s is not None]
+        device = weight.device
+        self.decisions: Any = nn.ModuleList(_Decision(s, first.dtype, device) for s in own)
+        self.one = len({id(s) for s in own}) == 1  # one mask for all
+        limits = [torch.full((size,), float(d.threshold)) for size, d in zip(self.sizes, self.decisions, strict=False)]
+        plain = own and all(d.factors is None for d in self.decisions)
+        self.register_buffer("thresholds", torch.cat(limits).to(device) if plain else None, persistent=False)
+        if plain and device.type == "cuda":
+            kernels.gpu.reserve(device)
+
+    def forward(self, x: Tensor, levels: Levels | None) -> tuple[Tensor, ...]:
+        """(N, n) -> of each linear (N, q)."""
+        if self.operand is not None:
+            y = operators.rows(x, *self.operand.opened, None, self.bias)
+        elif not self.skips:
+            y = functional.linear(x, self.weight, self.bias)
+        elif levels is None and self.thresholds is not None:
+            y = operators.columns_above(x, self.weight, self.thresholds, self.bias)
+        elif self.one:
+            y = kernels.columns(x, self.weight, self.decisions[0](x, levels), bias=self.bias)
+        else:
+            biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
+            parts = zip(self.weight.split(self.sizes), self.decisions, biases, strict=True)
+            return tuple(kernels.columns(x, w, decide(x, levels), bias=b) for w, decide, b in parts)
+        return y.split(self.sizes, -1)
+
+
+def _whole_bias(layer: PlainLayer, name: str) -> Tensor | None:
+    """A linear's bias with the plan's, which its own site or that of the whole network's neurons brings."""
+    state = layer.state(skips="columns", linear=name)
+    if name == "down":
+        state = state or layer.state(skips="rows") or layer.sequence_site
+    return layer.block.pieces[name].bias if state is None else state.whole_bias(name, layer.block)
+
+
+def _bias(biases: list[Tensor | None], pieces: Sequence[Any]) -> Tensor | None:
+    if all(b is None for b in biases):
+        return None
+    like = next(b for b in biases if b is not None)
+    both = zip(biases, pieces, strict=True)
+    return torch.cat([like.new_zeros(p.shape[0]) if b is None else b.detach() for b, p in both])
+
+
+class Group(nn.Module):
+    """Linears that read the same input, in as few products as their sites and weights allow."""
+
+    def __init__(self, layer: PlainLayer, names: Sequence[str], joined: Joined | None) -> None:
+        """`joined` None: a product for each linear, weights as they lie."""
+        super().__init__()
+        parts: list[list[str]] = []
+        for name in names:
+            if parts and joined is not None and _fits(layer, parts[-1], name):
+                parts[-1].append(name)
+            else:
+                parts.append([name])
+        self.products = nn.ModuleList(Product(layer, part, joined) for part in parts)
+
+    def forward(self, x: Tensor, levels: Levels | None) -> list[Tensor]:
+        """(N, n) -> of each linear (N, q)."""
+        return [y for product in self.products for y in product(x, levels)]
+
+
+def _fits(layer: PlainLayer, part: Sequence[str], name: str) -> bool:
+    """Whether a linear can be of one product with those of `part`."""
+    names, pieces = [*part, name], [layer.block.pieces[n] for n in (*part, name)]
+    if any(p.blocks is not None or p.dtype != pieces[0].dtype for p in pieces):
+        return False
+    states = [layer.state(skips="columns", linear=n) for n in names]
+    if any(s is None for s in states):
+        return all(s is None for s in states)
+    if len({id(s) for s in states}) == 1:
+        return True
+    factors = any(factors_of(s.method, s.site, s.params) is not None for s in states if s is not None)
+    return not factors and all(p.shape[0] % GROUP == 0 for p in pieces)
+
+
+class _Network(nn.Module):
+    """A feed-forward network (N, d) -> (N, d): of columns, of masks that are known, or of gate or up first."""
+
+    gate: Any
+    up: Any
+    down: Any
+    down_bias: Tensor | None
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+
+    def __init__(self, layer: PlainLayer, joined: Joined | None) -> None:
+        super().__init__()
+        block, pieces = layer.block, layer.block.pieces
+        first, whole = layer.state(skips="rows"), layer.sequence_site
+        self.gated, self.name = block.gated, block.act or "identity"
+        self.act = kernels.activation(self.name)
+        self.first = None if first is None else first.site.reads
+        self.key = None if whole is None else whole.site.key
+        self.skips = first is not None or whole is not None
+        if not self.skips:
+            self.inputs = Group(layer, [n for n in ("gate", "up") if n in pieces], joined)
+            self.output = Product(layer, ["down"])
+            return
+        for name in ("gate", "up", "down"):
+            there = name in pieces and name != self.first
+            operand = _Operand(pieces[name].operand, "columns" if name == "down" else "rows") if there else None
+            setattr(self, name, operand)
+            self.register_buffer(f"{name}_bias", _whole_bias(layer, name) if there else None, persistent=False)
+        if first is not None:
+            self.given = Product(layer, [first.site.reads])
+            down = pieces["down"].weight
+            self.decision = _Decision(first, down.dtype, down.device)
+
+    def forward(self, x: Tensor, mask: Tensor | None, levels: Levels | None) -> Tensor:
+        """mask: (N, f) bool, where it is known."""
+        if not self.skips:
+            made = self.inputs(x, levels)
+            value = self.act(made[0]) * made[1] if self.gated else self.act(made[0])
+            return self.output(value, levels)[0]
+        tap = None
+        if self.first is not None:
+            (tap,) = self.given(x, levels)
+            tap = self.act(tap) if self.first == "gate" else tap
+            mask = self.decision(tap, levels)
+        elif levels is not None:
+            assert self.key is not None
+            assert mask is not None
+            mask = levels.level(self.key, mask)
+        weights = [NOTHING if w is None else w.opened for w in (self.gate, self.up, self.down)]
+        biases = self.gate_bias, self.up_bias, self.down_bias
+        return operators.neurons(x, *weights[0], *weights[1], *weights[2], mask, self.name, *biases, tap)
+
+
+class LayerStep(nn.Module):
+    """A decoder layer on the next token of each row."""
+
+    alone: Tensor | None
+
+    def __init__(self, layer: PlainLayer, joined: Joined | None = None) -> None:
+        """joined: puts weights that are read together side by side; None: they stay as they lie, as for a proof."""
+        super().__init__()
+        pieces = layer.block.pieces
+        self.head_dim, self.scale, self.softcap, self.rotary = layer.head_dim, layer.scale, layer.softcap, layer.rotary
+        self.kv_heads, self.heads = (pieces[n].shape[0] // layer.head_dim for n in ("k", "q"))
+        self.norms = nn.ModuleDict({role: _Norm(norm) for role, norm in layer.norms.items()})
+        self.inputs = Group(layer, ["q", "k", "v"], joined)
+        self.output = Product(layer, ["o"])
+        self.network = _Network(layer, joined)
+        bias = pieces["down"].bias
+        self.register_buffer("alone", None if bias is None else bias.detach(), persistent=False)
+
+    def norm(self, role: str, x: Tensor) -> Tensor:
+        """x where the layer has no such norm."""
+        return self.norms[role](x) if role in self.norms else x
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        place: Tensor,
+        seen: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None = None,
+        levels: Levels | None = None,
+        network: bool = True,
+    ) -> Tensor:
+        """x (P, d) -> (P, d), for rows whose keys and values (P, H, S, D) hold what is before `place` (P,); they get one more.
+
+        seen: columns (P, S) that a row attends to. angles: cos and sin (P, width). mask: (P, f), of neurons that are known before.
+        """
+        count, rows = len(x), torch.arange(len(x), device=x.device)
+        q, k, v = self.inputs(self.norm("before_attention", x), levels)
+        q = self.norm("q_norm", q.view(count, self.heads, self.head_dim))
+        k = self.norm("k_norm", k.view(count, self.kv_heads, self.head_dim))
+        if angles is not None:
+            q, k = (_turned(t, *angles, self.rotary) for t in (q, k))
+        keys[rows, :, place] = k
+        values[rows, :, place] = v.view(count, self.kv_heads, self.head_dim)
+        q = q.view(count, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
+        scores = (q @ keys.transpose(-1, -2)).to(_wide(x)) * self.scale  # (P, H, heads of a group, S)
+        if self.softcap:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).to(x)
+        (y,) = self.output((weights @ values).reshape(count, -1), levels)
+        x = x + self.norm("after_attention", y)
+        if not network:
+            return x if self.alone is None else x + self.alone
+        return x + self.norm("after_network", self.network(self.norm("before_network", x), mask, levels))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, width: int) -> Tensor:
+    """x (P, h, D) with its first `width` values turned by the angles of its row, (P, width) each."""
+    head, rest = x[..., :width].to(_wide(x)), x[..., width:]
+    one, two = head.chunk(2, -1)
+    head = head * cos[:, None] + torch.cat([-two, one], -1) * sin[:, None]
+    return torch.cat([head.to(x), rest], -1)
+
+
+class EndsStep(nn.Module):
+    """Final norm, head and cap: hidden states (P, d) -> logits (P, V)."""
+
+    weight: Any
+    bias: Tensor | None
+
+    def __init__(self, ends: Ends) -> None:
+        """The weights of the live modules."""
+        super().__init__()
+        self.norm, self.softcap = _Norm(ends.norm), ends.softcap
+        weight = getattr(ends.head, "blocks", None)
+        self.operand = None if weight is None else _Operand(weight, "rows")
+        bias = ends.head.bias
+        self.register_buffer("weight", ends.head.weight.detach() if weight is None else None, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(P, d) -> (P, V)."""
+        x = self.norm(x)
+        if self.operand is None:
+            logits = functional.linear(x, self.weight, self.bias)
+        else:
+            logits = operators.rows(x, *self.operand.opened, None, self.bias)
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits

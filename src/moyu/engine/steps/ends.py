@@ -26,14 +26,20 @@ class Angles:
         self._made: tuple[tuple, Tensor, Tensor] | None = None  # of what, cos, sin
 
     def at(self, positions: int | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, (1, width) of one position or (B, width) of B, float32 but rounded as a model of `dtype` has them."""
+        """cos and sin, (1, width) of one position or (B, width) of B, float32 but rounded as a model of `dtype` has them.
+
+        They lie where the module does.
+        """
         furthest = int(positions if isinstance(positions, int) else positions.max())
         key = (dtype, *(b.data_ptr() for b in vars(self.module)["_buffers"].values() if b is not None))
         made = self._made
         if made is None or made[0] != key or len(made[1]) <= furthest:
             count = max(FIRST, 1 << furthest.bit_length())
             kind = () if self.kind is None else (self.kind,)
-            tables = self.module(torch.empty(1, 1, 1, dtype=dtype), torch.arange(count)[None], *kind)
+            device = next((b.device for b in self.module.buffers()), None)
+            tables = self.module(
+                torch.empty(1, 1, 1, dtype=dtype, device=device), torch.arange(count, device=device)[None], *kind
+            )
             cos, sin = (table[0].float().contiguous() for table in tables)
             made = self._made = (key, cos, sin)
         index = slice(positions, positions + 1) if isinstance(positions, int) else positions

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,12 @@ from torch import Tensor, nn
 from moyu.engine.memory import cache_field
 from moyu.engine.session import Session
 from moyu.engine.sites import SiteState, states_of
+from moyu.engine.steps.captured import Compiled
 from moyu.engine.steps.ends import Angles, Ends
 from moyu.engine.steps.layers import Norm, PlainLayer
-from moyu.engine.steps.run import DecodeRun, run_step
-from moyu.kernels import cpu
+from moyu.engine.steps.native import Native
+from moyu.engine.steps.way import Run, Way
+from moyu.kernels import BackendName
 from moyu.methods.needs import needs
 from moyu.model import dissect, networks
 from moyu.model.anatomy import Block
@@ -32,10 +33,7 @@ _UNSEEN_ENDS = ("attention_chunk_size", "output_router_logits")
 _WINDOWS = ("full_attention", "sliding_attention")  # types of layers that differ in nothing but a window
 _NARROW = 2  # positions of a window that a probe is longer than
 _BY_LENGTH = ("dynamic", "longrope")  # rotary angles that depend on more than the position
-CAN = frozenset(  # what a site may ask of a native step, `moyu.methods.needs`
-    {"columns by magnitude", "rows by magnitude", "neurons by masks", "factors", "bias", "remainder", "further bits"}
-    | {"words by score"}  # of the one method that has such sites, `shortlist`
-)
+NATIVE = ("cpu",)  # types of devices whose steps are native
 # The norms of a plain layer: role, the linear that reads it, the linear that it reads.
 _ROLES = (
     *(("before_attention", "q", None), ("before_network", "up", None), ("q_norm", None, "q"), ("k_norm", None, "k")),
@@ -60,21 +58,27 @@ class _Call:
 _Narrow = Callable[[], dict[nn.Module, _Call]]  # see `_narrowed`
 
 
+def backend_of(model: nn.Module) -> BackendName:
+    """The back end whose kernels a model's steps in one piece run on."""
+    return "cpu" if next(model.parameters()).device.type in NATIVE else "gpu"
+
+
 @torch.no_grad()
-def plain_run(session: Session) -> tuple[DecodeRun | None, str | None]:
-    """The native run of a model, or None and the reason why its decode steps take the general path."""
+def plain_run(session: Session) -> tuple[Run | None, str | None]:
+    """The step of a whole model in one piece, or None and the reason why its decode steps take the general path.
+
+    On a CPU it is the native step, elsewhere the compiled one.
+    """
     model = session.model
-    device = next(model.parameters()).device
-    if device.type != "cpu":
-        return None, f"there is no native step on {device.type} yet"
-    reason = cpu.unavailable() or cpu.unsupported(next(model.parameters()))
+    way: Way = Native() if backend_of(model) == "cpu" else Compiled()
+    reason = way.why_not(session)
     if reason is not None:
         return None, reason
     modules = session.anatomy.layers
     try:
         calls, narrow = _probe(model), functools.cache(lambda: _narrowed(model))
         layers = [
-            _plain(model, module, block, calls, narrow)
+            _plain(model, module, block, calls, narrow, way)
             for module, block in zip(modules, session.anatomy.blocks, strict=True)
         ]
     except _NotPlain as error:
@@ -88,18 +92,18 @@ def plain_run(session: Session) -> tuple[DecodeRun | None, str | None]:
         return None, "its layers attend in different ways"
     if not all(_same(calls[a].output, calls[b].x) for a, b in itertools.pairwise(modules)):
         return None, "something comes between its layers"
-    ends = _plain_ends(session, layers, calls)
+    ends = _plain_ends(session, layers, calls, way)
     if ends is None and ways > 1:
         return None, "its layers attend in different windows, and its embedding, final norm or head is not plain"
     for layer in layers:
         layer.states = states_of(session, layer.block)
     top = [] if session.anatomy.head is None else states_of(session, session.anatomy.head)
-    reason = _unexpressed([state for layer in layers for state in layer.states] + top)
+    reason = _unexpressed([state for layer in layers for state in layer.states] + top, way)
     if reason is not None:
         return None, reason
     if ends is not None and top:
         ends.words = top[0]
-    return DecodeRun(session, layers, ends), None
+    return way.run(session, layers, ends)
 
 
 class _NotPlain(Exception):
@@ -111,7 +115,7 @@ def _probe(model: nn.Module) -> dict[nn.Module, _Call]:
     calls: dict[nn.Module, _Call] = {}
     ids = torch.randint(
         3, dissect.text_config(model).vocab_size, (1, dissect.PROBE_TOKENS), generator=torch.Generator().manual_seed(1)
-    )
+    ).to(next(model.parameters()).device)
 
     def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         calls[module] = _Call(args, kwargs, output)
@@ -126,9 +130,9 @@ def _probe(model: nn.Module) -> dict[nn.Module, _Call]:
 
 
 def _plain(
-    model: nn.Module, module: nn.Module, block: Block, calls: dict[nn.Module, _Call], narrow: _Narrow
+    model: nn.Module, module: nn.Module, block: Block, calls: dict[nn.Module, _Call], narrow: _Narrow, way: Way
 ) -> PlainLayer:
-    """The layer's parts by data flow and shape, proved by a native step; raises _NotPlain."""
+    """The layer's parts by data flow and shape, proved by a step; raises _NotPlain."""
     where = f"layer {block.layer}"
     pieces, config = block.pieces, dissect.text_config(model)
     if (
@@ -181,7 +185,7 @@ def _plain(
     index = block.layer if index is None else index
     window = _window(model, module, attention, index, where, narrow)
     layer = PlainLayer(module, block, norms, index, head_dim, float(scale), float(softcap), window, rotary)
-    _prove(layer, call, calls, where)
+    _prove(layer, call, calls, where, way)
     return layer
 
 
@@ -214,34 +218,23 @@ def _narrowed(model: nn.Module) -> dict[nn.Module, _Call]:
         config.sliding_window = size
 
 
-def _prove(layer: PlainLayer, call: _Call, calls: dict[nn.Module, _Call], where: str) -> None:
-    """The native layer, token by token, must give what the layer gave: its attention alone, and as a whole."""
+def _prove(layer: PlainLayer, call: _Call, calls: dict[nn.Module, _Call], where: str, way: Way) -> None:
+    """The step's own layer, token by token, must give what the layer gave: its attention alone, and as a whole."""
     x = call.x
     assert x is not None
     tokens, pieces = x.shape[1], layer.block.pieces
-    kv_heads = pieces["k"].shape[0] // layer.head_dim
-    nothing = torch.zeros(1, layer.block.neurons, dtype=torch.bool)
     unit = _rounding(x.dtype, any(piece.blocks is not None for piece in pieces.values()))
     signs = torch.randint(0, 2, x[0].shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    shifted = x[0] * (1 + (unit or 0.0) * signs).to(x.dtype)  # every value moved by a rounding
+    shifted = x[0] * (1 + (unit or 0.0) * signs.to(x.device)).to(x.dtype)  # every value moved by a rounding
     both = torch.stack([x[0], shifted])  # (2, T, d)
     after = layer.norms.get("after_attention")
     attended = calls[pieces["o"].module if after is None else after.module].output.reshape(tokens, -1)
     bias = pieces["down"].bias
     if bias is not None and "after_network" in layer.norms:
         raise _NotPlain(f"{where} has a bias behind its network and a norm after it")
+    angles = call.kwargs.get("position_embeddings") if layer.rotary else None
     for network, expected in ((False, attended if bias is None else attended + bias), (True, call.output[0] - x[0])):
-        decoder = cpu.extension().Decoder()
-        decoder.add(layer.native(masked=network))
-        keep = _Room(both, kv_heads, layer.head_dim, None if network else nothing)
-        y = both.clone()
-        angles = call.kwargs.get("position_embeddings") if layer.rotary else None
-        for t in range(tokens):
-            now = [] if angles is None else [tuple(a[0, t : t + 1].float().contiguous() for a in angles)]
-            row = y[:, t].contiguous()
-            run_step(decoder, torch.tensor([t, t]), tokens, now, None, keep.memory, hidden=row)  # pyright: ignore[reportArgumentType]
-            y[:, t] = row
-        got, moved = (y - both).float()
+        got, moved = (way.layer(layer, both, angles, network) - both).float()
         error, size, change = (float(t.float().norm()) for t in (got - expected, expected, moved - got))
         # Moved values are a whole spacing away, 2.6 times what a rounding errs in the mean square. A layer rounds some 15 times
         # one after the other, in either way: sqrt(30) / 2.6 = 2 of that change. (Embedded models: 0.2 to 0.9 of it.)
@@ -256,22 +249,11 @@ def _rounding(dtype: torch.dtype, in_blocks: bool) -> float | None:
     """How far one rounding moves a value, relative: to 8 bits, as products of blocks do, or to 16; None in plain float32."""
     if in_blocks:
         return 2**-7
-    return None if dtype == torch.float32 else torch.finfo(dtype).eps
+    return None if dtype.itemsize >= 4 else torch.finfo(dtype).eps
 
 
-class _Room:
-    """Keys and values of a probe's rows x (B, T, d) in one layer, as the extension finds them."""
-
-    def __init__(self, x: Tensor, kv_heads: int, head_dim: int, mask: Tensor | None) -> None:
-        self.memory, self.held = array("q"), []
-        for _ in range(2):
-            self.held.append(x.new_zeros(len(x), kv_heads, x.shape[1], head_dim))
-            self.memory.extend((self.held[-1].data_ptr(), *self.held[-1].stride()[:2]))
-        self.memory.extend((0, 0, 0) if mask is None else (mask.data_ptr(), 0, 0))
-
-
-def _plain_ends(session: Session, layers: list[PlainLayer], calls: dict[nn.Module, _Call]) -> Ends | None:
-    """Embedding, final norm and head, where a native step from token ids to logits gives what the model gave."""
+def _plain_ends(session: Session, layers: list[PlainLayer], calls: dict[nn.Module, _Call], way: Way) -> Ends | None:
+    """Embedding, final norm and head, where a step from token ids to logits gives what the model gave."""
     model = session.model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     config, whole = dissect.text_config(model), calls[model].output
@@ -310,7 +292,7 @@ def _plain_ends(session: Session, layers: list[PlainLayer], calls: dict[nn.Modul
         return None
     ends = Ends(embedding, norms[0], head, angles, type(whole), softcap)
     ids = calls[embedding].x
-    return ends if ids is not None and _proved(ends, ids) else None
+    return ends if ids is not None and _proved(ends, ids, way) else None
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:
@@ -319,7 +301,7 @@ def _capped(logits: Tensor, softcap: float) -> Tensor:
 
 def _gives(angles: Angles, given: tuple[Tensor, Tensor], dtype: torch.dtype) -> bool:
     """Whether these are the angles that a layer was given, (1, T, width) each."""
-    tables = angles.at(torch.arange(given[0].shape[1]), dtype)
+    tables = angles.at(torch.arange(given[0].shape[1], device=given[0].device), dtype)
     return all(torch.equal(t, a[0].float()) for t, a in zip(tables, given, strict=True))
 
 
@@ -336,14 +318,10 @@ def _angles(given: tuple[Tensor, Tensor], calls: dict[nn.Module, _Call], dtype: 
     return found[0] if len({id(angles.module) for angles in found}) == 1 else None  # types of layers may share theirs
 
 
-def _proved(ends: Ends, ids: Tensor) -> bool:
-    """Whether native steps without layers give the logits that the modules give for `ids` (1, T)."""
+def _proved(ends: Ends, ids: Tensor, way: Way) -> bool:
+    """Whether steps without layers give the logits that the modules give for `ids` (1, T)."""
     expected = _capped(ends.head(ends.norm.module(ends.embedding(ids)))[0], ends.softcap)
-    decoder = cpu.extension().Decoder()
-    decoder.ends = ends.native()
-    tokens, logits = ids[0][:, None].contiguous(), torch.empty_like(expected)
-    run_step(decoder, torch.zeros(len(tokens), dtype=torch.int64), 1, [], None, array("q"), ids=tokens, logits=logits)
-    error = float((logits - expected).float().norm() / expected.float().norm())
+    error = float((way.logits(ends, ids[0]) - expected).float().norm() / expected.float().norm())
     # Two ways with three roundings each, of norm and head: sqrt(6 / 3) units, and a rounding moves a value by two of them.
     unit = _rounding(expected.dtype, isinstance(ends.head, QuantisedLinear))
     return error <= (1e-5 if unit is None else unit)
@@ -357,10 +335,10 @@ def _readable(module: nn.Module, dtype: torch.dtype) -> bool:
     return weight.dtype == dtype and weight.stride(1) == 1  # pyright: ignore
 
 
-def _unexpressed(states: list[SiteState]) -> str | None:
-    """Why the native step cannot decide one of the sites; None = it can."""
+def _unexpressed(states: list[SiteState], way: Way) -> str | None:
+    """Why the step cannot decide one of the sites; None = it can."""
     for state in states:
-        missing = needs(state.method, state.site, state.params) - CAN
+        missing = needs(state.method, state.site, state.params) - way.CAN
         if missing:
             return f"{state.method.name} needs {', '.join(sorted(missing))} at {state.site.key}"
     return None

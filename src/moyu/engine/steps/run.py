@@ -16,14 +16,16 @@ from moyu import kernels
 from moyu.engine.cache import KvCache, KvLayer
 from moyu.engine.choosers import Known
 from moyu.engine.memory import cache_of
+from moyu.engine.rows import MAX_SKIPPING_ROWS
 from moyu.engine.session import Pass, Session
 from moyu.engine.sites import SiteState
 from moyu.engine.steps.ends import Ends
 from moyu.engine.steps.layers import PlainLayer
 from moyu.engine.steps.levels import StepLevels
+from moyu.engine.steps.way import Watch
+from moyu.engine.trace import NATIVE
 from moyu.kernels import cpu
 from moyu.methods.values import NOTHING, Rows
-from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 
 GROW = 256  # tokens by which a cache's buffers grow at least
 
@@ -31,31 +33,27 @@ GROW = 256  # tokens by which a cache's buffers grow at least
 class DecodeRun:
     """All layers of a model as one native call a step. Copies rebuild what points into memory."""
 
+    trace, most, waits_for_nobody = NATIVE, MAX_SKIPPING_ROWS, False
+
     def __init__(self, session: Session, layers: list[PlainLayer], ends: Ends | None) -> None:
         """`layers` are all decoder layers, in order; `ends` what is around them, where that is plain too."""
         self.session, self.layers, self.ends = session, layers, ends
         self.sequence_sites = [layer.sequence_site for layer in layers]
         # Under the plan, dense, and what they point to beside the model's parameters.
         self._decoders: tuple[Any, Any, list[Tensor]] | None = None
-        self._weights: list[Tensor] = []
-        self._addresses: list[int] = []
-        self._expected: tuple[list[dict], list[str], list[Any]] = ([], [], [])  # owner[name] is value
-        self._hooks: list[dict] = []
+        self._watch: Watch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {
-            "_decoders": None,
-            "_weights": [],
-            "_addresses": [],
-            "_expected": ([], [], []),
-            "_hooks": [],
-        }
+        return vars(self) | {"_decoders": None, "_watch": None}
 
     def attach(self, replace: Callable[[nn.Module, str, Any], None]) -> None:
         """Put the run in the place of the layers' forwards."""
         for position, layer in enumerate(self.layers):
             call = _LayerCall(self, position, layer.module.forward)
             replace(layer.module, "forward", MethodType(_LayerCall.forward, call))
+
+    def detach(self) -> None:
+        """`Run.detach`: weights are as the session's executors have laid them out."""
 
     def usable(self, state: Pass, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether this call is a decode step that the native layers may take."""
@@ -104,15 +102,14 @@ class DecodeRun:
 
     def untouched(self) -> bool:
         """Whether the modules are still what was proved: nobody hooked, replaced or patched a module of them."""
-        if self._decoders is None:
+        if self._watch is None:
             self._make()
-        # Seven hundred comparisons, in C: as a Python loop they take half a millisecond.
-        owners, names, values = self._expected
-        return not any(self._hooks) and all(map(operator.is_, map(dict.get, owners, names), values))
+        assert self._watch is not None
+        return self._watch.untouched()
 
     def _moved(self) -> bool:
         """Whether there is no decoder, or something has repacked the weights since it was made."""
-        return self._decoders is None or list(map(Tensor.data_ptr, self._weights)) != self._addresses
+        return self._watch is None or self._watch.moved()
 
     def _make(self) -> None:
         """Build, once where several threads find that it must be."""
@@ -125,27 +122,13 @@ class DecodeRun:
         for lay_out_again in self.session.layouts:
             lay_out_again()
         decoders = cpu.extension().Decoder(), cpu.extension().Decoder()
-        expected, hooks, weights, kept = [], [], [], []
+        kept: list[Tensor] = []
         for dense, decoder in enumerate(decoders):
             for layer in self.layers:
                 decoder.add(layer.native(kept=kept, dense=bool(dense)))
             if self.ends is not None:
                 decoder.ends = self.ends.native(dense=bool(dense))
-        for module in self._modules():
-            own = vars(module)
-            weights += own["_parameters"].values()
-            hooks += [own["_forward_hooks"], own["_forward_pre_hooks"]]
-            expected.append((own, "forward", own.get("forward")))
-            quantised = isinstance(module, QuantisedLinear | QuantisedEmbedding)
-            if quantised:
-                weights += own["_buffers"].values()
-            for kind in ("_modules", "_parameters", "_buffers") if quantised else ("_modules", "_parameters"):
-                expected += [(own[kind], name, value) for name, value in own[kind].items()]
-        owners, names, values = (list(column) for column in zip(*expected, strict=True))
-        self._expected, self._hooks = (owners, names, values), hooks
-        self._weights = [weight for weight in weights if weight is not None]
-        self._addresses = [weight.data_ptr() for weight in self._weights]
-        self._decoders = *decoders, kept
+        self._decoders, self._watch = (*decoders, kept), Watch(self._modules())
 
     def _modules(self) -> list[nn.Module]:
         """Those that a native step stands for."""
@@ -174,10 +157,41 @@ class DecodeRun:
         frozen = state.memory.masks.get(site.site.key)
         return site.decide(NOTHING, state.rows, state) if frozen is None else frozen
 
+    def logits(
+        self,
+        cache: Any,
+        ids: Tensor,
+        masks: Sequence[Tensor | None],
+        allowed: Tensor | None,
+        positions: Tensor | None,
+        rows: Rows | None,
+    ) -> Tensor:
+        """`Run.logits`."""
+        assert self.ends is not None
+        at = int(cache.get_seq_length()) if positions is None else positions
+        angles = [each.at(at, self.dtype) for each in self.ends.angles]
+        logits = torch.empty((len(ids), 1, self.ends.head.out_features), dtype=self.dtype)
+        levels = None if rows is None else self.levels(self.session.chooser, rows, whole=True)
+        read = self.launch(cache, masks, angles, allowed, levels, ids=ids.contiguous(), logits=logits)
+        kernels.count("decode", read)
+        return logits
+
+    def dense_logits(self, cache: KvCache, ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of the next tokens (B, T) of every sequence, with nothing skipped; they join the cache."""
+        assert self.ends is not None
+        positions = (cache.lengths[:, None] + torch.arange(ids.shape[1])).flatten()
+        angles = [each.at(positions, self.dtype) for each in self.ends.angles]
+        logits = torch.empty((*ids.shape, self.ends.head.out_features), dtype=self.dtype)
+        nothing = [None] * len(self.layers)
+        kernels.count(
+            "decode", self.launch(cache, nothing, angles, None, ids=ids.contiguous(), logits=logits, dense=True)
+        )
+        return logits
+
     def launch(
         self,
         cache: Any,
-        masks: list[Tensor | None],
+        masks: Sequence[Tensor | None],
         angles: Sequence[tuple[Tensor, ...]],
         allowed: Tensor | None,
         levels: StepLevels | None = None,

@@ -1,4 +1,4 @@
-"""A decode step from token ids to logits as one native call, where embedding, final norm and head are plain as well.
+"""A decode step from token ids to logits in one piece, where embedding, final norm and head are plain as well.
 
 What is left in Python is to check that nobody has touched the model, and to make the output: the modules around the layers
 (their masks, angles and outputs) cost 2 % of a step of 50 ms, and more of a shorter one.
@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from moyu import kernels
 from moyu.engine.cache import KvCache
 from moyu.engine.choosers import Known
 from moyu.engine.memory import SequenceMemory, cache_field, cache_of, memory_of
-from moyu.engine.rows import MAX_SKIPPING_ROWS, rows_at, rows_of
+from moyu.engine.rows import rows_at, rows_of
 from moyu.engine.session import AUTOCAST, Pass, Session, autocasts
 from moyu.engine.steps.run import DecodeRun
-from moyu.engine.trace import NATIVE
+from moyu.engine.steps.way import NotCompiled, Run
 from moyu.methods.values import NOTHING
 
 # What a decode step may be called with; anything else takes the general path.
@@ -38,7 +37,7 @@ _ASKS = ("output_attentions", "output_hidden_states")
 
 
 def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[Any | None, str | None]:
-    """The model's output for a decode step as one native call; or None and why the step is not one."""
+    """The model's output for a decode step in one piece, native or compiled; or None and why the step is not one."""
     run = session.native
     if run is None:
         return None, session.general_because
@@ -54,23 +53,25 @@ def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[A
     if given is None:
         return None, "its attention mask or its positions are not those of one more token"
     if not run.can_append(cache, len(ids), run.dtype):
-        return None, "its cache is not one that grows by a token a step"
+        return None, "its cache is not one that the step can append to"
     if not run.untouched():
         return None, "a module of the model was hooked, replaced or patched after the plan was applied"
-    masks = _known_masks(session, run, memory, len(ids), past)
+    masks = _known_masks(session, run, memory, len(ids), past, ids.device)
     allowed, positions = given
-    angles = [each.at(past if positions is None else positions, run.dtype) for each in run.ends.angles]
-    logits = torch.empty((len(ids), 1, run.ends.head.out_features), dtype=run.dtype)
-    levels = None
+    rows = None
     if session.chooser is not None:
         if isinstance(cache, KvCache) and cache.ragged:
             rows = rows_at(cache.lengths, 0, ids.device)
         else:
             rows = rows_of((len(ids), 1), kwargs.get("attention_mask"), past, past, ids.device)
-        levels = run.levels(session.chooser, rows, whole=True)
-    kernels.count("decode", run.launch(cache, masks, angles, allowed, levels, ids=ids.contiguous(), logits=logits))
+    try:
+        logits = run.logits(cache, ids, masks, allowed, positions, rows)
+    except NotCompiled as error:
+        session.native.detach()
+        session.native, session.general_because = None, str(error)
+        return None, session.general_because
     memory.seen = past + 1
-    session.traces.note(NATIVE)
+    session.traces.note(run.trace)
     session.traces.sparse_rows += len(ids)
     output = run.ends.output
     return output(logits=logits, **{cache_field(output): cache}), None
@@ -84,7 +85,7 @@ def dense_step(session: Session, cache: Cache, ids: Tensor) -> Tensor | None:
     """
     run = session.native
     if (
-        run is None
+        not isinstance(run, DecodeRun)
         or run.ends is None
         or not isinstance(cache, KvCache)
         or ids.numel() > MOST_TOKENS
@@ -97,20 +98,16 @@ def dense_step(session: Session, cache: Cache, ids: Tensor) -> Tensor | None:
         or not run.untouched()
     ):
         return None
-    positions = (cache.lengths[:, None] + torch.arange(ids.shape[1])).flatten()
-    angles = [each.at(positions, run.dtype) for each in run.ends.angles]
-    logits = torch.empty((*ids.shape, run.ends.head.out_features), dtype=run.dtype)
-    nothing = [None] * len(run.layers)
-    kernels.count("decode", run.launch(cache, nothing, angles, None, ids=ids.contiguous(), logits=logits, dense=True))
+    logits = run.dense_logits(cache, ids)
     memory_of(cache).seen = int(cache.get_seq_length())
-    session.traces.note(NATIVE)
+    session.traces.note(run.trace)
     return logits
 
 
 def _because(
-    session: Session, run: DecodeRun, ids: Any, cache: Cache | None, positional: int, kwargs: dict[str, Any]
+    session: Session, run: Run, ids: Any, cache: Cache | None, positional: int, kwargs: dict[str, Any]
 ) -> str | None:
-    """Why a call is not a decode step that goes from token ids to logits natively; None: it is one."""
+    """Why a call is not a decode step that goes from token ids to logits in one piece; None: it is one."""
     if run.ends is None:
         return "its embedding, final norm or head is not plain"
     if session.observer is not None or not isinstance(session.chooser, Known | None) or session.controller is not None:
@@ -123,8 +120,8 @@ def _because(
         return AUTOCAST
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or ids.dtype != torch.int64:
         return "the call brings no single token of every row"
-    if len(ids) > MAX_SKIPPING_ROWS:
-        return f"a batch of {len(ids)} rows is more than {MAX_SKIPPING_ROWS}"
+    if len(ids) > run.most:
+        return f"a batch of {len(ids)} rows is more than {run.most}"
     if cache is None or not hasattr(cache, "_moyu_memory"):
         return "no prompt came before"
     unknown = set(kwargs) - _KNOWN
@@ -166,19 +163,19 @@ def _given(
 
 
 def _known_masks(
-    session: Session, run: DecodeRun, memory: SequenceMemory, batch: int, past: int
+    session: Session, run: Run, memory: SequenceMemory, batch: int, past: int, device: torch.device
 ) -> list[Tensor | None]:
     """Masks that are known before the step, (B, n), one a layer; None where a mask is chosen in the step."""
     masks: list[Tensor | None] = []
     state: Pass | None = None
-    for site in run.sequence_sites:
+    for site in (layer.sequence_site for layer in run.layers):
         mask = None
         if site is not None:
             static = site.method.granularity == "static"
             mask = site.static_mask if static else memory.masks.get(site.site.key)
             if mask is None:
                 if state is None:
-                    state = session.new_pass(rows_at(torch.full((batch,), past), 0, torch.device("cpu")), memory)
+                    state = session.new_pass(rows_at(torch.full((batch,), past), 0, device), memory)
                 mask = site.decide(NOTHING, state.rows, state)
             mask = mask.expand(batch, -1)
         masks.append(mask)

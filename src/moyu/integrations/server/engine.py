@@ -15,7 +15,6 @@ from torch import Tensor
 from moyu.engine.cache import KvCache
 from moyu.engine.generate import CHUNK, join, leave, new_cache, read, step
 from moyu.engine.memory import memory_of
-from moyu.engine.rows import MAX_SKIPPING_ROWS
 from moyu.engine.session import Session
 from moyu.errors import UserError
 from moyu.integrations.server.answers import Answer, Event, Failed
@@ -51,14 +50,15 @@ class _Row:
 
 
 class _Lane:
-    """Sequences that take their steps together, on one cache. Up to so many that a step is one native call."""
+    """Sequences that take their steps together, on one cache. Up to so many that a step is in one piece."""
 
     def __init__(self, session: Session, dense: bool) -> None:
         self.cache, self.rows, self.dense = new_cache(session), list[_Row](), dense
+        self.most = session.rows_at_once
 
     def take(self, rows: list[_Row], cache: KvCache) -> bool:
         """Let rows with their cache join; False where they cannot stand beside those that are here."""
-        if len(self.rows) + len(rows) > MAX_SKIPPING_ROWS:
+        if len(self.rows) + len(rows) > self.most:
             return False
         try:
             join(self.cache, cache)

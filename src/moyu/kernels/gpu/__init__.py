@@ -1,6 +1,7 @@
 """The Triton kernels: float32, bfloat16 and float16 on a GPU, 1 to 16 rows with a selection each.
 
-`many` and `single` read plain weights, `packed` the formats `packed8` and `packed4`. Triton is imported at the first call.
+`many` and `single` read plain weights, `packed` the formats `packed8` and `packed4`,
+`blocks` rows in formats of GGUF files. Triton is imported at the first call.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from moyu.kernels.backend import Backend, Neurons
 from moyu.kernels.gpu import packed
-from moyu.kernels.gpu.common import INTERPRETED, tickets, unavailable, unsupported
+from moyu.kernels.gpu.common import INTERPRETED, KINDS, tickets, unavailable, unsupported
 from moyu.kernels.reference import ACTIVATIONS
 from moyu.weights import Format, Plain, Stored
 from moyu.weights.packed import Packed
@@ -31,8 +32,9 @@ class Gpu(Backend):
         return unavailable()
 
     def supports(self, op: str, format: Format, x: Tensor) -> str | None:
-        if not isinstance(format, Plain | Packed):
-            return f"it has no kernels for weights in {format.name}"
+        by_rows = op == "rows" and format.name in KINDS
+        if not isinstance(format, Plain | Packed) and not by_rows:
+            return f"it has no kernels for {op} of weights in {format.name}"
         return unsupported(x)
 
     def details(self) -> str:
@@ -41,10 +43,12 @@ class Gpu(Backend):
     def rows(
         self, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Callable[[], int]]:
-        from moyu.kernels.gpu import many
+        from moyu.kernels.gpu import blocks, many
 
         if isinstance(weight.format, Plain):
             y = many.rows(x, weight.tensors[0], mask, bias)
+        elif weight.format.name in KINDS:
+            y = blocks.rows(x, weight, mask, bias)
         else:
             y = packed.rows(x, weight, mask, bias)
         each = weight.row_bytes + (0 if bias is None else bias.element_size())

@@ -14,6 +14,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_ROWS = 16  # of a call; the reference serves more
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = {"q8_0": 0, "q4_0": 1, "q4_k": 2, "q6_k": 3}  # formats of GGUF files whose rows `blocks` reads
 ACTS = {
     "identity": 0, "relu": 1, "relu2": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5, "gelu_new": 5, "gelu_pytorch_tanh": 5,
     "quick_gelu": 6,

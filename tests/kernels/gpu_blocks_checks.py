@@ -1,0 +1,96 @@
+"""Products by rows with weights in formats of GGUF files against loops in float64. On a GPU, or on the CPU with TRITON_INTERPRET=1:
+
+PYTHONPATH=src TRITON_INTERPRET=1 python tests/kernels/gpu_blocks_checks.py
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kernel_cases import DTYPES, TOLERANCE, linear_truth, make_mask
+from raw_weights import extreme, weight_of
+
+from moyu import kernels
+from moyu.kernels import gpu
+from moyu.kernels.gpu.common import KINDS
+from moyu.weights import FORMATS, Stored
+
+DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
+CASES = tuple(itertools.product(KINDS, DTYPES, (1, 3, 16)))
+
+
+def there(weight):
+    return Stored(weight.format, weight.order, tuple(t.to(DEVICE) for t in weight.tensors), weight.shape)
+
+
+def product(x, weight, mask=None, bias=None):
+    moved = [None if t is None else t.to(DEVICE) for t in (x, mask, bias)]
+    with kernels.use("gpu"):
+        return kernels.rows(moved[0], there(weight), moved[1], bias=moved[2]).cpu()
+
+
+def assert_right(y, x, weight, mask, bias):
+    """Of 16 bits and several rows the values are rounded to x's type first: as much again as the output's rounding."""
+    truth, size = linear_truth(x, weight.values().double(), mask, bias, "rows")
+    most = TOLERANCE[x.dtype] * (2 if x.dtype != torch.float32 and len(x) > 1 else 1)
+    assert ((y.double() - truth).abs() <= most * size + 1e-12).all(), float(((y - truth).abs() / size).max())
+
+
+def check_rows_of_every_kind():
+    for name, dtype, n in CASES:
+        generator = torch.Generator().manual_seed(n)
+        weight = weight_of(name, 70, 512, seed=n)
+        x = torch.randn(n, 512, generator=generator).to(dtype)
+        bias = torch.randn(70, generator=generator).to(dtype)
+        for mask in (None, make_mask(n, 70, 0.5, generator), make_mask(n, 70, 0.0)):
+            assert_right(product(x, weight, mask, bias), x, weight, mask, bias)
+
+
+def check_codes_at_their_ends():
+    for name, byte in itertools.product(KINDS, (0, 127, 128, 255)):
+        weight = extreme(name, 3, 2, byte)
+        x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(byte))
+        assert_right(product(x[:1], weight), x[:1], weight, None, None)
+        assert_right(product(x, weight), x, weight, None, None)
+
+
+def check_widths_that_fill_no_group():
+    for name, rows in itertools.product(("q8_0", "q4_0"), (1, 3)):
+        generator = torch.Generator().manual_seed(rows)
+        weight = FORMATS[name].store(torch.randn(17, 45, generator=generator))
+        x = torch.randn(rows, 45, generator=generator)
+        assert_right(product(x, weight), x, weight, None, None)
+
+
+def check_outputs_that_no_row_keeps_are_not_read_and_bits_repeat():
+    weight = weight_of("q8_0", 40, 64)
+    mask = make_mask(1, 40, 0.5, torch.Generator().manual_seed(0))
+    weight.tensors[1][~mask[0]] = torch.nan
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
+    first = product(x, weight, mask)
+    assert torch.isfinite(first).all() and all(torch.equal(first, product(x, weight, mask)) for _ in range(3))
+
+
+def check_bytes_and_what_is_not_served():
+    weight, x = weight_of("q4_k", 8, 256), torch.randn(1, 256)
+    with kernels.count_bytes() as counted:
+        product(x, weight, torch.tensor([[True, False] * 4]))
+    assert counted.total == 4 * weight.row_bytes
+    with pytest.raises(RuntimeError, match="no kernels for rows of weights in q5_k"):
+        product(x, weight_of("q5_k", 8, 256))
+
+
+def main() -> None:
+    """Every check, by name."""
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            check()
+            print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
