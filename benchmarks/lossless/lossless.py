@@ -182,9 +182,8 @@ def main() -> None:
         "step_s": costs,
     }
     print(f"{row['model']}, {row['text']}, {asked.threads} threads, read ceiling {ceiling.gb_s:.1f} GB/s\n")
-    print(
-        "| way | tokens/s | over dense, median of prompts | least | accepted | tokens a pass | drafts of the text, of the plan | same text |"
-    )
+    heads = ["way", "tokens/s", "over dense, median of prompts", "least", "accepted", "tokens a pass"]
+    print("| " + " | ".join([*heads, "drafts of the text, of the plan", "same text"]) + " |")
     print("|---|---|---|---|---|---|---|---|")
     for name, found in rates.items():
         over = [a / b for a, b in zip(found, rates["dense"], strict=True)]
