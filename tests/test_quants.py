@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moyu import UserError, calibrate, records
 from moyu.measure import evaluation
+from moyu.measure.sizes import opened
 from moyu.measure.windows import Windows
 from moyu.model import loading
 from moyu.model.gguf.loading import load_model
@@ -138,7 +139,7 @@ def test_its_file_is_llama_cpp_s(bench, tmp_path):
 
 
 def test_bytes_are_those_of_the_file(tmp_path, source):
-    file, model, _, size = rows.loaded(source)
+    file, model, _, size = opened(source)
     assert model.dtype == torch.float32 and size.weights == sum(
         m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
     )
@@ -161,7 +162,7 @@ def test_rows_are_measured_once_and_go_on(bench, monkeypatch):
 
 
 def test_a_plan_stands_beside_its_nulls_at_its_bytes(bench, tmp_path):
-    _, model, _, size = rows.loaded(bench.source)
+    _, model, _, size = opened(bench.source)
     plan = calibrate(model, "teal", bench.texts.calibration, sparsity=0.5)
     plan.save(tmp_path / "plan")
     own, random, oracle = bench.fill([Asked("half", plan=tmp_path / "plan", nulls=True)])
