@@ -20,6 +20,7 @@ from moyu.measure.windows import Windows
 from moyu.model import loading
 from moyu.model.gguf.loading import load_model
 from moyu.model.gguf.reader import read
+from moyu.reporting.beside_files import of_files
 from tiny import IDS, tokens
 
 sys.path.append(str(Path(__file__).parents[1]))  # `benchmarks` is no part of the package
@@ -238,9 +239,9 @@ ROWS = [
 
 def test_the_table_compares_plans_with_files_of_their_bytes():
     assert [r.row for r in table.front(ROWS)] == ["Q2_K", "Q4_0", "Q8_0"]
-    assert table.of_files(ROWS, 3e6) == pytest.approx(0.1)  # halfway between 1 and .01 in the logarithm
-    assert table.of_files(ROWS, 1e6) is None and table.of_files(ROWS, 9e6) == 0.0001
-    assert table.of_files([*ROWS[:3], sample("Q8_0", 8e6, 0.0)], 6e6) == 0.01  # no way from .01 to 0 in the logarithm
+    assert of_files(ROWS, 3e6) == pytest.approx(0.1)  # halfway between 1 and .01 in the logarithm
+    assert of_files(ROWS, 1e6) is None and of_files(ROWS, 9e6) == 0.0001
+    assert of_files([*ROWS[:3], sample("Q8_0", 8e6, 0.0)], 6e6) == 0.01  # no way from .01 to 0 in the logarithm
     lines = table.markdown(ROWS).splitlines()
     assert lines[0].startswith("**tiny** (SHA-256 0000000000000000), text.txt: 2 documents, 16 tokens of each")
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[4:] if line]

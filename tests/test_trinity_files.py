@@ -20,12 +20,12 @@ from moyu.records import Cell, Comparison
 from moyu.research import trinity
 
 SIZES = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256,
     "max_position_embeddings": 512, "head_dim": 16,
 }  # fmt: skip
 TEXT = "".join(
     f" = Title {n} = \n {' '.join(f'word{n} x{i}' if i % 5 else f'def f{i}(self):' for i in range(260))}\n"
-    for n in range(24)
+    for n in range(32)
 )
 
 
@@ -90,9 +90,9 @@ def test_methods_are_held_against_the_file_at_its_own_bytes(board, files):
     assert levels.step_bytes == pytest.approx(levels.byte_fraction * step)
     assert levels.ppl_dense == pytest.approx(source.ppl)
     assert levels.kl < other.kl and levels.kl < levels.kl_random
-    assert len(levels.by_document["kl"]) == levels.documents == other.documents == 6
+    assert len(levels.by_document["kl"]) == levels.documents == other.documents > 4
     assert len(levels.by_document["kl_random"]) == 4
-    assert math.fsum(levels.by_document["kl"]) / 6 == pytest.approx(levels.kl, rel=1e-4)
+    assert math.fsum(levels.by_document["kl"]) / levels.documents == pytest.approx(levels.kl, rel=1e-4)
     ratio = levels.bits_per_weight / levels.step_bytes
     assert 8 < source.step_bytes * ratio < 9 and other.what == "file" and 4 < other.step_bytes * ratio < 5.5
 
@@ -125,7 +125,7 @@ def test_competitors_must_be_of_the_same_model(small, files, tmp_path):
     said = parts.metadata_of(*small)
     said["tokenizer.ggml.tokens"] = [*said["tokenizer.ggml.tokens"][:-1], "another"]
     (tmp_path / "other.gguf").write_bytes(parts.file_of(said, held(small[0], "Q8_0")))
-    with pytest.raises(moyu.UserError, match="other.gguf cannot be compared with .*: another tokenizer"):
+    with pytest.raises(moyu.UserError, match=r"other\.gguf cannot be compared with .*: another tokenizer"):
         trinity.run(asked, tmp_path)
     with pytest.raises(moyu.UserError, match="files beside a GGUF file"):
         trinity.run(dataclasses.replace(asked, models=("swiglu",)), tmp_path)

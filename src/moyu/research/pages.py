@@ -48,7 +48,7 @@ def replace(page: Path, marker: str, text: str) -> None:
 
 def draw(rows: list[records.Record], file: Path) -> None:
     """The plot of a scoreboard."""
-    file.write_text(scoreboard.plot([r for r in rows if isinstance(r, records.Cell)]) + "\n")
+    file.write_text(scoreboard.plot(rows) + "\n")
 
 
 def main() -> None:
