@@ -21,9 +21,13 @@ class ScoreTable:
 
 def place(cell: Cell) -> float | None:
     """The place of a method's KL between its matched random (0) and its matched oracle (1), on a log scale."""
-    if not cell.kl or not cell.kl_random or not cell.kl_oracle or cell.kl_random <= cell.kl_oracle:
+    random, oracle, kl = cell.kl_random, cell.kl_oracle, cell.kl
+    same = len(cell.by_document.get("kl_random", ()))  # of a file's board the references are of the first documents
+    if 0 < same < len(cell.by_document["kl"]):
+        kl = math.fsum(cell.by_document["kl"][:same]) / same
+    if not kl or not random or not oracle or random <= oracle:
         return None
-    return math.log(cell.kl_random / cell.kl) / math.log(cell.kl_random / cell.kl_oracle)
+    return math.log(random / kl) / math.log(random / oracle)
 
 
 def kl_of(cell: Cell) -> str:
