@@ -3,7 +3,8 @@
 order      matched oracle <= method <= matched random, in perplexity, on 16-bit weights and on a file's own;
 routers    every trained router beats static popularity, in perplexity, at equal bytes;
 own        the own method (`estimate` on 16-bit weights, `levels` on a quantised file) has the least KL of all at equal bytes;
-files      a plan on a quantised file has less KL than the next larger file, which reads at least as many bytes: the own, and any other.
+files      a plan on a quantised file has less KL than the next larger of the best files, which reads at least as many bytes: the own,
+           and any other.
 
 A cell shows a claim if the interval of the difference lies on the claim's side of 0, and refutes it if it lies on the other
 side; else the cell is open. A "≤" is also shown by losses that are equal on every document.
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moyu.records import Cell, Comparison
+from moyu.reporting.beside_files import front
 
 RESAMPLES = 1000
 ROUNDING, NULL = "quantise", "popularity"
@@ -81,9 +83,9 @@ def _files(cells: Sequence[Cell], files: Sequence[Comparison]) -> Iterator[Verdi
         size = cell.step_bytes
         if size is None or cell.kl is None or cell.family == "reference":
             continue
-        larger = [f for f in files if f.what == "file" and f.step_bytes >= size]
+        larger = [f for f in front(files) if f.step_bytes >= size]
         if larger:
-            other = min(larger, key=lambda f: (f.step_bytes, f.kl))
+            other = min(larger, key=lambda f: f.step_bytes)
             who = OF_FILES if cell.method == OF_FILES else "any other method"
             claim = f"{who} < the next larger file"
             yield _compare(claim, cell, other.row, other.by_document["kl"], cell.by_document["kl"])

@@ -122,8 +122,8 @@ def _claims(board: FileBoard) -> ScoreTable:
     return ScoreTable(
         f"{board.source.model}, what the cells show",
         "Numbers of cells in which the 95 % interval of a paired difference over documents lies on the claim's side of 0 (shown), on "
-        "both sides (open) or on the other side (refuted), by KL, order and routers by log-perplexity. A larger file: of those that read "
-        "at least as many bytes as the plan, the one with the fewest.",
+        "both sides (open) or on the other side (refuted), by KL, order and routers by log-perplexity. The next larger file: of "
+        "those that no other file beats in both bytes and KL and that read at least as many bytes as the plan, the one with the fewest.",
         ["claim", "shown", "open", "refuted", "refuted by (difference in nats per token)"],
         claims.lines(board.cells, [board.source, *board.files]),
     )

@@ -68,7 +68,7 @@ class Asked:
         if self.methods:
             return list(self.methods)
         quick = QUICK_FILE_METHODS if of_file else QUICK_METHODS
-        own = list(quick) if self.quick else [n for n in methods.names() if n not in SLOW]
+        own: list[str] = [*quick] if self.quick else [n for n in methods.names() if n not in SLOW]
         return own if of_file else [QUANTISE, *own]
 
     def fractions(self, of_file: bool = False) -> Sequence[float]:

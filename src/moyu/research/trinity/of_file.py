@@ -161,7 +161,7 @@ class FileBoard(Board):
         except OutOfReach as error:
             least = error.floor * self.size.moyu / self.size.file
             return self._empty(method, target, f"floor {least:.2f}", least)
-        except (UserError, torch.linalg.LinAlgError) as error:
+        except (UserError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
             return self._empty(method, target, " ".join(str(error).split()))
         fit_s = seconds()
         quality = evaluation.evaluate(
