@@ -18,7 +18,7 @@ from moyu.measure.text import windows_for
 from moyu.model import loading
 from moyu.model.gguf.reader import read
 from moyu.records import Cell, Comparison
-from moyu.reporting import advice, file_boards, scoreboard, write_scoreboard
+from moyu.reporting import advice, claims, file_boards, scoreboard, write_scoreboard
 from moyu.reporting.columns import number
 from moyu.research import trinity
 
@@ -145,11 +145,11 @@ def test_records_of_a_board_can_be_read_again(board, tmp_path):
 def test_tables_figure_and_page_say_what_the_records_say(board, tmp_path):
     _, _, rows = board
     (levels,) = [r for r in rows if isinstance(r, Cell) and r.method == "levels" and r.target_byte_fraction == 0.95]
-    at_bytes, claims, every = scoreboard.tables(rows)
+    at_bytes, shown, every = scoreboard.tables(rows)
     lines = {line[0]: line[1:] for line in at_bytes.lines}
     assert lines["levels"][0].startswith(number(levels.kl, 2)) and lines["relu-zero"][0] == "n/a (nothing to skip)"
     assert lines["cats"][1].startswith("n/a (floor 0.")
-    assert any(line[0] == "levels < every method" for line in claims.lines)
+    assert any(line[0] == "levels < every method" for line in shown.lines)
     assert [line[0] for line in every.lines[:2]] in (["Q8_0", "Q4_0"], ["Q8_0", "`cats`"])
     assert {line[0] for line in every.lines} == {"Q8_0", "Q4_0", "`levels`", "`cats`"}
     write_scoreboard(rows, tmp_path)
@@ -174,6 +174,16 @@ def test_published_pages_are_the_records_of_real_files():
     assert scoreboard.plot(real) + "\n" == (docs / "results" / "trinity-real.svg").read_text(), AGAIN
     page = (docs / "should-i-use-it.md").read_text()
     assert advice.gains(quants) in page and advice.others(real) in page, AGAIN
+
+
+def test_what_the_readme_says_of_other_methods_is_what_the_cells_show():
+    root = Path(__file__).parent.parent
+    (own,) = file_boards.boards(records.read(root / "docs" / "results" / "trinity-real.jsonl"))
+    shown = {line[0]: [int(count) for count in line[1:4]] for line in claims.lines(own.cells, own.files)}
+    others, levels = (shown[f"{who} < the next larger file"] for who in ("any other method", "levels"))
+    words = " ".join((root / "README.md").read_text().split())
+    assert others[0] == 0 and f"none loses less than the next larger file in any of {sum(others)} cells" in words
+    assert f"`levels` does in {levels[0]} of {sum(levels)} ([scoreboard]" in words
 
 
 def test_documents_of_a_text_are_articles_lines_or_pieces(files, tmp_path):
