@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import errno
+import inspect
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import typing
 from pathlib import Path
 
@@ -20,7 +23,7 @@ import typer
 from transformers import MambaConfig, MambaForCausalLM
 
 import moyu
-from moyu import files, methods, records
+from moyu import files, kernels, methods, records
 from moyu.calibration import context, settings
 from moyu.calibration.walk import calibrate
 from moyu.commands import cli, writing
@@ -92,6 +95,8 @@ def everything(folder: Path) -> list[str]:
     [
         (["run", "swigul"], "did you mean 'swiglu'"),
         (["run", "no/such/folder"], "zoo name"),
+        (["study", "decay", "--model", "swigul"], "did you mean 'swiglu'"),
+        (["trinity", "--models", "relu,swigul"], "did you mean 'swiglu'"),
         (["eval", "./missing", *QUICK], "no model './missing'"),
         (["eval", "relu", "--device", "cuda:99", *QUICK], "device 'cuda:99' cannot be used"),
         (["run", "swiglu", "--sparsity", "1"], r"\[0, 1\), not 1.0: "),
@@ -123,6 +128,64 @@ def test_a_mistake_is_one_line(refused, words, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert re.search(says, refused(*words))
     assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["study", "figure1", "--model", "relu"], "--model"),
+        (["study", "figure1", "texts", "--device", "cpu", "--backend", "cpu"], "--device and --backend"),
+        (["study", "--list", "--quick"], "--quick"),
+        (["eval", "relu", "--plan", "PLAN", "--method", "teal", "--bytes", "0.5"], "--method and --bytes"),
+        (["eval", "relu", "--limit", "5"], "--limit"),
+        (["bench", "relu", "--plan", "PLAN", "--sparsity", "0.3"], "--sparsity"),
+        (["fit", "lte", "relu", "--tune", "tuned", "--out", "plans"], "--out"),
+        (["generate", "relu", "--draft-length", "3"], "--draft-length"),
+        (["run", "relu", "--shape", "none", "--shape-layers", "3"], "--shape-layers"),
+        (["trinity", "--quick", "--documents", "3"], "--documents"),
+        (["trinity", "--no-speed", "--backend", "cpu"], "--backend"),
+        (["zoo", "--json", "train", "relu"], "--json"),
+        (["calibrate", "relu", "-m", "relu-zero", "--sparsity", "0.3"], "--sparsity"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused_before_anything_is_loaded(
+    refused, words, option, plans, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.chdir(tmp_path)
+    assert f"error: {option} would do nothing (" in refused(*(plans if word == "PLAN" else word for word in words))
+    assert everything(tmp_path) == []
+
+
+def test_comparing_without_a_plan_is_refused(refused):
+    assert "there is no plan: give --plan" in refused("generate", "relu", "--compare")
+
+
+def test_every_parameter_of_a_command_is_read():
+    """What the line above cannot list: a parameter that the body of its command never names."""
+    commands = [command.callback for command in (*cli.app.registered_commands, *cli.zoo_app.registered_commands)]
+    assert len(commands) > 10
+    for command in commands:
+        assert command is not None
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(command))).body
+        assert isinstance(tree, ast.FunctionDef)
+        read = {node.id for inner in tree.body for node in ast.walk(inner) if isinstance(node, ast.Name)}
+        assert {argument.arg for argument in tree.args.args} <= read, command.__name__
+
+
+@pytest.mark.parametrize(
+    "words", [["calibrate", "relu"], ["eval", "relu"], ["profile", "relu"], ["fit", "lte", "relu"], ["study", "decay"]]
+)
+def test_commands_that_decode_nothing_use_the_back_end_that_is_asked_for(moyu_command, words, tmp_path, monkeypatch):
+    """Products with stored weights run on it."""
+
+    def load(*_, **__):
+        raise moyu.UserError(kernels.describe(), "as asked")
+
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = moyu_command(*words, "--backend", "reference")
+    assert code == 2 and "error: reference: reference" in err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from moyu.calibration.context import Context
@@ -42,6 +44,14 @@ def test_a_rise_of_perplexity_is_a_budget_as_well(context):
         plan.calibration["search"]["ppl_increase"], abs=1e-6
     )
     assert plan.calibration["search"]["ppl_increase"] <= 0.01
+
+
+@pytest.mark.parametrize("asked", [{"learn_bias": 2}, {"allocation": "fisher"}])
+def test_what_else_is_asked_for_is_done_for_a_method_that_divides(context, asked):
+    settings = dataclasses.replace(context.settings, **asked)
+    plan = largest(dataclasses.replace(context, settings=settings), "levels", Allowed("kl", 0.03), steps=2)
+    assert (plan.compensation == "learned bias") is ("learn_bias" in asked)
+    assert ("chosen" in plan.calibration["allocation"]) is ("allocation" in asked)  # as `calibrate_allocated` notes it
 
 
 def test_what_costs_too_much_at_its_least_is_refused(context):

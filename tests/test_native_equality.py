@@ -157,6 +157,20 @@ def test_native_steps_tell_the_levels_that_they_took(name):
     assert counters[0].sparsity_by_layer == counters[1].sparsity_by_layer
 
 
+@pytest.mark.parametrize("name", ["teal", "cats"])
+def test_the_mask_of_a_network_of_one_neuron_is_applied(name):
+    model = built("one neuron", "fp32")
+    plan = plan_for(model, methods.method(name))
+    ids, mask = padded(3)
+    levels, own = Recorder(), Recorder()
+    one_pass(model, plan, ids, mask, recorder=levels)
+    stepwise(model, plan, ids, mask, backend="auto", recorder=own)
+    assert_same_masks(own, levels)
+    down = torch.cat([bits.view(-1) for key, masks in levels.masks.items() if "down" in key for bits in masks.values()])
+    assert 0 < int(down.sum()) < len(down)  # the neuron is sometimes skipped
+    steps_from_one_cache(model, plan, ids, mask, levels).check(model, "fp32", name)
+
+
 # ---------------------------------------------------------------------------------------------- a wrong constant is noticed
 
 

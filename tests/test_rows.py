@@ -101,7 +101,8 @@ def test_a_prompt_in_chunks_is_one_prompt(name):
 
 @pytest.mark.parametrize("name", ["griffin", "cats"])
 @pytest.mark.parametrize("windows", [False, True])
-def test_padding_under_a_static_cache_is_padding(name, windows):
+@pytest.mark.parametrize("engine", ["mask", "skip"])
+def test_padding_under_a_static_cache_is_padding(name, windows, engine):
     """Also where layers have masks of their own: transformers then hands over a dictionary of them."""
     if windows:
         config = Gemma2Config(
@@ -116,7 +117,7 @@ def test_padding_under_a_static_cache_is_padding(name, windows):
     ids = tokens(2, PROMPT)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
-    with Applied(model, plan, engine="mask"), torch.no_grad():
+    with Applied(model, plan, engine=engine), torch.no_grad():
         wanted = greedy(model, input_ids=ids, attention_mask=mask)
         got = greedy(model, input_ids=ids, attention_mask=mask, cache_implementation="static", disable_compile=True)
         alone = greedy(model, input_ids=ids[1:, 4:])

@@ -21,7 +21,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import moyu
-from equality import plan_for
+from equality import built, plan_for
 from moyu import methods
 from moyu.calibration.context import Context
 from moyu.calibration.settings import Settings
@@ -39,13 +39,16 @@ from moyu.engine.speculation import (
     sirius,
     speculate,
 )
+from moyu.engine.speculation.lookup import Lookup
+from moyu.engine.speculation.pace import Pace
 from moyu.model.dissect import dissect
 from tiny import GATED, WIDE, build, tokens
 
 
 def spoken(applied, ids, new_tokens, **options):
     """What a whole text took."""
-    out, settings = Speculation(), {"do_sample": False, "eos_token_id": None, **options}
+    out, settings = Speculation(keep_margins=True), {"do_sample": False, "eos_token_id": None, **options}
+    settings = {"drafts": 4, "source": "plan", **settings}
     yielded = [int(t) for t in speculate(applied, ids, out=out, max_new_tokens=new_tokens, **settings)]
     assert yielded == out.tokens
     return out
@@ -80,8 +83,8 @@ def test_sirius_trigger(likelihoods, threshold, first):
 def test_expected_speedup_by_hand_and_best_length():
     assert expected_speedup(0.5, 2, 0.5, 1.0) == pytest.approx((1 + 0.5 + 0.25) / 2)
     assert expected_speedup(1.0, 3, 0.5, 1.0) == pytest.approx(4 / 2.5)
-    assert best_drafts(1.0, 0.5, 1.0) == 16 and best_drafts(0.0, 0.5, 1.0) == 1
-    lengths = [best_drafts(a, 0.5, 1.2) for a in (0.3, 0.6, 0.8, 0.95)]
+    assert best_drafts(1.0, 0.5, 0.0) == 16 and best_drafts(0.0, 0.5, 0.1) == 1
+    lengths = [best_drafts(a, 0.5, 0.1) for a in (0.3, 0.6, 0.8, 0.95)]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
 
 
@@ -136,19 +139,21 @@ def test_greedy_text_is_dense_under_every_setting(name, settings):
     options |= changed
     dense = [int(t) for t in generate(model, ids, **options)]
     assert dense == model.generate(ids, **options)[0, 9:].tolist() != plain
-    for drafts in (1, 4, 30):
+    for drafts, source in ((1, "plan"), (4, "both"), (30, "plan"), (3, "text"), (None, "both")):
         out = Speculation()
         with Applied(model, plan, backend="reference") as applied:
-            written = [int(t) for t in speculate(applied, ids, drafts=drafts, out=out, **options)]
+            stream = speculate(applied, ids, drafts=drafts, source=source, out=out, **options)
+            written = [int(t) for t in stream]
         assert written == dense
-        assert out.drafted >= out.accepted and out.passes >= 1
+        assert out.drafted + out.found >= out.accepted and out.passes >= 1
 
 
 def test_every_token_is_told_as_soon_as_its_round_is_decided():
     model = endless("llama")
     out = Speculation()
     with Applied(model, plan_for(model, methods.method("griffin"), sparsity=0.0)) as applied:
-        stream = speculate(applied, tokens(1, 9), drafts=4, max_new_tokens=12, do_sample=False, out=out)
+        options = {"max_new_tokens": 12, "do_sample": False}
+        stream = speculate(applied, tokens(1, 9), drafts=4, source="plan", out=out, **options)
         next(stream)
         assert out.passes == 0
         next(stream)
@@ -249,6 +254,7 @@ def test_sirius_keeps_what_dense_finds_likely():
     ("bad", "said"),
     [
         ({"drafts": 0}, "at least 1 token"),
+        ({"source": "plan", "plan": None}, "no plan to draft with"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
         ({"max_new_tokens": 0}, "greater than 0"),
         ({"ids": tokens(2, 9)}, "one prompt at a time"),
@@ -260,7 +266,8 @@ def test_sirius_keeps_what_dense_finds_likely():
 )
 def test_senseless_requests_are_refused(bad, said):
     model = build("llama")
-    with Applied(model, plan_for(model, methods.method("griffin"))) as applied, pytest.raises(moyu.UserError) as raised:
+    bad = {"plan": plan_for(model, methods.method("griffin")), **bad}
+    with Applied(model, bad.pop("plan")) as applied, pytest.raises(moyu.UserError) as raised:
         next(speculate(applied, **{"ids": tokens(1, 9), "max_new_tokens": 4, **bad}))
     assert said in str(raised.value)
 
@@ -305,10 +312,83 @@ def test_the_command_writes_dense_text_and_says_what_it_took(tmp_path):
     assert "tokens per dense pass" in told.stderr and "decode step: " in told.stderr
     assert told.stdout.endswith(rows[0]["dense_text"] + "\n")
     for bad, message in (
-        (["generate", "swiglu", "--lossless"], "no plan to draft with"),
+        (["generate", "swiglu", "--sirius", "0.1"], "no plan to draft with"),
         ([*plan, "--lossless", "--sirius", "0.1"], "give one of them"),
         ([*plan, "--sirius", "2"], "likelihood in"),
         ([*plan, "--temperature", "1"], "greedy"),
     ):
         refused = run(cli.app, bad)
         assert isinstance(refused.exception, moyu.UserError) and message in f"{refused.exception}", refused.exception
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40))
+def test_the_text_is_found_where_its_end_stood_last(text):
+    lookup, found = Lookup(text), None
+    for size in (4, 3, 2):
+        places = [i for i in range(size, len(text)) if text[i - size : i] == text[-size:]]
+        if places and size <= len(text):
+            found = (size, places[-1])
+            break
+    match = lookup.find()
+    assert (None if match is None else (match.size, match.start)) == found
+    if match is not None:
+        endless = text + text[match.start :] * 9
+        assert lookup.following(match, 7) == endless[match.start : match.start + 7]
+
+
+@pytest.mark.parametrize(("weights", "structure"), [("fp32", "llama"), ("q8_0", "llama"), ("fp32", "gpt2")])
+def test_without_a_plan_the_text_drafts_and_the_text_is_dense(weights, structure):
+    """Greedy text of tiny models runs in circles, which the text itself foretells."""
+    model = built(structure, weights)
+    model.generation_config.eos_token_id = None
+    ids = torch.cat([tokens(1, 9), tokens(1, 9)], dim=1)
+    with Applied(model, None) as session:
+        dense = [int(t) for t in generate(session, ids, max_new_tokens=120, do_sample=False)]
+        for drafts in (1, 6, None):
+            out = Speculation()
+            options = {"max_new_tokens": 120, "do_sample": False}
+            assert [int(t) for t in speculate(session, ids, drafts=drafts, out=out, **options)] == dense
+            assert out.drafted == 0 < out.accepted <= out.judged <= out.found
+            assert drafts is None or out.passes < 119
+        assert session.traces.of("native" if structure == "llama" else "general") > 0
+
+
+def test_sampled_text_that_the_text_drafts_is_distributed_as_dense():
+    """The first two tokens after a text whose end came before, against their exact probabilities."""
+    model = small_vocabulary()
+    ids = torch.tensor([[2, 3, 4, 5, 2, 3]])
+    with torch.no_grad():
+        first = model(ids).logits[0, -1].softmax(-1)
+        exact = torch.cat(
+            [first[a] * model(torch.cat([ids, torch.tensor([[a]])], 1)).logits[0, -1].softmax(-1) for a in range(6)]
+        )
+    found, count = torch.zeros(36), 400
+    with Applied(model, None, backend="reference") as applied:
+        for seed in range(count):
+            options = {"drafts": 1, "source": "text", "seed": seed, "do_sample": True, "top_k": 0}
+            a, b = spoken(applied, ids, 2, **options).tokens
+            found[a * 6 + b] += 1
+    statistic = float(((found - count * exact).square() / (count * exact)).sum())
+    assert statistic < chi2.ppf(0.999, 35)
+
+
+def test_as_many_drafts_as_pay():
+    """Costs of 1 a step, .1 a further token: sure drafts are long, unlikely ones stop, and the plan is tried again later."""
+    pace = Pace()
+    assert pace.expected(("text", 4), 15) == (1.0, 0)  # nothing is measured yet
+    for _ in range(4):
+        pace.verified(1, 0.010)
+    pace.verified(4, 0.013)
+    pace.drafts.append(0.006)
+    for _ in range(40):
+        pace.judged(("text", 4), 8, 8, 9)
+        pace.judged(("text", 2), 0, 1, 1)
+        pace.judged("plan", 0, 1, 1)
+    sure, unsure = pace.expected(("text", 4), 15), pace.expected(("text", 2), 15)
+    assert sure[1] >= 10 and sure[0] > 3
+    assert unsure == (1.0, 0)
+    tried = [pace.expected("plan", 7)[1]]
+    for _ in range(600):
+        pace.judged("plan", 0, 0, 1)
+        tried.append(pace.expected("plan", 7)[1])
+    assert tried[0] == 2 and 3 <= sum(map(bool, tried)) <= 8  # after 16, 32, 64, ... tokens

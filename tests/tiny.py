@@ -33,6 +33,7 @@ BUILDERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, **GATED)),
     "sharp": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, **GATED, attention_bias=True, mlp_bias=True)),
     "reglu": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, **GATED, hidden_act="relu")),
+    "one neuron": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, **GATED | {"intermediate_size": 1})),
     "opt-relu": lambda: _opt("relu"),
     "opt-gelu": lambda: _opt("gelu"),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, **IDS)),

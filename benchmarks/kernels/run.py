@@ -20,6 +20,7 @@ import torch
 
 from moyu import kernels, records
 from moyu.kernels import cpu
+from moyu.kernels.backend import Neurons
 from moyu.measure.environment import last_level_cache, read_buffer
 from moyu.model import anatomy, layout, quantised
 from moyu.weights import held, named
@@ -65,8 +66,7 @@ def measure(kind: str, d: int, f: int) -> list[records.Record]:
     masks = {k: [(torch.rand(f).argsort() < int(f * k))[None] for _ in range(SETS)] for k in KEPT}
     native = cpu.extension().neurons
     ready = {
-        k: [[cpu.native_neurons(x, *layer, m, "silu", None, None, None, None, y) for m in masks[k]] for layer in layers]
-        for k in KEPT
+        k: [[cpu.native_neurons(Neurons(x, *layer, m, "silu"), y) for m in masks[k]] for layer in layers] for k in KEPT
     }
     kernel: dict[float, list[float]] = {k: [] for k in KEPT}  # GB/s
     operator: dict[float, list[float]] = {k: [] for k in KEPT}

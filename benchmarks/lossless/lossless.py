@@ -1,112 +1,223 @@
-"""Lossless generation beside dense: acceptance, tokens a dense pass, and tokens a second, variants in turn on every prompt.
+"""Lossless decoding beside dense: tokens a second, acceptance, what a step of several tokens costs; variants in turn on every prompt.
 
-    python benchmarks/lossless/lossless.py [MODEL] [--prompts 20] [--tokens 48]
+    python benchmarks/lossless/lossless.py MODEL [--text FILE] [--plan FOLDER ...] [--prompts 20] [--tokens 64] [--threads N]
 
-Dense is timed twice, in transformers' own loop and on MOYU's kernels. Prints a table; medians over the prompts.
+--text: a text, of which stretches of 200 tokens are prompts, or .jsonl with a field `prompt` or `question`. Without a plan the
+text alone drafts; each plan drafts with the text and alone. llama.cpp and ik_llama.cpp decode the same prompts where
+`llama-cpp-python` and `ik-llama-cpp-python` are installed and MODEL is a file (PYTHONPATH=benchmarks/cpu). Greedy; texts are compared
+token by token. Prints a table and, with --out, appends a JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.generation import BaseStreamer
+from torch import Tensor
 
-from moyu.calibration.context import Context
-from moyu.calibration.settings import Settings
+from moyu import kernels
+from moyu.engine import steps
 from moyu.engine.applied import Applied
-from moyu.engine.generate import generate
-from moyu.engine.speculation import Speculation, best_drafts, expected_speedup, lossless, sirius, speculate
+from moyu.engine.generate import generate, new_cache, prefill
+from moyu.engine.speculation import Speculation, speculate
+from moyu.model.loading import Loaded, load
+from moyu.model.prompts import as_chat, prompt_ids
+from moyu.plan import Plan
 
-PLANS = (("griffin", 0.5), ("deja-vu", 0.5), ("teal", 0.4))
-
-
-class Clock(BaseStreamer):
-    """Notes when transformers' loop hands over the prompt and each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to note."""
+STRETCH = 200  # tokens of a prompt
+TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of a step
 
 
-def transformers_rate(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> float:
-    """Tokens a second of transformers' loop, the first token apart."""
-    clock = Clock()
-    model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
-    return (len(clock.times) - 2) / (clock.times[-1] - clock.times[1])
+def prompts_of(loaded: Loaded, path: Path | None, count: int) -> list[Tensor]:
+    """Ids (1, T) of some prompts."""
+    if path is not None and path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines()[:count]]
+        texts = [r.get("prompt") or r["question"] for r in rows]
+        if loaded.tokenizer.chat_template:
+            texts = [as_chat(loaded, [{"role": "user", "content": t}], "") for t in texts]
+        return [prompt_ids(loaded, t)[:, : 2 * STRETCH] for t in texts]
+    text = Path(__file__).read_text() if path is None else path.read_text()
+    ids = prompt_ids(loaded, text)[0]
+    starts = torch.linspace(0, max(0, len(ids) - STRETCH), count).long().tolist()
+    return [ids[None, s : s + STRETCH] for s in starts]
 
 
-def own_rate(session: Applied, ids: torch.Tensor, options: dict[str, Any]) -> float:
-    """Tokens a second of MOYU's loop, the first token apart."""
-    times = [time.perf_counter() for _ in generate(session, ids, **options)]
-    return (len(times) - 1) / (times[-1] - times[0])
+def timed(stream: Any) -> tuple[list[int], float]:
+    """Tokens, and how many a second after the first."""
+    found, times = [], []
+    for token in stream:
+        found.append(int(token))
+        times.append(time.perf_counter())
+    return found, (len(found) - 1) / (times[-1] - times[0])
+
+
+def step_costs(session: Any, ids: Tensor) -> dict[int, float]:
+    """Median seconds of a dense step of so many tokens, in turn."""
+    cache, found = new_cache(session), defaultdict(list)
+    prefill(session, cache, list(ids))
+    for _ in range(12):
+        for count in TOGETHER:
+            start = time.perf_counter()
+            steps.dense_step(session, cache, ids[:, :count])
+            found[count].append(time.perf_counter() - start)
+            cache.crop(-count)
+    return {count: statistics.median(values[2:]) for count, values in found.items()}
+
+
+def llama_cpp(path: Path, threads: int, tokens: int) -> Callable[[Tensor], tuple[list[int], float]] | None:
+    """Greedy decoding by llama.cpp; None where it is not installed."""
+    try:
+        from llama_cpp_loop import LlamaCpp
+    except ImportError:
+        return None
+    engine = LlamaCpp(path, threads)
+
+    def write(ids: Tensor) -> tuple[list[int], float]:
+        def stream() -> Any:
+            engine.reset()
+            token = int(engine.step(ids[0].tolist()).argmax())
+            yield token
+            for _ in range(tokens - 1):
+                token = int(engine.step([token]).argmax())
+                yield token
+
+        return timed(stream())
+
+    return write
+
+
+def ik_llama_cpp(
+    path: Path, threads: int, tokens: int, repack: bool
+) -> Callable[[Tensor], tuple[list[int], float]] | None:
+    """Greedy decoding by ik_llama.cpp; None where it is not installed."""
+    from ik_llama_loop import IkLlamaCpp
+
+    try:
+        engine = IkLlamaCpp(path, threads, repack=repack)
+    except RuntimeError as error:
+        print(error)
+        return None
+
+    def write(ids: Tensor) -> tuple[list[int], float]:
+        engine.reset()
+        found, seconds = [engine.step(ids[0].tolist())[0]], 0.0
+        for _ in range(tokens - 1):
+            token, took = engine.step(found[-1:])
+            found.append(token)
+            seconds += took
+        return found, (len(found) - 1) / seconds
+
+    return write
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", nargs="?", default="swiglu")
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--plan", type=Path, action="append", default=[])
     parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    settings = Settings(test=asked.prompts, calibration=16)
-    context = Context.open(asked.model, settings)
-    model, rates, told = context.loaded.model, defaultdict(list), defaultdict(list)
-    plans = {name: context.plan(name, sparsity=sparsity) for name, sparsity in PLANS}
-    prompts = [row[None, :64] for row in context.split.test.tokens]
-    costs = {}
-    options = {"max_new_tokens": asked.tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    for ids in prompts:
-        rates["transformers eager"].append(transformers_rate(model, ids, options))
-    for name, plan in [(None, None), *plans.items()]:
-        with Applied(model, plan, anatomy=context.anatomy) as applied:
-            for ids in prompts:
-                plain = own_rate(applied, ids, options)
-                rates["dense on the kernels" if name is None else f"{name}, uncorrected"].append(plain)
-                if name is None:
-                    continue
-                for label, drafts, rule in (
-                    ("lossless", 2, lossless),
-                    ("lossless", 4, lossless),
-                    ("sirius 0.1", 16, sirius()),
-                ):
-                    made = Speculation()
-                    for _ in speculate(applied, ids, drafts=drafts, rule=rule, out=made, **options):
-                        pass
-                    key = f"{name}, {label}, {drafts} drafts"
-                    rates[key].append(made.tok_s)
-                    told[key].append((made.acceptance, made.tokens_per_pass))
-                    costs.setdefault((name, drafts), []).append(
-                        (made.draft_s / made.drafted, made.verify_s / made.passes)
-                    )
-    dense = {k: statistics.median(rates[k]) for k in ("transformers eager", "dense on the kernels")}
-    print("| variant | tokens/s | x eager | x dense on the kernels | accepted | tokens a dense pass |")
-    print("|---|---|---|---|---|---|")
-    for key, found in rates.items():
-        rate = statistics.median(found)
-        accepted, per_pass = (statistics.mean(v) for v in zip(*told[key], strict=True)) if key in told else (None, None)
-        extra = "| |" if accepted is None else f"{accepted:.0%} | {per_pass:.2f} |"
-        print(f"| {key} | {rate:.0f} | {rate / dense['transformers eager']:.2f} | "
-              f"{rate / dense['dense on the kernels']:.2f} | {extra}")  # fmt: skip
-    for (name, drafts), found in costs.items():
-        if drafts != 4:
-            continue
-        step, verify = (statistics.median(v) * dense["dense on the kernels"] for v in zip(*found, strict=True))
-        accepted = statistics.mean(a for a, _ in told[f"{name}, lossless, 4 drafts"])
-        best = best_drafts(accepted, step, verify)
-        print(
-            f"{name}: a sparse step costs {step:.2f} dense ones and a verification {verify:.2f}; at {accepted:.0%} "
-            f"{best} drafts are best: {expected_speedup(accepted, best, step, verify):.2f}x expected"
-        )
+    torch.set_num_threads(asked.threads)
+    options: dict[str, Any] = {"max_new_tokens": asked.tokens, "do_sample": False, "eos_token_id": None}
+    options |= {"repetition_penalty": 1.0}  # as llama.cpp's loop here, which takes the largest logit
+    with ExitStack() as held:
+        dense_model = load(asked.model)
+        prompts = prompts_of(dense_model, asked.text, asked.prompts)
+        dense = held.enter_context(Applied(dense_model.model, None))
+        plans = {p.name: held.enter_context(Applied(load(asked.model).model, Plan.load(p))) for p in asked.plan}
+        ceiling = kernels.ReadCeiling().sample(3)
+        ways: dict[str, Callable[[Tensor, Speculation], Any]] = {
+            "dense": lambda ids, out: generate(dense, ids, **options),
+            "text": lambda ids, out: speculate(dense, ids, source="text", out=out, **options),
+        }
+        for name, session in plans.items():
+            ways[f"{name}, uncorrected"] = lambda ids, out, s=session: generate(s, ids, **options)
+            for source in ("plan", "both"):
+                ways[f"{name}: {source}"] = lambda ids, out, s=session, source=source: speculate(
+                    s, ids, source=source, out=out, **options
+                )
+        others = {}
+        if asked.model.endswith(".gguf"):
+            path, more = Path(asked.model), (asked.threads, asked.tokens)
+            others = {"llama.cpp": llama_cpp(path, *more), "ik_llama.cpp": ik_llama_cpp(path, *more, repack=False)}
+            others["ik_llama.cpp, repacked"] = ik_llama_cpp(path, *more, repack=True)
+        rates, told, same = defaultdict(list), defaultdict(list), defaultdict(int)
+        for number, ids in enumerate(prompts):
+            texts = {}
+            names = list(ways) if number % 2 == 0 else list(ways)[::-1]
+            for name in names:
+                out = Speculation()
+                texts[name], rate = timed(ways[name](ids, out))
+                rates[name].append(rate)
+                told[name].append(out)
+            for name, write in others.items():
+                if write is not None:
+                    texts[name], rate = write(ids)
+                    rates[name].append(rate)
+            ceiling.sample()
+            for name, text in texts.items():
+                same[name] += text == texts["dense"]
+        costs = {"dense": step_costs(dense, prompts[0])} | {n: step_costs(s, prompts[0]) for n, s in plans.items()}
+    row = {
+        "model": Path(asked.model).name,
+        "text": None if asked.text is None else asked.text.name,
+        "threads": asked.threads,
+        "prompts": len(prompts),
+        "tokens": asked.tokens,
+        "ceiling_gb_s": ceiling.gb_s,
+        "ways": {},
+        "step_s": costs,
+    }
+    print(f"{row['model']}, {row['text']}, {asked.threads} threads, read ceiling {ceiling.gb_s:.1f} GB/s\n")
+    print(
+        "| way | tokens/s | over dense, median of prompts | least | accepted | tokens a pass | drafts of the text, of the plan | same text |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, found in rates.items():
+        over = [a / b for a, b in zip(found, rates["dense"], strict=True)]
+        outs = [o for o in told.get(name, ()) if o.passes]
+        own: dict[str, Any] = {
+            "tok_s": statistics.median(found),
+            "over_dense": statistics.median(over),
+            "least_over_dense": min(over),
+            "same": same[name],
+        }
+        if outs:
+            own |= {
+                "accepted": sum(o.accepted for o in outs) / max(1, sum(o.judged for o in outs)),
+                "tokens_per_pass": sum(len(o.tokens) - 1 for o in outs) / sum(o.passes for o in outs),
+                "found": sum(o.found for o in outs) / len(outs),
+                "drafted": sum(o.drafted for o in outs) / len(outs),
+            }
+        row["ways"][name] = own
+        more = ["", "", ""]
+        if outs:
+            more = [
+                f"{own['accepted']:.0%}",
+                f"{own['tokens_per_pass']:.2f}",
+                f"{own['found']:.0f}, {own['drafted']:.0f}",
+            ]
+        cells = [name, f"{own['tok_s']:.1f}", f"{own['over_dense']:.2f}", f"{own['least_over_dense']:.2f}", *more]
+        print("| " + " | ".join([*cells, f"{own['same']} of {len(prompts)}"]) + " |")
+    for name, found in costs.items():
+        told_costs = ", ".join(f"{n}: {t / found[1]:.2f}" for n, t in found.items())
+        print(f"\n{name}: a step of one token {found[1] * 1e3:.1f} ms; of more tokens, in its time: {told_costs}")
+    if asked.out is not None:
+        with asked.out.open("a") as to:
+            to.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

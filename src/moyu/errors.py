@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
@@ -25,6 +26,13 @@ class OutOfReach(UserError):
             f"byte fraction {byte_fraction} is out of reach: n/a (floor {floor:.2f})", "ask for more bytes"
         )
         self.floor = floor
+
+
+def check_one_of(kind: str, word: str, legal: Collection[str]) -> None:
+    """Refuse a word that is none of these: `no back end is called 'foo': did you mean 'auto'? There are ...`. kind: `back end is`."""
+    if word not in legal:
+        near = difflib.get_close_matches(word, legal, n=1, cutoff=0.0)[0]
+        raise UserError(f"no {kind} called {word!r}", f"did you mean {near!r}? There are {', '.join(legal)}")
 
 
 def first_problem(error: Any) -> str:

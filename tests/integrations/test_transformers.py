@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
+from transformers.quantizers import auto
 
 import moyu
 from moyu import MoyuConfig, kernels, records
@@ -163,6 +164,19 @@ def test_a_saved_checkpoint_is_sparse_in_moyu_s_own_commands(made, checkpoint, c
     assert [r["plan"] for r in rows] == [None, plan.hash]
     few = ("--window", 32, "--prompt-tokens", 16)
     assert [r["plan"] for r in run(capsys, monkeypatch, "eval", checkpoint, *few, "--json")] == [plan.hash]
+
+
+def test_lm_eval_on_a_saved_checkpoint(made, checkpoint, capsys, monkeypatch):
+    """The card and docs/use/transformers.md say what its own command does; MOYU's own command runs its tasks."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    few = ("--window", 32, "--prompt-tokens", 16, "--limit", 2)
+    (row, _) = run(capsys, monkeypatch, "eval", checkpoint, "--tasks", "python_next_line", *few, "--json")
+    assert row["plan"] == moyu.Plan.load(made[0]).hash
+    says = "Unknown quantization type, got moyu"
+    assert says in (checkpoint / "README.md").read_text()
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "moyu")  # as in a process without MoyuConfig
+    with pytest.raises(ValueError, match=says):
+        huggingface.HFLM(pretrained=str(checkpoint), device="cpu")
 
 
 def test_a_checkpoint_of_the_hub_brings_its_plan(made, checkpoint, tokenizer, monkeypatch):

@@ -7,6 +7,7 @@ import moyu
 from equality import plan_for
 from moyu import kernels, methods
 from moyu.engine.applied import Applied
+from moyu.kernels import choosing
 from moyu.kernels.choosing import BACKENDS
 from moyu.kernels.reference import Reference
 from moyu.model import machine
@@ -49,6 +50,18 @@ def test_a_plan_decodes_on_it(counting):
             texts[name] = [int(t) for t in moyu.generate(applied, ids, max_new_tokens=6)]
             assert f"back end {name!r} has no native step" in applied.traces.summary()
     assert texts["counting"] == texts["reference"] and counting.calls > 0
+
+
+def test_auto_is_the_back_end_that_the_code_around_asks_for(counting):
+    """The commands whose plans are simulated ask for theirs so."""
+    model, seen = build("llama", torch.float32), []
+    plan = plan_for(model, methods.method("teal"))
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(choosing._asked.get()))
+    for backend, used in (("auto", "counting"), ("reference", "reference")):
+        with kernels.use("counting"), Applied(model, plan, engine="mask", backend=backend) as applied, torch.no_grad():
+            with applied.prompt(2):
+                model(tokens(1, 4))
+        assert seen[-1] == used
 
 
 def test_it_is_named_where_back_ends_are_named_and_obeyed(counting):

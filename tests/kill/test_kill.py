@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ COMMANDS = {
     "run": lambda out: [*CLI, "run", "relu", "-m", "teal", "-m", "griffin", "--shape", "none", *FEW, "--out", out],
     "trinity": lambda out: [*CLI, "trinity", "--quick", "--models", "relu", "--methods", "griffin,teal", "--bytes", "0.75",
                             "--no-speed", "--out", out],
-    "study": lambda out: [*CLI, "study", "figure1", "--quick", "--model", "relu", "--out", out],
+    "study": lambda out: [*CLI, "study", "dominance", "--quick", "--model", "relu", "--out", out],
     "coverage": lambda out: [*CLI, "coverage", *(w for t in ("llama", "opt", "gpt2") for w in ("--only", t)), "--out", out],
     "zoo train": lambda out: [sys.executable, str(HERE / "train.py"), out],
 }  # fmt: skip
@@ -72,7 +73,7 @@ def contents(out: Path):
                 found[name] = [plain(json.loads(line)) for line in file.read_text().splitlines()]
             case ".json":
                 found[name] = plain(json.loads(file.read_text()))
-            case ".safetensors" | ".bin":
+            case ".safetensors" | ".bin" | ".npz":
                 found[name] = file.read_bytes()
             case _:
                 found[name] = None
@@ -98,13 +99,18 @@ def test_a_killed_command_leaves_what_is_whole_and_ends_the_same(name, tmp_path)
     rng, killed = random.Random(f"{SEED} {name}"), 0
     seconds = finished(COMMANDS[name](str(tmp_path / "whole")))
     broken = tmp_path / "killed"
-    for _ in range(N):
-        process = start(COMMANDS[name](str(broken)))
-        time.sleep(seconds * rng.uniform(0.4, 1.0))  # the first part is imports
-        if process.poll() is None:  # else it was faster than the first run, and its group is gone
+    for _ in range(3 * N):
+        if killed == N:
+            break
+        began, process = time.monotonic(), start(COMMANDS[name](str(broken)))
+        try:  # the first part is imports
+            process.communicate(timeout=seconds * rng.uniform(0.4, 1.0))
+            seconds = time.monotonic() - began  # it was faster than the first run, and there is nothing left to kill
+            shutil.rmtree(broken)
+        except subprocess.TimeoutExpired:
             killed += 1
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+            process.communicate()
         if broken.exists():
             try:
                 assert_whole(broken)

@@ -22,11 +22,11 @@ import numpy as np
 from torch import nn
 
 from moyu.calibration.fisher import curves, divide, name_of
-from moyu.calibration.settings import check_allocation
+from moyu.calibration.settings import ALLOCATIONS
 from moyu.calibration.streams import Progress
 from moyu.calibration.trials import Trial, each_layer, separable, weights
 from moyu.calibration.walk import calibrate
-from moyu.errors import UserError
+from moyu.errors import UserError, check_one_of
 from moyu.measure.evaluation import evaluate
 from moyu.measure.windows import Windows
 from moyu.methods.base import Method
@@ -219,7 +219,7 @@ def calibrate_allocated(
     A search looks at every second deciding window itself; then the others choose. options: of `calibrate`. Raises UserError
     for an unknown allocation, and for a method without a token-level target.
     """
-    check_allocation(allocation)
+    check_one_of("allocation is", allocation, ALLOCATIONS)
     if method.granularity != "token" or not method.solves_target or method.joint:
         raise UserError(f"method {method.name!r} has no site budgets to divide", "leave allocation uniform")
     if not 0 <= sparsity <= MOST:

@@ -229,7 +229,7 @@ class Context:
         method, asked = self.method(name), self._asked
         fraction = settings.bytes if sparsity is None else None
         if fraction is not None and settings.allocation == "uniform":
-            return self._learnt(plan_for_bytes(self.ways(name, progress), self.split, fraction, progress=progress))
+            return self.learnt(plan_for_bytes(self.ways(name, progress), self.split, fraction, progress=progress))
         if fraction is not None:
             sparsity = solve(Reader(model, self.anatomy), method, windows, fraction)
         level = settings.target() if sparsity is None else sparsity
@@ -247,9 +247,9 @@ class Context:
                 progress=progress,
                 **asked,
             )
-        return self._learnt(plan)
+        return self.learnt(plan)
 
-    def _learnt(self, plan: Plan) -> Plan:
+    def learnt(self, plan: Plan) -> Plan:
         """The plan with a trained bias at every site, where that was asked for."""
         if not self.settings.learn_bias:
             return plan

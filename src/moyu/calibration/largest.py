@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moyu.calibration import allocation
 from moyu.calibration.budget import Divided
 from moyu.calibration.context import Context
 from moyu.calibration.settings import Stage, quiet
@@ -86,9 +87,11 @@ def _between(low: tuple[float, float], high: tuple[float, float], most: float) -
 
 def _plans(context: Context, name: str, allowed: Allowed, stage: Stage) -> tuple[Callable[[float], Plan], float, float]:
     """How to make a plan that skips an amount, the largest amount, and the one to begin with."""
+    if context.settings.allocation != "uniform":
+        return lambda amount: context.plan(name, sparsity=amount), allocation.MOST, 0.5
     ways = context.ways(name, lambda done, whole: stage(f"measure {name}", done, whole))
     if len(ways) != 1 or not isinstance(ways[0], Divided):
         return lambda amount: context.plan(name, sparsity=amount), 1.0, 0.5
     way, windows = ways[0], context.split.calibration
     start = way.saved_at(allowed.most) if allowed.kind == "kl" else way.most / 2
-    return lambda amount: way.plan(windows, amount, None), way.most, start
+    return lambda amount: context.learnt(way.plan(windows, amount, None)), way.most, start

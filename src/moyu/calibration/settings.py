@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moyu import methods
-from moyu.errors import UserError
+from moyu.errors import UserError, check_one_of
 from moyu.kernels import BackendName
 from moyu.model import machine
 
@@ -108,7 +108,7 @@ class Settings:
                 f"a prompt of {self.boundary} tokens leaves nothing to score in windows of {self.window}",
                 "use --prompt-tokens smaller than --window by at least 2",
             )
-        check_allocation(self.allocation)
+        check_one_of("allocation is", self.allocation, ALLOCATIONS)
 
     def _check_methods(self) -> None:
         legal = {name: knobs_of(name) for name in self.methods}
@@ -118,13 +118,13 @@ class Settings:
                 near = difflib.get_close_matches(knob, every, n=1, cutoff=0.3)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(every) or 'no knobs'}"
                 raise UserError(f"no knob is called {knob!r} in {', '.join(legal)}", hint)
+        given = {"--sparsity": self.sparsity, "--bytes": self.bytes}
+        told = [option for option, value in given.items() if value is not None]
+        if told and not any(methods.method_class(name).solves_target for name in self.methods):
+            raise UserError(
+                f"{told[0]} would do nothing (the model decides what {', '.join(legal)} skips)", "leave it out"
+            )
         for name in self.methods:
             methods.method(name, **self.knobs_for(name))
             if methods.method_class(name).granularity == "sequence" and self.boundary == 0:
                 raise UserError(f"method {name!r} decides from the prompt", "use --prompt-tokens of at least 1")
-
-
-def check_allocation(allocation: str) -> None:
-    """Refuse an allocation that there is not."""
-    if allocation not in ALLOCATIONS:
-        raise UserError(f"no allocation is called {allocation!r}", f"--allocation is one of {', '.join(ALLOCATIONS)}")

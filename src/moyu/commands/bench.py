@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moyu.commands import words
-from moyu.commands.options import BackendName, Device, Json, Methods, Seed, Sparsity, Strict, Weights
+from moyu.commands.options import BackendName, Device, Json, Methods, Seed, Sparsity, Strict, Weights, refuse_unused
 from moyu.commands.output import progress, show
 from moyu.errors import UserError
 
@@ -19,6 +19,7 @@ SHAPE_METHODS = ("cats", "teal", "griffin", "popularity")  # of random weights, 
 
 
 def bench(
+    typed: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -41,7 +42,7 @@ def bench(
         list[Path] | None,
         typer.Option(help="A folder with a plan for MODEL. Repeat it for several.", callback=words.plan_list),
     ] = None,
-    sparsity: Sparsity = 0.5,
+    sparsity: Sparsity = None,
     tokens: Annotated[int, typer.Option(help="Tokens that are decoded in a round.", min=2)] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds. Dense and the methods alternate in each.", min=1)] = 3,
     weights: Weights = None,
@@ -62,6 +63,8 @@ def bench(
         raise UserError("--plan is of a MODEL, and in place of --method", "give one of them")
     if layers is not None and shape is None:
         raise UserError("--layers is of --shape", "a model is timed with all its layers")
+    if plan:
+        refuse_unused(typed, "sparsity", because="--plan says what is skipped", remedy="leave out one of them")
     from moyu.calibration.settings import Settings
     from moyu.model import machine
 
@@ -79,13 +82,11 @@ def bench(
     from moyu.calibration.context import Context
     from moyu.calibration.speed import bench_model, bench_shape
     from moyu.measure.benchmark import check_positions
-    from moyu.model import loading
     from moyu.plan import Plan
 
     with progress() as stage:
         if model is None:
             assert shape is not None
-            loading.check_shape(shape)
             rows = bench_shape(
                 shape,
                 dict.fromkeys(settings.methods, settings.target()),
@@ -104,6 +105,9 @@ def bench(
             check_positions(context.loaded.model, 1, tokens)
             own = context.loaded.plan
             folders = plan or ([] if own is None or method else [own])
+            if folders:
+                because, remedy = "the checkpoint's own plan says what is skipped", "name a --method for another plan"
+                refuse_unused(typed, "sparsity", because=because, remedy=remedy)
             plans = {}
             for given in map(Plan.load, folders):
                 given.check(context.loaded.model, context.anatomy)

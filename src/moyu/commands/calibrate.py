@@ -100,7 +100,7 @@ def calibrate(
     told = [name for name, value in given.items() if value is not None]
     if len(told) > 1:
         raise UserError(f"{' and '.join(told)} are given, and each says how much to skip", "give one of them")
-    from moyu import records
+    from moyu import kernels, records
     from moyu.calibration.context import Context
     from moyu.calibration.largest import Allowed, largest
     from moyu.commands.rows import quality_record
@@ -110,7 +110,7 @@ def calibrate(
         allowed = Allowed("ppl_increase", parse_share(max_ppl_increase))
     check_writable(out)
     rows = []
-    with progress() as stage:
+    with progress() as stage, kernels.use(settings.backend):
         context = Context.open(model, settings, stage)
         if profile is not None:
             context.use_profile(profile)

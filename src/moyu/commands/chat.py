@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moyu.commands.options import BackendName, Device, Model, PlanFolder, Seed, Weights
+from moyu.commands.options import BackendName, Device, Lossless, Model, PlanFolder, Seed, Weights
 from moyu.errors import UserError
 
 COMMANDS = "/reset begins anew, /plan FOLDER takes a plan, /plan off none, /quit ends; Ctrl-C stops an answer"
@@ -22,6 +22,7 @@ def chat(
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy. Default: as the model's generation config has it.", min=0, max=2)
     ] = None,
+    lossless: Lossless = False,
     weights: Weights = None,
     device: Device = "cpu",
     backend: BackendName = "auto",
@@ -38,7 +39,7 @@ def chat(
 
     loaded, asked = open_with_plan(model, plan, weights, device)
     sampling = {} if temperature is None else {"do_sample": temperature > 0, "temperature": temperature or None}
-    talk = Conversation(loaded, asked, system, new_tokens, sampling, backend=kernels, seed=seed)
+    talk = Conversation(loaded, asked, system, new_tokens, sampling, lossless=lossless, backend=kernels, seed=seed)
     print(f"moyu: {loaded.name}, {talk.named}; {COMMANDS}", file=sys.stderr)
     with talk:
         while (said := _listen()) is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from moyu import kernels
 from moyu.engine.applied import Applied
 from moyu.engine.generate import generate, new_cache
+from moyu.engine.speculation import Speculation, speculate
 from moyu.errors import UserError
 from moyu.kernels import BackendName
 from moyu.measure import accounting
@@ -31,12 +32,17 @@ class Conversation(AbstractContextManager):
         new_tokens: int,
         settings: dict[str, Any],
         *,
+        lossless: bool = False,
         backend: BackendName = "auto",
         seed: int = 0,
     ) -> None:
-        """settings: of the generation config. Raises UserError for a model without a chat template."""
+        """settings: of the generation config. lossless: dense checks what the conversation so far, and the plan, draft.
+
+        Raises UserError for a model without a chat template.
+        """
         self.loaded, self.new_tokens, self.settings, self.seed = loaded, new_tokens, settings, seed
         self.backend: BackendName = backend
+        self.lossless = lossless
         self.first = [] if system is None else [{"role": "system", "content": system}]
         as_chat(loaded, [*self.first, {"role": "user", "content": "x"}], REMEDY)
         self.anatomy = dissect(loaded.model)
@@ -51,7 +57,8 @@ class Conversation(AbstractContextManager):
     def named(self) -> str:
         """The plan in words."""
         plan = self.session.plan
-        return "dense" if plan is None else f"{plan.method.name} ({plan.hash})"
+        name = "dense" if plan is None else f"{plan.method.name} ({plan.hash})"
+        return f"{name}, lossless" if self.lossless else name
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -89,7 +96,12 @@ class Conversation(AbstractContextManager):
 
         pieces = Pieces(self.loaded.tokenizer, prompt[-8:], written, special=False)
         settings = {**self.settings, "max_new_tokens": min(self.new_tokens, limit - len(ids))}
-        stream = generate(self.session, [ids], seed=self.seed + len(self.history), cache=self.cache, **settings)
+        settings |= {"seed": self.seed + len(self.history), "cache": self.cache}
+        drafts = Speculation() if self.lossless else None
+        if drafts is None:
+            stream = generate(self.session, [ids], **settings)
+        else:
+            stream = speculate(self.session, ids[None], out=drafts, **settings)
         native, prefill = self.session.traces.of("native"), 0
         try:
             with kernels.count_bytes() as counter:
@@ -107,12 +119,14 @@ class Conversation(AbstractContextManager):
         self.history = [*asked, {"role": "assistant", "content": "".join(answer)}]
         steps = len(fresh) - 1
         # Other steps have products that count nothing.
-        counted = 0 < steps == self.session.traces.of("native") - native
+        passes = steps if drafts is None else drafts.passes + drafts.drafted
+        counted = 0 < steps and passes == self.session.traces.of("native") - native
         return "; ".join(
             [
                 f"{len(prompt) - kept} of {len(prompt)} tokens of the conversation read, {len(fresh)} written",
                 f"{steps / (times[-1] - times[0]):.1f} tokens/s" if steps > 0 else "no second token",
                 *([self._bits((counter.total - prefill) / steps)] if counted else []),
+                *([f"{drafts.tokens_per_pass:.1f} tokens a dense step"] if drafts is not None and steps > 0 else []),
                 self.named,
             ]
         )

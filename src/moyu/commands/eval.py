@@ -29,12 +29,16 @@ from moyu.commands.options import (
     Window,
     parse_knobs,
     parse_layers,
+    refuse_unused,
 )
 from moyu.commands.output import progress, show
-from moyu.errors import UserError
+
+# Options of plans that are made here.
+MADE = ("method", "sparsity", "bytes_", "knob", "bias", "centre", "learn_bias", "dense_layers")
 
 
 def evaluate(
+    typed: typer.Context,
     model: Model = "swiglu",
     plan: Annotated[
         list[Path] | None,
@@ -68,6 +72,12 @@ def evaluate(
     Plans are read from folders with --plan, else made here for each --method. On text, each stands beside a random choice and
     the best choice of as many units.
     """
+    if plan:
+        refuse_unused(typed, *MADE, because="--plan says what is skipped", remedy="leave out one of them")
+    if tasks is None:
+        remedy = "name tasks, e.g. --tasks python_next_line"
+        refuse_unused(typed, "task_folder", "limit", because="they are of --tasks", remedy=remedy)
+    from moyu import kernels
     from moyu.calibration.settings import Settings, default_methods
     from moyu.model import machine
 
@@ -89,16 +99,16 @@ def evaluate(
         weights=weights,
     )
     settings.check()
-    if tasks is None and (task_folder is not None or limit is not None):
-        raise UserError("--task-folder and --limit are of --tasks", "name tasks, e.g. --tasks python_next_line")
     from moyu.calibration.context import Context
     from moyu.commands.rows import quality_record
     from moyu.plan import Plan
 
     loaded = [Plan.load(folder) for folder in plan or []]
-    with progress() as stage:
+    with progress() as stage, kernels.use(settings.backend):
         context = Context.open(model, settings, stage)
         if not loaded and not method and context.loaded.plan is not None:
+            remedy = "name a --method for another plan"
+            refuse_unused(typed, *MADE, because="the checkpoint's own plan says what is skipped", remedy=remedy)
             loaded = [Plan.load(context.loaded.plan)]
         names = [] if loaded else (method or context.applicable(settings.methods)[0])
 

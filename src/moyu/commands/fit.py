@@ -25,11 +25,13 @@ from moyu.commands.options import (
     Text,
     Window,
     parse_knobs,
+    refuse_unused,
 )
 from moyu.commands.output import check_writable, progress
 
 
 def fit(
+    typed: typer.Context,
     method: Annotated[
         str,
         typer.Argument(
@@ -59,6 +61,11 @@ def fit(
 
     A plan that the same training has already made is taken as it is.
     """
+    if tune is not None:
+        refuse_unused(
+            typed, "shifted", "out", because="--tune is the folder, and grades nothing", remedy="leave it out"
+        )
+    from moyu import kernels
     from moyu.calibration.settings import Settings
     from moyu.model import machine
 
@@ -79,11 +86,11 @@ def fit(
 
     check_writable(tune or out)
     if tune is not None:
-        with progress() as stage:
+        with progress() as stage, kernels.use(settings.backend):
             row = dataclasses.asdict(fitting.tune(model, settings, tune, stage))
         print(json.dumps(row) if as_json else "\n".join(f"{k:18s} {v}" for k, v in row.items()))
         return
-    with progress() as stage:
+    with progress() as stage, kernels.use(settings.backend):
         rows = fitting.fit(model, settings, shifted, out / method, stage)
     for row in rows:
         if as_json:

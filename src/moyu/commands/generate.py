@@ -8,13 +8,27 @@ from typing import Annotated
 
 import typer
 
-from moyu.commands.options import BackendName, Device, Json, Model, PlanFolder, Prompt, Seed, Strict, Weights
+from moyu.commands.options import (
+    BackendName,
+    Device,
+    Json,
+    Lossless,
+    Model,
+    PlanFolder,
+    Prompt,
+    Seed,
+    Strict,
+    Weights,
+    refuse_unused,
+)
 from moyu.errors import UserError
 
+SIRIUS_DRAFTS = 4
 PROMPT = "def read_config(path):\n"  # for the embedded models, which know Python alone
 
 
 def generate(
+    typed: typer.Context,
     model: Model = "swiglu",
     plan: PlanFolder = None,
     prompt: Prompt = None,
@@ -29,17 +43,17 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Run dense as well, and say where its text first differs.")
     ] = False,
-    lossless: Annotated[
-        bool,
-        typer.Option("--lossless", help="The plan drafts and the dense model checks: the text is the dense model's."),
-    ] = False,
+    lossless: Lossless = False,
     sirius: Annotated[
         float | None,
         typer.Option(
             help="The plan drafts, and dense rewrites from the first token that it finds less likely than this."
         ),
     ] = None,
-    draft_length: Annotated[int, typer.Option(help="Tokens that the plan drafts before dense checks them.", min=1)] = 4,
+    draft_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens that are drafted before dense checks them. Default: as many as pay.", min=1),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Of --lossless and --sirius: 0 is greedy.", min=0)] = 0.0,
     weights: Weights = None,
     device: Device = "cpu",
@@ -50,6 +64,8 @@ def generate(
 ) -> None:
     """Continue a prompt, or answer it in a chat template, dense or under a plan. The text goes to stdout, its speed to stderr."""
     check_correction(lossless, sirius, temperature, plan)
+    if not lossless and sirius is None:
+        refuse_unused(typed, "draft_length", because="nothing is drafted", remedy="give --lossless or --sirius as well")
     from moyu.model import machine
 
     kernels = machine.backend_of(backend)
@@ -64,8 +80,11 @@ def generate(
 
     correction = None
     if lossless or sirius is not None:
-        correction = Correction("lossless" if lossless else "sirius", draft_length, temperature, sirius or 0.0)
+        length = draft_length or (None if lossless else SIRIUS_DRAFTS)
+        correction = Correction("lossless" if lossless else "sirius", length, temperature, sirius or 0.0)
     loaded, asked = open_with_plan(model, plan, weights, device)
+    if compare and asked is None and correction is None:
+        raise UserError("--compare holds a plan or --lossless against dense, and there is neither", "give one, or leave it out")
     templated = bool(prompt is not None and loaded.tokenizer.chat_template) if chat is None else chat
     prompt = PROMPT if prompt is None else written(prompt)
     if templated:
@@ -85,12 +104,13 @@ def generate(
         backend=kernels,
         strict=strict,
         correction=correction,
+        margins=compare,
         seed=seed,
         show=None if as_json else pieces.show,
     )
     if not as_json:
         pieces.end()
-    dense = write(loaded, anatomy, None, ids, new_tokens, backend=kernels) if compare and asked is not None else None
+    dense = write(loaded, anatomy, None, ids, new_tokens, backend=kernels) if compare else None
     about = about_model(loaded.name, loaded.model, anatomy, seed=seed, plan=asked)
     row = generation_record(about, asked, prompt, text, dense, correction)
     if as_json:
@@ -108,7 +128,7 @@ def check_correction(lossless: bool, sirius: float | None, temperature: float, p
         return
     if lossless and sirius is not None:
         raise UserError("both --lossless and --sirius are given", "give one of them")
-    if plan is None:
+    if plan is None and sirius is not None:
         raise UserError("no plan to draft with", "`moyu calibrate` makes one; then --plan runs/plans/METHOD")
     if sirius is not None and not 0 <= sirius <= 1:
         raise UserError(f"--sirius is a likelihood in [0, 1], not {sirius}", "the paper's is 0.1")

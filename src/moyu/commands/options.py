@@ -75,6 +75,17 @@ def _checked(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return check
 
 
+def refuse_unused(typed: typer.Context, *names: str, because: str, remedy: str) -> None:
+    """Refuse these parameters where the command line gives them, since the command would not use them."""
+    told = [
+        max(option.opts, key=len)
+        for option in typed.command.params
+        if option.name in names and typed.get_parameter_source(option.name).name == "COMMANDLINE"  # pyright: ignore
+    ]
+    if told:
+        raise UserError(f"{' and '.join(told)} would do nothing ({because})", remedy)
+
+
 # ------------------------------------------------------------------------------------------------------ model and text
 
 Model = Annotated[
@@ -107,6 +118,13 @@ Boundary = Annotated[
     int,
     typer.Option(
         "--prompt-tokens", help="Tokens at the start of a window that run dense; the others skip and are scored.", min=0
+    ),
+]
+Lossless = Annotated[
+    bool,
+    typer.Option(
+        "--lossless",
+        help="The text so far, and the plan if there is one, draft; the dense model checks: its text, faster where drafts pay.",
     ),
 ]
 Strict = Annotated[

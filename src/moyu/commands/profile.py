@@ -18,6 +18,7 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure which neurons a model needs on a text. `moyu calibrate --profile` calibrates on the same text."""
+    from moyu import kernels
     from moyu.calibration.settings import Settings, default_methods
     from moyu.model import machine
 
@@ -35,7 +36,7 @@ def profile(
     from moyu.commands.rows import profile_record
 
     check_writable(out)
-    with progress() as stage:
+    with progress() as stage, kernels.use(settings.backend):
         context = Context.open(model, settings, stage)
         found = context.profile()
     found.save(out)

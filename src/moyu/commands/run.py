@@ -33,11 +33,13 @@ from moyu.commands.options import (
     Window,
     parse_knobs,
     parse_layers,
+    refuse_unused,
 )
 from moyu.commands.output import check_writable, progress, show
 
 
 def run(
+    typed: typer.Context,
     model: Model = "swiglu",
     method: Methods = None,
     sparsity: Sparsity = None,
@@ -69,6 +71,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Do everything: profile, calibrate, evaluate, generate and time a model, and write a report of it."""
+    if shape == "none":
+        refuse_unused(typed, "shape_layers", because="no shape is timed", remedy="leave it out, or name a --shape")
     from moyu.calibration.settings import Settings, default_methods
     from moyu.model import machine
 
@@ -93,10 +97,7 @@ def run(
     )
     settings.check()
     from moyu.commands import pipe
-    from moyu.model import loading
 
-    if shape != "none":
-        loading.check_shape(shape)
     check_writable(out)
     with progress() as stage:
         rows = pipe.run(

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from moyu.commands.options import RUNS, BackendName, Device, Json, Out, Seed, Text, parse_fractions
+from moyu.commands import words
+from moyu.commands.options import RUNS, BackendName, Device, Json, Out, Seed, Text, parse_fractions, refuse_unused
 from moyu.commands.output import check_writable, progress, show
 
 
 def trinity(
+    typed: typer.Context,
     models: Annotated[
         str, typer.Option(help="Zoo names, folders, GGUF files or hub ids, with commas between them.")
     ] = "swiglu,relu,gelu",
@@ -49,11 +51,16 @@ def trinity(
 
     On a quantised GGUF file methods act on its own weights, are held against the file itself, and stand beside the files of --competitors.
     """
+    if quick:
+        refuse_unused(typed, "documents", because="--quick takes 6", remedy="leave out one of them")
+    if not speed:
+        refuse_unused(typed, "backend", because="of what is timed, and --no-speed times nothing", remedy="leave it out")
     from moyu.model import machine
 
     kernels = machine.backend_of(backend)
     machine.check(device, kernels)
     fractions = () if bytes_ is None else parse_fractions(bytes_)
+    words.model_list(models.split(","))
     from moyu.reporting import scoreboard, write_scoreboard
     from moyu.research import trinity as board
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moyu import methods
-from moyu.errors import UserError
+from moyu.errors import UserError, check_one_of
 from moyu.model import named, zoo
 
 BACKENDS = ("auto", "cpu", "gpu", "reference")  # auto, and kernels.BACKENDS
@@ -23,12 +23,11 @@ DEVICE = r"(cpu|cuda|mps|xpu|hpu|xla|meta)(:\d+)?"
 
 
 def one_of(kind: str, legal: Sequence[str]) -> Callable[[str | None], str | None]:
-    """A check that a word is one of these: `no back end is called 'foo': did you mean 'auto'? There are ...`."""
+    """A check that a word is one of these."""
 
     def check(word: str | None) -> str | None:
-        if word is not None and word not in legal:
-            near = difflib.get_close_matches(word, legal, n=1, cutoff=0.0)[0]
-            raise UserError(f"no {kind} called {word!r}", f"did you mean {near!r}? There are {', '.join(legal)}")
+        if word is not None:
+            check_one_of(kind, word, legal)
         return word
 
     return check
@@ -46,6 +45,13 @@ def model(word: str | None) -> str | None:
     if word is not None:
         named.check_name(word)
     return word
+
+
+def model_list(words: list[str] | None) -> list[str] | None:
+    """Names of models."""
+    for word in words or ():
+        named.check_name(word)
+    return words
 
 
 def embedded(word: str) -> str:

@@ -45,24 +45,34 @@ def write(
     backend: BackendName = "auto",
     strict: bool = False,
     correction: Correction | None = None,
+    margins: bool = False,
     seed: int = 0,
     show: Show | None = None,
 ) -> Written:
-    """Text after `ids` (1, T); dense where there is no plan. correction: dense checks what the plan drafts; else it is greedy.
+    """Text after `ids` (1, T); dense where there is no plan. correction: dense checks what the plan or the text itself drafts; else it is
+    greedy. margins: keep how far the two largest dense scores of each token are apart.
 
     strict: UserError where a step is not the fastest there is.
     """
     pieces = None if show is None else Pieces(loaded.tokenizer, ids[0].tolist(), show)
-    drafted = None if plan is None or correction is None else Speculation()
+    drafted = None if correction is None else Speculation(keep_margins=margins)
     fresh, times = list[int](), list[float]()
     with Applied(loaded.model, plan, backend=backend, anatomy=anatomy) as session:
         start = time.perf_counter()
         if drafted is None or correction is None:
             stream = generate(session, ids, strict=strict, max_new_tokens=new_tokens, do_sample=False)
         else:
-            drafts, settings = correction.drafts, {"max_new_tokens": new_tokens, **correction.sampling}
             stream = speculate(
-                session, ids, drafts=drafts, rule=correction.decide, strict=strict, seed=seed, out=drafted, **settings
+                session,
+                ids,
+                drafts=correction.drafts,
+                source=correction.source,
+                rule=correction.decide,
+                strict=strict,
+                seed=seed,
+                out=drafted,
+                max_new_tokens=new_tokens,
+                **correction.sampling,
             )
         for tokens in stream:
             times.append(time.perf_counter())
@@ -96,15 +106,17 @@ def generation_record(
     correction: Correction | None = None,
 ) -> records.Generation:
     """A text under a plan, and dense text beside it where there is one; without a plan the text itself is the dense one."""
-    if plan is None:
+    if plan is None and correction is None:
         dense = sparse
     first = None if dense is None else _first_difference(dense.ids, sparse.ids)
     drafted, part = sparse.drafted, None
     if drafted is not None and correction is not None:
         part = records.Correction(
-            rule="lossless" if correction.rule == "lossless" else "sirius",
+            rule=correction.rule,
             drafts=correction.drafts,
             temperature=correction.temperature,
+            from_text=drafted.found,
+            from_plan=drafted.drafted,
             acceptance=drafted.acceptance,
             tokens_per_pass=drafted.tokens_per_pass,
             margin=None if first is None or first >= len(drafted.margins) else drafted.margins[first],

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from moyu.commands import words
-from moyu.commands.options import RUNS, Json, Seed
+from moyu.commands.options import RUNS, Json, Seed, refuse_unused
 from moyu.commands.output import check_writable
 from moyu.errors import UserError
 
@@ -18,6 +18,7 @@ from moyu.errors import UserError
 def zoo(context: typer.Context, as_json: Json = False) -> None:
     """List the small models that come with MOYU; `moyu zoo train` makes one again."""
     if context.invoked_subcommand is not None:
+        refuse_unused(context, "as_json", because="it is of the list of models", remedy="leave it out")
         return
     from moyu.model import zoo as models
 

@@ -66,7 +66,7 @@ def generate(
         device = next(core.parameters()).device
         draw = Draw(core, rows, seed, settings)
         cache = new_cache(session) if cache is None else cache
-        logits = _prefill(session, cache, [row.to(device) for row in rows])
+        logits = prefill(session, cache, [row.to(device) for row in rows])
         while True:
             tokens, ended = draw(logits)
             yield tokens
@@ -77,7 +77,7 @@ def generate(
                 session.traces.require_fastest()
 
 
-def _prefill(session: Session, cache: KvCache, rows: list[Tensor]) -> Tensor:
+def prefill(session: Session, cache: KvCache, rows: list[Tensor]) -> Tensor:
     """Run densely what `cache` lacks of the prompts; logits (B, V) behind each. Prompts of different lengths run one by one."""
     if len({len(row) for row in rows}) == 1:
         while (done := int(cache.get_seq_length())) < len(rows[0]) - CHUNK:
@@ -86,7 +86,7 @@ def _prefill(session: Session, cache: KvCache, rows: list[Tensor]) -> Tensor:
     made = []
     for row in rows:
         own = new_cache(session)
-        made.append(_prefill(session, own, [row]))
+        made.append(prefill(session, own, [row]))
         join(cache, own)
     return torch.cat(made)
 

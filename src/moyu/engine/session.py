@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -140,7 +140,8 @@ class Session:
         """Make `state` the running pass of this thread, on this session's back end."""
         token = _pass.set({**_pass.get(), id(self): state})
         try:
-            with kernels.use(self.backend):
+            # auto: the back end that the code around has asked for
+            with nullcontext() if self.backend == "auto" else kernels.use(self.backend):
                 yield
         finally:
             _pass.reset(token)

@@ -239,6 +239,6 @@ model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
 |---|---|
 {lines}
 
-{_quality(rows)} Speed on a machine: `moyu bench THIS FOLDER`. Tasks of lm-eval: `moyu eval THIS FOLDER --tasks NAME`;
-`lm_eval --model hf` reads it only in a process that has imported `MoyuConfig`.
+{_quality(rows)} Speed on a machine: `moyu bench THIS FOLDER`. Tasks of lm-eval: `moyu eval THIS FOLDER --tasks NAME`.
+`lm_eval --model hf` refuses this folder ("Unknown quantization type, got moyu"): it knows no types but those of transformers.
 """

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
 from moyu.weights import Format, Stored
 
 Read = int | Callable[[], int]  # bytes of weights and biases that were read, or what it takes to find out
+
+
+class Neurons(NamedTuple):
+    """The arguments of `kernels.neurons`."""
+
+    x: Tensor
+    gate: Stored | None
+    up: Stored | None
+    down: Stored
+    mask: Tensor
+    act: str
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    given: Tensor | None = None
 
 
 class Backend(ABC):
@@ -44,19 +60,7 @@ class Backend(ABC):
         raise NotImplementedError(f"the {self.name} back end has no words")
 
     @abstractmethod
-    def neurons(
-        self,
-        x: Tensor,
-        gate: Stored | None,
-        up: Stored | None,
-        down: Stored,
-        mask: Tensor,
-        act: str,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        given: Tensor | None,
-    ) -> tuple[Tensor, Read]: ...
+    def neurons(self, call: Neurons) -> tuple[Tensor, Read]: ...
 
 
 def touched_groups(mask: Tensor, group: int) -> int:

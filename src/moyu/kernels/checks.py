@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moyu.kernels.backend import Neurons
 from moyu.kernels.reference import ACTIVATIONS
 from moyu.weights import Plain, Stored
 from moyu.weights.format import LIES
@@ -20,19 +21,9 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
-def check_neurons(
-    x: Tensor,
-    gate: Stored | None,
-    up: Stored | None,
-    down: Stored,
-    mask: Tensor,
-    act: str,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    given: Tensor | None,
-) -> None:
+def check_neurons(call: Neurons) -> None:
     """Raise ValueError (a shape, a stride, a name) or TypeError (a dtype, a device) that says what to do."""
+    x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given = call
     activation(act)
     _matrix("neurons", "x", x)
     if len(down.shape) != 2:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moyu.kernels.backend import Backend
+from moyu.kernels.backend import Backend, Neurons
 from moyu.weights import Format, Plain, Stored, held
 
 _REMEDY = "install moyu where there is a C++17 compiler (g++ or clang), or run `make setup` in a checkout"
@@ -101,24 +101,11 @@ class Cpu(Backend):
     def words(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
         return _multiply(extension().words, x, weight, mask, bias)
 
-    def neurons(
-        self,
-        x: Tensor,
-        gate: Stored | None,
-        up: Stored | None,
-        down: Stored,
-        mask: Tensor,
-        act: str,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        given: Tensor | None,
-    ) -> tuple[Tensor, int]:
-        x, mask = _inner(x), _inner(mask)
-        given = None if given is None else _inner(given)
-        y = torch.empty((len(x), down.shape[0]), dtype=x.dtype)
-        arguments = native_neurons(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given, y)
-        return y, extension().neurons(arguments)
+    def neurons(self, call: Neurons) -> tuple[Tensor, int]:
+        given = None if call.given is None else _inner(call.given)
+        call = call._replace(x=_inner(call.x), mask=_inner(call.mask), given=given)
+        y = torch.empty((len(call.x), call.down.shape[0]), dtype=call.x.dtype)
+        return y, extension().neurons(native_neurons(call, y))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -157,20 +144,9 @@ def native_weight(weight: Stored) -> Any:
     )
 
 
-def native_neurons(
-    x: Tensor,
-    gate: Stored | None,
-    up: Stored | None,
-    down: Stored,
-    mask: Tensor,
-    act: str,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    given: Tensor | None,
-    out: Tensor,
-) -> Any:
+def native_neurons(call: Neurons, out: Tensor) -> Any:
     """The arguments of the extension's `neurons`; addresses are those of the live tensors, whose rows are contiguous."""
+    x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given = call
     return extension().NeuronsArgs(
         dtype=_DTYPES[x.dtype],
         act=_CODES[act],

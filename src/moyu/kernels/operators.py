@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moyu.kernels import choosing, gpu
-from moyu.kernels.backend import Read
+from moyu.kernels.backend import Neurons, Read
 from moyu.kernels.checks import check_linear, check_neurons
 from moyu.kernels.gpu import Gpu
 from moyu.weights import Order, Stored, held, named
@@ -61,23 +61,23 @@ def _neurons(x, g, g_format, g_shape, u, u_format, u_shape, d, d_format, d_shape
     down = _closed(d, d_format, d_shape, "columns")
     if down is None:
         raise ValueError("neurons: down has no tensors")
-    arguments = (x, gate, up, down, mask, act, *rest, *[None] * (4 - len(rest)))
-    check_neurons(*arguments)
-    return arguments
+    call = Neurons(x, gate, up, down, mask, act, *rest)
+    check_neurons(call)
+    return call
 
 
 def _run_neurons(*args):
-    arguments = _neurons(*args)
-    formats = {w.format.name: w.format for w in arguments[1:4] if w is not None}
-    backends = [choosing.choose("neurons", f, arguments[0]) for f in formats.values()]
+    call = _neurons(*args)
+    formats = {w.format.name: w.format for w in (call.gate, call.up, call.down) if w is not None}
+    backends = [choosing.choose("neurons", f, call.x) for f in formats.values()]
     # Where formats differ and some back end lacks one of them, the one that comes last in the list serves all.
     backend = max(backends, key=list(choosing.BACKENDS.values()).index)
-    return _finish("neurons", backend.neurons(*arguments))
+    return _finish("neurons", backend.neurons(call))
 
 
 def _fake_neurons(*args):
-    x, down = (arguments := _neurons(*args))[0], arguments[3]
-    return x.new_empty((x.shape[0], down.shape[0]))
+    call = _neurons(*args)
+    return call.x.new_empty((call.x.shape[0], call.down.shape[0]))
 
 
 def _linear(order: Order, x, tensors, format, shape, mask: Any = None, bias=None):

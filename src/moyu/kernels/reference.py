@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moyu.kernels.backend import Backend, columns_read, levels_read, words_read
+from moyu.kernels.backend import Backend, Neurons, columns_read, levels_read, words_read
 from moyu.weights import Format, Stored
 
 
@@ -87,19 +87,8 @@ class Reference(Backend):
         y = torch.where(mask, factor @ weight.values(wide).T, factor @ weight.first_values(wide).T)
         return (y if bias is None else y + bias.to(wide)).to(x.dtype), words_read(weight, mask) + _bytes(bias)
 
-    def neurons(
-        self,
-        x: Tensor,
-        gate: Stored | None,
-        up: Stored | None,
-        down: Stored,
-        mask: Tensor,
-        act: str,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        given: Tensor | None,
-    ) -> tuple[Tensor, int]:
+    def neurons(self, call: Neurons) -> tuple[Tensor, int]:
+        x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given = call
         wide = _wide(x)
         kept = mask.any(0).nonzero()[:, 0]  # (k,)
         read = columns_read(down, mask) + _bytes(down_bias)
@@ -128,7 +117,8 @@ def rounded(x: Tensor, group: int) -> Tensor:
     """x (N, n) as 8 bits and a scale for every `group` values, half to even, float32: d = max |x| / 127 is not rounded."""
     groups = F.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     most = groups.abs().amax(2, keepdim=True)
-    whole = (groups * torch.where(most == 0, 0.0, 127 / most)).round()
+    inverse = most.new_tensor(127.0) / most  # `127 / most` would be 127 times a reciprocal, which is rounded itself
+    whole = (groups * torch.where(most == 0, 0.0, inverse)).round()
     return (whole * (most / 127)).flatten(1)[:, : x.shape[1]]
 
 

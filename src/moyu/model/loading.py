@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from moyu.errors import UserError
+from moyu.errors import UserError, check_one_of
 from moyu.model import zoo
 from moyu.model.dissect import DEPTHS, setting
 from moyu.model.finite import require_finite
@@ -212,13 +211,6 @@ SHAPES = {
 }  # fmt: skip
 
 
-def check_shape(shape: str) -> None:
-    """Refuse a shape that there is not, before any work is done."""
-    if shape not in SHAPES:
-        near = difflib.get_close_matches(shape, SHAPES, n=1, cutoff=0.2) or list(SHAPES)
-        raise UserError(f"unknown shape {shape!r}", f"did you mean {near[0]!r}? There are {', '.join(SHAPES)}")
-
-
 def random_model(
     shape: str,
     *,
@@ -228,7 +220,7 @@ def random_model(
     device: str = "cpu",
 ) -> PreTrainedModel:
     """A random-weight model with the widths of `shape`; `layers` cuts its depth. Raises UserError for an unknown shape."""
-    check_shape(shape)
+    check_one_of("shape is", shape, SHAPES)
     config = SHAPES[shape]()
     if layers is not None:
         config.num_hidden_layers = min(layers, config.num_hidden_layers)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import cast
 
 import torch
 
 from moyu import kernels
-from moyu.errors import UserError
+from moyu.errors import UserError, check_one_of
 from moyu.kernels import BackendName
 from moyu.weights import QUANTISED, named
 
@@ -35,10 +34,7 @@ def device_of(name: str) -> torch.device:
 
 def backend_of(name: str) -> BackendName:
     """The back end of this name; UserError where there is none."""
-    legal = ["auto", *kernels.available()]
-    if name not in legal:
-        near = difflib.get_close_matches(name, legal, n=1, cutoff=0.0)[0]
-        raise UserError(f"no back end is called {name!r}", f"did you mean {near!r}? There are {', '.join(legal)}")
+    check_one_of("back end is", name, ("auto", *kernels.BACKENDS))
     return cast(BackendName, name)
 
 
@@ -62,15 +58,9 @@ def check_backend(backend: BackendName, device: str = "cpu", weights: str | None
             ) from error
 
 
-def check_weights(weights: str | None) -> None:
-    """Refuse a name of weights that there is not."""
-    if weights is not None and weights not in WEIGHTS:
-        near = difflib.get_close_matches(weights, WEIGHTS, n=1, cutoff=0.0)[0]
-        raise UserError(f"no weights are called {weights!r}", f"did you mean {near!r}? There are {', '.join(WEIGHTS)}")
-
-
 def check(device: str = "cpu", backend: BackendName = "auto", weights: str | None = None) -> None:
     """All three checks: the device, the back end on it, and the weights."""
-    check_weights(weights)
+    if weights is not None:
+        check_one_of("weights are", weights, WEIGHTS)
     device_of(device)
     check_backend(backend, device, weights)

@@ -74,10 +74,14 @@ class PositionNeed(Strict):
 
 
 class Correction(Strict):
-    """How the dense model corrected a text that a plan drafted."""
+    """How the dense model corrected a text that a plan, or the text before it, drafted."""
 
     rule: Literal["lossless", "sirius"] = Field(description="the rule by which drafts are accepted")
-    drafts: Count = Field(description="drafted tokens per check by the dense model")
+    drafts: Count | None = Field(
+        default=None, description="drafted tokens per check by the dense model; null: as many as pay"
+    )
+    from_text: int | None = Field(default=None, ge=0, description="drafts that the text so far gave")
+    from_plan: int | None = Field(default=None, ge=0, description="drafts that steps under the plan gave")
     temperature: float = Field(ge=0, description="temperature of sampling; 0 is greedy")
     acceptance: Fraction = Field(description="accepted fraction of the checked drafts")
     tokens_per_pass: float = Field(ge=0, description="new tokens per dense pass")

@@ -133,8 +133,9 @@ def _place(r: Quality | Speed) -> str:
 
 def generated(record: Generation) -> list[str]:
     """The speed of a generation: a line for the plan, and one for dense where dense ran too; and where they differ."""
-    rates = [(record.method, record.first_token_s, record.tok_s)]
-    if record.method != "dense" and record.dense_text is not None:
+    own = record.method if record.correction is None else f"{record.method}, {record.correction.rule}"
+    rates = [(own, record.first_token_s, record.tok_s)]
+    if (record.method != "dense" or record.correction is not None) and record.dense_text is not None:
         rates.append(("dense", record.first_token_s_dense, record.tok_s_dense))
     lines = [
         f"{name}: first token after {number(first)} s"
@@ -146,7 +147,8 @@ def generated(record: Generation) -> list[str]:
     if record.correction is not None:
         own = record.correction
         lines.append(
-            f"{own.rule}, {own.drafts} drafts: {percent(own.acceptance)} accepted, {number(own.tokens_per_pass)} tokens per dense pass"
+            f"{own.rule}, {own.drafts or 'as many'} drafts{'' if own.drafts else ' as pay'}: {percent(own.acceptance)} accepted, "
+            f"{number(own.tokens_per_pass)} tokens per dense pass"
         )
         if own.temperature > 0:
             return lines
@@ -156,7 +158,7 @@ def generated(record: Generation) -> list[str]:
             f"first difference from dense at token {record.first_difference}"
             + ("" if margin is None else f", dense scores {number(margin)} apart")
         )
-    elif record.method != "dense" and record.dense_text is not None:
+    elif (record.method != "dense" or record.correction is not None) and record.dense_text is not None:
         lines.append("the same text as dense")
     return lines
 

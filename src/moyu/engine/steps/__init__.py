@@ -8,6 +8,6 @@ that is not a decode step, and a step that somebody watches through hooks take t
 
 from moyu.engine.steps.proof import plain_run
 from moyu.engine.steps.run import DecodeRun
-from moyu.engine.steps.whole import whole_step
+from moyu.engine.steps.whole import MOST_TOKENS, dense_step, whole_step
 
-__all__ = ["DecodeRun", "plain_run", "whole_step"]
+__all__ = ["MOST_TOKENS", "DecodeRun", "dense_step", "plain_run", "whole_step"]

@@ -57,12 +57,12 @@ class Ends:
         """What the embedding multiplies its rows with; 0 = nothing."""
         return float(getattr(self.embedding, "scalar_embed_scale", getattr(self.embedding, "scale", 0.0)))
 
-    def native(self) -> Any:
-        """The ends as the extension takes them; pointers are those of the live parameters."""
+    def native(self, dense: bool = False) -> Any:
+        """The ends as the extension takes them; pointers are those of the live parameters. dense: no word is skipped."""
         ends = cpu.extension().Ends()
         ends.embedding, ends.norm = native_linear(_held(self.embedding), None), self.norm.native()
         ends.head = native_linear(_held(self.head), self.head.bias)
-        if self.words is not None:
+        if self.words is not None and not dense:
             assert isinstance(self.head, QuantisedLinear)
             ends.head.threshold = threshold(self.words, self.head.like.dtype)
         ends.scale, ends.softcap = self.scale, self.softcap

@@ -77,10 +77,11 @@ class PlainLayer:
         """The site whose mask is known before the step."""
         return self.state(skips="neurons")
 
-    def native(self, masked: bool = True, kept: list[Tensor] | None = None) -> Any:
+    def native(self, masked: bool = True, kept: list[Tensor] | None = None, dense: bool = False) -> Any:
         """The layer as the extension takes it; pointers are those of the live parameters.
 
-        A bias that the plan adds to is a copy. kept: takes these copies, which must live as long as the layer.
+        A bias that the plan adds to is a copy. kept: takes these copies, which must live as long as the layer. dense: nothing is
+        skipped and nothing of the plan is added; the weights lie as the plan's sites need them all the same.
         """
         extension, pieces, kept = cpu.extension(), self.block.pieces, [] if kept is None else kept
         layer = extension.Layer()
@@ -90,8 +91,8 @@ class PlainLayer:
         for name in LINEARS:
             if name in pieces:
                 site = self.state(skips="columns", linear=name) or (first if name == "down" else None)
-                setattr(layer, name, self._linear(name, site, kept))
-        if self.sequence_site is not None:
+                setattr(layer, name, self._linear(name, site, kept, dense))
+        if self.sequence_site is not None and not dense:
             layer.down.bias = self._bias("down", self.sequence_site, kept)
         layer.act = cpu.activation_code(self.block.act or "identity")
         layer.head_dim, layer.scale, layer.softcap = self.head_dim, self.scale, self.softcap
@@ -99,17 +100,17 @@ class PlainLayer:
         layer.heads = pieces["q"].shape[0] // self.head_dim
         layer.kv_heads = pieces["k"].shape[0] // self.head_dim
         layer.network = SEPARATE
-        if self.sequence_site is not None or not masked:
+        if self.sequence_site is not None or not masked or (dense and first is not None):
             layer.network = NEURONS
         elif first is not None:
             layer.network = GATE_FIRST if first.site.reads == "gate" else UP_FIRST
         return layer
 
-    def _linear(self, name: str, decides: SiteState | None, kept: list[Tensor]) -> Any:
+    def _linear(self, name: str, decides: SiteState | None, kept: list[Tensor], dense: bool) -> Any:
         piece = self.block.pieces[name]
         by_columns = decides is not None or (name == "down" and self.sequence_site is not None)
         linear = native_linear(piece.operand, piece.bias, by_columns)
-        if decides is not None:
+        if decides is not None and not dense:
             linear.bias = self._bias(name, decides, kept)
             rest = remainder_of(decides.method, decides.site, decides.params)
             if rest is not None and rest.stored is not None:

@@ -35,7 +35,8 @@ class DecodeRun:
         """`layers` are all decoder layers, in order; `ends` what is around them, where that is plain too."""
         self.session, self.layers, self.ends = session, layers, ends
         self.sequence_sites = [layer.sequence_site for layer in layers]
-        self._decoder: tuple[Any, list[Tensor]] | None = None  # and what it points to beside the model's parameters
+        # Under the plan, dense, and what they point to beside the model's parameters.
+        self._decoders: tuple[Any, Any, list[Tensor]] | None = None
         self._weights: list[Tensor] = []
         self._addresses: list[int] = []
         self._expected: tuple[list[dict], list[str], list[Any]] = ([], [], [])  # owner[name] is value
@@ -43,7 +44,7 @@ class DecodeRun:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {
-            "_decoder": None,
+            "_decoders": None,
             "_weights": [],
             "_addresses": [],
             "_expected": ([], [], []),
@@ -103,7 +104,7 @@ class DecodeRun:
 
     def untouched(self) -> bool:
         """Whether the modules are still what was proved: nobody hooked, replaced or patched a module of them."""
-        if self._decoder is None:
+        if self._decoders is None:
             self._make()
         # Seven hundred comparisons, in C: as a Python loop they take half a millisecond.
         owners, names, values = self._expected
@@ -111,7 +112,7 @@ class DecodeRun:
 
     def _moved(self) -> bool:
         """Whether there is no decoder, or something has repacked the weights since it was made."""
-        return self._decoder is None or list(map(Tensor.data_ptr, self._weights)) != self._addresses
+        return self._decoders is None or list(map(Tensor.data_ptr, self._weights)) != self._addresses
 
     def _make(self) -> None:
         """Build, once where several threads find that it must be."""
@@ -123,12 +124,13 @@ class DecodeRun:
         """Take the pointers of the live parameters, laid out for this plan."""
         for lay_out_again in self.session.layouts:
             lay_out_again()
-        decoder = cpu.extension().Decoder()
+        decoders = cpu.extension().Decoder(), cpu.extension().Decoder()
         expected, hooks, weights, kept = [], [], [], []
-        for layer in self.layers:
-            decoder.add(layer.native(kept=kept))
-        if self.ends is not None:
-            decoder.ends = self.ends.native()
+        for dense, decoder in enumerate(decoders):
+            for layer in self.layers:
+                decoder.add(layer.native(kept=kept, dense=bool(dense)))
+            if self.ends is not None:
+                decoder.ends = self.ends.native(dense=bool(dense))
         for module in self._modules():
             own = vars(module)
             weights += own["_parameters"].values()
@@ -143,7 +145,7 @@ class DecodeRun:
         self._expected, self._hooks = (owners, names, values), hooks
         self._weights = [weight for weight in weights if weight is not None]
         self._addresses = [weight.data_ptr() for weight in self._weights]
-        self._decoder = decoder, kept
+        self._decoders = *decoders, kept
 
     def _modules(self) -> list[nn.Module]:
         """Those that a native step stands for."""
@@ -183,19 +185,20 @@ class DecodeRun:
         hidden: Tensor | None = None,
         ids: Tensor | None = None,
         logits: Tensor | None = None,
+        dense: bool = False,
     ) -> int:
-        """One step, which appends to the cache: `hidden` (B, 1, d) in place, or from `ids` (B, 1) to `logits` (B, 1, V).
+        """One step, which appends to the cache: `hidden` (B, 1, d) in place, or from `ids` (B, T) to `logits` (B, T, V).
 
-        `masks`: (B, f) a layer, or None where nothing is known before; `levels`: replayed and told afterwards; the others as
-        `run_step` takes them. Returns the bytes read.
+        `masks`: (B, f) a layer, or None where nothing is known before; `levels`: replayed and told afterwards; `dense`: nothing is
+        skipped; the others as `run_step` takes them. T is 1 on caches that are not MOYU's own. Returns the bytes read.
         """
         if self._moved():
             self._make()
-        built = self._decoder  # held until the step is over, whatever another thread builds meanwhile
+        built = self._decoders  # held until the step is over, whatever another thread builds meanwhile
         assert built is not None
-        room = KvRoom(cache, self.layers) if isinstance(cache, KvCache) else _room(cache, self.layers)
+        rows, fresh = (len(hidden), 1) if hidden is not None else ids.shape  # pyright: ignore[reportOptionalMemberAccess]
+        room = KvRoom(cache, self.layers, fresh) if isinstance(cache, KvCache) else _room(cache, self.layers)
         masks = [mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks]
-        rows = (hidden if ids is None else ids).shape[0]  # pyright: ignore[reportOptionalMemberAccess]
         for layer, mask in zip(self.layers, masks, strict=True):
             if mask is not None and (mask.shape != (rows, layer.block.neurons) or mask.dtype != torch.bool):
                 raise ValueError(
@@ -209,9 +212,18 @@ class DecodeRun:
                 given, row = mask.data_ptr(), mask.stride(0)
             memory.extend((*where, given, row, taken))
         read = run_step(
-            built[0], room.past, room.capacity, angles, allowed, memory, levels, hidden=hidden, ids=ids, logits=logits
+            built[dense],
+            room.past,
+            room.capacity,
+            angles,
+            allowed,
+            memory,
+            levels,
+            hidden=hidden,
+            ids=ids,
+            logits=logits,
         )
-        room.grow_by_one()
+        room.grow(fresh)
         if levels is not None:
             levels.tell()
         return read
@@ -251,17 +263,22 @@ def run_step(
     ids: Tensor | None = None,
     logits: Tensor | None = None,
 ) -> int:
-    """One step on `hidden` (B, ..., d) in place, or from `ids` (B, 1) to `logits` (B, 1, V). Returns the bytes read.
+    """One step on `hidden` (B, 1, d) in place, or from `ids` (B, T) to `logits` (B, T, V). Returns the bytes read.
 
     `past`: (B,) int64, the positions that each row's keys and values hold, of `capacity` that there is room for; `angles`: cos
-    and sin of each rotary embedding, (1 or B, width) float32, contiguous; `allowed`: (B, at least past + 1) uint8, or None = all;
+    and sin of each rotary embedding, (1 or B * T, width) float32, contiguous; `allowed`: (B, at least past + 1) uint8, or None = all;
     `memory`: structs DecodeMemory of kernels.h; `levels`: replayed and told. IndexError for a length or a token id out of
     range.
     """
     data = hidden if logits is None else logits
     assert data is not None
     step = cpu.extension().Step()
-    step.dtype, step.rows, step.threads = cpu.dtype_code(data.dtype), len(data), torch.get_num_threads()
+    batch, fresh = (len(data), 1) if ids is None else ids.shape
+    step.dtype, step.rows, step.threads = cpu.dtype_code(data.dtype), batch * fresh, torch.get_num_threads()
+    if fresh > 1:  # every token is a row of its own, and knows whose
+        sequences = torch.arange(batch).repeat_interleave(fresh)
+        step.sequences, step.sequences_count = sequences.data_ptr(), batch
+        past = (past[:, None] + torch.arange(fresh)).flatten()
     step.past, step.capacity, step.memory = past.data_ptr(), capacity, memory.buffer_info()[0]
     if levels is not None:
         step.columns = levels.columns.buffer_info()[0]
@@ -280,23 +297,23 @@ def run_step(
 
 
 class KvRoom:
-    """The buffers of MOYU's own cache as the extension takes them, with a place for one more position a row."""
+    """The buffers of MOYU's own cache as the extension takes them, with places for `fresh` more positions a row."""
 
-    def __init__(self, cache: KvCache, layers: list[PlainLayer]) -> None:
+    def __init__(self, cache: KvCache, layers: list[PlainLayer], fresh: int) -> None:
         """The cache's layers are all `KvLayer`s of one shape."""
         self.cache, self.past = cache, cache.lengths
         held = [cache.layers[layer.index] for layer in layers]
         for own in held:
-            own.reserve(own.longest + 1)
+            own.reserve(own.longest + fresh)
         self.capacity = min(own.capacity for own in held)
         self.where = [
             tuple(n for buffer in own.buffers for n in (buffer.data_ptr(), buffer.stride(0), buffer.stride(1)))
             for own in held
         ]
 
-    def grow_by_one(self) -> None:
-        """One more position of every row is filled."""
-        self.cache.hold(self.past + 1)
+    def grow(self, fresh: int) -> None:
+        """So many more positions of every row are filled."""
+        self.cache.hold(self.past + fresh)
 
 
 class _Room:
@@ -340,9 +357,9 @@ class _Room:
         held = [t for layer in layers for t in (layer.keys, layer.values)]
         return self.length < self.capacity and len(held) == len(self.views) and all(map(operator.is_, held, self.views))
 
-    def grow_by_one(self) -> None:
+    def grow(self, fresh: int) -> None:
         """One more position is filled."""
-        self.length += 1
+        self.length += fresh
         self.views = self._cut()
 
     def _cut(self) -> tuple[Tensor, ...]:

@@ -33,6 +33,7 @@ _KNOWN = {
     "return_dict",
     "logits_to_keep",
 }
+MOST_TOKENS = 32  # of one native call, kMostRows of kernels.h
 _ASKS = ("output_attentions", "output_hidden_states")
 
 
@@ -73,6 +74,37 @@ def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[A
     session.traces.sparse_rows += len(ids)
     output = run.ends.output
     return output(logits=logits, **{cache_field(output): cache}), None
+
+
+def dense_step(session: Session, cache: Cache, ids: Tensor) -> Tensor | None:
+    """Logits (B, T, V) of the next tokens of every sequence, ids (B, T) int64, in one native call; None where there is none.
+
+    Nothing is skipped, whatever the plan. Keys and values join the cache, which is MOYU's own; what is known of the prompt stays.
+    B * T is at most `MOST_TOKENS`.
+    """
+    run = session.native
+    if (
+        run is None
+        or run.ends is None
+        or not isinstance(cache, KvCache)
+        or ids.numel() > MOST_TOKENS
+        or ids.device.type != "cpu"
+        or session.observer is not None
+        or session.chooser is not None
+        or torch.is_grad_enabled()
+        or autocasts(session.model)
+        or not run.can_append(cache, len(ids), run.dtype)
+        or not run.untouched()
+    ):
+        return None
+    positions = (cache.lengths[:, None] + torch.arange(ids.shape[1])).flatten()
+    angles = [each.at(positions, run.dtype) for each in run.ends.angles]
+    logits = torch.empty((*ids.shape, run.ends.head.out_features), dtype=run.dtype)
+    nothing = [None] * len(run.layers)
+    kernels.count("decode", run.launch(cache, nothing, angles, None, ids=ids.contiguous(), logits=logits, dense=True))
+    memory_of(cache).seen = int(cache.get_seq_length())
+    session.traces.note(NATIVE)
+    return logits
 
 
 def _because(
@@ -119,7 +151,7 @@ def _given(
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """Which positions may be attended to, None = all, and the rows' own positions, None = `past`; None = the general way."""
     if mask is not None:
-        if mask.dim() != 2 or mask.shape != (len(ids), past + 1) or not bool(mask[:, -1].all()):
+        if not isinstance(mask, Tensor) or mask.shape != (len(ids), past + 1) or not bool(mask[:, -1].all()):
             return None
         mask = None if bool(mask.all()) else mask.bool().to(torch.uint8).contiguous()
     if positions is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moyu.kernels.backend import Backend
+from moyu.kernels.backend import Backend, Neurons
 from moyu.kernels.gpu import packed
 from moyu.kernels.gpu.common import INTERPRETED, tickets, unavailable, unsupported
 from moyu.kernels.reference import ACTIVATIONS
@@ -61,21 +61,10 @@ class Gpu(Backend):
             y = many.combine(x, weight.tensors[0], mask, bias, x.dtype)
         return y, lambda: _kept(mask) * weight.column_bytes + (0 if bias is None else bias.nbytes)
 
-    def neurons(
-        self,
-        x: Tensor,
-        gate: Stored | None,
-        up: Stored | None,
-        down: Stored,
-        mask: Tensor,
-        act: str,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        given: Tensor | None,
-    ) -> tuple[Tensor, Callable[[], int]]:
+    def neurons(self, call: Neurons) -> tuple[Tensor, Callable[[], int]]:
         from moyu.kernels.gpu import many, single
 
+        x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given = call
         parts, biases = [w for w in (gate, up) if w is not None], [b for b in (gate_bias, up_bias) if b is not None]
         each = sum(w.row_bytes for w in parts) + down.column_bytes + sum(b.element_size() for b in biases)
         fixed = 0 if down_bias is None else down_bias.nbytes
@@ -86,7 +75,7 @@ class Gpu(Backend):
         elif up is not None and not biases and down_bias is None and given is None:
             y = packed.neurons(x, gate, up, down, mask, act)
         else:
-            y = _neurons_in_parts(x, gate, up, down, mask, act, gate_bias, up_bias, down_bias, given)
+            y = _neurons_in_parts(*call)
         return y, lambda: _kept(mask) * each + fixed
 
 

@@ -6,12 +6,11 @@ same Python sources with the same number of tokens, seed and schedule. They give
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
-from moyu.errors import UserError
+from moyu.errors import check_one_of
 from moyu.model.zoo import corpus
 
 __all__ = ["corpus", "describe", "names", "path"]
@@ -26,9 +25,7 @@ def names() -> tuple[str, ...]:
 
 def path(name: str) -> Path:
     """The folder of an embedded model. Raises UserError, with the nearest name, for an unknown one."""
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)[0]
-        raise UserError(f"no zoo model {name!r}", f"did you mean {near!r}? the zoo has {', '.join(names())}")
+    check_one_of("zoo model is", name, names())
     return _MODELS / name
 
 

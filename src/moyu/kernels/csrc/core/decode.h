@@ -374,6 +374,9 @@ class Decoding {
         }
         const Share units(a.rows * layer.kv_heads, team);
         for (int64_t unit = units.begin; unit < units.end; ++unit)
+            append(layer, memory, unit / layer.kv_heads, unit % layer.kv_heads, my);
+        if (a.sequences) team.wait();  // a row may attend to what another thread appends
+        for (int64_t unit = units.begin; unit < units.end; ++unit)
             attend_group(layer, memory, unit / layer.kv_heads, unit % layer.kv_heads, my);
         team.wait();
         take(y, layer.o.n, my);
@@ -394,18 +397,27 @@ class Decoding {
         rotate<T>(head, angles.cos + row * a.angles_row, angles.sin + row * a.angles_row, a.rotary);
     }
 
-    // The query heads that share a key and value head: append its key and value to the cache, then y = softmax(q · K) V.
+    // Where the keys (or values) of a row's sequence begin, of one of their heads.
+    T *held(void *all, int64_t stride, int64_t head_stride, int64_t row, int64_t kv_head) const {
+        return static_cast<T *>(all) + (a.sequences ? a.sequences[row] : row) * stride + kv_head * head_stride;
+    }
+    // A row's key and value of one head go to the cache.
+    void append(const DecodeLayer &layer, const DecodeMemory &memory, int64_t row, int64_t kv_head, Own &my) {
+        const int64_t dim = layer.head_dim, offset = (row * layer.kv_heads + kv_head) * dim, place = a.past[row] * dim;
+        T *key = held(memory.keys, memory.keys_row, memory.keys_head, row, kv_head) + place;
+        T *value = held(memory.values, memory.values_row, memory.values_head, row, kv_head) + place;
+        load_head(k + offset, layer.k_norm, layer, row, my.values);
+        for (int64_t i = 0; i < dim; ++i) narrow(my.values[i], key[i]);
+        for (int64_t i = 0; i < dim; ++i) value[i] = v[offset + i];
+    }
+
+    // The query heads that share a key and value head: y = softmax(q · K) V.
     void attend_group(const DecodeLayer &layer, const DecodeMemory &memory, int64_t row, int64_t kv_head, Own &my) {
         const int64_t dim = layer.head_dim, group = layer.heads / layer.kv_heads;
-        T *keys = static_cast<T *>(memory.keys) + row * memory.keys_row + kv_head * memory.keys_head;
-        T *values = static_cast<T *>(memory.values) + row * memory.values_row + kv_head * memory.values_head;
-        const int64_t offset = (row * layer.kv_heads + kv_head) * dim;
-        load_head(k + offset, layer.k_norm, layer, row, my.values);
-        const int64_t past = a.past[row], length = past + 1;
+        const T *keys = held(memory.keys, memory.keys_row, memory.keys_head, row, kv_head);
+        const T *values = held(memory.values, memory.values_row, memory.values_head, row, kv_head);
+        const int64_t length = a.past[row] + 1;
         const int64_t first = layer.window != 0 && layer.window < length ? length - layer.window : 0;
-        for (int64_t i = 0; i < dim; ++i) narrow(my.values[i], keys[past * dim + i]);
-        for (int64_t i = 0; i < dim; ++i) values[past * dim + i] = v[offset + i];
-
         const uint8_t *allowed = a.mask ? a.mask + row * a.mask_row : nullptr;
         Pieces<T> pieces;
         auto point = [&](const T *from, int64_t t) {

@@ -16,7 +16,7 @@ using moyu::ValuesArgs;
 
 // Rows of weights at once, and what is prefetched meanwhile.
 struct Lines {
-    const uint8_t *codes[kTogether], *scales[kTogether], *then[kTogether];
+    const uint8_t *codes[kMostPieces], *scales[kMostPieces], *then[kMostPieces];
     int count = 0;
     void add(const Weight &w, int64_t row, const uint8_t *after) { add(piece_of(w, row), scales_of(w, row), after); }
     void add(const uint8_t *line, const uint8_t *its_scales, const uint8_t *after) {
@@ -26,17 +26,30 @@ struct Lines {
     }
 };
 
-// out[c] = row c · x, for every row of weights; the first row of x prefetches (`ahead`), the others find them in the cache.
-MOYU_ONCE void dot_rows_of(const Weight &w, const Lines &lines, const Rounded &x, bool ahead, float *out) {
-    const int64_t groups = groups_of(w.inputs);
-    with_format(w.format, [&](auto f) {
-        using F = decltype(f);
-        int c = 0;
-        for (; c + 4 <= lines.count; c += 4)
-            F::template dot<4>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr, x, groups, out + c);
-        for (; c < lines.count; ++c)
-            F::template dot<1>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr, x, groups, out + c);
-    });
+// Rows of weights to take at once beside so many rows of x.
+inline int lines_beside(int64_t rows) { return kTiles && rows >= kTileRows ? kTileLines : 4; }
+
+// out[r * stride + c] = row c of weights · row r of x, for all of them; the first rows of x prefetch, the others find the lines
+// in the cache. groups: of a row. In a four or a tile that is not full the last row stands for the missing ones; `stride` has room
+// for them.
+template <class F>
+void dot_lines(const Lines &lines, const Rounded &x, int64_t rows, int64_t groups, float *out, int64_t stride) {
+    const bool tile = lines_beside(rows) > 4 && lines.count > 4;
+    Lines full = lines;
+    while (full.count % (tile ? kTileLines : 4) != 0)
+        full.add(lines.codes[lines.count - 1], lines.scales[lines.count - 1], lines.then[lines.count - 1]);
+    if (tile) return F::tile(full.codes, full.scales, full.then, x, rows, groups, out, stride);
+    for (int c = 0; c < full.count; c += 4) {
+        const auto some = [&](int64_t r, auto at_once, bool ahead) {
+            F::template dot<at_once()>(full.codes + c, full.scales + c, ahead ? full.then + c : nullptr, x.row(r), groups,
+                                       out + r * stride + c, stride);
+        };
+        int64_t r = in_groups<kDotRows>(rows, [&](int64_t from, auto at_once, auto ahead) { some(from, at_once, ahead()); });
+        for (; r < rows; ++r) some(r, std::integral_constant<int, 1>{}, r == 0);
+    }
+}
+MOYU_ONCE void dot_rows_of(const Weight &w, const Lines &lines, const Rounded &x, int64_t rows, float *out, int64_t stride) {
+    with_format(w.format, [&](auto f) { dot_lines<decltype(f)>(lines, x, rows, groups_of(w.inputs), out, stride); });
 }
 
 // The kept columns of one group, at most kGroup, and up to 8 lines that are read after them.
@@ -96,19 +109,19 @@ int64_t grouped_rows_share(const LinearArgs &a, const Weight &w, const Rounded &
     const Share share(count, team);
     T *out = static_cast<T *>(a.out);
     const int64_t hop = Taken::hop(bytes);
-    for (int64_t step = 0; step < Taken::steps(share, 4); ++step) {
-        const Taken taken(kept, share, 4, step, hop);
+    const int together = lines_beside(a.rows);
+    for (int64_t step = 0; step < Taken::steps(share, together); ++step) {
+        const Taken taken(kept, share, together, step, hop);
         Lines lines;
         for (int c = 0; c < taken.count; ++c) lines.add(w, taken.piece[c], piece_of(w, taken.next[c]));
-        for (int64_t r = 0; r < a.rows; ++r) {
-            float value[kTogether];
-            dot_rows_of(w, lines, x.row(r), r == 0, value);
+        float value[kMostRows][kMostPieces];
+        dot_rows_of(w, lines, x, a.rows, value[0], kMostPieces);
+        for (int64_t r = 0; r < a.rows; ++r)
             for (int c = 0; c < lines.count; ++c) {
                 const int64_t j = taken.piece[c];
                 if (a.mask == nullptr || a.rows == 1 || a.mask[r * a.mask_stride + j])
-                    narrow(value[c] + bias_at<T>(a.bias, j), out[r * w.outputs + j]);
+                    narrow(value[r][c] + bias_at<T>(a.bias, j), out[r * w.outputs + j]);
             }
-        }
     }
     return (share.end - share.begin) * bytes;
 }
@@ -174,7 +187,7 @@ int64_t grouped_neurons_share(const NeuronsArgs &a, const Rounded &x, const int3
                 lines.add(w, neuron[k], column < columns ? piece_of(w, neuron[k + 4])
                                                          : piece_of(down, neuron[column < size ? column : 0]));
             }
-            for (int64_t r = 0; r < a.rows; ++r) dot_rows_of(w, lines, x.row(r), r == 0, to[r] + c);
+            dot_rows_of(w, lines, x, a.rows, to[0] + c, kGroup);
         };
         for (int c = 0, g = 0, first = 0; c < size; c += 4) {
             if (has_gate) project(gate, c, 0, value);

@@ -119,7 +119,7 @@ struct DecodeLevels {
 
 // What a layer has from its sequences. Python fills it in as an array of 64-bit integers.
 struct DecodeMemory {
-    void *keys;              // (rows, kv_heads, capacity, head_dim), the last two contiguous
+    void *keys;              // (sequences, kv_heads, capacity, head_dim), the last two contiguous
     int64_t keys_row, keys_head;
     void *values;
     int64_t values_row, values_head;
@@ -147,7 +147,7 @@ struct DecodeAngles {
 };
 static_assert(sizeof(DecodeAngles) == 2 * sizeof(int64_t), "the array of integers that Python fills in");
 
-// One step of `rows` sequences, each of a length of its own. Python fills it in; module.cpp checks it.
+// One step of `rows` tokens, each of a sequence of its own or several of one. Python fills it in; module.cpp checks it.
 struct DecodeStep {
     Dtype dtype;
     int64_t rows, threads;
@@ -156,6 +156,8 @@ struct DecodeStep {
     void *logits;                  // (rows, vocabulary), contiguous, out
     const int64_t *past;           // (rows,): positions that a row's keys and values hold; its new ones come after them
     int64_t capacity;              // positions that there is room for; more than any `past`
+    const int64_t *sequences;      // (rows,): whose keys and values a row has; null = its own. Rows of one sequence are next tokens
+    int64_t sequences_count;       // of it, in order, and the later ones attend to the earlier ones
     int64_t rotary;                // width of cos and sin, 0 = no rotary embedding
     const DecodeAngles *angles;    // as many as the layers name
     int64_t angles_count, angles_row;  // angles_row: elements from one row's to the next's; 0 = all rows have the same

@@ -339,6 +339,12 @@ struct Decoder {
         }
         for (int64_t r = 0; r < step.rows; ++r) {
             within("length", r, step.past[r], step.capacity);
+            if (step.sequences != nullptr) {
+                within("sequence", r, step.sequences[r], step.sequences_count);
+                need(r == 0 || step.sequences[r] > step.sequences[r - 1] ||
+                         (step.sequences[r] == step.sequences[r - 1] && step.past[r] == step.past[r - 1] + 1),
+                     "rows of one sequence must be tokens that follow each other, and sequences in order");
+            }
             if (step.ids != nullptr) within("token id", r, step.ids[r], ends.embedding.q);
             need(step.mask == nullptr || step.mask_row == 0 || step.mask_row > step.past[r],
                  "the mask has fewer positions than a row");
@@ -406,6 +412,8 @@ void bind_decode(nb::module_ &m) {
     def_address(step, "logits", &DecodeStep::logits);
     def_address(step, "past", &DecodeStep::past);
     step.def_rw("capacity", &DecodeStep::capacity).def_rw("rotary", &DecodeStep::rotary);
+    def_address(step, "sequences", &DecodeStep::sequences);
+    step.def_rw("sequences_count", &DecodeStep::sequences_count);
     def_address(step, "angles", &DecodeStep::angles);
     step.def_rw("angles_count", &DecodeStep::angles_count).def_rw("angles_row", &DecodeStep::angles_row);
     def_address(step, "mask", &DecodeStep::mask);

@@ -21,6 +21,7 @@ using moyu::NeuronsArgs;
 using moyu::Weight;
 
 constexpr int kTogether = 8;             // pieces read in lockstep, at most
+constexpr int kMostPieces = 16;          // of a tile (core/group_tiles.h)
 constexpr int64_t kAheadBytes = 1536;    // the least distance of the prefetch in each of them
 constexpr bool kWide = Vec::width >= 16;
 constexpr int kDotRows = kWide ? 4 : 2;  // rows that the registers hold sums of, beside those of their pieces
@@ -92,7 +93,7 @@ inline int together(int64_t piece_bytes, bool own) {
 // The pieces of one step of a thread that has the list's part `share`: the part is cut into `streams` runs, a step takes
 // one piece of each, so that even where everything is kept the lockstep has that many long streams. Null `kept` = all.
 struct Taken {
-    int64_t piece[kTogether], next[kTogether];  // what to compute, and what the step `hop` later will
+    int64_t piece[kMostPieces], next[kMostPieces];  // what to compute, and what the step `hop` later will
     int count = 0;
     Taken() = default;
     Taken(const int32_t *kept, const Share &share, int streams, int64_t step, int64_t hop) {

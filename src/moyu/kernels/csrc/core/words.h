@@ -84,18 +84,13 @@ MOYU_ONCE void widen_parted(const Weight &w, int64_t i, bool first, float *to) {
     });
 }
 
-// out[c] = what the first (or the further) bits of row c give, for every row of lines.
+// out[r * stride + c] = what the first (or the further) bits of row c of lines give for row r of x.
 template <bool First>
-MOYU_ONCE void dot_parts(const Weight &w, const Lines &lines, const Rounded &x, bool ahead, float *out) {
-    const int64_t groups = groups_of(w.inputs);
+MOYU_ONCE void dot_parts(const Weight &w, const Lines &lines, const Rounded &x, int64_t rows, float *out, int64_t stride) {
     with_parts(w.format, [&](auto f) {
         using P = Parted<decltype(f)>;
         using F = std::conditional_t<First, typename P::First, typename P::Further>;
-        int c = 0;
-        for (; c + 4 <= lines.count; c += 4)
-            F::template dot<4>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr, x, groups, out + c);
-        for (; c < lines.count; ++c)
-            F::template dot<1>(lines.codes + c, lines.scales + c, ahead ? lines.then + c : nullptr, x, groups, out + c);
+        dot_lines<F>(lines, x, rows, groups_of(w.inputs), out, stride);
     });
 }
 
@@ -103,16 +98,16 @@ MOYU_ONCE void dot_parts(const Weight &w, const Lines &lines, const Rounded &x, 
 template <class T>
 void first_parts(const Weight &w, const void *bias, const Rounded &x, int64_t rows, const Share &share, float *y, int64_t stride) {
     const int64_t hop = Taken::hop(part_bytes(w).first);
-    for (int64_t step = 0; step < Taken::steps(share, 4); ++step) {
-        const Taken taken(nullptr, share, 4, step, hop);
+    const int together = lines_beside(rows);
+    for (int64_t step = 0; step < Taken::steps(share, together); ++step) {
+        const Taken taken(nullptr, share, together, step, hop);
         Lines lines;
         for (int c = 0; c < taken.count; ++c)
             lines.add(first_of(w, taken.piece[c]), scales_of(w, taken.piece[c]), first_of(w, taken.next[c]));
-        for (int64_t r = 0; r < rows; ++r) {
-            float value[kTogether];
-            dot_parts<true>(w, lines, x.row(r), r == 0, value);
-            for (int c = 0; c < lines.count; ++c) y[r * stride + taken.piece[c]] = value[c] + bias_at<T>(bias, taken.piece[c]);
-        }
+        float value[kMostRows][kMostPieces];
+        dot_parts<true>(w, lines, x, rows, value[0], kMostPieces);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int c = 0; c < lines.count; ++c) y[r * stride + taken.piece[c]] = value[r][c] + bias_at<T>(bias, taken.piece[c]);
     }
 }
 
@@ -123,12 +118,11 @@ inline void further_parts(const Weight &w, const Rounded &x, int64_t rows, const
         Lines lines;
         const int here = static_cast<int>(count - i < 4 ? count - i : 4);
         for (int c = 0; c < here; ++c) lines.add(piece_of(w, kept[i + c]), scales_of(w, kept[i + c]), piece_of(w, kept[i + 4 + c < count ? i + 4 + c : i + c]));
-        for (int64_t r = 0; r < rows; ++r) {
-            float value[kTogether];
-            dot_parts<false>(w, lines, x.row(r), r == 0, value);
+        float value[kMostRows][kTogether];
+        dot_parts<false>(w, lines, x, rows, value[0], kTogether);
+        for (int64_t r = 0; r < rows; ++r)
             for (int c = 0; c < here; ++c)
-                if (mask == nullptr || mask[r * mask_stride + kept[i + c]]) y[r * stride + kept[i + c]] += value[c];
-        }
+                if (mask == nullptr || mask[r * mask_stride + kept[i + c]]) y[r * stride + kept[i + c]] += value[r][c];
     }
 }
 

@@ -7,7 +7,8 @@
 //   column_bytes(q)     bytes of the codes that a column of q outputs takes
 //   scale_bytes(q)      bytes of the scales that a group of 32 columns shares
 //   level(line, i, g)   the integer of input i of a row, or of output i of a column; the line has g groups of 32
-//   dot<C>(...)         C rows times a row of x
+//   dot<R>(...)         four rows times R rows of x
+//   tile(...)           kTileLines rows times all rows of x, where kTiles
 //   add_columns(...)    columns of a group, times what x has for them
 //   widen(...)          a row in float
 #pragma once
@@ -16,7 +17,7 @@
 #include "core/scales.h"
 // In this order: the loops are written in terms of the two.
 #include "core/group_columns.h"
-#include "core/group_rows.h"
+#include "core/group_tiles.h"
 
 namespace {
 
@@ -104,8 +105,9 @@ struct Planar {
     static void codes(const uint8_t *line, int64_t groups, int64_t g, int here, Bytes &front, Bytes &back) {
         if constexpr (Bits == 8) {
             constexpr int whole = kBytes / kGroup;  // groups of a register
-            front = load_some(line + 32 * g, 32 * (here < whole ? here : whole));
-            back = here > whole ? load_some(line + 32 * (g + whole), 32 * (here - whole)) : every(0);
+            const Bytes first = load_some(line + 32 * g, 32 * (here < whole ? here : whole));
+            const Bytes second = here > whole ? load_some(line + 32 * (g + whole), 32 * (here - whole)) : every(0);
+            front = first_halves(first, second), back = second_halves(first, second);
         } else {
             codes_of_groups<Bits>(line, groups, g, here, front, back);
         }
@@ -122,14 +124,22 @@ struct Planar {
             store_floats(to + i, plus(stands_signed ? Wide::signed_bytes(bytes + i) : Wide::bytes(bytes + i), more));
     }
 #endif
-    // out[c] = row w[c] · x; the lines `then` are prefetched, null = none. groups: of a row.
-    template <int C>
+    // out[r * stride + c] = row w[c] · row r of x, c in 0 .. 4; the lines `then` are prefetched, null = none. groups: of a row.
+    template <int R>
     static void dot(const uint8_t *const *w, const uint8_t *const *scales, [[maybe_unused]] const uint8_t *const *then,
-                    const Rounded &x, int64_t groups, float *out) {
+                    const Rounded &x, int64_t groups, float *out, int64_t stride) {
 #if MOYU_INTEGERS
-        dot_groups<Self, C>(w, scales, then, x, groups, out);
+        dot_groups<Self, R>(w, scales, then, x, groups, out, stride);
 #else
-        dot_plainly<Self, C>(w, scales, x, groups, out);
+        for (int r = 0; r < R; ++r) dot_plainly<Self, 4>(w, scales, x.row(r), groups, out + r * stride);
+#endif
+    }
+    // The same of kTileLines rows, and all rows of x.
+    static void tile([[maybe_unused]] const uint8_t *const *w, [[maybe_unused]] const uint8_t *const *scales,
+                     [[maybe_unused]] const uint8_t *const *then, [[maybe_unused]] const Rounded &x, [[maybe_unused]] int64_t rows,
+                     [[maybe_unused]] int64_t groups, [[maybe_unused]] float *out, [[maybe_unused]] int64_t stride) {
+#if MOYU_INTEGERS
+        if constexpr (kTiles) dot_tile<Self>(w, scales, then, x, rows, groups, out, stride);
 #endif
     }
 };

@@ -9,6 +9,11 @@ using Bytes = __m256i;
 using Wide = Eight;
 constexpr int kBytes = 32, kLanes = 8;
 constexpr int kBeside = 2;  // groups of x.halves that lie side by side (see core/rounded.h)
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+constexpr bool kFourProducts = true;  // an instruction sums four products of bytes
+#else
+constexpr bool kFourProducts = false;
+#endif
 constexpr int kLifted = 0;  // there are products of signed bytes
 
 inline Bytes every(int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
@@ -90,12 +95,12 @@ inline __m256 own_scales(const __m256 *parts, int k, int half) {
     const int a = Halves == 1 ? k : 2 * (k % 4) + half, b = a + Halves;
     return _mm256_permutevar8x32_ps(parts[Halves == 1 ? 0 : k / 4], _mm256_setr_epi32(a, a, a, a, b, b, b, b));
 }
-// Where a register holds a whole group: the scale of group k, or of k + 1.
-inline __m256 whole_scales(__m256 scales, int k, int half) { return _mm256_permutevar8x32_ps(scales, _mm256_set1_epi32(k + half)); }
-
 // The lower and the upper lanes of two.
 inline __m256i lower(__m256i a, __m256i b) { return _mm256_permute2x128_si256(a, b, 0x20); }
 inline __m256i upper(__m256i a, __m256i b) { return _mm256_permute2x128_si256(a, b, 0x31); }
+// The first 16 bytes of each group of two registers of whole groups, and the others.
+inline Bytes first_halves(Bytes a, Bytes b) { return lower(a, b); }
+inline Bytes second_halves(Bytes a, Bytes b) { return upper(a, b); }
 
 // add(integers of 8 neighbouring outputs, the first of them) of four registers whose bytes unpack_four has put together, of 32
 // outputs: 0 .. 3 and 16 .. 19, 4 .. 7 and 20 .. 23, 8 .. 11 and 24 .. 27, the others.
@@ -146,6 +151,26 @@ template <class Fn>
 inline void weighed_pairs(Bytes a, Bytes b, Bytes weights, Fn fn) {
     const Bytes front = _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), weights), back = _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), weights);
     fn(0, lower(front, back)), fn(8, upper(front, back));
+}
+// The i-th four bytes of each lane of 128 bits, four times.
+template <int i>
+inline Bytes each_four(Bytes a) { return _mm256_shuffle_epi32(a, i * 0x55); }
+// In each lane of 128 bits: to[i] gets the i-th four bytes of all four.
+inline void transpose_lanes(const Bytes *m, Bytes *to) {
+    const Bytes a = _mm256_unpacklo_epi32(m[0], m[1]), b = _mm256_unpackhi_epi32(m[0], m[1]);
+    const Bytes c = _mm256_unpacklo_epi32(m[2], m[3]), d = _mm256_unpackhi_epi32(m[2], m[3]);
+    to[0] = _mm256_unpacklo_epi64(a, c), to[1] = _mm256_unpackhi_epi64(a, c);
+    to[2] = _mm256_unpacklo_epi64(b, d), to[3] = _mm256_unpackhi_epi64(b, d);
+}
+// In each lane of 128 bits: the i-th four bytes are the sum of m[i]'s.
+inline Bytes sums_of_lanes(const Bytes *m) {
+    const Bytes a = _mm256_add_epi32(_mm256_unpacklo_epi32(m[0], m[1]), _mm256_unpackhi_epi32(m[0], m[1]));
+    const Bytes b = _mm256_add_epi32(_mm256_unpacklo_epi32(m[2], m[3]), _mm256_unpackhi_epi32(m[2], m[3]));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+}
+// to[0 .. 4) = the sum of all lanes of 128 bits.
+inline void store_four(float *to, __m256 a) {
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)));
 }
 inline __m256 load_floats(const float *p) { return _mm256_loadu_ps(p); }
 inline void store_floats(float *p, __m256 a) { _mm256_storeu_ps(p, a); }

@@ -29,6 +29,7 @@ using Bytes = __m512i;
 using Wide = Sixteen;
 constexpr int kBytes = 64, kLanes = 16;
 constexpr int kBeside = 4;  // groups of x.halves that lie side by side (see core/rounded.h)
+constexpr bool kFourProducts = true;  // an instruction sums four products of bytes
 constexpr int kLifted = 128;  // products are of unsigned bytes by signed ones: a signed byte stands for itself - 128
 
 inline Bytes load_some(const uint8_t *p, int count) {  // 0 beyond the count, where nothing is read
@@ -91,11 +92,9 @@ inline __m512 own_scales(const __m256 *parts, int k, int half) {
     const int a = Halves * k + half, b = a + Halves, c = b + Halves, d = c + Halves;
     return _mm512_permutexvar_ps(_mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d), all);
 }
-// Where a register holds two whole groups: the scales of groups k and k + 1, or of the two after them.
-inline __m512 whole_scales(__m256 scales, int k, int half) {
-    const int a = k + 2 * half, b = a + 1;
-    return _mm512_permutexvar_ps(_mm512_setr_epi32(a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b), _mm512_castps256_ps512(scales));
-}
+// The first 16 bytes of each group of two registers of whole groups, and the others.
+inline Bytes first_halves(Bytes a, Bytes b) { return _mm512_shuffle_i64x2(a, b, 0x88); }
+inline Bytes second_halves(Bytes a, Bytes b) { return _mm512_shuffle_i64x2(a, b, 0xdd); }
 
 // add(integers of 16 neighbouring outputs, the first of them) of four registers whose bytes unpack_four has put together, of 64
 // outputs: the first four of every 16, then the second, third and fourth four.
@@ -151,6 +150,27 @@ inline void weighed_pairs(Bytes a, Bytes b, Bytes weights, Fn fn) {
     const Bytes front = _mm512_madd_epi16(_mm512_unpacklo_epi16(a, b), weights), back = _mm512_madd_epi16(_mm512_unpackhi_epi16(a, b), weights);
     fn(0, _mm512_permutex2var_epi64(front, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), back));
     fn(16, _mm512_permutex2var_epi64(front, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), back));
+}
+// The i-th four bytes of each lane of 128 bits, four times.
+template <int i>
+inline Bytes each_four(Bytes a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(i * 0x55)); }
+// In each lane of 128 bits: to[i] gets the i-th four bytes of all four.
+inline void transpose_lanes(const Bytes *m, Bytes *to) {
+    const Bytes a = _mm512_unpacklo_epi32(m[0], m[1]), b = _mm512_unpackhi_epi32(m[0], m[1]);
+    const Bytes c = _mm512_unpacklo_epi32(m[2], m[3]), d = _mm512_unpackhi_epi32(m[2], m[3]);
+    to[0] = _mm512_unpacklo_epi64(a, c), to[1] = _mm512_unpackhi_epi64(a, c);
+    to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
+}
+// In each lane of 128 bits: the i-th four bytes are the sum of m[i]'s.
+inline Bytes sums_of_lanes(const Bytes *m) {
+    const Bytes a = _mm512_add_epi32(_mm512_unpacklo_epi32(m[0], m[1]), _mm512_unpackhi_epi32(m[0], m[1]));
+    const Bytes b = _mm512_add_epi32(_mm512_unpacklo_epi32(m[2], m[3]), _mm512_unpackhi_epi32(m[2], m[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+// to[0 .. 4) = the sum of all lanes of 128 bits.
+inline void store_four(float *to, __m512 a) {
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
 }
 inline __m512 load_floats(const float *p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float *p, __m512 a) { _mm512_storeu_ps(p, a); }

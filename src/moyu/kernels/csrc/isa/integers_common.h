@@ -2,13 +2,21 @@
 #pragma once
 
 #include "core/pieces.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
 constexpr int kGroup = 32;
 
 inline float half_at(const uint8_t *p, int64_t i) {
-    return widen(F16{static_cast<uint16_t>(p[2 * i] | p[2 * i + 1] << 8)});
+    const uint16_t bits = static_cast<uint16_t>(p[2 * i] | p[2 * i + 1] << 8);
+#if defined(__F16C__)
+    return _cvtsh_ss(bits);
+#else
+    return widen(F16{bits});
+#endif
 }
 
 // Some columns of a group. What add_columns of a format makes of them:

@@ -48,6 +48,16 @@ inline int32_t quantise_group(const float *x, int8_t *q, float *scale, int32_t *
 }
 
 inline __m256 load_eight(const float *p) { return _mm256_loadu_ps(p); }
+// to(part) gets the four values of a part: a[part], b[part], c[part], d[part].
+template <class Fn>
+inline void transpose_scales(__m256 a, __m256 b, __m256 c, __m256 d, Fn to) {
+    const __m256 s = _mm256_unpacklo_ps(a, b), t = _mm256_unpackhi_ps(a, b), u = _mm256_unpacklo_ps(c, d), v = _mm256_unpackhi_ps(c, d);
+    const __m256 parts[4] = {_mm256_shuffle_ps(s, u, 0x44), _mm256_shuffle_ps(s, u, 0xee), _mm256_shuffle_ps(t, v, 0x44), _mm256_shuffle_ps(t, v, 0xee)};
+    for (int i = 0; i < 4; ++i) {
+        _mm_storeu_ps(to(i), _mm256_castps256_ps128(parts[i]));
+        _mm_storeu_ps(to(4 + i), _mm256_extractf128_ps(parts[i], 1));
+    }
+}
 inline __m256 twice_each(__m256 a, int half) {  // its first or its second four, each two times
     const __m256i which = half == 0 ? _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3) : _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7);
     return _mm256_permutevar8x32_ps(a, which);

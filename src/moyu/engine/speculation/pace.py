@@ -1,0 +1,104 @@
+"""How many tokens to draft and from what, by what steps cost here and by how many drafts were accepted lately."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from statistics import median
+
+MOST = {"text": 15, "plan": 7}  # drafts of a round: a native step takes 16 tokens at little more than the price of one
+GAIN = 1.02  # a round must be expected to write tokens so much faster than dense steps do
+TRIAL = 2  # drafts of a plan that is tried again after it did not pay
+LONGEST_WAIT = 256  # tokens between two trials, at most; it doubles from 16 on
+KEPT = 9  # measurements of a time that count
+WARM = 2  # dense steps of one token that are measured first, behind one that makes ready
+REFRESH = 64  # verifications between two of one token
+
+
+def expected_speedup(accepted: float, drafts: int, step_cost: float, verify_cost: float) -> float:
+    """Tokens a dense step's time: (1 - b^(D + 1)) / (1 - b) / (D c + v), for an acceptance b taken independent.
+
+    `step_cost` c and `verify_cost` v are times of a drafting step and of a verification, in dense steps.
+    """
+    tokens = drafts + 1 if accepted == 1 else (1 - accepted ** (drafts + 1)) / (1 - accepted)
+    return tokens / (drafts * step_cost + verify_cost)
+
+
+def best_drafts(accepted: float, step_cost: float, row_cost: float, most: int = 16) -> int:
+    """The draft length of 1 to `most` with the largest expected speed-up; first of equals.
+
+    `row_cost`: what each token of a verification but the first costs, in dense steps.
+    """
+    return max(range(1, most + 1), key=lambda d: expected_speedup(accepted, d, step_cost, 1 + row_cost * d))
+
+
+@dataclass
+class Share:
+    """The share of drafts that are accepted, of the last hundred or so; `first` before any was judged."""
+
+    first: float
+    hits: float = 0.0
+    judged: float = 0.0
+
+    def note(self, hits: int, judged: int) -> None:
+        """So many of so many drafts were accepted."""
+        self.hits, self.judged = 0.98**judged * self.hits + hits, 0.98**judged * self.judged + judged
+
+    @property
+    def value(self) -> float:
+        """The share; the first guess counts as two drafts. Never 1, which no experience shows."""
+        return min(0.99, (self.hits + 2 * self.first) / (self.judged + 2))
+
+
+@dataclass
+class Pace:
+    """What a generation has learned of its costs and its drafts. Kinds of drafts: "plan", or of the text ("text", size of the match)."""
+
+    steps: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))  # seconds of a dense step
+    rows: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))  # what a further token costs there, in steps
+    drafts: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))  # seconds of a plan's step
+    shares: dict[Hashable, Share] = field(default_factory=dict)
+    waiting: int = 0  # tokens until the plan is tried again
+    wait: int = 16
+    ready: bool = False
+    since: int = 0  # verifications since one of one token
+
+    def share(self, kind: Hashable) -> Share:
+        """How many drafts of a kind are accepted."""
+        first = 0.7 if kind == "plan" else 0.5
+        return self.shares.setdefault(kind, Share(first))
+
+    def verified(self, tokens: int, seconds: float) -> None:
+        """A dense step of so many tokens took so long."""
+        self.since = 0 if tokens == 1 else self.since + 1
+        if not self.ready:  # its weights are laid out, its decoder made
+            self.ready = True
+        elif tokens == 1:
+            self.steps.append(seconds)
+        elif self.steps:
+            self.rows.append((seconds / median(self.steps) - 1) / (tokens - 1))
+
+    def judged(self, kind: Hashable, accepted: int, judged: int, written: int) -> None:
+        """So many of so many drafts were accepted; the round wrote so many tokens."""
+        self.share(kind).note(accepted, judged)
+        self.waiting -= written
+
+    def expected(self, kind: Hashable, most: int) -> tuple[float, int]:
+        """The expected speed over dense steps and the number of drafts, at most `most`, that gives it; (1, 0) where none pays."""
+        if len(self.steps) < WARM or self.since >= REFRESH or most < 1:
+            return 1.0, 0
+        row = max(0.0, median(self.rows)) if self.rows else 0.15
+        step = 0.0
+        if kind == "plan":
+            step = median(self.drafts) / median(self.steps) if self.drafts else 0.6
+        share = self.share(kind).value
+        count = best_drafts(share, step, row, most)
+        gain = expected_speedup(share, count, step, 1 + row * count)
+        if gain >= GAIN:
+            self.wait = 16 if kind == "plan" else self.wait
+            return gain, count
+        if kind == "plan" and self.waiting <= 0:
+            self.waiting, self.wait = self.wait, min(LONGEST_WAIT, 2 * self.wait)
+            return 1.0, min(TRIAL, most)
+        return 1.0, 0
