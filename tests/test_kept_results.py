@@ -76,7 +76,7 @@ def test_cells_of_other_weights_text_and_definitions_are_measured_again(place, t
     )
     for name in ("measure", "rounding"):
         monkeypatch.setattr(
-            trinity.Board, name, lambda board, *asked: (measured.append(1), cell(board, 16, "cats", None))[1]
+            trinity.PlainBoard, name, lambda board, *asked: (measured.append(1), cell(board, 16, "cats", None))[1]
         )
     asked = trinity.Asked(models=(place(),), methods=("cats",), bytes=(0.75,), quick=True, speed=False)
 
@@ -89,7 +89,7 @@ def test_cells_of_other_weights_text_and_definitions_are_measured_again(place, t
     place(seed=1)  # other weights under the same name
     assert runs() > 0
     assert runs(dataclasses.replace(asked, seed=3)) > 0
-    monkeypatch.setattr(trinity, "DEFINITION", 99)
+    monkeypatch.setattr(trinity.board, "DEFINITION", 99)
     assert runs(dataclasses.replace(asked, seed=3)) > 0
     window[0] = 72  # other text
     assert runs() > 0

@@ -15,10 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moyu import UserError, calibrate, records
 from moyu.measure import evaluation
+from moyu.measure.sizes import opened
 from moyu.measure.windows import Windows
 from moyu.model import loading
 from moyu.model.gguf.loading import load_model
 from moyu.model.gguf.reader import read
+from moyu.reporting.beside_files import of_files
 from tiny import IDS, tokens
 
 sys.path.append(str(Path(__file__).parents[1]))  # `benchmarks` is no part of the package
@@ -138,7 +140,7 @@ def test_its_file_is_llama_cpp_s(bench, tmp_path):
 
 
 def test_bytes_are_those_of_the_file(tmp_path, source):
-    file, model, _, size = rows.loaded(source)
+    file, model, _, size = opened(source)
     assert model.dtype == torch.float32 and size.weights == sum(
         m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
     )
@@ -161,7 +163,7 @@ def test_rows_are_measured_once_and_go_on(bench, monkeypatch):
 
 
 def test_a_plan_stands_beside_its_nulls_at_its_bytes(bench, tmp_path):
-    _, model, _, size = rows.loaded(bench.source)
+    _, model, _, size = opened(bench.source)
     plan = calibrate(model, "teal", bench.texts.calibration, sparsity=0.5)
     plan.save(tmp_path / "plan")
     own, random, oracle = bench.fill([Asked("half", plan=tmp_path / "plan", nulls=True)])
@@ -237,9 +239,9 @@ ROWS = [
 
 def test_the_table_compares_plans_with_files_of_their_bytes():
     assert [r.row for r in table.front(ROWS)] == ["Q2_K", "Q4_0", "Q8_0"]
-    assert table.of_files(ROWS, 3e6) == pytest.approx(0.1)  # halfway between 1 and .01 in the logarithm
-    assert table.of_files(ROWS, 1e6) is None and table.of_files(ROWS, 9e6) == 0.0001
-    assert table.of_files([*ROWS[:3], sample("Q8_0", 8e6, 0.0)], 6e6) == 0.01  # no way from .01 to 0 in the logarithm
+    assert of_files(ROWS, 3e6) == pytest.approx(0.1)  # halfway between 1 and .01 in the logarithm
+    assert of_files(ROWS, 1e6) is None and of_files(ROWS, 9e6) == 0.0001
+    assert of_files([*ROWS[:3], sample("Q8_0", 8e6, 0.0)], 6e6) == 0.01  # no way from .01 to 0 in the logarithm
     lines = table.markdown(ROWS).splitlines()
     assert lines[0].startswith("**tiny** (SHA-256 0000000000000000), text.txt: 2 documents, 16 tokens of each")
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[4:] if line]

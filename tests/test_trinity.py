@@ -61,8 +61,8 @@ def test_cells_meet_their_bytes_and_floors_are_named(quick):
 def test_finished_cells_are_kept_and_missing_ones_are_filled_in(quick, monkeypatch):
     asked, out, rows = quick
     measured = []
-    measure = trinity.Board.measure
-    monkeypatch.setattr(trinity.Board, "measure", lambda self, *a: measured.append(a[0]) or measure(self, *a))
+    measure = trinity.PlainBoard.measure
+    monkeypatch.setattr(trinity.PlainBoard, "measure", lambda self, *a: measured.append(a[0]) or measure(self, *a))
     assert trinity.run(asked, out) == rows
     assert measured == []
     next(out.glob("cells/quick/swiglu/cats.16bit.bytes0.750.jsonl")).unlink()
@@ -76,7 +76,7 @@ def test_finished_cells_are_kept_and_missing_ones_are_filled_in(quick, monkeypat
 def test_tables_and_report(quick, tmp_path):
     _, _, rows = quick
     text = scoreboard.markdown(rows)
-    assert "n/a (floor 0.64)" in text and "| quantise |" in text
+    assert "n/a (floor 0.64)" in text and "| (MOYU's own rounding) |" in text
     write_scoreboard(rows, tmp_path)
     assert records.read(tmp_path / "records.jsonl") == rows
     page = (tmp_path / "report.html").read_text()
@@ -159,7 +159,7 @@ def test_speed_is_timed_once_with_all_methods_in_one_run(quick, monkeypatch):
     found = trinity.timed(asked, out, rows)
     assert [r.method for r in found] == ["dense", "cats", "griffin"]
     assert len({r.read_ceiling_gb_s for r in found}) == 1
-    monkeypatch.setattr(trinity, "bench_shape", None)
+    monkeypatch.setattr(trinity.timing, "bench_shape", None)
     assert trinity.timed(asked, out, rows) == found
 
 

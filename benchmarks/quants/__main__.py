@@ -61,6 +61,12 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="the model whose tokenizer is used, if the file has none")
     parser.add_argument("--work", type=Path, default=Path("runs/quants"), help="for files that are made on the way")
     parser.add_argument("--keep", action="store_true", help="keep the files of llama.cpp's types there")
+    parser.add_argument(
+        "--make-only",
+        type=Path,
+        metavar="FOLDER",
+        help="put the files there and measure nothing: for `moyu trinity --competitors`",
+    )
     parser.add_argument("--threads", type=int, default=0, help="of llama.cpp's quantiser; 0: all")
     options = parser.parse_args()
     try:
@@ -82,6 +88,11 @@ def main() -> None:
         rest.write_text(given.rest, encoding="utf-8")
         print(f"calibrate plans for this text on {rest}", flush=True)
         table = Table(options.source, given, options.out, options.work, options.threads, options.keep)
+        if options.make_only is not None:
+            options.make_only.mkdir(parents=True, exist_ok=True)
+            for one in (a for a in asked if a.row in options.types.split(",")):
+                print(table.make(one, options.make_only / one.file), flush=True)
+            return
         for one in asked:
             start = time.monotonic()
             for row in table.fill([one]):

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moyu.errors import UserError
-from moyu.files import parse_json
+from moyu.measure.documents import documents as split
 from moyu.measure.text import read_text
 from moyu.measure.windows import Windows
 
-TITLE = re.compile(r"^ = [^=\n].* = \n", re.MULTILINE)  # of an article of WikiText
 LONG = 40  # characters: a line that says where it comes from
 SHARED = 0.1  # of the scored documents' long lines may stand in the calibration text: licences, imports
 
@@ -32,20 +29,8 @@ class Texts:
 
 
 def documents(file: Path) -> list[str]:
-    """The documents of a text: of JSON lines their `text`, of WikiText its articles, of any other file the whole."""
-    text = read_text(file)
-    if file.suffix != ".jsonl":
-        starts = [m.start() for m in TITLE.finditer(text)] or [0]
-        return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
-    found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            found.append(parse_json(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{file}:{number} is no document", 'give lines like {"text": "..."}') from None
-    return found
+    """The documents of a text file."""
+    return split(file, read_text(file))
 
 
 def texts(
@@ -98,8 +83,3 @@ def overlap(scored: Sequence[str], others: Sequence[str]) -> float:
     known = {line.strip() for text in others for line in text.splitlines()}
     long = [line.strip() for text in scored for line in text.splitlines() if len(line.strip()) >= LONG]
     return sum(line in known for line in long) / max(1, len(long))
-
-
-def as_batches(tokens: Tensor, vocabulary: int, floats: int = 1 << 27) -> Sequence[Tensor]:
-    """Windows (B, T) in batches whose logits take at most some 2^27 floats."""
-    return tokens.split(max(1, floats // (tokens.shape[1] * vocabulary)))

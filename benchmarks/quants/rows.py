@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,24 +12,22 @@ from typing import Any
 import torch
 from benchmarks.cpu.gguf_file import quantised
 from benchmarks.quants import importance
-from benchmarks.quants.documents import Texts, as_batches
+from benchmarks.quants.documents import Texts
 from torch import Tensor
 
 from moyu import records
-from moyu.errors import UserError
-from moyu.files import key_of
-from moyu.measure import accounting, evaluation
+from moyu.files import key_of, sha256_of
+from moyu.measure import evaluation
 from moyu.measure.evaluation import Scores
-from moyu.measure.statistics import bootstrap
+from moyu.measure.sizes import Size, opened
+from moyu.measure.windows import as_batches
 from moyu.model import dissect
 from moyu.model.anatomy import Anatomy
-from moyu.model.gguf.loading import load_model
-from moyu.model.gguf.reader import File, read
-from moyu.model.quantised import QuantisedLinear
+from moyu.model.gguf.reader import File
 from moyu.plan import Plan
-from moyu.records import Comparison, Protocol
+from moyu.records import Comparison
 from moyu.records.about import about_model
-from moyu.weights import Stored
+from moyu.records.comparing import comparison
 
 TYPES = (  # of files: a mixture of llama.cpp's, one with another type of the embedding and the head, or one type throughout
     "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_0",
@@ -41,7 +37,6 @@ TYPES = (  # of files: a mixture of llama.cpp's, one with another type of the em
 INDIFFERENT = ("Q8_0",)  # types that llama.cpp makes the same with an importance matrix
 CHOICES = ("own", "random", "oracle")  # of units: a plan's, and those of its nulls
 DEFINITION = 1  # of a row: one more wherever what is measured changes
-BEHIND = 1 << 20  # bytes of a file that are read at once
 
 
 @dataclass(frozen=True)
@@ -58,58 +53,13 @@ class Asked:
         kind, _, head = self.row.removesuffix(" pure").partition(" head ")
         return {"kind": kind, "head": head or None, "pure": self.row.endswith(" pure")}
 
+    @property
+    def file(self) -> str:
+        """What a file of this row is called."""
+        return f"{self.row.replace(' ', '-')}{'-importance' if self.importance else ''}.gguf"
+
     def __str__(self) -> str:
         return f"{self.row} with importance" if self.importance else self.row
-
-
-@dataclass(frozen=True)
-class Size:
-    """Bytes that a step reads, and bits of a weight of the layers."""
-
-    file: float
-    moyu: float
-    layers: float | None  # of `file`, those of the layers' linears; None: nobody has told them apart
-    layers_moyu: float
-    weights: int  # of the layers' linears
-
-    @classmethod
-    def of(cls, model: Any, anatomy: Anatomy) -> Size:
-        """Of a model as its file stores it and as MOYU does."""
-        if anatomy.experts:
-            raise UserError("routed experts become plain numbers here", "compare files of models without them")
-        moyu = accounting.dense_step_bytes(model, anatomy)
-        linears = [m for m in model.modules() if isinstance(m, QuantisedLinear)]
-        more = sum(m.blocks.nbytes - in_file(m.blocks) for m in linears)
-        pieces = [p for b in anatomy.all_blocks() for p in b.pieces.values()]
-        layers = sum(p.nbytes if p.blocks is None else in_file(p.blocks) for p in pieces)
-        own = accounting.block_bytes(model, anatomy)
-        return cls(moyu - more, moyu, layers, own, sum(math.prod(p.shape) for p in pieces))
-
-
-def in_file(stored: Stored) -> int:
-    """Bytes of a weight in a GGUF file."""
-    return math.prod(stored.shape) // stored.format.block * stored.format.block_bytes
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(BEHIND):
-            found.update(part)
-    return found.hexdigest()
-
-
-def loaded(path: Path) -> tuple[File, Any, Anatomy, Size]:
-    """A file's model, which computes in float32, and its size; numbers of 16 bits count as such."""
-    file = read(path)
-    model: Any = load_model(file)
-    anatomy = dissect.dissect(model)
-    size = Size.of(model, anatomy)
-    if model.dtype != torch.float32:
-        model = model.float()
-        anatomy = dissect.dissect(model)
-    return file, model, anatomy, size
 
 
 @dataclass(frozen=True)
@@ -150,6 +100,11 @@ class Table:
             definition=DEFINITION,
         )
 
+    def make(self, asked: Asked, path: Path) -> Path:
+        """The file of a type, at `path`."""
+        matrix = self.matrix if asked.importance else None
+        return quantised(self.source, path, **asked.making(), importance=matrix, threads=self.threads)
+
     def measure(self, asked: Asked) -> list[Comparison]:
         """The rows of what was asked for: a plan with its nulls is several."""
         _ = self.reference
@@ -158,14 +113,9 @@ class Table:
         if asked.row == "source":
             file, model, anatomy, size = self._opened
             return [self._row(asked, "source", model, anatomy, size, self._scores(), file=file)]
-        path = (
-            self.work
-            / f"{self.sha256[:16]}-{asked.row.replace(' ', '-')}{'-importance' if asked.importance else ''}.gguf"
-        )
-        matrix = self.matrix if asked.importance else None
-        quantised(self.source, path, **asked.making(), importance=matrix, threads=self.threads)
-        file, model, anatomy, size = loaded(path)
-        made = {"file_sha256": digest(path), "made_by": made_by()}
+        path = self.make(asked, self.work / f"{self.sha256[:16]}-{asked.file}")
+        file, model, anatomy, size = opened(path)
+        made = {"file_sha256": sha256_of(path), "made_by": made_by()}
         if asked.importance:
             made["importance"] = self.texts.calibration.digest
         row = self._row(asked, "file", model, anatomy, size, self._scores(model), file=file, **made)
@@ -209,35 +159,9 @@ class Table:
         **more: Any,
     ) -> Comparison:
         """The record of a row."""
-        windows, own = self.texts.scored, by_document(scores.kl)
-        interval = bootstrap(own, resamples=1000)
-        targets = windows.tokens[:, windows.prompt + 1 :]
-        source = -self.reference.gather(-1, targets[..., None]).double().mean()
-        return Comparison.model_validate(
-            {
-                **about_model(self.source.stem, model, anatomy),
-                "kind": "comparison",
-                "made_from": self.made_from(asked),
-                "protocol": Protocol(prompt=windows.prompt, window=windows.tokens.shape[1], table="main"),
-                "corpus": {**windows.source, "digest": windows.digest},
-                "row": asked.row,
-                "what": what,
-                "source_sha256": self.sha256,
-                "tensors": file.formats(),
-                "step_bytes": size.file,
-                "step_bytes_moyu": size.moyu,
-                "bits_per_weight": None if size.layers is None else 8 * size.layers / size.weights,
-                "documents": len(windows.tokens),
-                "tokens": scores.nll.numel(),
-                "ppl_source": math.exp(float(source)),
-                "ppl": scores.perplexity,
-                "kl": max(0.0, interval.value),
-                "kl_interval": [interval.low, interval.high],
-                "top1_agreement": float(scores.agree.float().mean()),
-                "by_document": {"kl": own, "nll": by_document(scores.nll)},
-                **more,
-            }
-        )
+        about = {**about_model(self.source.stem, model, anatomy), "made_from": self.made_from(asked)}
+        about |= {"row": asked.row, "what": what, "source_sha256": self.sha256, "tensors": file.formats()}
+        return comparison(about, size, scores, self.reference, self.texts.scored, **more)
 
     def _scores(self, model: Any = None) -> Scores:
         """Of a whole model, or the source, against the source, a batch at a time."""
@@ -254,11 +178,11 @@ class Table:
     @cached_property
     def sha256(self) -> str:
         """Of the source."""
-        return digest(self.source)
+        return sha256_of(self.source)
 
     @cached_property
     def _opened(self) -> tuple[File, Any, Anatomy, Size]:
-        return loaded(self.source)
+        return opened(self.source)
 
     @cached_property
     def reference(self) -> Tensor:
@@ -286,11 +210,6 @@ class Table:
             importance.write(part, importance.measure(file, model, windows), windows)
             part.replace(path)
         return importance.load(path)
-
-
-def by_document(values: Tensor) -> list[float]:
-    """Means of documents (B, T) -> B numbers, in six digits."""
-    return [float(f"{v:.6g}") for v in values.double().mean(1).tolist()]
 
 
 def made_by() -> str:

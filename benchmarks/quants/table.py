@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moyu import records
 from moyu.records import Comparison
-from moyu.reporting.beside_files import front
+from moyu.reporting.beside_files import front, of_files
 from moyu.reporting.charts import Canvas, Linear, Log
 from moyu.reporting.columns import NONE, number
 from moyu.reporting.scoreboard import standalone
@@ -38,21 +38,6 @@ def groups(rows: Sequence[records.Record]) -> list[list[Comparison]]:
         if isinstance(r, Comparison):
             found.setdefault((r.source_sha256, str(r.corpus)), []).append(r)
     return [sorted(own, key=lambda r: (-r.step_bytes, r.kl)) for own in found.values()]
-
-
-def of_files(rows: Sequence[Comparison], size: float) -> float | None:
-    """KL of files of so many bytes; None where no file is so small.
-
-    Between two neighbours of the front its logarithm is taken as linear; without a lossy one above, it is that of the best file below.
-    """
-    best = front(rows)
-    below = [r for r in best if r.step_bytes <= size]
-    above = next((r for r in best if r.step_bytes > size and r.kl > 0), None)
-    if not below or above is None or not below[-1].kl:
-        return below[-1].kl if below else None
-    a, b = below[-1], above
-    share = (size - a.step_bytes) / (b.step_bytes - a.step_bytes)
-    return math.exp((1 - share) * math.log(a.kl) + share * math.log(b.kl))
 
 
 def markdown(rows: Sequence[records.Record]) -> str:

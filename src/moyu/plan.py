@@ -340,6 +340,6 @@ def _digest(piece: Piece) -> str:
         weight = piece.weight.detach()
         sample = (weight.full_tensor() if isinstance(weight, DTensor) else weight)[row, column]
     else:
-        sample = blocks.at(row, column)
+        sample = blocks.at(row.to(blocks.device), column.to(blocks.device))
     sample = sample.to("cpu", torch.bfloat16)
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

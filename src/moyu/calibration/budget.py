@@ -25,7 +25,7 @@ from moyu.calibration.trials import separable, weights
 from moyu.calibration.walk import calibrate, solve_bytes
 from moyu.errors import OutOfReach
 from moyu.measure import accounting
-from moyu.measure.evaluation import evaluate
+from moyu.measure.evaluation import evaluate, read_fraction
 from moyu.measure.storage import Storage
 from moyu.measure.text import Split
 from moyu.measure.windows import Windows
@@ -309,8 +309,7 @@ def _solved(way: Way, windows: Windows, byte_fraction: float, progress: Progress
         plan = way.plan(windows, sparsity, progress)
         if method.trains or method.joint:
             return plan
-        found = evaluate(reader.model, plan, probe, matched=False, anatomy=reader.anatomy)
-        read = reader.byte_fraction(found.byte_fraction, plan)
+        read = reader.byte_fraction(read_fraction(reader.model, plan, probe, reader.anatomy), plan)
         over = read - byte_fraction
         rank = (over > SLACK, over if over > SLACK else sparsity)
         if rank < least:

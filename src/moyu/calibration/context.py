@@ -122,6 +122,7 @@ class Context:
             calibration=calibration,
             test=test,
             seed=settings.seed,
+            by_document=settings.by_document,
         )
         quantising = None
         if settings.weights in QUANTISED:

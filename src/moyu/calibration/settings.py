@@ -53,6 +53,7 @@ class Settings:
     learn_bias: int = 0  # steps
     allocation: str = "uniform"  # of ALLOCATIONS
     text: Path | None = None
+    by_document: bool = False  # windows of the text lie inside its documents
     prompt: str | None = None
     window: int = 256
     boundary: int = 128

@@ -111,6 +111,20 @@ def evaluate_all(
     return {name: own.quality(model, plans[name], anatomy, positions, text_bytes) for name, own in found.items()}
 
 
+@torch.no_grad()
+def read_fraction(model: nn.Module, plan: Plan, windows: Windows, anatomy: Anatomy, batch: int = 16) -> float:
+    """The byte fraction that `evaluate` finds, from one pass: no dense run, and no log-probabilities."""
+    total, skipped = accounting.dense_step_bytes(model, anatomy), 0.0
+    with Applied(model, plan, engine="mask", anatomy=anatomy, check=False) as applied:
+        for tokens in windows.tokens.split(batch):
+            counter = Counter(*tokens.shape)
+            with applied.prompt(windows.prompt), applied.watched(chooser=counter):
+                _logits(applied.model, tokens, windows.prompt)
+            skipped += counter.skipped_bytes
+    positions = len(windows.tokens) * (windows.tokens.shape[1] - windows.prompt)
+    return (total - skipped / positions + accounting.added_bytes(plan, anatomy)) / total
+
+
 class _Found:
     """What the batches of one plan gave so far."""
 
@@ -169,10 +183,7 @@ def score(reference: Tensor, log_probs: Tensor, windows: Windows) -> Scores:
 
 def _log_probs(model: nn.Module, tokens: Tensor, prompt: int) -> Tensor:
     """(B, T - P - 1, V) log-probabilities, on the CPU, that positions P .. T - 2 give to their next token."""
-    tokens = tokens.to(next(model.parameters()).device)
-    # The head of a large vocabulary takes as long as all layers: it reads the scored positions alone where it can.
-    few = {"logits_to_keep": tokens.shape[1] - prompt} if dissect.keeps_logits(model) else {}
-    logits = model(input_ids=tokens, use_cache=False, **few).logits[:, prompt - tokens.shape[1] : -1]
+    logits = _logits(model, tokens, prompt)[:, :-1]
     if not bool((logits.amax(-1) < torch.inf).all()):  # NaN too
         raise UserError(
             "logits are not finite, so no text can be scored by them",
@@ -182,6 +193,14 @@ def _log_probs(model: nn.Module, tokens: Tensor, prompt: int) -> Tensor:
     for window in logits:
         window.copy_(window.log_softmax(-1))
     return logits.cpu()
+
+
+def _logits(model: nn.Module, tokens: Tensor, prompt: int) -> Tensor:
+    """(B, T - P, V) at positions from P on."""
+    tokens = tokens.to(next(model.parameters()).device)
+    # The head of a large vocabulary takes as long as all layers: it reads the scored positions alone where it can.
+    few = {"logits_to_keep": tokens.shape[1] - prompt} if dissect.keeps_logits(model) else {}
+    return model(input_ids=tokens, use_cache=False, **few).logits[:, prompt - tokens.shape[1] :]
 
 
 def _score(reference: Tensor, log_probs: Tensor, targets: Tensor) -> Scores:

@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moyu.errors import UserError
+from moyu.measure.documents import documents, pieces
 from moyu.measure.windows import Windows
 from moyu.model import zoo
 from moyu.model.loading import Loaded
 from moyu.model.prompts import require_known
 
+DOCUMENT = 8  # characters for each token of a window, in a piece that stands for a document
 # Parts of a user's text: name, position in words, and end as a fraction.
 PARTS = (("calibration", "first half", 1 / 2), ("validation", "third quarter", 3 / 4), ("test", "last quarter", 1.0))
 
@@ -41,11 +43,14 @@ def windows_for(
     calibration: int,
     test: int,
     seed: int = 0,
+    by_document: bool = False,
 ) -> Split:
     """Windows for a model, from the parts of `file`, or from the splits of the zoo's corpus without a file.
 
-    calibration, test: the most windows of these parts; validation has as many as test. Raises UserError if the text is
-    missing or empty, or if one of its parts is shorter than a window or holds special tokens alone.
+    calibration, test: the most windows of these parts; validation has as many as test. by_document: windows lie inside one
+    document of the file, parts are of whole documents, and a file that is one text is cut into pieces that stand for documents.
+    Raises UserError if the text is missing or empty, or if one of its parts is shorter than a window or holds special tokens
+    alone.
     """
     limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -57,14 +62,28 @@ def windows_for(
     file = Path(file)
     text = read_text(file)
     source = {"file": file.name, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    whole = _in_documents(file, text, length) if by_document else None
     windows, start = {}, 0
     for name, part, end in PARTS:
         stop, count = round(len(text) * end), calibration if name == "calibration" else test
+        texts = [text[start:stop]] if whole is None else [d for at, d in whole if start <= at < stop]
         windows[name] = _windows(
-            loaded, [text[start:stop]], f"the text's {part}", length, prompt, count, source | {"part": part}, seed
+            loaded, texts, f"the text's {part}", length, prompt, count, source | {"part": part}, seed
         )
         start = stop
     return Split(**windows)
+
+
+def _in_documents(file: Path, text: str, length: int) -> list[tuple[int, str]]:
+    """The documents of a text, each with its place in characters as a share of the text's length."""
+    found = documents(file, text)
+    if len(found) == 1:
+        found = pieces(text, DOCUMENT * length)
+    size, at, placed = sum(map(len, found)), 0, []
+    for document in found:
+        placed.append((round(at * len(text) / size), document))
+        at += len(document)
+    return placed
 
 
 def read_text(file: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,3 +25,8 @@ class Windows:
         digest = hashlib.sha256(self.tokens.cpu().numpy().tobytes())
         digest.update(repr((tuple(self.tokens.shape), self.prompt, self.documents)).encode())
         return digest.hexdigest()[:16]
+
+
+def as_batches(tokens: Tensor, vocabulary: int, floats: int = 1 << 27) -> Sequence[Tensor]:
+    """Windows (B, T) in batches whose logits take at most some 2^27 floats."""
+    return tokens.split(max(1, floats // (tokens.shape[1] * vocabulary)))

@@ -303,6 +303,11 @@ class Cell(MethodRecord):
         default=None,
         description="bytes that a step reads over the dense model's in 16 bits; `byte_fraction` is over the dense model's in `weight_bits`",
     )
+    step_bytes: Positive | None = Field(default=None, description="of a quantised file: bytes that a step reads")
+    bits_per_weight: Positive | None = Field(
+        default=None,
+        description="bits of `step_bytes` for each weight that a token is multiplied with, the head's included",
+    )
     floor: Natural | None = Field(
         default=None, description="least byte fraction that the method can reach, in `weight_bits`"
     )
@@ -310,9 +315,11 @@ class Cell(MethodRecord):
     site_knobs: dict[str, int] = Field(default={}, description="number of sites by the settings of their own")
     documents: Count | None = Field(default=None, description="documents of held-out text, one window of each")
     tokens: Amount | None = Field(default=None, description="scored tokens")
-    ppl_dense: Perplexity | None = Field(default=None, description="perplexity per token of the dense model in 16 bits")
+    ppl_dense: Perplexity | None = Field(
+        default=None, description="perplexity per token of the dense model in 16 bits, or of the file"
+    )
     ppl: Perplexity | None = Field(default=None, description="perplexity per token")
-    kl: Natural | None = Field(default=None, description="KL(dense in 16 bits || this), nats per token")
+    kl: Natural | None = Field(default=None, description="KL(dense in 16 bits, or the file || this), nats per token")
     kl_interval: Interval | None = Field(default=None, description="95 % interval over documents")
     top1_agreement: Fraction | None = Field(
         default=None, description="scored tokens with the same most likely next token"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -26,6 +27,21 @@ def front(rows: Sequence[Comparison]) -> list[Comparison]:
         if not found or r.kl < found[-1].kl:
             found.append(r)
     return found
+
+
+def of_files(rows: Sequence[Comparison], size: float) -> float | None:
+    """KL of files of so many bytes; None where no file is so small.
+
+    Between two neighbours of the front its logarithm is taken as linear; without a lossy one above, it is that of the best file below.
+    """
+    best = front(rows)
+    below = [r for r in best if r.step_bytes <= size]
+    above = next((r for r in best if r.step_bytes > size and r.kl > 0), None)
+    if not below or above is None or not below[-1].kl:
+        return below[-1].kl if below else None
+    a, b = below[-1], above
+    share = (size - a.step_bytes) / (b.step_bytes - a.step_bytes)
+    return math.exp((1 - share) * math.log(a.kl) + share * math.log(b.kl))
 
 
 def shown(rows: Sequence[Record]) -> list[Comparison]:

@@ -1,8 +1,10 @@
-"""Test three claims on the cells of a scoreboard, with paired intervals over documents.
+"""Test claims on the cells of a scoreboard, with paired intervals over documents.
 
-order      matched oracle <= method <= matched random, in perplexity, on 16-bit weights;
+order      matched oracle <= method <= matched random, in perplexity, on 16-bit weights and on a file's own;
 routers    every trained router beats static popularity, in perplexity, at equal bytes;
-estimate   has the least KL of all methods at every target byte fraction, and less KL than rounding below 4 bits.
+own        the own method (`estimate` on 16-bit weights, `levels` on a quantised file) has the least KL of all at equal bytes;
+files      a plan on a quantised file has less KL than the next larger of the best files, which reads at least as many bytes: the own,
+           and any other.
 
 A cell shows a claim if the interval of the difference lies on the claim's side of 0, and refutes it if it lies on the other
 side; else the cell is open. A "≤" is also shown by losses that are equal on every document.
@@ -13,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moyu.records import Cell
+from moyu.records import Cell, Comparison
+from moyu.reporting.beside_files import front
 
 RESAMPLES = 1000
-ROUNDING, NULL, OWN = "quantise", "popularity", "estimate"
+ROUNDING, NULL = "quantise", "popularity"
+OWN, OF_FILES = "estimate", "levels"  # on 16-bit weights, on quantised files
 NAMED = 3  # the most refutations that a table names
 
 
@@ -38,9 +42,9 @@ class Verdict:
         return True if self.low > 0 or same else False if self.high < 0 else None
 
 
-def verdicts(cells: Sequence[Cell]) -> list[Verdict]:
-    """All comparisons that the cells allow."""
-    return [*_order(cells), *_routers(cells), *_estimate(cells)]
+def verdicts(cells: Sequence[Cell], files: Sequence[Comparison] = ()) -> list[Verdict]:
+    """All comparisons that the cells allow, and the files on the same windows."""
+    return [*_order(cells), *_routers(cells), *_own(cells), *_files(cells, files)]
 
 
 def _order(cells: Sequence[Cell]) -> Iterator[Verdict]:
@@ -48,8 +52,9 @@ def _order(cells: Sequence[Cell]) -> Iterator[Verdict]:
         own = cell.by_document
         if cell.method in (ROUNDING, "random", "oracle") or "nll_random" not in own:
             continue  # random and oracle would be compared with themselves
-        yield _compare("oracle ≤ method", cell, "matched oracle", own["nll"], own["nll_oracle"])
-        yield _compare("method ≤ random", cell, "matched random", own["nll_random"], own["nll"])
+        nll = own["nll"][: len(own["nll_random"])]  # of a file's board the references are of the first documents
+        yield _compare("oracle ≤ method", cell, "matched oracle", nll, own["nll_oracle"])
+        yield _compare("method ≤ random", cell, "matched random", own["nll_random"], nll)
 
 
 def _routers(cells: Sequence[Cell]) -> Iterator[Verdict]:
@@ -63,22 +68,27 @@ def _routers(cells: Sequence[Cell]) -> Iterator[Verdict]:
                 yield _compare("router < popularity", cell, NULL, other.by_document["nll"], cell.by_document["nll"])
 
 
-def _estimate(cells: Sequence[Cell]) -> Iterator[Verdict]:
-    for cell in (c for c in cells if c.method == OWN):
+def _own(cells: Sequence[Cell]) -> Iterator[Verdict]:
+    for cell in cells:
+        if cell.method != (OWN if cell.step_bytes is None else OF_FILES):
+            continue
         for other in _rivals(cells, cell):
             if other.family != "reference":
-                yield _compare(
-                    f"{OWN} < every method", cell, other.method, other.by_document["kl"], cell.by_document["kl"]
-                )
-        if cell.weight_bits < 16 and cell.target_byte_fraction is not None and cell.kl is not None:
-            rounded = [c for c in cells if (c.model, c.method) == (cell.model, ROUNDING)]
-            scale = (cell.byte_fraction_16 or 1.0) / (cell.byte_fraction or 1.0)
-            for other in rounded:
-                if abs((other.byte_fraction_16 or 0.0) - cell.target_byte_fraction * scale) < 1e-3:
-                    yield _compare(
-                        f"{OWN} < rounding", cell, f"{other.weight_bits:g} bits", other.by_document["kl"],
-                        cell.by_document["kl"],
-                    )  # fmt: skip
+                claim = f"{cell.method} < every method"
+                yield _compare(claim, cell, other.method, other.by_document["kl"], cell.by_document["kl"])
+
+
+def _files(cells: Sequence[Cell], files: Sequence[Comparison]) -> Iterator[Verdict]:
+    for cell in cells:
+        size = cell.step_bytes
+        if size is None or cell.kl is None or cell.family == "reference":
+            continue
+        larger = [f for f in front(files) if f.step_bytes >= size]
+        if larger:
+            other = min(larger, key=lambda f: f.step_bytes)
+            who = OF_FILES if cell.method == OF_FILES else "any other method"
+            claim = f"{who} < the next larger file"
+            yield _compare(claim, cell, other.row, other.by_document["kl"], cell.by_document["kl"])
 
 
 def _rivals(cells: Sequence[Cell], cell: Cell) -> Iterator[Cell]:
@@ -100,10 +110,10 @@ def _compare(claim: str, cell: Cell, against: str, worse: Sequence[float], bette
     return Verdict(claim, cell, against, found.value, found.low, found.high)
 
 
-def lines(cells: Sequence[Cell]) -> list[list[str]]:
+def lines(cells: Sequence[Cell], files: Sequence[Comparison] = ()) -> list[list[str]]:
     """One line per claim: its name, the number of cells that show, leave open and refute it, and the largest refutations."""
     found: dict[str, list[Verdict]] = {}
-    for verdict in verdicts(cells):
+    for verdict in verdicts(cells, files):
         found.setdefault(verdict.claim, []).append(verdict)
     table = []
     for claim, own in found.items():
@@ -120,6 +130,6 @@ def _named(verdict: Verdict) -> str:
         f"{cell.target_byte_fraction:.2f} of the bytes" if cell.target_byte_fraction is not None
         else f"sparsity {cell.target_sparsity:.2f}" if cell.target_sparsity is not None else "native"
     )  # fmt: skip
-    bits = "" if cell.weight_bits == 16 else f", {cell.weight_bits:g} bits"
+    bits = "" if cell.weight_bits == 16 or cell.step_bytes is not None else f", {cell.weight_bits:g} bits"
     rival = "" if verdict.against.startswith("matched") else f" against {verdict.against}"
     return f"{cell.method}{rival} on {cell.model}, {asked}{bits} ({verdict.difference:+.2g} [{verdict.low:+.2g}, {verdict.high:+.2g}])"

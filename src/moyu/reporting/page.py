@@ -57,7 +57,7 @@ def write_scoreboard(rows: Sequence[Record], out: Path) -> None:
     """Write a scoreboard's records, tables, plot and page into a folder."""
     records.write(out / "records.jsonl", rows)
     atomic_write_text(out / "trinity.md", scoreboard.markdown(rows) + "\n")
-    atomic_write_text(out / "trinity.svg", scoreboard.plot([r for r in rows if isinstance(r, Cell)]) + "\n")
+    atomic_write_text(out / "trinity.svg", scoreboard.plot(rows) + "\n")
     write_report(rows, out / "report.html")
 
 
@@ -86,7 +86,7 @@ def view(rows: Sequence[Record]) -> dict[str, Any]:
         "speed": speed,
         "tasks": task_groups(rows),
         "scoreboard": scoreboard.tables(rows),
-        "scoreboard_plot": scoreboard.plot(cells) if (cells := [r for r in rows if isinstance(r, Cell)]) else None,
+        "scoreboard_plot": scoreboard.plot(rows) if any(isinstance(r, Cell) for r in rows) else None,
         "profiles": [(p, _there([figures.needed_by_layer(p), figures.needed_by_position(p)])) for p in profiles],
         "prompts": _prompts([r for r in rows if isinstance(r, Generation)]),
         "kernels": [r for r in rows if isinstance(r, Kernel)],

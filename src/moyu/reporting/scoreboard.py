@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from moyu import records
 from moyu.records import Cell, Speed
-from moyu.reporting import claims
+from moyu.reporting import claims, file_boards
 from moyu.reporting.charts import Canvas, Linear, Log
 from moyu.reporting.columns import NONE, fixed, gain, number, percent, times
+from moyu.reporting.tables import ScoreTable, kl_of, place
 
 ROUNDING = "quantise"
+OWN_ROUNDING = "(MOYU's own rounding)"  # of the row that is no method and no competitor
 NOT_RUN = "not run"
 GOOD, FAST = 0.98, 1.10  # perplexity kept and speed-up that count as applicable
 WIDTH, HEIGHT = 860.0, 480.0
@@ -25,28 +26,23 @@ STYLE = Markup(
 )
 
 
-@dataclass(frozen=True)
-class ScoreTable:
-    """A table: title, caption, head and lines."""
-
-    title: str
-    caption: str
-    head: list[str]
-    lines: list[list[str]]
-
-
 def tables(rows: Iterable[records.Record]) -> list[ScoreTable]:
-    """All tables of the cells and timings among `rows`; none without cells."""
+    """All tables of the cells and timings among `rows`, those of quantised files first; none without cells."""
     rows = list(rows)
-    cells = [r for r in rows if isinstance(r, Cell)]
+    of_files, cells = file_boards.tables(rows), _plain(rows)
     if not cells:
-        return []
+        return of_files
     found = []
     for model in dict.fromkeys(c.model for c in cells):
         own = [c for c in cells if c.model == model]
         found += [b for low in (False, True) if (b := _at_bytes(model, own, low))]
         found += [b] if (b := _at_sparsity(model, own)) else []
-    return [_trinity(cells, [r for r in rows if isinstance(r, Speed)]), *_claims(cells), *found]
+    return [*of_files, _trinity(cells, [r for r in rows if isinstance(r, Speed)]), *_claims(cells), *found]
+
+
+def _plain(rows: Iterable[records.Record]) -> list[Cell]:
+    """The cells of models in 16 bits."""
+    return [r for r in rows if isinstance(r, Cell) and r.step_bytes is None and (r.corpus or {}).get("digest") is None]
 
 
 def markdown(rows: Iterable[records.Record]) -> str:
@@ -60,13 +56,6 @@ def _text(found: Sequence[ScoreTable]) -> str:
         lines = ["| " + " | ".join(line) + " |" for line in [board.head, ["---"] * len(board.head), *board.lines]]
         parts.append("\n".join([f"**{board.title}.** {board.caption}", "", *lines]))
     return "\n\n".join(parts)
-
-
-def place(cell: Cell) -> float | None:
-    """The place of a method's KL between its matched random (0) and its matched oracle (1), on a log scale."""
-    if not cell.kl or not cell.kl_random or not cell.kl_oracle or cell.kl_random <= cell.kl_oracle:
-        return None
-    return math.log(cell.kl_random / cell.kl) / math.log(cell.kl_random / cell.kl_oracle)
 
 
 def front(cells: Sequence[Cell]) -> list[Cell]:
@@ -93,17 +82,19 @@ def _at_bytes(model: str, cells: list[Cell], low: bool) -> ScoreTable | None:
         shown = []
         for target in targets:
             fits = [c for c in rounded if (c.byte_fraction_16 or 0) <= target * scale * 1.001]
-            shown.append(f"{_kl(fits[0])}, {fits[0].weight_bits:g} bits" if fits else "n/a")
-        lines.append(["quantise", *shown, NONE])
+            shown.append(f"{kl_of(fits[0])}, {fits[0].weight_bits:g} bits" if fits else "n/a")
+        lines.append([OWN_ROUNDING, *shown, NONE])
     ranked = sorted(dict.fromkeys(c.method for c in own), key=lambda name: _rank(own, name, targets))
     for name in ranked:
         mine = [c for c in own if c.method == name]
         native = next((c for c in mine if c.target_byte_fraction is None and c.kl is not None), None)
         if native is not None:
-            cells_ = [_kl(native) + f" at {fixed(native.byte_fraction)}", *[NONE] * (len(targets) - 1)]
+            cells_ = [kl_of(native) + f" at {fixed(native.byte_fraction)}", *[NONE] * (len(targets) - 1)]
         else:
             by_target = {c.target_byte_fraction: c for c in mine}
-            cells_ = [_kl(by_target[t]) if t in by_target else NONE if _native_only(mine) else NOT_RUN for t in targets]
+            cells_ = [
+                kl_of(by_target[t]) if t in by_target else NONE if _native_only(mine) else NOT_RUN for t in targets
+            ]
         last = next((c for c in reversed(mine) if place(c) is not None), None)
         lines.append([name, *cells_, NONE if last is None else percent(place(last))])
     bits = next((c.weight_bits for c in own), 16)
@@ -112,7 +103,8 @@ def _at_bytes(model: str, cells: list[Cell], low: bool) -> ScoreTable | None:
     return ScoreTable(
         f"{model}, weights of {bits:g} bits, at equal bytes",
         "KL from the dense model in 16 bits, nats per token, with its 95 % interval over documents. Columns: the fraction of the dense "
-        f"step's bytes that is read. Dense perplexity: {number(dense)}. Quantise: rounding to the most bits that fit. Place: between "
+        f"step's bytes that is read. Dense perplexity: {number(dense)}. MOYU's own rounding: of all weights, to the most bits that "
+        "fit; it is no competitor, because llama.cpp's quantiser loses less. Place: between "
         "matched random (0 %) and matched oracle (100 %) on a log scale, at the fewest bytes reached.",
         head if not low else [h for h in head if h != "place"],
         lines if not low else [line[:-1] for line in lines],
@@ -155,20 +147,13 @@ def _rank(cells: list[Cell], name: str, targets: list[float]) -> tuple[float, ..
     return tuple(found.get(t, math.inf) for t in reversed(targets))
 
 
-def _kl(cell: Cell) -> str:
-    if cell.kl is None:
-        return cell.status or NONE
-    low, high = cell.kl_interval or (cell.kl, cell.kl)
-    return f"{number(cell.kl, 2)} [{number(low, 2)}, {number(high, 2)}]"
-
-
 def _at_sparsity(model: str, cells: list[Cell]) -> ScoreTable | None:
     own = [c for c in cells if c.target_sparsity is not None and c.weight_bits == 16 and c.kl is not None]
     if not own:
         return None
     lines = [
         [
-            sites_of(c.method), c.method, percent(c.realized_sparsity), fixed(c.byte_fraction), _kl(c),
+            sites_of(c.method), c.method, percent(c.realized_sparsity), fixed(c.byte_fraction), kl_of(c),
             number(c.kl_random, 2), number(c.kl_oracle, 2),
         ]
         for c in sorted(own, key=lambda c: (sites_of(c.method), c.kl))
@@ -233,12 +218,18 @@ def _trinity(cells: list[Cell], speeds: Sequence[Speed]) -> ScoreTable:
     )
 
 
-def plot(cells: Sequence[Cell]) -> Markup:
-    """KL against bytes over the 16-bit dense model's, one panel per model: rounding, methods on 16 and 4 bits, Pareto front."""
+def plot(rows: Sequence[records.Record]) -> Markup:
+    """KL against bytes, one panel a model.
+
+    Of a quantised file: methods and files by bits a weight. Of a model in 16 bits: rounding, methods on 16 and 4 bits, the front.
+    """
+    cells, boards = _plain(rows), file_boards.boards(rows)
     models = list(dict.fromkeys(c.model for c in cells))
     shown = [c for c in cells if (c.kl and c.byte_fraction_16 and c.family != "reference") or c.method == ROUNDING]
-    canvas = Canvas(WIDTH, HEIGHT * max(1, len(models)), "KL against bytes read, one panel per model")
-    for index, model in enumerate(models):
+    canvas = Canvas(WIDTH, HEIGHT * max(1, len(models) + len(boards)), "KL against bytes read, one panel per model")
+    for index, board in enumerate(boards):
+        file_boards.draw(canvas, board, HEIGHT * index)
+    for index, model in enumerate(models, len(boards)):
         own = [c for c in shown if c.model == model and c.kl]
         if own:
             _panel(canvas, model, own, HEIGHT * index)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moyu import methods, records
 from moyu.model import zoo
-from moyu.reporting import beside_files, method_pages, scoreboard
+from moyu.reporting import advice, beside_files, method_pages, scoreboard
 from moyu.reporting.paper import kinds_drawing
 from moyu.research import evidence
 from moyu.research.studies import figure1
@@ -48,7 +48,7 @@ def replace(page: Path, marker: str, text: str) -> None:
 
 def draw(rows: list[records.Record], file: Path) -> None:
     """The plot of a scoreboard."""
-    file.write_text(scoreboard.plot([r for r in rows if isinstance(r, records.Cell)]) + "\n")
+    file.write_text(scoreboard.plot(rows) + "\n")
 
 
 def main() -> None:
@@ -61,6 +61,12 @@ def main() -> None:
     for page in (readme, docs / "plans.md"):
         replace(page, "gains", beside_files.markdown(rows))
     (RESULTS / "levels.svg").write_text(beside_files.picture(rows) + "\n")
+
+    real = records.read(RESULTS / "trinity-real.jsonl")
+    replace(docs / "should-i-use-it.md", "gains", advice.gains(rows))
+    replace(docs / "should-i-use-it.md", "others", advice.others(real))
+    replace(docs / "scoreboard.md", "real", scoreboard.markdown(real))
+    draw(real, RESULTS / "trinity-real.svg")
 
     rows = records.read(RESULTS / "trinity.jsonl")
     replace(docs / "scoreboard.md", "scoreboard", scoreboard.markdown(rows))
