@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 
 import moyu
 from moyu import methods, records
+from moyu.calibration import applying
 from moyu.commands import cli
 from moyu.measure.windows import Windows
 from moyu.model import zoo
@@ -96,30 +98,49 @@ def test_the_page_of_the_api_has_every_public_name():
 # ------------------------------------------------------------------------------------------------------------- examples
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/use/transformers.md"])
-def test_the_example_with_transformers_runs(page, tmp_path, monkeypatch, capsys):
-    """On the embedded model in place of the one that has to be downloaded."""
-    (example,) = blocks((ROOT / page).read_text(), "python")
+def on_the_embedded_model(page: str) -> str:
+    """The first Python example of a page, with the embedded model in place of the one that has to be downloaded."""
+    example, *_ = blocks((ROOT / page).read_text(), "python")
     example, changed = re.subn(r"name = \".*\"", f'name = "{zoo.path("swiglu")}"', example)
     assert changed == 1
+    return example
+
+
+def test_the_example_with_transformers_runs(tmp_path, monkeypatch, capsys):
+    page = "docs/use/transformers.md"
     monkeypatch.chdir(tmp_path)
     loaded = moyu.load("swiglu")
     ids = torch.randint(3, 500, (2, 32), generator=torch.Generator().manual_seed(0))
     moyu.calibrate(loaded.model, "estimate", Windows(ids, 16), sparsity=0.25, name="swiglu").save("runs/plans/estimate")
     names: dict = {}
-    exec(compile(example, page, "exec"), names)
+    exec(compile(on_the_embedded_model(page), page, "exec"), names)
     tokenizer = AutoTokenizer.from_pretrained(zoo.path("swiglu"))
     assert capsys.readouterr().out.startswith(tokenizer.decode(tokenizer("Three rivers of Europe are")["input_ids"]))
     assert names["model"].moyu_applied.plan.method.name == "estimate"
 
 
-def test_the_examples_in_python_run(capsys):
-    first, second = blocks((DOCS / "use" / "python.md").read_text(), "python")
-    exec(compile(first, "python.md", "exec"), {})
-    text, perplexity = capsys.readouterr().out.strip().rsplit("\n", 1)
-    assert "def main():" in text
-    assert 1 < float(perplexity) < 12  # dense: 7.5
-    exec(compile(second, "python.md", "exec"), {})
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    """With a text of four windows."""
+    monkeypatch.chdir(tmp_path)
+    text = "".join(d.text for d in zoo.corpus.held_out("validation", max_bytes=30_000))
+    Path("mine.txt").write_text(text[:4600])
+    names: dict = {}
+    exec(compile(on_the_embedded_model("README.md"), "README.md", "exec"), names)
+    plan = moyu.Plan.load("plan")
+    assert plan.method.name == "estimate" and plan.calibration["search"]["kl"] <= 0.02
+    assert "Three rivers of Europe are" in capsys.readouterr().out
+
+
+def test_the_examples_in_python_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(applying, "Settings", partial(applying.Settings, calibration=2, test=2))
+    whole, stages, tokens = blocks((DOCS / "use" / "python.md").read_text(), "python")
+    exec(compile(whole, "python.md", "exec"), {})
+    assert "def main():" in capsys.readouterr().out
+    assert moyu.Plan.load("plan").calibration["search"]["max_kl"] == 0.02
+    exec(compile(stages, "python.md", "exec"), {})
+    assert 1 < float(capsys.readouterr().out) < 12  # dense: 7.5
+    exec(compile(tokens, "python.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 8  # two tokens a line
 
 

@@ -52,7 +52,7 @@ class Settings:
     centre: bool = False
     learn_bias: int = 0  # steps
     allocation: str = "uniform"  # of ALLOCATIONS
-    text: Path | None = None
+    text: str | Path | Sequence[str] | None = None  # a file, the text itself, or documents; None: MOYU's own
     prompt: str | None = None
     window: int = 256
     boundary: int = 128

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from moyu.measure.windows import Windows
 from moyu.model import zoo
 from moyu.model.loading import Loaded
 from moyu.model.prompts import require_known
+
+# What a user may give as a text: a file, the text itself, or its documents.
+Text = str | Path | Sequence[str]
 
 # Parts of a user's text: name, position in words, and end as a fraction.
 PARTS = (("calibration", "first half", 1 / 2), ("validation", "third quarter", 3 / 4), ("test", "last quarter", 1.0))
@@ -34,7 +38,7 @@ class Split:
 
 def windows_for(
     loaded: Loaded,
-    file: str | Path | None,
+    text: Text | None,
     *,
     length: int,
     prompt: int,
@@ -42,29 +46,54 @@ def windows_for(
     test: int,
     seed: int = 0,
 ) -> Split:
-    """Windows for a model, from the parts of `file`, or from the splits of the zoo's corpus without a file.
+    """Windows for a model, from the parts of `text`, or from the splits of the zoo's corpus without a text.
 
-    calibration, test: the most windows of these parts; validation has as many as test. Raises UserError if the text is
-    missing or empty, or if one of its parts is shorter than a window or holds special tokens alone.
+    text: a file, the text itself, or a list of documents, none of whose windows reaches into the next. calibration, test: the most
+    windows of these parts; validation has as many as test. Raises UserError if the text is missing or empty, or if one of its
+    parts is shorter than a window or holds special tokens alone.
     """
     limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise UserError(
             f"windows of {length} tokens, but {loaded.name!r} reads at most {limit}", f"use --window {limit}"
         )
-    if file is None:
+    if text is None:
         return _from_corpus(loaded, length, prompt, calibration, test, seed)
-    file = Path(file)
-    text = read_text(file)
-    source = {"file": file.name, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    documents, source = _documents(text)
+    whole = sum(map(len, documents))
     windows, start = {}, 0
     for name, part, end in PARTS:
-        stop, count = round(len(text) * end), calibration if name == "calibration" else test
+        stop, count = round(whole * end), calibration if name == "calibration" else test
+        texts = _between(documents, start, stop)
         windows[name] = _windows(
-            loaded, [text[start:stop]], f"the text's {part}", length, prompt, count, source | {"part": part}, seed
+            loaded, texts, f"the text's {part}", length, prompt, count, source | {"part": part}, seed
         )
         start = stop
     return Split(**windows)
+
+
+def _documents(text: Text) -> tuple[Sequence[str], dict[str, Any]]:
+    """The documents of a text and what records say of it. Raises UserError for a text that is missing or empty.
+
+    A string is a file's name where there is such a file, and where it is a single word: no text that calibrates is so short.
+    """
+    source = {}
+    if isinstance(text, Path) or (isinstance(text, str) and (os.path.isfile(text) or len(text.split()) == 1)):
+        source, text = {"file": Path(text).name}, read_text(Path(text))
+    documents = [text] if isinstance(text, str) else list(text)
+    if wrong := [d for d in documents if not isinstance(d, str)]:
+        raise UserError(f"a document is {wrong[0]!r:.60}, not a string", "give a text, a list of texts, or a file")
+    if not any(d.strip() for d in documents):
+        raise UserError("the text is empty", "give some 100 kB of text like the text you want")
+    return documents, source | {"sha256": hashlib.sha256("".join(documents).encode()).hexdigest()[:16]}
+
+
+def _between(documents: Iterable[str], start: int, stop: int) -> Iterator[str]:
+    """The characters from `start` to `stop` of all documents in a row, document by document."""
+    for document in documents:
+        if start < len(document) and stop > 0:
+            yield document[max(0, start) : stop]
+        start, stop = start - len(document), stop - len(document)
 
 
 def read_text(file: Path) -> str:
