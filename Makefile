@@ -13,7 +13,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
-TESTS ?= -n 2 -m 'not slow and not real'
+TESTS ?= -n 2 --dist worksteal -m 'not slow and not real'
 N ?= 10000
 SEED ?= 1
 MINUTES ?= 10

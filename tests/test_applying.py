@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import moyu
 from moyu import UserError
@@ -15,29 +14,18 @@ from moyu.calibration.largest import Allowed, largest
 from moyu.calibration.settings import Settings
 from moyu.measure.evaluation import evaluate
 from moyu.measure.text import windows_for
-from moyu.model.loading import Loaded, quantise_model
+from moyu.model.loading import quantise_model
 from moyu.model.zoo import corpus
-from tiny import GATED, WIDE
+from tiny import lettered
 
 DOCUMENTS = [d.text[:1200] for d in corpus.held_out("validation", max_bytes=30_000)][:8]
 SMALL = {"window": 64, "prompt": 24}
 MOST = 0.004
 
 
-def tiny(dtype=torch.float32) -> Loaded:
-    """Random weights behind a real tokenizer."""
-    tokenizer = moyu.load("swiglu").tokenizer
-    model = LlamaForCausalLM(LlamaConfig(**{**WIDE, "vocab_size": len(tokenizer)}, **GATED)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return Loaded("", model.to(dtype), tokenizer)
-
-
 @pytest.fixture(scope="module")
 def loaded():
-    torch.manual_seed(0)
-    found = tiny()
+    found = lettered()
     quantise_model(found.model, "q8_0")
     return found
 
@@ -76,7 +64,7 @@ def test_a_saved_plan_is_applied_by_its_folder(loaded, plan, tmp_path):
 
 
 def test_a_method_may_be_named_and_weights_in_16_bits_have_one_of_their_own():
-    loaded = tiny(torch.bfloat16)
+    loaded = lettered(torch.bfloat16)
     stages = []
     asked = {"text": DOCUMENTS, "max_kl": 0.1, **SMALL, "progress": lambda *stage: stages.append(stage)}
     with moyu.apply(loaded.model, loaded.tokenizer, method="teal", **asked) as applied:

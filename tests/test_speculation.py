@@ -94,7 +94,7 @@ def test_greedy_is_dense_greedy(name, structure):
     plan = plan_for(model, methods.method(name))
     ids = tokens(1, 9)
     expected = model.generate(ids, max_new_tokens=25, do_sample=False, pad_token_id=0, eos_token_id=None)[0, 9:]
-    for drafts in (1, 3, 40):
+    for drafts in (1, 3, 40) if structure == "llama" else (3,):
         with Applied(model, plan, backend="reference") as applied:
             written = spoken(applied, ids, 25, drafts=drafts)
         assert written.tokens == expected.tolist()
@@ -136,7 +136,7 @@ def test_greedy_text_is_dense_under_every_setting(name, settings):
     options |= changed
     dense = [int(t) for t in generate(model, ids, **options)]
     assert dense == model.generate(ids, **options)[0, 9:].tolist() != plain
-    for drafts in (1, 4, 30):
+    for drafts in (1, 30):
         out = Speculation()
         with Applied(model, plan, backend="reference") as applied:
             written = [int(t) for t in speculate(applied, ids, drafts=drafts, out=out, **options)]
