@@ -24,7 +24,7 @@ BIN := $(VENV)/bin
 # Python compiles what is imported; pip would compile all of torch and transformers, in half a minute or more.
 INSTALL := -m pip install -qq --no-input --no-compile --disable-pip-version-check $(PIP_ARGS)
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
-NEED_GB := $(if $(findstring /cpu,$(PIP_ARGS)),3,6)
+NEED_GB := $(if $(findstring /cpu,$(PIP_ARGS)),$(if $(filter demo setup,$(MAKECMDGOALS)),2,3),6)
 OLDEST := 5.17.0
 NEWEST := 5.24.0
 TORCHAO := 0.18.0
