@@ -28,6 +28,7 @@ NEED_GB := $(if $(findstring /cpu,$(PIP_ARGS)),$(if $(filter demo setup,$(MAKECM
 OLDEST := 5.17.0
 NEWEST := 5.24.0
 TORCHAO := 0.18.0
+DEMO := --window 128 --prompt-tokens 64 --shape-layers 4  # half of the text and of the random layers of `moyu run`
 SCHEMATHESIS := 4.32.5
 
 checksum = $(shell cat $(1) 2>/dev/null | cksum | cut -d ' ' -f 1)
@@ -57,7 +58,7 @@ help:  ## this list
 	@awk '/^#   [A-Z]/ { sub(/^#   /, "  "); print }' Makefile
 
 demo: $(CORE) $(BUILT)  ## set up what is missing, then `moyu run` on an embedded model
-	@$(BIN)/moyu run $(ARGS)
+	@$(BIN)/moyu run $(DEMO) $(ARGS)
 
 setup: $(CORE) $(BUILT)  ## .venv with the pinned packages, moyu (editable) and its C++ kernels
 	@:
