@@ -118,6 +118,6 @@ def _found(
     names = RECOMMENDED if method is None else (method,)
     settings = Settings(methods=names, text=text, window=window, boundary=prompt, device=model.device.type)
     settings.check()
-    context = Context.of(Loaded(model.name_or_path, model, tokenizer), settings)
+    context = Context.of(Loaded(model.name_or_path or "", model, tokenizer), settings)
     able = context.applicable(names)[0]
     return largest(context, (able or names)[0], Allowed("kl", max_kl), progress)
