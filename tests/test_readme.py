@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,18 @@ from transformers import AutoTokenizer
 
 import moyu
 from moyu import methods, records
+from moyu.calibration import applying
 from moyu.commands import cli
 from moyu.measure.windows import Windows
 from moyu.model import zoo
 from moyu.reporting import beside_files
+from tiny import lettered
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+HUB = '"Qwen/Qwen2.5-0.5B-Instruct"'
 AGAIN = "run `python -m moyu.research.pages`"
 
 
@@ -96,30 +100,55 @@ def test_the_page_of_the_api_has_every_public_name():
 # ------------------------------------------------------------------------------------------------------------- examples
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/use/transformers.md"])
-def test_the_example_with_transformers_runs(page, tmp_path, monkeypatch, capsys):
-    """On the embedded model in place of the one that has to be downloaded."""
-    (example,) = blocks((ROOT / page).read_text(), "python")
-    example, changed = re.subn(r"name = \".*\"", f'name = "{zoo.path("swiglu")}"', example)
-    assert changed == 1
+def example(page: str, shown: str, model: object) -> str:
+    """The first Python example of a page, on a model that is here in place of the one that it shows."""
+    first, *_ = blocks((ROOT / page).read_text(), "python")
+    assert first.count(shown) == 1
+    return first.replace(shown, repr(str(model)))
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The folder of a tiny model, in the present one; searches take a window for each part of the text, and two steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(applying, "Settings", partial(applying.Settings, calibration=1, test=1))
+    monkeypatch.setattr(applying, "largest", partial(applying.largest, steps=2))
+    made = lettered()
+    made.model.save_pretrained("tiny")
+    made.tokenizer.save_pretrained("tiny")
+    return "tiny"
+
+
+def test_the_example_with_transformers_runs(tmp_path, monkeypatch, capsys):
+    page = "docs/use/transformers.md"
     monkeypatch.chdir(tmp_path)
     loaded = moyu.load("swiglu")
     ids = torch.randint(3, 500, (2, 32), generator=torch.Generator().manual_seed(0))
     moyu.calibrate(loaded.model, "estimate", Windows(ids, 16), sparsity=0.25, name="swiglu").save("runs/plans/estimate")
     names: dict = {}
-    exec(compile(example, page, "exec"), names)
+    exec(compile(example(page, HUB, zoo.path("swiglu")), page, "exec"), names)
     tokenizer = AutoTokenizer.from_pretrained(zoo.path("swiglu"))
     assert capsys.readouterr().out.startswith(tokenizer.decode(tokenizer("Three rivers of Europe are")["input_ids"]))
     assert names["model"].moyu_applied.plan.method.name == "estimate"
 
 
-def test_the_examples_in_python_run(capsys):
-    first, second = blocks((DOCS / "use" / "python.md").read_text(), "python")
-    exec(compile(first, "python.md", "exec"), {})
-    text, perplexity = capsys.readouterr().out.strip().rsplit("\n", 1)
-    assert "def main():" in text
-    assert 1 < float(perplexity) < 12  # dense: 7.5
-    exec(compile(second, "python.md", "exec"), {})
+def test_the_example_of_the_readme_runs(tiny, capsys):
+    Path("mine.txt").write_text("".join(d.text for d in zoo.corpus.held_out("validation", max_bytes=30_000)))
+    exec(compile(example("README.md", HUB, tiny), "README.md", "exec"), {})
+    plan = moyu.Plan.load("plan")
+    assert plan.method.name == "estimate" and plan.calibration["search"]["kl"] <= 0.02
+    assert "Three rivers of Europe are" in capsys.readouterr().out
+
+
+def test_the_examples_in_python_run(tiny, capsys):
+    page = "docs/use/python.md"
+    _, stages, tokens = blocks((ROOT / page).read_text(), "python")
+    exec(compile(example(page, '"swiglu"', tiny), page, "exec"), {})
+    assert "def main():" in capsys.readouterr().out
+    assert moyu.Plan.load("plan").calibration["search"]["max_kl"] == 0.02
+    exec(compile(stages, page, "exec"), {})
+    assert 1 < float(capsys.readouterr().out) < 12  # dense: 7.5
+    exec(compile(tokens, page, "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 8  # two tokens a line
 
 

@@ -97,7 +97,7 @@ def test_greedy_is_dense_greedy(name, structure):
     plan = plan_for(model, methods.method(name))
     ids = tokens(1, 9)
     expected = model.generate(ids, max_new_tokens=25, do_sample=False, pad_token_id=0, eos_token_id=None)[0, 9:]
-    for drafts in (1, 3, 40):
+    for drafts in (1, 3, 40) if structure == "llama" else (3,):
         with Applied(model, plan, backend="reference") as applied:
             written = spoken(applied, ids, 25, drafts=drafts)
         assert written.tokens == expected.tolist()
@@ -139,7 +139,7 @@ def test_greedy_text_is_dense_under_every_setting(name, settings):
     options |= changed
     dense = [int(t) for t in generate(model, ids, **options)]
     assert dense == model.generate(ids, **options)[0, 9:].tolist() != plain
-    for drafts, source in ((1, "plan"), (4, "both"), (30, "plan"), (3, "text"), (None, "both")):
+    for drafts, source in ((1, "plan"), (30, "plan"), (3, "text"), (None, "both")):
         out = Speculation()
         with Applied(model, plan, backend="reference") as applied:
             stream = speculate(applied, ids, drafts=drafts, source=source, out=out, **options)

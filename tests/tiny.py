@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -16,6 +17,9 @@ from transformers import (
     Phi3ForCausalLM,
     PreTrainedModel,
 )
+
+from moyu.model import zoo
+from moyu.model.loading import Loaded
 
 VOCABULARY = 128
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -67,3 +71,14 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTr
 def tokens(*shape: int, seed: int = 1, vocabulary: int = VOCABULARY) -> torch.Tensor:
     """Random ids that are no special token."""
     return torch.randint(3, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lettered(dtype: torch.dtype = torch.float32) -> Loaded:
+    """A tiny Llama of random weights behind the tokenizer of an embedded model, for what begins with text."""
+    tokenizer = AutoTokenizer.from_pretrained(zoo.path("swiglu"))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**WIDE, "vocab_size": len(tokenizer)}, **GATED)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return Loaded("", model.to(dtype), tokenizer)

@@ -57,11 +57,11 @@ def network(panel: plt.Axes, rows: list[dict]) -> None:
     panel.axhline(
         next(r["us_a_layer"] for r in own if r["variant"] == "dense"), color="#9aa0a6", label="dense by torch, 16 bits"
     )
-    panel.set_ylim(-25)
-    panel.set_xlabel("kept neurons (dotted: needed bytes at the copy rate)")
+    panel.set_ylim(0, 220)
+    panel.set_xlabel("kept neurons (dotted: copy rate)")
     panel.set_ylabel("µs a layer")
-    panel.set_title("Feed-forward network, 8B widths, one row")
-    panel.legend(frameon=False, loc="lower right")
+    panel.set_title("one network of llama-3-8b, one row")
+    panel.legend(frameon=False, loc="upper left")
 
 
 if __name__ == "__main__":

@@ -102,16 +102,17 @@ def _panel(canvas: Canvas, rows: Sequence[Comparison], top: float) -> None:
     canvas.text(60.0, top + 18, about, style="title")
     canvas.text(60.0, top + 34, MARKS)
     canvas.path([(x(r.step_bytes / 1e6), y(r.kl)) for r in front(rows) if r.kl >= LEAST], "front")
-    named: set[str] = set()
+    named: dict[str, tuple[float, float]] = {}
     for r in sorted(shown, key=lambda r: (r.what, r.choice == "own", r.kl)):
         at = x(r.step_bytes / 1e6), y(r.kl)
         name = r.row if r.choice == "own" else f"{r.row}, {r.choice}"
         hint = f"{name}{', importance' if r.importance else ''}: KL {number(r.kl)} at {r.step_bytes / 1e6:.1f} MB"
         style = "rounding" if r.what == "plan" and r.choice == "own" else "own" if r.importance else "other"
         (canvas.diamond if r.what == "plan" else canvas.dot)(*at, style, 3.5, hint)
-        if name not in named and r.choice == "own":
-            named.add(name)
-            canvas.label(*at, name, 7.0)
+        if r.choice == "own":
+            named.setdefault(name, at)
+    for name, at in named.items():
+        canvas.label(*at, name, 7.0)
 
 
 def main() -> None:

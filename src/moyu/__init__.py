@@ -4,8 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moyu.calibration.applying import apply
     from moyu.calibration.walk import calibrate
-    from moyu.engine.applied import Applied, apply
+    from moyu.engine.applied import Applied
     from moyu.engine.generate import generate
     from moyu.errors import UserError
     from moyu.integrations.transformers import MoyuConfig
@@ -37,7 +38,7 @@ _HOMES = {
     "Plan": "plan",
     "UserError": "errors",
     "Windows": "measure.windows",
-    "apply": "engine.applied",
+    "apply": "calibration.applying",
     "calibrate": "calibration.walk",
     "evaluate": "measure.evaluation",
     "generate": "engine.generate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -11,7 +12,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 import moyu
-from equality import LENGTH, PROMPT, QUICK, assert_same_masks, has_sites, one_pass, padded, plan_for, stepwise
+from equality import (
+    LENGTH,
+    PROMPT,
+    QUICK,
+    anatomy_of,
+    applied_to,
+    assert_same_masks,
+    has_sites,
+    one_pass,
+    padded,
+    plan_for,
+    positions,
+    stepwise,
+)
 from moyu import kernels, methods
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter, Recorder
@@ -56,21 +70,42 @@ def make(name):
     return methods.method(registered, **knobs)
 
 
+@functools.cache
+def model_of(structure, dtype):
+    """One model for all tests, which leave it as it is."""
+    return build(structure, dtype)
+
+
 def applicable(structure, name, dtype=torch.float64):
-    model, method = build(structure, dtype), make(name)
+    model, method = model_of(structure, dtype), make(name)
     if not has_sites(model, method):
         pytest.skip("no site")
     return model, method
 
 
-@pytest.mark.parametrize("structure", ["llama", "opt-gelu", "mixtral"])
-@pytest.mark.parametrize("name", VARIANTS)
+@functools.cache
+def plan_of(structure, name, dtype=torch.float64):
+    """One plan for all tests, which change nothing in it."""
+    return plan_for(*applicable(structure, name, dtype))
+
+
+BESIDE = {name: ("opt-gelu", "mixtral")[n % 2] for n, name in enumerate(VARIANTS)}  # what a variant has beside Llama
+
+
+@pytest.mark.parametrize(
+    ("name", "structure"),
+    [
+        pytest.param(n, s, marks=() if s in ("llama", BESIDE[n]) else pytest.mark.slow)
+        for n in VARIANTS
+        for s in ("llama", "opt-gelu", "mixtral")
+    ],
+)
 def test_masked_pass_equals_skipped_steps(name, structure):
     """The variants; `test_equality` has every method as it is by default."""
     if (name, structure) == ("deja-vu-ahead", "mixtral"):
         structure = "opt-relu"  # routed experts see other rows than the layer that is looked at
-    model, method = applicable(structure, name)
-    plan = plan_for(model, method)
+    model, _ = applicable(structure, name)
+    plan = plan_of(structure, name)
     ids, mask = padded(3)
     whole, steps = Recorder(), Recorder()
     expected = one_pass(model, plan, ids, mask, recorder=whole)
@@ -85,9 +120,7 @@ def test_sparsity_zero_is_dense_to_the_bit(name):
     model, method = applicable("reglu", name, torch.float32)
     ids, mask = padded(2)
     plan = plan_for(model, method, sparsity=0.0)
-    with torch.no_grad(), Applied(model, None, engine="mask") as applied, applied.prompt(PROMPT):
-        from equality import positions
-
+    with torch.no_grad(), applied_to(model, None, engine="mask") as applied, applied.prompt(PROMPT):
         dense = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
     assert torch.equal(one_pass(model, plan, ids, mask)[mask.bool()], dense[mask.bool()])
     assert all(p.bias is None and p.low_rank is None and p.basis is None for _, p in plan.parts.values())
@@ -96,7 +129,7 @@ def test_sparsity_zero_is_dense_to_the_bit(name):
 @pytest.mark.parametrize("name", ALL)
 def test_plans_round_trip_and_repeat(name, tmp_path):
     model, method = applicable("reglu", name)
-    plan = plan_for(model, method)
+    plan = plan_of("reglu", name)
     assert plan_for(build("reglu"), make(name)).hash == plan.hash
     loaded = Plan.load(plan.save(tmp_path))
     assert loaded.hash == plan.hash
@@ -104,7 +137,7 @@ def test_plans_round_trip_and_repeat(name, tmp_path):
     assert [s for s, _ in loaded.parts.values()] == [s for s, _ in plan.parts.values()]
     ids, mask = padded(2)
     assert torch.equal(one_pass(model, loaded, ids, mask), one_pass(model, plan, ids, mask))
-    loaded.check(model, dissect.dissect(model))
+    loaded.check(model, anatomy_of(model))
 
 
 MUTATED = ("teal", "was", "griffin", "cats", "deja-vu", "estimate")  # the others in `make slow`
@@ -112,18 +145,18 @@ MUTATED = ("teal", "was", "griffin", "cats", "deja-vu", "estimate")  # the other
 
 @pytest.mark.parametrize("name", [n if n in MUTATED else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
 def test_tensors_of_other_shapes_and_numbers_are_refused(name):
-    model, method = applicable("reglu", name)
-    assert taken(plan_for(model, method), dissect.dissect(model)) == []
+    model, _ = applicable("reglu", name)
+    assert taken(plan_of("reglu", name), anatomy_of(model)) == []
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_batch_and_padding_change_nothing(name):
-    model, method = applicable("reglu", name)
-    plan = plan_for(model, method)
+    model, _ = applicable("reglu", name)
+    plan = plan_of("reglu", name)
     ids, mask = padded(3)
     together = one_pass(model, plan, ids, mask)
     for row in range(3):
-        with torch.no_grad(), Applied(model, plan, engine="mask") as applied, applied.prompt(PROMPT - row):
+        with torch.no_grad(), applied_to(model, plan, engine="mask") as applied, applied.prompt(PROMPT - row):
             alone = model(ids[row : row + 1, row:], use_cache=False).logits[0]
         assert (together[row, row:] - alone).abs().max() < 1e-10
 
@@ -134,9 +167,9 @@ def test_target_is_met_on_text_that_was_not_calibrated_on(name):
     solves = method.solves_target and not any(method.knobs().get(k) for k in ("tau", "cett"))
     if not solves:
         pytest.skip("the target is not a sparsity")
-    plan = plan_for(model, method)
+    plan = plan_of("llama", name)
     counter = Counter(8, 40)
-    with torch.no_grad(), Applied(model, plan, engine="mask") as applied, applied.prompt(20):
+    with torch.no_grad(), applied_to(model, plan, engine="mask") as applied, applied.prompt(20):
         with applied.watched(chooser=counter):
             model(tokens(8, 40, seed=7), use_cache=False)
     # One threshold on prompts: with 6 calibration prompts of 20 tokens it is known to about this much.
@@ -147,7 +180,7 @@ def test_target_is_met_on_text_that_was_not_calibrated_on(name):
 
 def read_to_score(model, method, site, params):
     """Bytes that kernels read while one row is scored."""
-    block = dissect.dissect(model).blocks[site.layer]
+    block = anatomy_of(model).blocks[site.layer]
     width = site.units if site.skips == "rows" else block.pieces[site.linears[0]].shape[1]
     x = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), kernels.count_bytes() as counted:
@@ -159,12 +192,12 @@ def read_to_score(model, method, site, params):
 def test_kernels_read_what_the_formula_says(name):
     """Weights that the skipping kernels read in a step: all, less what is skipped."""
     model, method = applicable("reglu", name, torch.float32)
-    plan = plan_for(model, method)
+    plan = plan_of("reglu", name, torch.float32)
     if any(p.basis is not None for _, p in plan.parts.values()):
         pytest.skip("rotated products are dense: there is no kernel that skips them")
-    total = accounting.dense_step_bytes(model, dissect.dissect(model))
+    total = accounting.dense_step_bytes(model, anatomy_of(model))
     norms = sum(p.numel() * 4 for n, p in model.named_parameters() if "norm" in n)
-    with torch.no_grad(), Applied(model, plan) as applied, applied.prompt(PROMPT):
+    with torch.no_grad(), applied_to(model, plan) as applied, applied.prompt(PROMPT):
         cache = model(tokens(1, PROMPT), use_cache=True).past_key_values
         counter, masks = Counter(1, LENGTH), {}
 
@@ -193,8 +226,8 @@ def test_kernels_read_what_the_formula_says(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_a_plan_needs_is_known_to_the_general_step(name):
-    model, method = applicable("reglu", name)
-    plan = plan_for(model, method)
+    _, method = applicable("reglu", name)
+    plan = plan_of("reglu", name)
     for site, params in plan.parts.values():
         asked = needs(method, site, params)
         assert asked <= Executor.CAN
@@ -209,7 +242,7 @@ def test_a_shared_mask_is_decided_and_counted_once():
     model = build("llama", torch.float32)
     plan = plan_for(model, methods.method("wina"))
     seen = []
-    with torch.no_grad(), Applied(model, plan, engine="mask") as applied, applied.prompt(PROMPT):
+    with torch.no_grad(), applied_to(model, plan, engine="mask") as applied, applied.prompt(PROMPT):
         with applied.watched(chooser=lambda site, mask, rows, oracle: (seen.append(site), mask)[1]):
             model(tokens(1, LENGTH), use_cache=False)
     assert [s.linears for s in seen[:4]] == [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)]
@@ -362,9 +395,8 @@ def test_what_skipped_columns_give_has_a_gradient():
 
 
 def test_thresholds_of_methods_are_finite():
-    model = build("reglu")
     for name in (n for n in methods.names() if not methods.method_class(n).quantised_only):
-        for _, params in plan_for(model, methods.method(name)).parts.values():
+        for _, params in plan_of("reglu", name).parts.values():
             assert not isinstance(params.rule, Threshold) or math.isfinite(params.rule.value), name
 
 

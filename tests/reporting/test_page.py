@@ -133,7 +133,8 @@ def test_differences_are_marked_from_the_first_one_on():
 def test_the_headline_claims_what_the_records_hold():
     first, *rest = headline([*(quality(m) for m in METHODS), *(speed(m) for m in METHODS)])
     assert "Of 6 plans on swiglu, cett" in first and "0.69" in first and "simulated" in first
-    (told,) = rest
+    told, recommended = rest
+    assert recommended == "Recommended for swiglu: dense. The fastest of the plans below 0.1 nats has 0.76× its speed."
     assert (
         "Measured on swiglu: cett with 49.7% of its units skipped decodes at 0.76× the speed of dense, which is slower"
         in told
@@ -142,8 +143,32 @@ def test_the_headline_claims_what_the_records_hold():
     assert "0.76×" in headline([quality(), speed(), faster])[1]  # not a speed at another sparsity than the quality's
     assert "no method here saves bytes and stays below" in headline([quality(METHODS[5])])[0]
     assert "with random weights" in headline([speed(shape=True)])[0]
+    kernels = headline([speed(tok_s_kernels=200.0)])[0]
+    assert (
+        "cett with 49.7% of its units skipped decodes at 0.66× the speed of MOYU's own dense loop, which is slower"
+        in kernels
+    )
+    assert "That loop has 1.16× the speed of the baseline" in kernels
     free = quality(method="oracle", family="reference", byte_fraction=0.3)
     assert "oracle" not in headline([quality(), free])[0]
+
+
+def test_the_plan_that_is_recommended_stays_close_and_is_about_as_fast_as_the_fastest():
+    rows = [quality(m) for m in METHODS]
+    shape = [speed(m, shape=True) for m in METHODS]
+    assert (
+        "Recommended for swiglu: cett, which reads the fewest bytes of the plans below 0.1 nats" in headline(rows)[-1]
+    )
+    assert "cett, the closest of the fast plans: 0.0210 nats at " in headline([*rows, *shape])[-1]
+    assert "with random weights" in headline([*rows, *shape, *(speed(m) for m in METHODS)])[-1], (
+        "swiglu is too small to time"
+    )
+    fast, close = quality(METHODS[1]), quality()
+    timed = [speed(METHODS[1], shape=True, tok_s=48.6, speedup=2.0), speed(shape=True, tok_s=36.45, speedup=1.5)]
+    assert "cats, the closest" in headline([fast, close, *timed])[-1], (
+        "a plan that is much slower is not taken for its KL"
+    )
+    assert "none of these plans" in headline([quality(METHODS[5])])[-1]
 
 
 def test_warnings_name_what_must_be_known():

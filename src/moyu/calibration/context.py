@@ -110,7 +110,13 @@ class Context:
         """Load a model and its text."""
         settings.check()
         stage("load", 0, 1)
-        loaded = open_model(name, settings.weights, settings.device)
+        context = cls.of(open_model(name, settings.weights, settings.device), settings)
+        stage("load", 1, 1)
+        return context
+
+    @classmethod
+    def of(cls, loaded: Loaded, settings: Settings) -> Context:
+        """A model that is loaded, with its text; its weights are quantised here where the settings ask for it."""
         anatomy = dissect.dissect(loaded.model, settings.dense_layers)
         weights = accounting.step_weights(loaded.model, anatomy)
         calibration, test = settings.windows(weights)
@@ -128,7 +134,6 @@ class Context:
         if settings.weights in QUANTISED:
             quantising = Quantising.measure(loaded, settings.weights, split.test)
             anatomy = dissect.dissect(loaded.model, settings.dense_layers)
-        stage("load", 1, 1)
         return cls(loaded, anatomy, split, settings, quantising, weights)
 
     # ------------------------------------------------------------------------------------------------- for its records

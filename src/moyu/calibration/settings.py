@@ -52,7 +52,7 @@ class Settings:
     centre: bool = False
     learn_bias: int = 0  # steps
     allocation: str = "uniform"  # of ALLOCATIONS
-    text: Path | None = None
+    text: str | Path | Sequence[str] | None = None  # a file, the text itself, or documents; None: MOYU's own
     by_document: bool = False  # windows of the text lie inside its documents
     prompt: str | None = None
     window: int = 256

@@ -260,19 +260,3 @@ def _refuse_loading(module: nn.Module, *args: Any) -> None:
     raise UserError(
         "a plan is applied, and it was made for the weights that are loaded now", "restore() before loading others"
     )
-
-
-def apply(
-    model: nn.Module,
-    plan: Plan,
-    *,
-    backend: BackendName = "auto",
-    engine: Engine = "skip",
-    controller: Controller | None = None,
-) -> Applied:
-    """Apply a plan to a model: `with moyu.apply(model, plan): model.generate(...)`.
-
-    The result is a context manager with `.restore()`. Raises UserError where the plan does not fit the model, where a
-    plan is applied already, and where a back end was asked for that this machine has not.
-    """
-    return Applied(model, plan, backend=backend, engine=engine, controller=controller)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from moyu.model.loading import Loaded
 from moyu.model.prompts import require_known
 
 DOCUMENT = 8  # characters for each token of a window, in a piece that stands for a document
+
+# What a user may give as a text: a file, the text itself, or its documents.
+Text = str | Path | Sequence[str]
+
 # Parts of a user's text: name, position in words, and end as a fraction.
 PARTS = (("calibration", "first half", 1 / 2), ("validation", "third quarter", 3 / 4), ("test", "last quarter", 1.0))
 
@@ -36,7 +41,7 @@ class Split:
 
 def windows_for(
     loaded: Loaded,
-    file: str | Path | None,
+    text: Text | None,
     *,
     length: int,
     prompt: int,
@@ -45,28 +50,27 @@ def windows_for(
     seed: int = 0,
     by_document: bool = False,
 ) -> Split:
-    """Windows for a model, from the parts of `file`, or from the splits of the zoo's corpus without a file.
+    """Windows for a model, from the parts of `text`, or from the splits of the zoo's corpus without a text.
 
-    calibration, test: the most windows of these parts; validation has as many as test. by_document: windows lie inside one
-    document of the file, parts are of whole documents, and a file that is one text is cut into pieces that stand for documents.
-    Raises UserError if the text is missing or empty, or if one of its parts is shorter than a window or holds special tokens
-    alone.
+    text: a file, the text itself, or a list of documents, none of whose windows reaches into the next. calibration, test: the most
+    windows of these parts; validation has as many as test. by_document: windows lie inside one document (of a file: an article of
+    WikiText, a line of JSON), parts are of whole documents, and one text is cut into pieces that stand for documents. Raises
+    UserError if the text is missing or empty, or if one of its parts is shorter than a window or holds special tokens alone.
     """
     limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise UserError(
             f"windows of {length} tokens, but {loaded.name!r} reads at most {limit}", f"use --window {limit}"
         )
-    if file is None:
+    if text is None:
         return _from_corpus(loaded, length, prompt, calibration, test, seed)
-    file = Path(file)
-    text = read_text(file)
-    source = {"file": file.name, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
-    whole = _in_documents(file, text, length) if by_document else None
+    given, source = _documents(text)
+    whole = sum(map(len, given))
+    placed = _placed(text, given, length) if by_document else None
     windows, start = {}, 0
     for name, part, end in PARTS:
-        stop, count = round(len(text) * end), calibration if name == "calibration" else test
-        texts = [text[start:stop]] if whole is None else [d for at, d in whole if start <= at < stop]
+        stop, count = round(whole * end), calibration if name == "calibration" else test
+        texts = _between(given, start, stop) if placed is None else [d for at, d in placed if start <= at < stop]
         windows[name] = _windows(
             loaded, texts, f"the text's {part}", length, prompt, count, source | {"part": part}, seed
         )
@@ -74,16 +78,42 @@ def windows_for(
     return Split(**windows)
 
 
-def _in_documents(file: Path, text: str, length: int) -> list[tuple[int, str]]:
+def _placed(text: Text, given: Sequence[str], length: int) -> list[tuple[int, str]]:
     """The documents of a text, each with its place in characters as a share of the text's length."""
-    found = documents(file, text)
+    found, whole = list(given), sum(map(len, given))
+    if len(given) == 1:
+        found = documents(Path(text) if isinstance(text, Path) or os.path.isfile(str(text)) else Path(), given[0])
     if len(found) == 1:
-        found = pieces(text, DOCUMENT * length)
+        found = pieces(given[0], DOCUMENT * length)
     size, at, placed = sum(map(len, found)), 0, []
     for document in found:
-        placed.append((round(at * len(text) / size), document))
+        placed.append((round(at * whole / size), document))
         at += len(document)
     return placed
+
+
+def _documents(text: Text) -> tuple[Sequence[str], dict[str, Any]]:
+    """The documents of a text and what records say of it. Raises UserError for a text that is missing or empty.
+
+    A string is a file's name where there is such a file, and where it is a single word: no text that calibrates is so short.
+    """
+    source = {}
+    if isinstance(text, Path) or (isinstance(text, str) and (os.path.isfile(text) or len(text.split()) == 1)):
+        source, text = {"file": Path(text).name}, read_text(Path(text))
+    given = [text] if isinstance(text, str) else list(text)
+    if wrong := [d for d in given if not isinstance(d, str)]:
+        raise UserError(f"a document is {wrong[0]!r:.60}, not a string", "give a text, a list of texts, or a file")
+    if not any(d.strip() for d in given):
+        raise UserError("the text is empty", "give some 100 kB of text like the text you want")
+    return given, source | {"sha256": hashlib.sha256("".join(given).encode()).hexdigest()[:16]}
+
+
+def _between(documents: Iterable[str], start: int, stop: int) -> Iterator[str]:
+    """The characters from `start` to `stop` of all documents in a row, document by document."""
+    for document in documents:
+        if start < len(document) and stop > 0:
+            yield document[max(0, start) : stop]
+        start, stop = start - len(document), stop - len(document)
 
 
 def read_text(file: Path) -> str:

@@ -15,6 +15,7 @@ from moyu.reporting.figures import BOTTOM, COLOURS, LEFT, RIGHT, TOP, WIDTH, Fig
 
 TALL = 250.0
 LEVELS = 10  # of a heat map
+BOX = 64.0  # width of a part of the network in Figure 1
 SELECTOR = {
     "TDA": 220.0,
     "RODA": 100.0,
@@ -85,12 +86,13 @@ def kinds_drawing(panels: Sequence[Mapping[str, Any]]) -> Figure:
         top = index * tall
         canvas.text(0.0, top + 16, f"{panel['kind']}: {panel['name']}")
         at = SELECTOR[panel["kind"]]
-        for x, text in ((8.0, "input"), (128.0, "gate, up"), (248.0, "down"), (368.0, "output")):
-            canvas.rect(x, top + 56, 64.0, 26.0, "cell", 0.15)
+        boxes = ((8.0, "input"), (128.0, "gate, up"), (248.0, "down"), (368.0, "output"))
+        for x, text in boxes:
+            canvas.rect(x, top + 56, BOX, 26.0, "cell", 0.15)
             canvas.text(x + 32, top + 73, text, "middle")
         for x in (72.0, 192.0, 312.0):
             canvas.line(x, top + 69, x + 56, top + 69, "reference")
-        canvas.line(at, top + 34, at, top + 67, "mark")
+        canvas.line(at, top + 34, at, top + (56 if any(x <= at <= x + BOX for x, _ in boxes) else 67), "mark")
         canvas.diamond(at, top + 34, "solid c1", 7.0, panel["selector"])
         canvas.text(at + 14, top + 38, panel["selector"], style="axis")
         facts = [

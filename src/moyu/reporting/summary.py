@@ -13,17 +13,18 @@ FEW_TOKENS = 1000  # scored; with fewer the mean KL of a plan changes by some 10
 KL_LOST = 0.5  # above it the sparse model counts as another model
 BEYOND = 1.05  # a speed-up above its limit by bytes times this is not from skipping alone
 NOISY = 1.5  # p80 / p20 of the seconds per token
+ALIKE = 0.9  # of the fastest plan's speed: such plans count as equally fast
 SMALL_STEP = 256e6  # bytes of a dense step; below it caches and Python's overhead dominate the timing
 
 
 def headline(records: Sequence[Record]) -> list[str]:
-    """One sentence per quality table and per speed table. Speed is reported for the plans chosen by quality."""
+    """One sentence per quality table and per speed table, then what to take. Speed is that of the plans chosen by quality."""
     sentences, chosen = [], []
     for group in quality_groups(records):
         sentence, best = _quality_sentence(group)
         sentences.append(sentence)
         chosen += [best] if best and not without_prompt(best) else []
-    return sentences + [_speed_sentence(g, chosen) for g in speed_groups(records)]
+    return sentences + [_speed_sentence(g, chosen) for g in speed_groups(records)] + _recommended(records)
 
 
 def _quality_sentence(group: Group) -> tuple[str, Quality | None]:
@@ -59,16 +60,53 @@ def _speed_sentence(group: Group, chosen: Sequence[Quality]) -> str:
     if not rows:
         return f"Measured on {where}: dense decodes {number(first.tok_s_dense)} tokens per second."
     featured = [(_apart(r, q), r) for q in chosen for r in rows if r.method == q.method]
-    r = min(featured, key=lambda f: f[0])[1] if featured else max(rows, key=lambda r: r.speedup)
+    r = min(featured, key=lambda f: f[0])[1] if featured else max(rows, key=gain)
     skipped = "" if r.realized_sparsity is None else f" with {percent(r.realized_sparsity)} of its units skipped"
-    pace = f"{times(r.speedup)} the speed of dense" + ("" if r.speedup >= 1 else ", which is slower")
     lead = "" if featured else "the fastest, "
-    limit = f"its limit by bytes is {times(r.speedup_limit)}"
-    if r.tok_s_kernels is not None:
-        limit = f"that is {times(gain(r))} of dense on the same kernels, where {limit}"
-    elif r.speedup > r.speedup_limit * BEYOND:
-        limit = f"its bytes allow {times(r.speedup_limit)}, so the rest is not from skipping"
-    return f"Measured on {where}: {lead}{r.method}{skipped} decodes at {pace}; {limit}."
+    slower = "" if gain(r) >= 1 else ", which is slower"
+    if r.tok_s_kernels is None:
+        limit = f"its limit by bytes is {times(r.speedup_limit)}"
+        if r.speedup > r.speedup_limit * BEYOND:
+            limit = f"its bytes allow {times(r.speedup_limit)}, so the rest is not from skipping"
+        return f"Measured on {where}: {lead}{r.method}{skipped} decodes at {times(r.speedup)} the speed of dense{slower}; {limit}."
+    return (
+        f"Measured on {where}: {lead}{r.method}{skipped} decodes at {times(gain(r))} the speed of MOYU's own dense loop{slower}; its "
+        f"bytes allow {times(r.speedup_limit)}. That loop has {times(r.tok_s_kernels / r.tok_s_dense)} the speed of the baseline "
+        f"({r.dense_baseline}), which is not from skipping."
+    )
+
+
+def _recommended(records: Sequence[Record]) -> list[str]:
+    """Which of its plans to take, for each model whose quality was measured."""
+    plans = [r for r in records if isinstance(r, Quality) and r.family != "reference" and not without_prompt(r)]
+    models = dict.fromkeys(r.model for r in plans)
+    return [f"Recommended for {m}: {_choice([r for r in plans if r.model == m], records)}" for m in models]
+
+
+def _choice(plans: Sequence[Quality], records: Sequence[Record]) -> str:
+    """Of the plans that stay close and are about as fast as the fastest, the closest; untimed, the one of fewest bytes."""
+    close = [r for r in plans if r.kl is not None and r.kl < KL_CLOSE and (r.byte_fraction or 1) < 1]
+    if not close:
+        return "none of these plans. Run it dense, or let `moyu calibrate --max-kl 0.02` find how much may be skipped."
+    timed = [(speed, r) for r in close if (speed := _timing(r, records)) is not None]
+    of = f"of the plans below {KL_CLOSE} nats"
+    if not timed:
+        r = min(close, key=lambda r: (r.byte_fraction, r.kl))
+        return f"{label(r)}, which reads the fewest bytes {of}. Its speed was not timed."
+    fastest = max(gain(speed) for speed, _ in timed)
+    speed, r = min((pair for pair in timed if gain(pair[0]) >= ALIKE * fastest), key=lambda pair: pair[1].kl or 0.0)
+    random = " with random weights" if speed.weights == "random" else ""
+    where = "" if speed.model == r.model else f", timed on {speed.model}{random}"
+    if fastest < 1:
+        return f"dense. The fastest {of} has {times(fastest)} its speed{where}."
+    return f"{label(r)}, the closest of the fast plans: {number(r.kl)} nats at {times(gain(speed))} the speed of dense{where}."
+
+
+def _timing(quality: Quality, records: Sequence[Record]) -> Speed | None:
+    """How fast a plan is: on its own model, or on a shape where that is too small to show it."""
+    own = [r for r in records if isinstance(r, Speed) and r.method == quality.method]
+    large = [r for r in own if r.weights == "random" or _step_bytes(r) >= SMALL_STEP]
+    return min(large or own, key=lambda r: (r.model != quality.model, _apart(r, quality)), default=None)
 
 
 def _apart(speed: Speed, quality: Quality) -> tuple[bool, float]:
@@ -89,7 +127,7 @@ def warnings(records: Sequence[Record]) -> list[str]:
         _warn(lost, quality, f"KL above {KL_LOST} nats per token. The model is no longer itself."),
         _warn(vain, quality, "no better than its matched random, so the ranking adds nothing here."),
         _warn(few, quality, f"fewer than {FEW_TOKENS:,} tokens were scored: small differences are chance."),
-        _warn([r for r in speed if r.speedup < 1], speed, "skipping is slower than dense."),
+        _warn([r for r in speed if gain(r) < 1], speed, "skipping is slower than dense on the same kernels."),
         _warn(
             fast, speed, "faster than its bytes allow: its loop is faster than the baseline's, or the timing is noisy."
         ),
