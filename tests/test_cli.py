@@ -158,7 +158,7 @@ def test_an_option_that_would_do_nothing_is_refused_before_anything_is_loaded(
 
 
 def test_comparing_without_a_plan_is_refused(refused):
-    assert "there is no plan: give --plan" in refused("generate", "relu", "--compare")
+    assert "and there is neither: give one" in refused("generate", "relu", "--compare")
 
 
 def test_every_parameter_of_a_command_is_read():
@@ -723,7 +723,7 @@ def test_a_prompt_that_is_no_utf_8(refused):
     ("words", "says"),
     [
         (["bench", "relu", "--layers", "2"], "--layers is of --shape"),
-        (["generate", "relu", "--lossless"], "no plan to draft with"),
+        (["generate", "relu", "--sirius", "0.1"], "no plan to draft with"),
         (["generate", "relu", "--temperature", "1"], "plain generation is greedy"),
         (["generate", "relu", "--weights", "q8"], "did you mean 'q8_0'"),
         (["calibrate", "relu", "--knob", "tau=0.2", "-m", "cats"], "no knob is called 'tau' in cats"),

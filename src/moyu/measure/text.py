@@ -82,7 +82,8 @@ def _placed(text: Text, given: Sequence[str], length: int) -> list[tuple[int, st
     """The documents of a text, each with its place in characters as a share of the text's length."""
     found, whole = list(given), sum(map(len, given))
     if len(given) == 1:
-        found = documents(Path(text) if isinstance(text, Path) or os.path.isfile(str(text)) else Path(), given[0])
+        is_file = isinstance(text, Path) or (isinstance(text, str) and os.path.isfile(text))
+        found = documents(Path(text) if is_file else Path(), given[0])  # pyright: ignore[reportArgumentType]
     if len(found) == 1:
         found = pieces(given[0], DOCUMENT * length)
     size, at, placed = sum(map(len, found)), 0, []
