@@ -1,5 +1,6 @@
 """docs/measured.md says what its records say: every cell of its tables is a record's number, rounded."""
 
+import json
 import re
 from pathlib import Path
 
@@ -105,3 +106,19 @@ def test_what_the_readme_says_of_gemma():
     near = [r for r in gemma if round(100 * r.step_bytes / source.step_bytes) == int(share)]
     assert agrees(kl, min(r.kl for r in near if r.what == "plan"))
     assert agrees(of_file, min(r.kl for r in near if r.what == "file"))
+
+
+def test_lossless_figures_of_the_page_are_the_records():
+    """Each record of docs/results/lossless.jsonl is a row of the page, and every text in it was the dense one."""
+    page = (DOCS / "use" / "lossless.md").read_text()
+    rows = [json.loads(line) for line in (DOCS / "results" / "lossless.jsonl").read_text().splitlines()]
+    assert len(rows) >= 3
+    for row in rows:
+        dense, own = row["ways"]["dense"], row["ways"]["text"]
+        assert own["same"] == row["prompts"]
+        cells = (
+            f"| {dense['tok_s']:.0f} | {own['tok_s']:.0f} | {own['over_dense']:.2f} | {own['least_over_dense']:.2f} "
+        )
+        assert any(row["model"] in line and cells in line for line in page.splitlines())
+    least = min(row["ways"]["text"]["least_over_dense"] for row in rows)
+    assert f"the least gain was {least:.2f}" in (DOCS / "LOG.md").read_text()
