@@ -122,3 +122,5 @@ def test_lossless_figures_of_the_page_are_the_records():
         assert any(row["model"] in line and cells in line for line in page.splitlines())
     least = min(row["ways"]["text"]["least_over_dense"] for row in rows)
     assert f"the least gain was {least:.2f}" in (DOCS / "LOG.md").read_text()
+    gains = [row["ways"]["text"]["over_dense"] for row in rows]
+    assert f"{min(gains):.2f} to {max(gains):.2f} times dense decoding" in (DOCS.parent / "README.md").read_text()
