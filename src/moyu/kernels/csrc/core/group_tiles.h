@@ -11,9 +11,9 @@
 namespace {
 
 constexpr int kTileLines = kMostPieces;
-constexpr int64_t kTileRows = 6;  // of x, from which on a tile is faster
 
 #if MOYU_INTEGERS
+constexpr int64_t kTileRows = kBytes == 64 ? 6 : 2;  // of x, from which on a tile is faster: in 256 bits four rows' sums fill the registers
 constexpr bool kTiles = kFourProducts;
 
 // out[r * stride + c] = row w[c] · row r of x, c in 0 .. 15; the lines `then` are prefetched.
@@ -68,6 +68,7 @@ MOYU_ONCE void dot_tile(const uint8_t *const *w, const uint8_t *const *scales, c
 }
 #else
 constexpr bool kTiles = false;
+constexpr int64_t kTileRows = 0;
 #endif
 
 }  // namespace
