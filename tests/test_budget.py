@@ -121,7 +121,7 @@ def test_what_is_planned_reads_what_was_asked_for():
 def test_plans_within_the_bytes_skip_as_little_as_they_can(monkeypatch, read, best):
     monkeypatch.setattr(budget, "solve", lambda *a, **k: 0.85)
     monkeypatch.setattr(budget, "calibrate", lambda *a, sparsity, **k: sparsity)
-    monkeypatch.setattr(budget, "evaluate", lambda model, plan, *a, **k: SimpleNamespace(byte_fraction=read(plan)))
+    monkeypatch.setattr(budget, "read_fraction", lambda model, plan, *a: read(plan))
     same = {"kept": lambda p: p, "byte_fraction": lambda fraction, plan: fraction}
     reader = SimpleNamespace(model=None, anatomy=None, skippable=lambda m: 1.0, dense=lambda: 1.0, **same)
     plan = budget._solved(Way(reader, methods.method("teal"), {}), windows(), 0.69)

@@ -247,16 +247,16 @@ def test_a_corrupted_kernel_is_caught(backend, monkeypatch):
     case = make_neurons(2, 64, 300, dtype=torch.bfloat16, density=1.0)
     whole = module.neurons
 
-    def drop_one(x, gate, up, down, mask, *rest):
-        mask = mask.clone()
+    def drop_one(call):
+        mask = call.mask.clone()
         mask[0, 123] = False
-        return whole(x, gate, up, down, mask, *rest)
+        return whole(call._replace(mask=mask))
 
-    def shift_up(x, gate, up, down, mask, *rest):
-        return whole(x, gate, held(up.tensors[0].roll(1, 0), "rows"), down, mask, *rest)
+    def shift_up(call):
+        return whole(call._replace(up=held(call.up.tensors[0].roll(1, 0), "rows")))
 
-    def forget_bias(*args):
-        return whole(*args[:8], None, *args[9:])
+    def forget_bias(call):
+        return whole(call._replace(down_bias=None))
 
     for corrupted in (drop_one, shift_up, forget_bias):
         monkeypatch.setattr(module, "neurons", corrupted)
