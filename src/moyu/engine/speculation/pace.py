@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from statistics import median
 
-MOST = {"text": 15, "plan": 7}  # drafts of a round: a native step takes 16 tokens at little more than the price of one
+MOST = {"text": 15, "plan": 7}  # drafts of a round, at most; costs decide how many of them
 GAIN = 1.02  # a round must be expected to write tokens so much faster than dense steps do
 TRIAL = 2  # drafts of a plan that is tried again after it did not pay
 LONGEST_WAIT = 256  # tokens between two trials, at most; it doubles from 16 on
