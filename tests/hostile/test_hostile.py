@@ -251,6 +251,9 @@ class Checkpoint:
 class Tasks:
     TEXT = b"""task: hostile
 dataset_path: json
+dataset_kwargs:
+  data_files: documents.json
+test_split: train
 output_type: multiple_choice
 doc_to_text: "{{text}}"
 doc_to_choice: ["a", "b"]
@@ -263,6 +266,8 @@ metric_list:
         pytest.importorskip("lm_eval")
         from moyu.integrations import lm_eval
 
+        patch.chdir(folder)
+        (folder / "documents.json").write_text('{"text": "a word"}')
         self.file, self.lm_eval, own = folder / "hostile.yaml", lm_eval, lm_eval.TaskManager
         # where a name is unknown, the harness' own thousands of files are read for the nearest ones, in many seconds
         patch.setattr(
@@ -272,7 +277,7 @@ metric_list:
         )
 
     def write(self, rng):
-        self.file.write_bytes(bytes_changed(self.TEXT, rng))
+        self.file.write_bytes(bytes_changed(self.TEXT, rng) if rng.random() > 0.03 else self.TEXT)
 
     def use(self):
         self.lm_eval.find_tasks(["hostile"], self.file.parent)

@@ -191,6 +191,28 @@ def test_data_that_cannot_be_read_is_said(own_tasks, tmp_path):
         find_tasks(["own"], tmp_path)
 
 
+@pytest.mark.parametrize("options", ["", "dataset_kwargs: {}\n", "dataset_kwargs: {data_files: null}\n"])
+def test_a_task_that_names_no_files_reads_none(own_tasks, tmp_path, monkeypatch, options):
+    (tmp_path / "own.yaml").write_text(
+        f"task: own\ndataset_path: json\n{options}output_type: multiple_choice\n"
+        "test_split: train\ndoc_to_text: a\ndoc_to_target: b\ndoc_to_choice: c\n"
+    )
+    (tmp_path / "a_file_of_the_user.json").write_text('{"a": "x", "b": 0, "c": ["y", "z"]}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="task 'own': it reads 'json' files and names none: give `dataset_kwargs"):
+        find_tasks(["own"], tmp_path)
+
+
+def test_a_task_of_named_files_is_read(own_tasks, tmp_path):
+    (tmp_path / "documents.json").write_text('{"a": "x", "b": 0, "c": ["y", "z"]}')
+    (tmp_path / "own.yaml").write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path / 'documents.json'}}}\n"
+        "output_type: multiple_choice\ntest_split: train\ndoc_to_text: a\ndoc_to_target: b\ndoc_to_choice: c\n"
+    )
+    (task,) = find_tasks(["own"], tmp_path)["own"]["tasks"].values()
+    assert [document["a"] for document in task.test_docs()] == ["x"]
+
+
 def test_a_task_without_a_name_is_said(own_tasks, tmp_path):
     (tmp_path / "own.yaml").write_text("task: null\noutput_type: multiple_choice\n")
     with pytest.raises(UserError, match=r"cannot be read.*the `task` of every YAML file") as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import pkgutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -34,6 +36,8 @@ from moyu.records import Record, Task
 from moyu.records.about import about_plan
 
 try:
+    import datasets
+    import datasets.packaged_modules
     import lm_eval
     from lm_eval.models import huggingface
     from lm_eval.tasks import TaskManager
@@ -141,6 +145,23 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
+@contextmanager
+def _named_files() -> Iterator[None]:
+    """A task that names a kind of file and no files is refused: `datasets` would read all that lies below this folder."""
+    load, kinds = (
+        datasets.load_dataset,
+        {kind.name for kind in pkgutil.iter_modules(datasets.packaged_modules.__path__)},
+    )
+
+    def of_files(path: str, *args: Any, **options: Any) -> Any:
+        if path in kinds and not (options.get("data_files") or options.get("data_dir")):
+            raise UserError(f"it reads {path!r} files and names none", "give `dataset_kwargs: {data_files: FILE}`")
+        return load(path, *args, **options)
+
+    with mock.patch.object(datasets, "load_dataset", of_files):
+        yield
+
+
 def find_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, Any]:
     """Tasks, groups and tags by name: those of the zoo, of YAML files in `folder`, and the harness' own.
 
@@ -167,7 +188,10 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, An
                 near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or TASKS
                 raise UserError(f"no task {name!r}", f"did you mean {' or '.join(near)}?")
             try:
-                found[name] = manager.load([name])
+                with _named_files():
+                    found[name] = manager.load([name])
+            except UserError as error:
+                raise UserError(f"task {name!r}: {error.problem}", error.next_step) from error
             except Exception as error:  # of datasets, of its network, of what a task imports, of what its file says
                 raise UserError(
                     f"task {name!r} or its data cannot be read ({_line(error)})",
