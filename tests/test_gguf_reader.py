@@ -145,6 +145,7 @@ MALFORMED = {
     "key twice": (with_pair(parts.text("k"), parts.typed(1) + parts.text("k") + parts.typed(1), 2), "'k' comes twice"),
     "key not UTF-8": (with_pair(parts.text(b"\xff\xfe"), parts.typed(1)), "byte 24: a key is not UTF-8"),
     "value type": (with_pair(parts.text("k"), struct.pack("<I", 13)), "values of type 13"),
+    "two lines": (with_pair(parts.text("k\n\x1b[31m"), struct.pack("<I", 13)), r"k\\n\\x1b\[31m has values of type 13"),
     "string length": (with_pair(parts.text("k"), struct.pack("<IQ", 8, 2**62)), "k takes 4611686018427387904 bytes"),
     "boolean": (with_pair(parts.text("k"), struct.pack("<IB", 7, 2)), "neither true nor false"),
     "array length": (with_pair(parts.text("k"), struct.pack("<IIQ", 9, 4, 2**61)), "k takes 9223372036854775808 bytes"),

@@ -11,10 +11,15 @@ class UserError(ValueError):
     """Something the user gave cannot be used: what was wrong, and the next step."""
 
     def __init__(self, problem: str, next_step: str = "") -> None:
-        """`problem` says what and where, `next_step` what to do about it."""
+        """`problem` says what and where, `next_step` what to do about it; what does not print in them is escaped."""
+        problem, next_step = _printable(problem), _printable(next_step)
         super().__init__(f"{problem}: {next_step}" if next_step else problem)
         self.problem = problem
         self.next_step = next_step
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class OutOfReach(UserError):
