@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/cpu/run.py [--shape llama-3.2-1b] [--layers N] [--weights bf16,q8_0,q4_0] [--out RECORDS.jsonl]
 
-Variants: transformers' eager loop, the same compiled (16 bits alone), llama.cpp, MOYU dense, MOYU with a share of neurons (GRIFFIN) or
-of all projections' columns (TEAL) skipped, for each type of weights one after another. First a numeric check: llama.cpp, transformers
-and MOYU must agree on the logits.
+Variants: transformers' eager loop, the same compiled (16 bits alone), llama.cpp, ik_llama.cpp (--ik), MOYU dense, MOYU with a share of
+neurons (GRIFFIN), of all projections' columns (TEAL) or of the further bits of weights (levels) skipped, for each type of weights one
+after another. First a numeric check: llama.cpp, transformers and MOYU must agree on the logits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from gguf_file import quantised, write
+from ik_llama_loop import IkLlamaCpp
 from llama_cpp_loop import LlamaCpp
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -43,7 +44,8 @@ BLOCKS = (
     "q4_0", "q4_1", "q8_0", "q5_0", "q5_1", "q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 DTYPES = {"bf16": "bfloat16"} | {kind: kind for kind in BLOCKS}  # what records call them
-Step = Callable[[int], object]  # from a token to its logits: all get the same tokens, and none has to choose one
+# From a token to its logits: all get the same tokens, and none has to choose one. Or to the seconds that it took, by a clock of its own.
+Step = Callable[[int], object]
 
 
 class Bench:
@@ -67,12 +69,14 @@ class Bench:
             wanted += [("levels", "bits", s) for s in (0.5, 0.8, 0.9)]
         for name, kind, share in wanted:
             self.plans[f"moyu {share:.0%} {kind}"] = self.plan(name, share)
-        # A copy a layout, of the layers only: nothing lays out the embeddings and the head. Blocks say their order beside the
-        # memory that they are in, so that there is a copy a variant.
+        # A copy a layout, of the layers only: only levels lay out the head as well. Blocks say their order beside the memory
+        # that they are in, so that there is a copy a variant.
         same = {id(t): t for name, t in tensors(self.model) if ".layers." not in name}
         layouts = {name: name.split()[-1] if weights == "bf16" else name for name in self.plans}
         laid_out = {
-            layout: self.model if layout == "dense" else copy.deepcopy(self.model, dict(same))
+            layout: self.model
+            if layout.endswith("dense")
+            else copy.deepcopy(self.model, {} if layout.endswith("bits") else dict(same))
             for layout in dict.fromkeys(layouts.values())
         }
         self.applied = {name: Applied(shared(laid_out[layouts[name]]), plan) for name, plan in self.plans.items()}
@@ -139,6 +143,12 @@ class Bench:
         engine.reset()
         engine.step(self.prompt[0].tolist())
         return lambda token: engine.step([token])
+
+    def ik_llama_cpp(self, engine: IkLlamaCpp) -> Step:
+        """ik_llama.cpp on the same weights; by its own clock, without the pipe to its process."""
+        engine.reset()
+        engine.step(self.prompt[0].tolist())
+        return lambda token: engine.step([token])[1]
 
     def _loop(self, model: Callable, cache: DynamicCache | StaticCache, decode: Callable | None = None) -> Step:
         decode = model if decode is None else decode
@@ -218,9 +228,9 @@ def measure(variants: dict[str, Step]) -> tuple[dict[str, list[float]], float]:
         for name in order.sample(list(variants), len(variants)):
             for step in range(3):
                 start = time.perf_counter()
-                variants[name](3 + 3 * turn + step)
+                given = variants[name](3 + 3 * turn + step)
                 if turn and step:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(given if isinstance(given, float) else time.perf_counter() - start)
     return seconds, ceiling.gb_s
 
 
@@ -286,13 +296,18 @@ def main() -> None:
         help="time prefill as well; a round of 512 tokens takes minutes where torch has no fast 16-bit products",
     )  # fmt: skip
     parser.add_argument("--batches", action="store_true", help="time several sequences at once as well")
+    parser.add_argument(
+        "--ik", action="store_true", help="time ik_llama.cpp too (IK_LLAMA_CPP_LIB_PATH), plain and repacked"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="records to write; those of other shapes in it stay")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     for weights in options.weights.split(","):
         with tempfile.TemporaryDirectory() as folder:
             name = f"{options.shape}-{options.layers or 'all'}-{weights}.gguf"
             bench = prepare(options.shape, options.layers, weights, (options.files or Path(folder)) / name)
-            engine = LlamaCpp(bench.path, torch.get_num_threads())
+            engine = LlamaCpp(bench.path, options.threads)
             check(bench, engine, tokens=24 if weights == "bf16" else 4)  # transformers' steps dequantise every weight
             variants: dict[str, Step] = {}
             if weights == "bf16":
@@ -300,9 +315,15 @@ def main() -> None:
             if weights == "bf16" and not options.no_compile:
                 variants["transformers compiled"] = bench.compiled()
             variants["llama.cpp"] = bench.llama_cpp(engine)
+            others = {}
+            if options.ik:
+                others["ik_llama.cpp"] = IkLlamaCpp(bench.path, options.threads)
+                others["ik_llama.cpp repacked"] = IkLlamaCpp(bench.path, options.threads, repack=True)
+            variants |= {name: bench.ik_llama_cpp(other) for name, other in others.items()}
             variants |= {name: bench.moyu(name) for name in bench.plans}
             seconds, ceiling = measure(variants)
-            engine.close()
+            for each in (engine, *others.values()):
+                each.close()
         if options.prefill and weights == "bf16":
             prefill(bench, options.prefill)
         if options.batches and weights == "bf16":
