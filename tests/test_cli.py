@@ -29,6 +29,7 @@ from moyu.calibration.walk import calibrate
 from moyu.commands import cli, writing
 from moyu.commands import info as info_command
 from moyu.commands import words as early
+from moyu.errors import panics_are_errors
 from moyu.kernels import BACKENDS, gpu
 from moyu.measure import text
 from moyu.measure.windows import Windows
@@ -225,6 +226,27 @@ def test_a_folder_that_holds_no_model(refused, tmp_path):
     weights = next((tmp_path / "cut").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot load" in refused("eval", tmp_path / "cut", *QUICK)
+
+
+def test_a_tokenizer_at_which_its_library_panics(refused, tmp_path):
+    folder = shutil.copytree(zoo.path("relu"), tmp_path / "own")
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["model"]["continuing_subword_prefix"] = "#" * 400  # longer than any word: it is cut off there without a look
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    assert "cannot load" in refused("generate", folder, "--new-tokens", 2)
+
+
+def test_what_libraries_print_comes_through_unless_they_panic(capfd):
+    with panics_are_errors():
+        os.write(2, b"a remark")
+    with pytest.raises(KeyError), panics_are_errors():
+        os.write(2, b", another")
+        raise KeyError
+    with pytest.raises(RuntimeError, match="out of range"), panics_are_errors():
+        os.write(2, b", a trace")
+        raise type("PanicException", (BaseException,), {})("out of range")
+    assert capfd.readouterr().err == "a remark, another"
 
 
 @pytest.mark.parametrize(

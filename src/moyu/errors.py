@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+import os
+import sys
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -20,6 +24,34 @@ class UserError(ValueError):
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def line_of(error: Exception, most: int = 300) -> str:
+    """What an error of a library says, in one line of at most `most` characters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """A panic of a library in Rust, which is no Exception, becomes a RuntimeError of its message.
+
+    Rust prints a panic itself, with a trace: what comes to stderr in here, from whom ever, is held back and lost with a panic.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held, os.fdopen(os.dup(2), "wb", buffering=0) as stderr:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            held.truncate(0)
+            raise RuntimeError(str(error)) from error
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr.fileno(), 2)
+            held.seek(0)
+            stderr.write(held.read())
 
 
 class OutOfReach(UserError):

@@ -16,7 +16,7 @@ from moyu.engine.applied import Applied
 from moyu.engine.cache import KvCache
 from moyu.engine.memory import given_cache, memory_of, remember
 from moyu.engine.session import Session
-from moyu.errors import UserError
+from moyu.errors import UserError, line_of
 from moyu.kernels import BackendName
 from moyu.plan import Plan
 
@@ -216,7 +216,7 @@ class Draw:
         except UserError:
             raise
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # of a setting of another type or size
-            raise UserError(" ".join(str(error).split()), "see transformers.GenerationConfig") from error
+            raise UserError(line_of(error), "see transformers.GenerationConfig") from error
         self.longest = int(config.max_length)  # tokens of a sequence in the end
         self.sample = bool(config.do_sample)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)

@@ -28,7 +28,7 @@ from moyu.calibration.context import Context
 from moyu.calibration.settings import Stage
 from moyu.engine.applied import Applied
 from moyu.engine.choosers import Counter
-from moyu.errors import UserError
+from moyu.errors import UserError, line_of
 from moyu.measure import accounting
 from moyu.model import zoo
 from moyu.plan import Plan
@@ -180,7 +180,7 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, An
                 known = manager.all_tasks
         except Exception as error:  # of the harness, which believes what a file says
             raise UserError(
-                f"the tasks in {str(folder or own[0])!r} cannot be read ({_line(error)})",
+                f"the tasks in {str(folder or own[0])!r} cannot be read ({line_of(error)})",
                 "is the `task` of every YAML file there a name?",
             ) from error
         for name in names:
@@ -194,14 +194,10 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, An
                 raise UserError(f"task {name!r}: {error.problem}", error.next_step) from error
             except Exception as error:  # of datasets, of its network, of what a task imports, of what its file says
                 raise UserError(
-                    f"task {name!r} or its data cannot be read ({_line(error)})",
+                    f"task {name!r} or its data cannot be read ({line_of(error)})",
                     f"is its file right, and does this machine reach the hub? {' and '.join(TASKS)} need none",
                 ) from error
     return found
-
-
-def _line(error: Exception) -> str:
-    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 
 TASKS = ("python_next_line", "python_assignment")  # of the zoo

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from moyu.errors import UserError, check_one_of
+from moyu.errors import UserError, check_one_of, line_of, panics_are_errors
 from moyu.model import zoo
 from moyu.model.dissect import DEPTHS, setting
 from moyu.model.finite import require_finite
@@ -89,7 +89,8 @@ def load(
     check_name(name)
     try:
         asked: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(source, **asked)
+        with panics_are_errors():
+            tokenizer = AutoTokenizer.from_pretrained(source, **asked)
         config = AutoConfig.from_pretrained(source, **asked)
         _check_depth(config, Path(source))
         plan = None
@@ -103,9 +104,8 @@ def load(
     except (MemoryError, UserError):
         raise
     except Exception as error:  # readers of damaged files raise many classes, tokenizers the bare one
-        line = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"cannot load {name!r}: {line:.300}",
+            f"cannot load {name!r}: {line_of(error)}",
             "check the folder or the hub id, and that this machine reaches the hub",
         ) from error
     if missing := info["missing_keys"]:

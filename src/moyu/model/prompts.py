@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moyu.errors import UserError
+from moyu.errors import UserError, line_of
 from moyu.model.dissect import text_config
 from moyu.model.loading import Loaded
 
@@ -29,8 +29,7 @@ def as_chat(loaded: Loaded, messages: Sequence[Mapping[str, str]], remedy: str) 
     except UserError:
         raise
     except Exception as error:  # templates are programs: jinja2's errors, and whatever they raise themselves
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the chat template of {loaded.name!r} fails ({line:.200})", remedy) from error
+        raise UserError(f"the chat template of {loaded.name!r} fails ({line_of(error, 200)})", remedy) from error
 
 
 def written(words: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, PretrainedConfig
 
-from moyu.errors import UserError
+from moyu.errors import UserError, line_of
 from moyu.model.architectures import ARCHITECTURES
 from moyu.model.architectures.base import TOP, Architecture
 from moyu.model.gguf.metadata import Metadata
@@ -75,8 +75,7 @@ def configuration(file: File) -> PretrainedConfig:
     except UserError:
         raise
     except Exception as error:  # transformers' checks of a configuration raise many classes
-        line = " ".join(str(error).split())
-        raise told.refuse(f"transformers makes no model of the metadata ({line})") from error
+        raise told.refuse(f"transformers makes no model of the metadata ({line_of(error)})") from error
     for key, value in told.unread().items():
         harmless = NEUTRAL.get(key)
         if harmless is None or (harmless and not any(np.array_equal(value, each) for each in harmless)):

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moyu.errors import UserError
+from moyu.errors import UserError, line_of, panics_are_errors
 from moyu.model.gguf.metadata import Metadata
 from moyu.model.gguf.reader import File
 from moyu.model.gguf.special import ENDS, token
@@ -46,28 +46,28 @@ def tokenizer_of(file: File) -> PreTrainedTokenizerBase:
         if asked and f"{name}_token" not in special:
             raise told.refuse(f"texts get a {name.upper()} token, but the file does not name one", ANOTHER)
     try:
-        if kind == "llama":
-            made = _sentencepiece(
-                tokens, entries["scores"], special.get("unk_token"), entries["add_space_prefix"] is not False
+        with panics_are_errors():
+            if kind == "llama":
+                made = _sentencepiece(
+                    tokens, entries["scores"], special.get("unk_token"), entries["add_space_prefix"] is not False
+                )
+            else:
+                made = _byte_level(told, tokens, entries["merges"], entries["pre"] or "default")
+            made.add_tokens(_added(told, tokens, entries["token_type"]))
+            template = file.metadata.get("tokenizer.chat_template")
+            return PreTrainedTokenizerFast(
+                tokenizer_object=made,
+                add_bos_token=bool(adds_bos),
+                add_eos_token=bool(entries["add_eos_token"]),
+                chat_template=template if isinstance(template, str) else None,
+                model_max_length=told.integer("context_length"),
+                clean_up_tokenization_spaces=False,
+                **special,
             )
-        else:
-            made = _byte_level(told, tokens, entries["merges"], entries["pre"] or "default")
-        made.add_tokens(_added(told, tokens, entries["token_type"]))
-        template = file.metadata.get("tokenizer.chat_template")
-        return PreTrainedTokenizerFast(
-            tokenizer_object=made,
-            add_bos_token=bool(adds_bos),
-            add_eos_token=bool(entries["add_eos_token"]),
-            chat_template=template if isinstance(template, str) else None,
-            model_max_length=told.integer("context_length"),
-            clean_up_tokenization_spaces=False,
-            **special,
-        )
     except UserError:
         raise
     except Exception as error:  # those of tokenizers are plain exceptions
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise told.refuse(f"its tokenizer {kind!r} cannot be made ({line:.200})", ANOTHER) from error
+        raise told.refuse(f"its tokenizer {kind!r} cannot be made ({line_of(error, 200)})", ANOTHER) from error
 
 
 def _entry(told: Metadata, name: str, kind: type) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from moyu import methods, records
 from moyu.calibration.budget import Reader
-from moyu.errors import OutOfReach, UserError
+from moyu.errors import OutOfReach, UserError, line_of
 from moyu.files import sha256_of
 from moyu.measure import accounting, evaluation
 from moyu.measure.evaluation import Scores
@@ -162,7 +162,7 @@ class FileBoard(Board):
             least = error.floor * self.size.moyu / self.size.file
             return self._empty(method, target, f"floor {least:.2f}", least)
         except (UserError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
-            return self._empty(method, target, " ".join(str(error).split()))
+            return self._empty(method, target, line_of(error))
         fit_s = seconds()
         quality = evaluation.evaluate(
             self.context.loaded.model,
