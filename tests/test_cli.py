@@ -238,14 +238,16 @@ def test_a_tokenizer_at_which_its_library_panics(refused, tmp_path):
 
 
 def test_what_libraries_print_comes_through_unless_they_panic(capfd):
+    def reads(said: bytes, error: BaseException):
+        os.write(2, said)
+        raise error
+
     with panics_are_errors():
         os.write(2, b"a remark")
     with pytest.raises(KeyError), panics_are_errors():
-        os.write(2, b", another")
-        raise KeyError
+        reads(b", another", KeyError())
     with pytest.raises(RuntimeError, match="out of range"), panics_are_errors():
-        os.write(2, b", a trace")
-        raise type("PanicException", (BaseException,), {})("out of range")
+        reads(b", a trace", type("PanicException", (BaseException,), {})("out of range"))
     assert capfd.readouterr().err == "a remark, another"
 
 

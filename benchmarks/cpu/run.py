@@ -299,36 +299,41 @@ def main() -> None:
     parser.add_argument(
         "--ik", action="store_true", help="time ik_llama.cpp too (IK_LLAMA_CPP_LIB_PATH), plain and repacked"
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", default=str(torch.get_num_threads()), help="comma-separated, one after another")
     parser.add_argument("--out", type=Path, help="records to write; those of other shapes in it stay")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    threads = [int(n) for n in options.threads.split(",")]
     for weights in options.weights.split(","):
         with tempfile.TemporaryDirectory() as folder:
             name = f"{options.shape}-{options.layers or 'all'}-{weights}.gguf"
             bench = prepare(options.shape, options.layers, weights, (options.files or Path(folder)) / name)
-            engine = LlamaCpp(bench.path, options.threads)
-            check(bench, engine, tokens=24 if weights == "bf16" else 4)  # transformers' steps dequantise every weight
-            variants: dict[str, Step] = {}
-            if weights == "bf16":
-                variants["transformers eager"] = bench.eager()
-            if weights == "bf16" and not options.no_compile:
-                variants["transformers compiled"] = bench.compiled()
-            variants["llama.cpp"] = bench.llama_cpp(engine)
-            others = {}
-            if options.ik:
-                others["ik_llama.cpp"] = IkLlamaCpp(bench.path, options.threads)
-                others["ik_llama.cpp repacked"] = IkLlamaCpp(bench.path, options.threads, repack=True)
-            variants |= {name: bench.ik_llama_cpp(other) for name, other in others.items()}
-            variants |= {name: bench.moyu(name) for name in bench.plans}
-            seconds, ceiling = measure(variants)
-            for each in (engine, *others.values()):
-                each.close()
+            for count in threads:
+                torch.set_num_threads(count)
+                engine = LlamaCpp(bench.path, count)
+                if count == threads[0]:
+                    check(
+                        bench, engine, tokens=24 if weights == "bf16" else 4
+                    )  # transformers' steps dequantise every weight
+                variants: dict[str, Step] = {}
+                if weights == "bf16":
+                    variants["transformers eager"] = bench.eager()
+                if weights == "bf16" and not options.no_compile:
+                    variants["transformers compiled"] = bench.compiled()
+                variants["llama.cpp"] = bench.llama_cpp(engine)
+                others = {}
+                if options.ik:
+                    others["ik_llama.cpp"] = IkLlamaCpp(bench.path, count)
+                    others["ik_llama.cpp repacked"] = IkLlamaCpp(bench.path, count, repack=True)
+                variants |= {name: bench.ik_llama_cpp(other) for name, other in others.items()}
+                variants |= {name: bench.moyu(name) for name in bench.plans}
+                seconds, ceiling = measure(variants)
+                for each in (engine, *others.values()):
+                    each.close()
+                report(bench, seconds, ceiling, options.out)
         if options.prefill and weights == "bf16":
             prefill(bench, options.prefill)
         if options.batches and weights == "bf16":
             batches(bench)
-        report(bench, seconds, ceiling, options.out)
         del bench, variants  # the next type's weights need the room
 
 
@@ -365,8 +370,8 @@ def report(bench: Bench, seconds: dict[str, list[float]], ceiling: float, out: P
         )  # fmt: skip
     if out is not None:
         others = records.read(out) if out.exists() else []
-        same = (bench.shape, DTYPES[bench.weights])
-        records.write(out, [r for r in others if (r.context, r.dtype) != same] + rows)
+        same = (bench.shape, DTYPES[bench.weights], threads)
+        records.write(out, [r for r in others if (r.context, r.dtype, r.threads) != same] + rows)
 
 
 if __name__ == "__main__":
