@@ -61,6 +61,18 @@ def test_speed_in_8_and_4_bits():
             assert agrees(own, tokens) and agrees(ratio, tokens / rows["llama.cpp"]), (n, dtype)
 
 
+def test_speed_on_many_cores():
+    columns = [("q8_0", 8), ("q8_0", 16), ("q4_k_m", 8), ("q4_k_m", 16)]
+    shown = table("variant | Q8_0, 8 threads")
+    for column, (dtype, threads) in enumerate(columns):
+        rows = {name(r): r.tok_s for r in speeds("cpu-cores.jsonl") if (r.dtype, r.threads) == (dtype, threads)}
+        assert list(shown) == list(rows)
+        rival = max(tokens for n, tokens in rows.items() if not n.startswith("MOYU"))
+        for n, tokens in rows.items():
+            own, ratio = shown[n][column].split(", ")
+            assert agrees(own, tokens) and agrees(ratio, tokens / rival), (n, dtype, threads)
+
+
 def test_quality_of_one_run():
     found = records.read(DOCS / "results" / "run-swiglu.jsonl")
     rows = {r.method: r for r in found if isinstance(r, records.Quality) and r.protocol and r.protocol.table == "main"}
