@@ -200,9 +200,9 @@ def words(x: Tensor, weight: Stored, mask: Tensor | None = None, *, bias: Tensor
     return operators.words(x, *operators.opened("words", "weight", weight, "parted"), mask, bias)
 
 
-def whole(x: Tensor, weight: Stored, *, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``, (N, n) -> (N, q), nothing skipped, however the weight lies."""
-    if weight.order == "rows":
+def whole(x: Tensor, weight: Tensor | Stored, *, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, (N, n) -> (N, q), nothing skipped, however a stored weight lies; of a plain one ``stride(1) == 1``."""
+    if not isinstance(weight, Stored) or weight.order == "rows":
         return rows(x, weight, bias=bias)
     if weight.order == "parted":
         return words(x, weight, bias=bias)
