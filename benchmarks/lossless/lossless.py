@@ -3,7 +3,7 @@
     python benchmarks/lossless/lossless.py MODEL [--text FILE] [--plan FOLDER ...] [--prompts 20] [--tokens 64] [--threads N]
 
 --text: a text, of which stretches of 200 tokens are prompts, or .jsonl with a field `prompt` or `question`. The text drafts alone,
-and with the first bits of the weights where most of them have 8 bits; each plan drafts with the text and alone. --weights q8_0:
+and with the first bits of the weights where nearly all of them have 8 bits; each plan drafts with the text and alone. --weights q8_0:
 the values of the file's weights, rounded to that format first. llama.cpp and ik_llama.cpp decode the same prompts where
 `llama-cpp-python` and `ik-llama-cpp-python` are installed and MODEL is a file (PYTHONPATH=benchmarks/cpu). Greedy; texts are compared
 token by token. Prints a table and, with --out, appends a JSON line.
@@ -73,24 +73,26 @@ def requantised(model: nn.Module, name: str) -> None:
         model.set_submodule(path, new)
 
 
-def timed(stream: Any) -> tuple[list[int], float]:
+def timed(stream: Any, clock: Callable[[], float] = time.perf_counter) -> tuple[list[int], float]:
     """Tokens, and how many a second after the first."""
     found, times = [], []
     for token in stream:
         found.append(int(token))
-        times.append(time.perf_counter())
+        times.append(clock())
     return found, (len(found) - 1) / (times[-1] - times[0])
 
 
-def step_costs(session: Any, ids: Tensor, reads: Reads = "all") -> dict[int, float]:
+def step_costs(
+    session: Any, ids: Tensor, reads: Reads = "all", clock: Callable[[], float] = time.perf_counter
+) -> dict[int, float]:
     """Median seconds of a dense step of so many tokens, in turn."""
     cache, found = new_cache(session), defaultdict(list)
     prefill(session, cache, list(ids))
     for _ in range(12):
         for count in TOGETHER:
-            start = time.perf_counter()
+            start = clock()
             steps.dense_step(session, cache, ids[:, :count], reads)
-            found[count].append(time.perf_counter() - start)
+            found[count].append(clock() - start)
             cache.crop(-count)
     return {count: statistics.median(values[2:]) for count, values in found.items()}
 
@@ -152,8 +154,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, where others use the machine")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    if asked.cpu_time and asked.threads != 1:
+        parser.error("--cpu-time is of one thread: --threads 1")
+    clock = time.process_time if asked.cpu_time else time.perf_counter
     torch.set_num_threads(asked.threads)
     options: dict[str, Any] = {"max_new_tokens": asked.tokens, "do_sample": False, "eos_token_id": None}
     options |= {"repetition_penalty": 1.0}  # as llama.cpp's loop here, which takes the largest logit
@@ -185,7 +191,7 @@ def main() -> None:
                     s, ids, source=source, out=out, **options
                 )
         others = {}
-        if asked.model.endswith(".gguf") and asked.weights is None:
+        if asked.model.endswith(".gguf") and asked.weights is None and not asked.cpu_time:
             path, more = Path(asked.model), (asked.threads, asked.tokens)
             others = {"llama.cpp": llama_cpp(path, *more), "ik_llama.cpp": ik_llama_cpp(path, *more, repack=False)}
             others["ik_llama.cpp, repacked"] = ik_llama_cpp(path, *more, repack=True)
@@ -195,7 +201,7 @@ def main() -> None:
             names = list(ways) if number % 2 == 0 else list(ways)[::-1]
             for name in names:
                 out = Speculation()
-                texts[name], rate = timed(ways[name](ids, out))
+                texts[name], rate = timed(ways[name](ids, out), clock)
                 rates[name].append(rate)
                 told[name].append(out)
             for name, write in others.items():
@@ -205,14 +211,16 @@ def main() -> None:
             ceiling.sample()
             for name, text in texts.items():
                 same[name] += text == texts["dense"]
-        costs = {"dense": step_costs(dense, prompts[0])} | {n: step_costs(s, prompts[0]) for n, s in plans.items()}
+        sessions: dict[str, tuple[Any, Reads]] = {"dense": (dense, "all")} | {n: (s, "all") for n, s in plans.items()}
         if bits is not None and bits.parted:
-            costs |= {"parted": step_costs(bits, prompts[0]), "first bits": step_costs(bits, prompts[0], "first bits")}
+            sessions |= {"parted": (bits, "all"), "first bits": (bits, "first bits")}
+        costs = {name: step_costs(session, prompts[0], reads, clock) for name, (session, reads) in sessions.items()}
     row = {
         "model": Path(asked.model).name,
         "text": None if asked.text is None else asked.text.name,
         "weights": asked.weights,
         "threads": asked.threads,
+        "clock": "CPU time" if asked.cpu_time else "time",
         "prompts": len(prompts),
         "tokens": asked.tokens,
         "ceiling_gb_s": ceiling.gb_s,

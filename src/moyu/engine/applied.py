@@ -30,7 +30,7 @@ from moyu.model.networks import Aside, is_linear
 from moyu.model.quantised import QuantisedLinear
 from moyu.plan import Plan
 
-WORTH = 0.5  # of the bytes of a step: where less than that can be parted, drafts from first bits cost too much
+WORTH = 0.9  # of the bytes of a step: where less than that can be parted, drafts from first bits cost too much
 WIDE_BITS = 8  # of a code whose first half stands for its weight well enough to draft with (docs/LOG.md)
 
 
@@ -57,8 +57,8 @@ class Applied(Session, AbstractContextManager):
 
         engine "mask" simulates: dense products, masked. "skip" uses the kernels of `backend` where every row of a call
         is sparse and there are at most MAX_SKIPPING_ROWS of them. first_bits: without a plan, lay weights of 8 bits parted where they
-        are most of a step's bytes, so that a step can read their first bits alone (`Session.parted`). Raises UserError for a plan made
-        for another model.
+        are nearly all of a step's bytes, so that a step can read their first bits alone (`Session.parted`). Raises UserError for a
+        plan made for another model.
         """
         if not isinstance(plan, Plan | None):
             raise UserError(

@@ -220,7 +220,7 @@ class _Writer:
     def measure(self, found: _Drafts, draft_s: float, verify_s: float) -> None:
         """What the drafts and the dense step over them took."""
         if found.distributions:
-            self.pace.drafts.append(draft_s / len(found.distributions))
+            self.pace.drafted(draft_s / len(found.distributions))
         self.pace.took(len(found.tokens) + 1, verify_s)
 
 

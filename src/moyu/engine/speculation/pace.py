@@ -65,7 +65,8 @@ class Pace:
     shares: dict[Hashable, Share] = field(default_factory=dict)
     waiting: int = 0  # tokens until the weights are tried again
     wait: int = WAIT
-    ready: bool = False
+    ready: bool = False  # to measure dense steps
+    warm: bool = False  # and steps that draft
     since: int = 0  # verifications since one of one token
 
     def share(self, kind: Hashable) -> Share:
@@ -95,6 +96,12 @@ class Pace:
         else:
             slope = (known[below] - 1) / (below - 1) if below > 1 else FURTHER
         return known[below] + slope * (tokens - below)
+
+    def drafted(self, seconds: float) -> None:
+        """A step that drafts took so long, on average of a round; the first round makes ready."""
+        if self.warm:
+            self.drafts.append(seconds)
+        self.warm = True
 
     def judged(self, kind: Hashable, accepted: int, judged: int, written: int) -> None:
         """So many of so many drafts were accepted; the round wrote so many tokens."""
