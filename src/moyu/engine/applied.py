@@ -85,6 +85,7 @@ class Applied(Session, AbstractContextManager):
         self._undo: list[tuple[nn.Module, str, Any]] = []
         self._hooks: list[Any] = []
         self._laid_out: list[nn.Module] = []
+        self._halves: list[Piece] = []  # weights whose first bits lie apart
         self.ffns: list[FfnCall] = []
         self.linears: list[AttentionLinear] = []
         self.attentions: list[AttentionCall] = []
@@ -211,24 +212,23 @@ class Applied(Session, AbstractContextManager):
             self._laid_out.append(call.piece.module)
 
     def _part(self) -> None:
-        """Lay the first bits of weights by rows apart, where a native step reads them."""
+        """Lay the first bits of weights by rows apart, where that lets a native step draft."""
         pieces = [piece for block in self.anatomy.blocks for piece in block.pieces.values()]
         head = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
         pieces += [Piece(head)] if isinstance(head, QuantisedLinear) else []
-        parted = [
-            p for p in pieces if p.blocks is not None and p.blocks.order == "rows" and p.blocks.format.bits == WIDE_BITS
-        ]
+        halves = [p for p in pieces if p.blocks and p.blocks.order == "rows" and p.blocks.format.bits == WIDE_BITS]
+        self.parted = sum(p.nbytes for p in halves) >= WORTH * sum(p.nbytes for p in pieces) > 0
+        if self.parted:
+            self._halves = halves
+            self._laid_out += [piece.module for piece in halves]
+            self._lay_halves()
+            self.layouts.append(self._lay_halves)
 
-        def lay_out() -> None:
-            for piece in parted:
-                if not layout.is_laid_out(piece, "parted"):
-                    layout.lay_out([piece], ["parted"])
-
-        if sum(p.nbytes for p in parted) >= WORTH * sum(p.nbytes for p in pieces) > 0:
-            lay_out()
-            self._laid_out += [piece.module for piece in parted]
-            self.layouts.append(lay_out)
-            self.parted = True
+    def _lay_halves(self) -> None:
+        """Lay them apart, again where something has packed them."""
+        for piece in self._halves:
+            if not layout.is_laid_out(piece, "parted"):
+                layout.lay_out([piece], ["parted"])
 
     def _wrap_attention(self, block: Block, states: list[SiteState]) -> None:
         """Let a block's attention choose before its linears, where its heads may leave keys or values out."""
