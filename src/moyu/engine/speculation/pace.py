@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from statistics import median
 
 MOST = {"text": 15, "weights": 7}  # drafts of a round, at most; costs decide how many of them
-GAIN = 1.02  # a round must be expected to write tokens so much faster than dense steps do
+# A round must be expected to write tokens so much faster than dense steps do: drafts of weights that are refused cost a step.
+GAIN = {"text": 1.02, "weights": 1.08}
 TRIAL = 1  # drafts of weights that are tried again after they did not pay
 WAIT, LONGEST_WAIT = 32, 256  # tokens between two trials, at first and at most; it doubles
 FURTHER = 0.15  # of a step: what a further token in it is taken to cost before one was measured
@@ -118,7 +119,7 @@ class Pace:
         share = self.share(kind).value
         count = best_drafts(share, step, self.cost, most)
         gain = expected_speedup(share, count, step, self.cost(count + 1))
-        if gain >= GAIN:
+        if gain >= GAIN["weights" if kind == "weights" else "text"]:
             self.wait = WAIT if kind == "weights" else self.wait
             return gain, count
         if kind == "weights" and self.waiting <= 0 and self._could_pay(step, most):
@@ -128,4 +129,4 @@ class Pace:
 
     def _could_pay(self, step: float, most: int) -> bool:
         """Whether drafts that are all accepted would."""
-        return any(expected_speedup(1.0, d, step, self.cost(d + 1)) >= GAIN for d in range(1, most + 1))
+        return any(expected_speedup(1.0, d, step, self.cost(d + 1)) >= GAIN["weights"] for d in range(1, most + 1))
