@@ -41,7 +41,11 @@ from moyu.engine.speculation import (
 )
 from moyu.engine.speculation.lookup import Lookup
 from moyu.engine.speculation.pace import Pace
+from moyu.errors import UserError
+from moyu.kernels import cpu
 from moyu.model.dissect import dissect
+from moyu.model.loading import quantise_model
+from moyu.model.quantised import QuantisedLinear
 from tiny import GATED, WIDE, build, tokens
 
 
@@ -83,8 +87,9 @@ def test_sirius_trigger(likelihoods, threshold, first):
 def test_expected_speedup_by_hand_and_best_length():
     assert expected_speedup(0.5, 2, 0.5, 1.0) == pytest.approx((1 + 0.5 + 0.25) / 2)
     assert expected_speedup(1.0, 3, 0.5, 1.0) == pytest.approx(4 / 2.5)
-    assert best_drafts(1.0, 0.5, 0.0) == 16 and best_drafts(0.0, 0.5, 0.1) == 1
-    lengths = [best_drafts(a, 0.5, 0.1) for a in (0.3, 0.6, 0.8, 0.95)]
+    tenth = lambda tokens: 0.9 + 0.1 * tokens  # noqa: E731
+    assert best_drafts(1.0, 0.5, lambda _: 1.0) == 16 and best_drafts(0.0, 0.5, tenth) == 1
+    lengths = [best_drafts(a, 0.5, tenth) for a in (0.3, 0.6, 0.8, 0.95)]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
 
 
@@ -353,6 +358,66 @@ def test_without_a_plan_the_text_drafts_and_the_text_is_dense(weights, structure
         assert session.traces.of("native" if structure == "llama" else "general") > 0
 
 
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
+@pytest.mark.parametrize("source", ["plan", "both"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_first_bits_draft_and_the_text_is_the_one_that_weights_by_rows_give(source, threads):
+    """Token for token, and the scores to the last bit: weights that are parted give the same sums for one token and for several."""
+    model, options = built("llama", "q8_0"), {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
+    ids, before = tokens(1, 9), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with Applied(model, None) as session:
+            plain = Speculation(keep_margins=True)
+            dense = [int(t) for t in speculate(session, ids, drafts=1, source="text", out=plain, **options)]
+            assert dense == [int(t) for t in generate(session, ids, **options)]
+            assert not session.parted
+            with pytest.raises(UserError, match="no plan"):
+                next(speculate(session, ids, source="plan", **options))
+        with Applied(model, None, first_bits=True) as session:
+            assert session.parted
+            for drafts in (1, 4, None):
+                out = Speculation(keep_margins=True)
+                written = [int(t) for t in speculate(session, ids, drafts=drafts, source=source, out=out, **options)]
+                assert written == dense and out.margins == plain.margins
+                assert drafts is None or (out.drafted > 0 and 0 < out.accepted < out.drafted + out.found)
+            assert [int(t) for t in generate(session, ids, **options)] == dense
+    finally:
+        torch.set_num_threads(before)
+    assert all(m.blocks.order == "rows" for m in model.modules() if isinstance(m, QuantisedLinear))
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
+def test_few_weights_of_8_bits_are_left_by_rows():
+    model = built("llama", "q4_0")
+    with Applied(model, None, first_bits=True) as session:
+        assert not session.parted
+        out = Speculation()
+        list(speculate(session, tokens(1, 9), max_new_tokens=20, do_sample=False, out=out))
+    assert out.drafted == 0
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
+def test_sampled_text_that_first_bits_draft_is_distributed_as_dense():
+    model = small_vocabulary().float()
+    quantise_model(model, "q8_0")
+    ids, found, count, judged, accepted = torch.tensor([[2, 3, 4]]), torch.zeros(36), 600, 0, 0
+    with torch.no_grad():
+        first = model(ids).logits[0, -1].softmax(-1)
+        exact = torch.cat(
+            [first[a] * model(torch.cat([ids, torch.tensor([[a]])], 1)).logits[0, -1].softmax(-1) for a in range(6)]
+        )
+    with Applied(model, None, first_bits=True) as applied:
+        for seed in range(count):
+            options = {"drafts": 1, "source": "plan", "seed": seed, "do_sample": True, "top_k": 0}
+            out = spoken(applied, ids, 3, **options)
+            found[out.tokens[0] * 6 + out.tokens[1]] += 1
+            judged, accepted = judged + out.judged, accepted + out.accepted
+    statistic = float(((found - count * exact).square() / (count * exact)).sum())
+    assert statistic < chi2.ppf(0.999, 35)
+    assert 0 < accepted < judged
+
+
 def test_sampled_text_that_the_text_drafts_is_distributed_as_dense():
     """The first two tokens after a text whose end came before, against their exact probabilities."""
     model = small_vocabulary()
@@ -373,22 +438,47 @@ def test_sampled_text_that_the_text_drafts_is_distributed_as_dense():
 
 
 def test_as_many_drafts_as_pay():
-    """Costs of 1 a step, .1 a further token: sure drafts are long, unlikely ones stop, and the plan is tried again later."""
+    """Costs of 1 a step, .1 a further token: sure drafts are long, unlikely ones stop, and weights are tried again later."""
     pace = Pace()
     assert pace.expected(("text", 4), 15) == (1.0, 0)  # nothing is measured yet
     for _ in range(4):
-        pace.verified(1, 0.010)
-    pace.verified(4, 0.013)
-    pace.drafts.append(0.006)
+        pace.took(1, 0.010)
+    pace.took(4, 0.013)
+    pace.drafted(0.050)  # makes ready
+    pace.drafted(0.006)
     for _ in range(40):
         pace.judged(("text", 4), 8, 8, 9)
         pace.judged(("text", 2), 0, 1, 1)
-        pace.judged("plan", 0, 1, 1)
+        pace.judged("weights", 0, 1, 1)
     sure, unsure = pace.expected(("text", 4), 15), pace.expected(("text", 2), 15)
     assert sure[1] >= 10 and sure[0] > 3
     assert unsure == (1.0, 0)
-    tried = [pace.expected("plan", 7)[1]]
+    tried = [pace.expected("weights", 7)[1]]
     for _ in range(600):
-        pace.judged("plan", 0, 0, 1)
-        tried.append(pace.expected("plan", 7)[1])
-    assert tried[0] == 2 and 3 <= sum(map(bool, tried)) <= 8  # after 16, 32, 64, ... tokens
+        pace.judged("weights", 0, 0, 1)
+        tried.append(pace.expected("weights", 7)[1])
+    assert tried[0] == 1 and 3 <= sum(map(bool, tried)) <= 6  # after 32, 64, ... tokens
+
+
+def test_the_cost_of_a_step_is_measured_or_between_its_neighbours():
+    pace = Pace()
+    assert pace.cost(3) == pytest.approx(1.3)
+    for count, seconds in ((1, 9.0), (1, 1.0), (1, 1.0), (2, 1.02), (6, 1.42)):  # the first makes ready
+        pace.took(count, seconds)
+    assert [pace.cost(t) for t in (1, 2, 4, 6)] == pytest.approx([1, 1.02, 1.22, 1.42])
+    assert pace.cost(11) == pytest.approx(1 + 10 * 0.42 / 5)
+
+
+def test_weights_that_cannot_pay_are_not_tried_again():
+    """Drafts that cost as much as dense steps do pay for nobody, whatever is accepted; the second trial finds out."""
+    pace = Pace()
+    for _ in range(4):
+        pace.took(1, 0.010)
+    tried = []
+    for _ in range(600):
+        tried.append(pace.expected("weights", 7)[1])
+        if tried[-1]:
+            pace.drafted(0.010)
+            pace.took(2, 0.011)
+        pace.judged("weights", int(tried[-1] > 0), int(tried[-1] > 0), 1)
+    assert sum(tried) == 2

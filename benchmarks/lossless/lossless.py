@@ -2,8 +2,9 @@
 
     python benchmarks/lossless/lossless.py MODEL [--text FILE] [--plan FOLDER ...] [--prompts 20] [--tokens 64] [--threads N]
 
---text: a text, of which stretches of 200 tokens are prompts, or .jsonl with a field `prompt` or `question`. Without a plan the
-text alone drafts; each plan drafts with the text and alone. llama.cpp and ik_llama.cpp decode the same prompts where
+--text: a text, of which stretches of 200 tokens are prompts, or .jsonl with a field `prompt` or `question`. The text drafts alone,
+and with the first bits of the weights where nearly all of them have 8 bits; each plan drafts with the text and alone. --weights q8_0:
+the values of the file's weights, rounded to that format first. llama.cpp and ik_llama.cpp decode the same prompts where
 `llama-cpp-python` and `ik-llama-cpp-python` are installed and MODEL is a file (PYTHONPATH=benchmarks/cpu). Greedy; texts are compared
 token by token. Prints a table and, with --out, appends a JSON line.
 """
@@ -21,16 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moyu import kernels
 from moyu.engine import steps
 from moyu.engine.applied import Applied
 from moyu.engine.generate import generate, new_cache, prefill
 from moyu.engine.speculation import Speculation, speculate
+from moyu.engine.steps.run import Reads
 from moyu.model.loading import Loaded, load
 from moyu.model.prompts import as_chat, prompt_ids
+from moyu.model.quantised import QuantisedEmbedding, QuantisedLinear
 from moyu.plan import Plan
+from moyu.weights import named
 
 STRETCH = 200  # tokens of a prompt
 TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens of a step
@@ -50,24 +54,45 @@ def prompts_of(loaded: Loaded, path: Path | None, count: int) -> list[Tensor]:
     return [ids[None, s : s + STRETCH] for s in starts]
 
 
-def timed(stream: Any) -> tuple[list[int], float]:
+def requantised(model: nn.Module, name: str) -> None:
+    """Give every quantised linear and table of a model another format."""
+    made: dict[int, QuantisedLinear | QuantisedEmbedding] = {}  # by the memory of a weight, which a head may share
+    for path, old in list(model.named_modules()):
+        if not isinstance(old, QuantisedLinear | QuantisedEmbedding):
+            continue
+        key, dtype = old.blocks.tensors[0].data_ptr(), old.like.dtype
+        stored = made[key].blocks if key in made else named(name).store(old.weight.float())
+        new = QuantisedLinear(stored, old.bias, dtype) if isinstance(old, QuantisedLinear) else None
+        new = new or QuantisedEmbedding(stored, dtype)
+        for setting in ("scalar_embed_scale", "scale"):
+            if hasattr(old, setting):
+                setattr(new, setting, getattr(old, setting))
+        if key in made:
+            made[key].tie(new)
+        made.setdefault(key, new)
+        model.set_submodule(path, new)
+
+
+def timed(stream: Any, clock: Callable[[], float] = time.perf_counter) -> tuple[list[int], float]:
     """Tokens, and how many a second after the first."""
     found, times = [], []
     for token in stream:
         found.append(int(token))
-        times.append(time.perf_counter())
+        times.append(clock())
     return found, (len(found) - 1) / (times[-1] - times[0])
 
 
-def step_costs(session: Any, ids: Tensor) -> dict[int, float]:
+def step_costs(
+    session: Any, ids: Tensor, reads: Reads = "all", clock: Callable[[], float] = time.perf_counter
+) -> dict[int, float]:
     """Median seconds of a dense step of so many tokens, in turn."""
     cache, found = new_cache(session), defaultdict(list)
     prefill(session, cache, list(ids))
     for _ in range(12):
         for count in TOGETHER:
-            start = time.perf_counter()
-            steps.dense_step(session, cache, ids[:, :count])
-            found[count].append(time.perf_counter() - start)
+            start = clock()
+            steps.dense_step(session, cache, ids[:, :count], reads)
+            found[count].append(clock() - start)
             cache.crop(-count)
     return {count: statistics.median(values[2:]) for count, values in found.items()}
 
@@ -125,24 +150,40 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--plan", type=Path, action="append", default=[])
+    parser.add_argument("--weights", help="the format to round the weights to")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, where others use the machine")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    if asked.cpu_time and asked.threads != 1:
+        parser.error("--cpu-time is of one thread: --threads 1")
+    clock = time.process_time if asked.cpu_time else time.perf_counter
     torch.set_num_threads(asked.threads)
     options: dict[str, Any] = {"max_new_tokens": asked.tokens, "do_sample": False, "eos_token_id": None}
     options |= {"repetition_penalty": 1.0}  # as llama.cpp's loop here, which takes the largest logit
+
+    def loaded() -> Loaded:
+        one = load(asked.model)
+        if asked.weights is not None:
+            requantised(one.model, asked.weights)
+        return one
+
     with ExitStack() as held:
-        dense_model = load(asked.model)
+        dense_model = loaded()
         prompts = prompts_of(dense_model, asked.text, asked.prompts)
         dense = held.enter_context(Applied(dense_model.model, None))
-        plans = {p.name: held.enter_context(Applied(load(asked.model).model, Plan.load(p))) for p in asked.plan}
+        plans = {p.name: held.enter_context(Applied(loaded().model, Plan.load(p))) for p in asked.plan}
         ceiling = kernels.ReadCeiling().sample(3)
         ways: dict[str, Callable[[Tensor, Speculation], Any]] = {
             "dense": lambda ids, out: generate(dense, ids, **options),
             "text": lambda ids, out: speculate(dense, ids, source="text", out=out, **options),
         }
+        bits = None if plans else held.enter_context(Applied(loaded().model, None, first_bits=True))
+        if bits is not None and bits.parted:
+            ways["first bits"] = lambda ids, out: speculate(bits, ids, source="plan", out=out, **options)
+            ways["first bits and text"] = lambda ids, out: speculate(bits, ids, out=out, **options)
         for name, session in plans.items():
             ways[f"{name}, uncorrected"] = lambda ids, out, s=session: generate(s, ids, **options)
             for source in ("plan", "both"):
@@ -150,7 +191,7 @@ def main() -> None:
                     s, ids, source=source, out=out, **options
                 )
         others = {}
-        if asked.model.endswith(".gguf"):
+        if asked.model.endswith(".gguf") and asked.weights is None and not asked.cpu_time:
             path, more = Path(asked.model), (asked.threads, asked.tokens)
             others = {"llama.cpp": llama_cpp(path, *more), "ik_llama.cpp": ik_llama_cpp(path, *more, repack=False)}
             others["ik_llama.cpp, repacked"] = ik_llama_cpp(path, *more, repack=True)
@@ -160,7 +201,7 @@ def main() -> None:
             names = list(ways) if number % 2 == 0 else list(ways)[::-1]
             for name in names:
                 out = Speculation()
-                texts[name], rate = timed(ways[name](ids, out))
+                texts[name], rate = timed(ways[name](ids, out), clock)
                 rates[name].append(rate)
                 told[name].append(out)
             for name, write in others.items():
@@ -170,11 +211,16 @@ def main() -> None:
             ceiling.sample()
             for name, text in texts.items():
                 same[name] += text == texts["dense"]
-        costs = {"dense": step_costs(dense, prompts[0])} | {n: step_costs(s, prompts[0]) for n, s in plans.items()}
+        sessions: dict[str, tuple[Any, Reads]] = {"dense": (dense, "all")} | {n: (s, "all") for n, s in plans.items()}
+        if bits is not None and bits.parted:
+            sessions |= {"parted": (bits, "all"), "first bits": (bits, "first bits")}
+        costs = {name: step_costs(session, prompts[0], reads, clock) for name, (session, reads) in sessions.items()}
     row = {
         "model": Path(asked.model).name,
         "text": None if asked.text is None else asked.text.name,
+        "weights": asked.weights,
         "threads": asked.threads,
+        "clock": "CPU time" if asked.cpu_time else "time",
         "prompts": len(prompts),
         "tokens": asked.tokens,
         "ceiling_gb_s": ceiling.gb_s,
@@ -212,8 +258,10 @@ def main() -> None:
         cells = [name, f"{own['tok_s']:.1f}", f"{own['over_dense']:.2f}", f"{own['least_over_dense']:.2f}", *more]
         print("| " + " | ".join([*cells, f"{own['same']} of {len(prompts)}"]) + " |")
     for name, found in costs.items():
-        told_costs = ", ".join(f"{n}: {t / found[1]:.2f}" for n, t in found.items())
-        print(f"\n{name}: a step of one token {found[1] * 1e3:.1f} ms; of more tokens, in its time: {told_costs}")
+        told_costs = ", ".join(f"{n}: {t / costs['dense'][1]:.2f}" for n, t in found.items())
+        print(
+            f"\n{name}: a step of one token {found[1] * 1e3:.1f} ms; of more tokens, in the time of a dense one: {told_costs}"
+        )
     if asked.out is not None:
         with asked.out.open("a") as to:
             to.write(json.dumps(row) + "\n")

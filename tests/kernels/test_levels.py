@@ -87,6 +87,26 @@ def test_the_product_is_the_reference(needs_cpu, name, q, blocks, rows, share):
 
 
 @pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize(("q", "blocks"), [(64, 1), (70, 3), (200, 2)])
+def test_rows_that_choose_everything_are_what_each_is_alone_in_every_bit(needs_cpu, name, q, blocks):
+    """Where all rows choose all inputs of a group, its codes are joined; beside a row that does not, they are not."""
+    n = blocks * FORMATS[name].block
+    weight, generator = weight_of(name, q, n, seed=q).laid_out("planes"), torch.Generator().manual_seed(q)
+    bias = torch.randn(q, generator=generator)
+    for rows in (1, 2, 3, 4, 5, 7, 8, 17):
+        x = torch.randn(rows, n, generator=generator)
+        every = torch.ones(rows, n, dtype=torch.bool)
+        with kernels.use("cpu"):
+            together = kernels.levels(x, weight, every, bias=bias)
+            alone = [kernels.levels(x[i : i + 1], weight, every[i : i + 1], bias=bias) for i in range(rows)]
+            other = every.clone()
+            other[-1] = False
+            beside = kernels.levels(x, weight, other, bias=bias)
+        assert torch.equal(together, torch.cat(alone))
+        assert torch.equal(together[:-1], beside[:-1])
+
+
+@pytest.mark.parametrize("name", SPLIT)
 @pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
 def test_sums_of_extreme_codes_fit(needs_cpu, name, byte):
     weight = extreme(name, 64, 1, byte)

@@ -67,6 +67,26 @@ def test_the_product_is_the_reference(needs_cpu, name, q, blocks, rows, share):
 
 
 @pytest.mark.parametrize("name", PARTED)
+@pytest.mark.parametrize(("q", "blocks"), [(1, 1), (70, 3), (64, 9)])
+def test_all_bits_of_all_outputs_give_what_rows_give_in_every_bit(needs_cpu, name, q, blocks):
+    n = blocks * FORMATS[name].block
+    weight = weight_of(name, q, n)
+    generator = torch.Generator().manual_seed(q)
+    bias = torch.randn(q, generator=generator)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 17):
+        x = torch.randn(rows, n, generator=generator)
+        with kernels.use("cpu"), kernels.count_bytes() as counter:
+            y = kernels.words(x, weight.laid_out("parted"), bias=bias)
+            read = counter.total
+            expected = kernels.rows(x, weight, bias=bias)
+            alone = torch.cat([kernels.words(row[None], weight.laid_out("parted"), bias=bias) for row in x])
+        assert torch.equal(y, expected) and torch.equal(y, alone)
+        assert read == words_read(weight.laid_out("parted"), None) + bias.nbytes
+        with kernels.use("reference"):
+            assert torch.allclose(kernels.words(x, weight.laid_out("parted"), bias=bias), y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", PARTED)
 @pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
 def test_sums_of_extreme_codes_fit(needs_cpu, name, byte):
     weight = extreme(name, 64, 1, byte).laid_out("parted")

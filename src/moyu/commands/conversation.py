@@ -36,7 +36,7 @@ class Conversation(AbstractContextManager):
         backend: BackendName = "auto",
         seed: int = 0,
     ) -> None:
-        """settings: of the generation config. lossless: dense checks what the conversation so far, and the plan, draft.
+        """settings: of the generation config. lossless: dense checks what the conversation so far, and the plan or the first bits, draft.
 
         Raises UserError for a model without a chat template.
         """
@@ -46,8 +46,11 @@ class Conversation(AbstractContextManager):
         self.first = [] if system is None else [{"role": "system", "content": system}]
         as_chat(loaded, [*self.first, {"role": "user", "content": "x"}], REMEDY)
         self.anatomy = dissect(loaded.model)
-        self.session = Applied(loaded.model, plan, backend=backend, anatomy=self.anatomy)
+        self.session = self._applied(plan)
         self.reset()
+
+    def _applied(self, plan: Plan | None) -> Applied:
+        return Applied(self.loaded.model, plan, backend=self.backend, anatomy=self.anatomy, first_bits=self.lossless)
 
     def __exit__(self, *exc: object) -> None:
         """The model is as before."""
@@ -70,9 +73,9 @@ class Conversation(AbstractContextManager):
         before = self.session
         before.restore()
         try:
-            self.session = Applied(self.loaded.model, plan, backend=self.backend, anatomy=self.anatomy)
+            self.session = self._applied(plan)
         except UserError:
-            self.session = Applied(self.loaded.model, before.plan, backend=self.backend, anatomy=self.anatomy)
+            self.session = self._applied(before.plan)
             raise
         self._forget()
 

@@ -124,7 +124,7 @@ Lossless = Annotated[
     bool,
     typer.Option(
         "--lossless",
-        help="The text so far, and the plan if there is one, draft; the dense model checks: its text, faster where drafts pay.",
+        help="The text so far drafts, and the plan or the weights' first bits; the dense model checks: its text, faster where drafts pay.",
     ),
 ]
 Strict = Annotated[

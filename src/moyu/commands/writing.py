@@ -57,7 +57,8 @@ def write(
     pieces = None if show is None else Pieces(loaded.tokenizer, ids[0].tolist(), show)
     drafted = None if correction is None else Speculation(keep_margins=margins)
     fresh, times = list[int](), list[float]()
-    with Applied(loaded.model, plan, backend=backend, anatomy=anatomy) as session:
+    first_bits = correction is not None and correction.rule == "lossless"
+    with Applied(loaded.model, plan, backend=backend, anatomy=anatomy, first_bits=first_bits) as session:
         start = time.perf_counter()
         if drafted is None or correction is None:
             stream = generate(session, ids, strict=strict, max_new_tokens=new_tokens, do_sample=False)

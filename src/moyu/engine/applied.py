@@ -27,7 +27,11 @@ from moyu.model import layout
 from moyu.model.anatomy import Anatomy, Block, Experts, Piece
 from moyu.model.dissect import APPLIED, dissect, require_dense
 from moyu.model.networks import Aside, is_linear
+from moyu.model.quantised import QuantisedLinear
 from moyu.plan import Plan
+
+WORTH = 0.9  # of the bytes of a step: where less than that can be parted, drafts from first bits cost too much
+WIDE_BITS = 8  # of a code whose first half stands for its weight well enough to draft with (docs/LOG.md)
 
 
 class Applied(Session, AbstractContextManager):
@@ -47,11 +51,14 @@ class Applied(Session, AbstractContextManager):
         controller: Controller | None = None,
         anatomy: Anatomy | None = None,
         check: bool = True,
+        first_bits: bool = False,
     ) -> None:
         """Attach `plan` (None: nothing is skipped; for observers).
 
         engine "mask" simulates: dense products, masked. "skip" uses the kernels of `backend` where every row of a call
-        is sparse and there are at most MAX_SKIPPING_ROWS of them. Raises UserError for a plan made for another model.
+        is sparse and there are at most MAX_SKIPPING_ROWS of them. first_bits: without a plan, lay weights of 8 bits parted where they
+        are nearly all of a step's bytes, so that a step can read their first bits alone (`Session.parted`). Raises UserError for a
+        plan made for another model.
         """
         if not isinstance(plan, Plan | None):
             raise UserError(
@@ -78,6 +85,7 @@ class Applied(Session, AbstractContextManager):
         self._undo: list[tuple[nn.Module, str, Any]] = []
         self._hooks: list[Any] = []
         self._laid_out: list[nn.Module] = []
+        self._halves: list[Piece] = []  # weights whose first bits lie apart
         self.ffns: list[FfnCall] = []
         self.linears: list[AttentionLinear] = []
         self.attentions: list[AttentionCall] = []
@@ -90,7 +98,7 @@ class Applied(Session, AbstractContextManager):
             kind = "native" if steps.backend_of(model) == "cpu" else "compiled"
             self.general_because = f"back end {backend!r} has no {kind} step"
         try:
-            self._attach()
+            self._attach(first_bits)
         except BaseException:
             self.restore()
             raise
@@ -135,7 +143,7 @@ class Applied(Session, AbstractContextManager):
             self._undo.append((module, key, vars(module).get(key)))
             vars(module)[key] = new
 
-    def _attach(self) -> None:
+    def _attach(self, first_bits: bool) -> None:
         if self.plan is not None:
             self.lookahead |= {(s.source_layer, s.reads) for s in self.plan.sites() if s.source_layer != s.layer}
         blocks = [*self.anatomy.blocks, *self.anatomy.further]
@@ -173,6 +181,8 @@ class Applied(Session, AbstractContextManager):
             self.native, self.general_because = steps.plain_run(self)
             if self.native is not None:
                 self.native.attach(self._replace)
+                if first_bits and self.plan is None:
+                    self._part()
         head = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
         if top is not None:
             self._replace(top.piece.module, "forward", top.forward)
@@ -200,6 +210,25 @@ class Applied(Session, AbstractContextManager):
         if self.engine == "skip" and call.role is not None:
             layout.lay_out([call.piece], [call.role])
             self._laid_out.append(call.piece.module)
+
+    def _part(self) -> None:
+        """Lay the first bits of weights by rows apart, where that lets a native step draft."""
+        pieces = [piece for block in self.anatomy.blocks for piece in block.pieces.values()]
+        head = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+        pieces += [Piece(head)] if isinstance(head, QuantisedLinear) else []
+        halves = [p for p in pieces if p.blocks and p.blocks.order == "rows" and p.blocks.format.bits == WIDE_BITS]
+        self.parted = sum(p.nbytes for p in halves) >= WORTH * sum(p.nbytes for p in pieces) > 0
+        if self.parted:
+            self._halves = halves
+            self._laid_out += [piece.module for piece in halves]
+            self._lay_halves()
+            self.layouts.append(self._lay_halves)
+
+    def _lay_halves(self) -> None:
+        """Lay them apart, again where something has packed them."""
+        for piece in self._halves:
+            if not layout.is_laid_out(piece, "parted"):
+                layout.lay_out([piece], ["parted"])
 
     def _wrap_attention(self, block: Block, states: list[SiteState]) -> None:
         """Let a block's attention choose before its linears, where its heads may leave keys or values out."""

@@ -84,7 +84,7 @@ class Executor:
     def dense(self, piece: Piece, x: Tensor, state: Pass) -> Tensor:
         """The whole product, (N, in) -> (N, out)."""
         if state.skipping and layout.is_laid_out(piece, "row"):
-            return kernels.rows(x, piece.operand, None, bias=piece.bias)
+            return kernels.whole(x, piece.operand, bias=piece.bias)
         return self.whole(piece, x)
 
     def whole(self, piece: Piece, x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ class DenseLinear:
             return self.inner(x)
         flat = x.reshape(-1, x.shape[-1])
         if state.skipping and len(flat) <= MAX_SKIPPING_ROWS:
-            y = kernels.rows(flat, self.piece.operand, None, bias=self.piece.bias)
+            y = kernels.whole(flat, self.piece.operand, bias=self.piece.bias)
         elif kernels.product_helps(x) and self.piece.blocks is None:
             y = kernels.product(flat, self.piece.weight, self.piece.bias)
         else:

@@ -127,6 +127,7 @@ class Session:
         self.traces = Traces()
         self.native: Any = None  # the step of the whole model in one piece, native or compiled, where there is one
         self.general_because: str | None = None  # why there is none, where kernels are used at all
+        self.parted = False  # whether a native step can read first bits alone
         self.layouts: list[Callable[[], None]] = []  # each lays weights out again where something has packed them
 
     @property

@@ -181,13 +181,14 @@ def levels(x: Tensor, weight: Stored, mask: Tensor, *, bias: Tensor | None = Non
     return operators.levels(x, *operators.opened("levels", "weight", weight, "planes"), mask, bias)
 
 
-def words(x: Tensor, weight: Stored, mask: Tensor, *, bias: Tensor | None = None) -> Tensor:
+def words(x: Tensor, weight: Stored, mask: Tensor | None = None, *, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` with all bits of the outputs that the mask keeps, and with the first bits of the others.
 
     Args:
         x: (N, n).
         weight: (q, n), parted.
-        mask: (N, q) bool, True = all bits. The further bits of outputs that no row keeps are not read.
+        mask: (N, q) bool, True = all bits, or None = all bits of all outputs: what `rows` gives for the weight by rows, in every bit.
+            The further bits of outputs that no row keeps are not read.
         bias: (q,) or None.
 
     Returns:
@@ -199,12 +200,12 @@ def words(x: Tensor, weight: Stored, mask: Tensor, *, bias: Tensor | None = None
     return operators.words(x, *operators.opened("words", "weight", weight, "parted"), mask, bias)
 
 
-def whole(x: Tensor, weight: Stored, *, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``, (N, n) -> (N, q), nothing skipped, however the weight lies."""
-    if weight.order == "rows":
+def whole(x: Tensor, weight: Tensor | Stored, *, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, (N, n) -> (N, q), nothing skipped, however a stored weight lies; of a plain one ``stride(1) == 1``."""
+    if not isinstance(weight, Stored) or weight.order == "rows":
         return rows(x, weight, bias=bias)
     if weight.order == "parted":
-        return words(x, weight, torch.ones(len(x), weight.shape[0], dtype=torch.bool, device=x.device), bias=bias)
+        return words(x, weight, bias=bias)
     every = torch.ones(x.shape, dtype=torch.bool, device=x.device)
     return (columns if weight.order == "columns" else levels)(x, weight, every, bias=bias)
 

@@ -55,7 +55,7 @@ class Backend(ABC):
         """Called where `supports` does not refuse it."""
         raise NotImplementedError(f"the {self.name} back end has no levels")
 
-    def words(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Read]:
+    def words(self, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Read]:
         """Called where `supports` does not refuse it."""
         raise NotImplementedError(f"the {self.name} back end has no words")
 
@@ -83,7 +83,8 @@ def levels_read(weight: Stored, mask: Tensor) -> int:
     return groups * (first + weight.scale_bytes) + int(mask.any(0).sum()) * further
 
 
-def words_read(weight: Stored, mask: Tensor) -> int:
+def words_read(weight: Stored, mask: Tensor | None) -> int:
     """Bytes of the first bits and of the scales of all rows, and of the further bits of rows that any row of the mask keeps."""
     _, further = weight.format.part_bytes(weight.shape[1])
-    return weight.shape[0] * (weight.row_bytes - further) + int(mask.any(0).sum()) * further
+    kept = weight.shape[0] if mask is None else int(mask.any(0).sum())
+    return weight.shape[0] * (weight.row_bytes - further) + kept * further

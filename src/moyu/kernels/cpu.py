@@ -98,7 +98,7 @@ class Cpu(Backend):
     def levels(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
         return _multiply(extension().levels, x, weight, mask, bias)
 
-    def words(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+    def words(self, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
         return _multiply(extension().words, x, weight, mask, bias)
 
     def neurons(self, call: Neurons) -> tuple[Tensor, int]:

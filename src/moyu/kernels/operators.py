@@ -32,7 +32,7 @@ _library.define(
 _library.define(f"rows(Tensor x, {_WEIGHT.format('weight')}, Tensor? mask=None, Tensor? bias=None) -> Tensor")
 _library.define(f"columns(Tensor x, {_WEIGHT.format('weight')}, Tensor mask, Tensor? bias=None) -> Tensor")
 _library.define(f"levels(Tensor x, {_WEIGHT.format('weight')}, Tensor mask, Tensor? bias=None) -> Tensor")
-_library.define(f"words(Tensor x, {_WEIGHT.format('weight')}, Tensor mask, Tensor? bias=None) -> Tensor")
+_library.define(f"words(Tensor x, {_WEIGHT.format('weight')}, Tensor? mask=None, Tensor? bias=None) -> Tensor")
 _library.define("columns_above(Tensor x, Tensor weight, Tensor thresholds, Tensor? bias=None) -> Tensor")
 
 

@@ -81,10 +81,12 @@ class Reference(Backend):
         )
         return (y if bias is None else y + bias.to(wide)).to(x.dtype), levels_read(weight, mask) + _bytes(bias)
 
-    def words(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+    def words(self, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, int]:
         wide = _wide(x)
         factor = taken(x, weight.format).to(wide)
-        y = torch.where(mask, factor @ weight.values(wide).T, factor @ weight.first_values(wide).T)
+        y = factor @ weight.values(wide).T
+        if mask is not None:
+            y = torch.where(mask, y, factor @ weight.first_values(wide).T)
         return (y if bias is None else y + bias.to(wide)).to(x.dtype), words_read(weight, mask) + _bytes(bias)
 
     def neurons(self, call: Neurons) -> tuple[Tensor, int]:

@@ -81,7 +81,9 @@ class Correction(Strict):
         default=None, description="drafted tokens per check by the dense model; null: as many as pay"
     )
     from_text: int | None = Field(default=None, ge=0, description="drafts that the text so far gave")
-    from_plan: int | None = Field(default=None, ge=0, description="drafts that steps under the plan gave")
+    from_plan: int | None = Field(
+        default=None, ge=0, description="drafts that steps under the plan gave, without one those by first bits"
+    )
     temperature: float = Field(ge=0, description="temperature of sampling; 0 is greedy")
     acceptance: Fraction = Field(description="accepted fraction of the checked drafts")
     tokens_per_pass: float = Field(ge=0, description="new tokens per dense pass")

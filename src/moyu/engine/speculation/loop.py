@@ -1,5 +1,6 @@
-"""Generation that the dense model corrects: drafts come from sparse steps or from the text so far, dense verifies them together.
+"""Generation that the dense model corrects: drafts come from sparse steps, from first bits, or from the text so far.
 
+Dense verifies them together.
 Same weights, same KV cache. Where the step is native, verifying a few tokens reads the weights once. Every position that stays has
 the dense model's keys and values, and both models' logits pass through the processors that `generate` applies at that position.
 Lossless text is distributed as the dense model's; greedy text is the dense model's, up to near-ties between kernels.
@@ -41,7 +42,7 @@ class Speculation:
     margins: list[float] = field(
         default_factory=list
     )  # of each, if asked: how far the two largest dense scores are apart
-    drafted: int = 0  # sparse steps
+    drafted: int = 0  # steps of a plan, or of first bits
     found: int = 0  # drafts that the text gave
     accepted: int = 0  # of both
     judged: int = 0  # drafts that were looked at: a refusal ends its round
@@ -82,7 +83,7 @@ class _Drafts:
 
     @property
     def kind(self) -> Any:
-        return ("text", self.match.size) if self.match is not None and not self.distributions else "plan"
+        return ("text", self.match.size) if self.match is not None and not self.distributions else "weights"
 
 
 @torch.no_grad()
@@ -102,9 +103,9 @@ def speculate(
     """Yield the tokens after `ids` (1, T), each (1,) int64: some drafts, then one dense step over them, and again.
 
     drafts: so many a round, or None: as many as pay, by the costs that are measured on the way; none where none pay.
-    source: "plan" drafts by sparse steps, "text" takes what followed the same tokens before, "both" what promises more; without a
-    plan both are the text. rule: `lossless`, or `sirius(threshold)` of a plan's drafts. seed, strict, cache, settings: as of
-    `generate`.
+    source: "plan" drafts by sparse steps, "text" takes what followed the same tokens before, "both" what promises more. Without a plan
+    the first bits of the weights take its place, where they lie apart (`Session.parted`). rule: `lossless`, or `sirius(threshold)` of
+    a plan's drafts. seed, strict, cache, settings: as of `generate`.
     out: notes what the text took. A sequence-level method keeps the prompt's masks. Raises UserError for a batch, an empty
     prompt, no drafts, no plan where only a plan may draft, settings that need each token's scores once and in order, and for a
     cache that cannot go back.
@@ -113,7 +114,7 @@ def speculate(
         raise UserError(f"drafting takes one prompt at a time, not ids of shape {tuple(ids.shape)}", "call it a row")
     if drafts is not None and drafts < 1:
         raise UserError(f"{drafts} drafts", "draft at least 1 token")
-    if session.plan is None and source == "plan":
+    if session.plan is None and not session.parted and source == "plan":
         raise UserError("no plan to draft with", "make one with `moyu calibrate`, or let the text draft")
     if session.controller is not None:
         raise UserError(
@@ -176,7 +177,7 @@ class _Writer:
         self, session: Session, cache: KvCache, draw: Draw, pace: Pace, drafts: int | None, source: Source
     ) -> None:
         self.session, self.cache, self.draw, self.pace, self.drafts = session, cache, draw, pace, drafts
-        self.plan = session.plan is not None and source != "text"
+        self.weights = (session.plan is not None or session.parted) and source != "text"
         self.text = None if source == "plan" else Lookup(draw.ids[0].tolist())
 
     def draft(self) -> _Drafts:
@@ -189,10 +190,10 @@ class _Writer:
         if self.text is not None and match is not None:
             best, count = self._count(("text", match.size), left)
             kind = "text"
-        if self.plan and (self.drafts is None or not count):
-            gain, own = self._count("plan", left)
+        if self.weights and (self.drafts is None or not count):
+            gain, own = self._count("weights", left)
             if gain > best or not count:
-                count, kind = own, "plan"
+                count, kind = own, "weights"
         if not count:
             return _Drafts(self.draw.ids.new_empty(0), match=match)
         if kind == "text" and self.text is not None and match is not None:
@@ -202,7 +203,7 @@ class _Writer:
     def _count(self, kind: Any, left: int) -> tuple[float, int]:
         if self.drafts is not None:
             return 1.0, min(self.drafts, left)
-        return self.pace.expected(kind, min(left, MOST["plan" if kind == "plan" else "text"]))
+        return self.pace.expected(kind, min(left, MOST["weights" if kind == "weights" else "text"]))
 
     def learn(self, found: _Drafts, accepted: int, judged: int, fresh: Tensor) -> None:
         """How the last round's drafts did; what the text would have given is known even where it was not asked."""
@@ -219,21 +220,29 @@ class _Writer:
     def measure(self, found: _Drafts, draft_s: float, verify_s: float) -> None:
         """What the drafts and the dense step over them took."""
         if found.distributions:
-            self.pace.drafts.append(draft_s / len(found.distributions))
-        self.pace.verified(len(found.tokens) + 1, verify_s)
+            self.pace.drafted(draft_s / len(found.distributions))
+        self.pace.took(len(found.tokens) + 1, verify_s)
 
 
 def _sparse(session: Session, cache: KvCache, draw: Draw, most: int, match: Match | None) -> _Drafts:
-    """Up to `most` sparse steps: what they drew, and from which distributions."""
+    """Up to `most` steps of a plan, or of first bits: what they drew, and from which distributions."""
     ahead, made = copy.copy(draw), []
     device = next(session.model.parameters()).device
     written = draw.ids.shape[1]
     with session.prompt(int(cache.get_seq_length())):
         while len(made) < most and bool(ahead.unfinished.any()):
-            scores = ahead.scores(ahead.ids, step(session, cache, ahead.ids[:, -1].to(device)))
+            last = ahead.ids[:, -1].to(device)
+            logits = step(session, cache, last) if session.plan is not None else _first_bits(session, cache, last)
+            scores = ahead.scores(ahead.ids, logits)
             made.append(ahead.distribution(scores))
             ahead.take(ahead.pick(made[-1]), scores)
     return _Drafts(ahead.ids[0, written:], made, match)
+
+
+def _first_bits(session: Session, cache: KvCache, tokens: Tensor) -> Tensor:
+    """Logits (1, V) behind the tokens (1,), by the first bits of the weights."""
+    logits = steps.dense_step(session, cache, tokens[:, None], reads="first bits")
+    return read(session, cache, tokens[:, None])[:, -1] if logits is None else logits[:, -1]
 
 
 def _judged(draw: Draw, found: _Drafts, logits: Tensor, rule: Rule) -> tuple[int, Tensor, Tensor]:

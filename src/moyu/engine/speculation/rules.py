@@ -20,7 +20,7 @@ from torch import Tensor
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor, torch.Generator | None], tuple[int, Tensor]]
 Source = Literal[
     "plan", "text", "both"
-]  # of drafts: sparse steps, what followed the same words before, or the better of the two
+]  # of drafts: sparse steps or first bits, what followed the same words before, or the better of the two
 
 
 def acceptance(dense: Tensor, sparse: Tensor) -> Tensor:

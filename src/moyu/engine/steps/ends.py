@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,14 +64,19 @@ class Ends:
         """What the embedding multiplies its rows with; 0 = nothing."""
         return float(getattr(self.embedding, "scalar_embed_scale", getattr(self.embedding, "scale", 0.0)))
 
-    def native(self, dense: bool = False) -> Any:
-        """The ends as the extension takes them; pointers are those of the live parameters. dense: no word is skipped."""
+    def native(self, dense: bool = False, first_bits: bool = False) -> Any:
+        """The ends as the extension takes them; pointers are those of the live parameters.
+
+        dense: no word is skipped. first_bits: of a parted head those alone are read.
+        """
         ends = cpu.extension().Ends()
         ends.embedding, ends.norm = native_linear(_held(self.embedding), None), self.norm.native()
         ends.head = native_linear(_held(self.head), self.head.bias)
         if self.words is not None and not dense:
             assert isinstance(self.head, QuantisedLinear)
             ends.head.threshold = threshold(self.words, self.head.like.dtype)
+        if first_bits and ends.head.parted:
+            ends.head.threshold = math.inf
         ends.scale, ends.softcap = self.scale, self.softcap
         return ends
 

@@ -77,11 +77,14 @@ class PlainLayer:
         """The site whose mask is known before the step."""
         return self.state(skips="neurons")
 
-    def native(self, masked: bool = True, kept: list[Tensor] | None = None, dense: bool = False) -> Any:
+    def native(
+        self, masked: bool = True, kept: list[Tensor] | None = None, dense: bool = False, first_bits: bool = False
+    ) -> Any:
         """The layer as the extension takes it; pointers are those of the live parameters.
 
         A bias that the plan adds to is a copy. kept: takes these copies, which must live as long as the layer. dense: nothing is
-        skipped and nothing of the plan is added; the weights lie as the plan's sites need them all the same.
+        skipped and nothing of the plan is added; the weights lie as the plan's sites need them all the same. first_bits: of parted
+        weights those alone are read.
         """
         extension, pieces, kept = cpu.extension(), self.block.pieces, [] if kept is None else kept
         layer = extension.Layer()
@@ -91,7 +94,9 @@ class PlainLayer:
         for name in LINEARS:
             if name in pieces:
                 site = self.state(skips="columns", linear=name) or (first if name == "down" else None)
-                setattr(layer, name, self._linear(name, site, kept, dense))
+                linear = self._linear(name, site, kept, dense)
+                linear.threshold = math.inf if first_bits and linear.parted else linear.threshold
+                setattr(layer, name, linear)
         if self.sequence_site is not None and not dense:
             layer.down.bias = self._bias("down", self.sequence_site, kept)
         layer.act = cpu.activation_code(self.block.act or "identity")

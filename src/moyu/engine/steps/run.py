@@ -6,7 +6,7 @@ import operator
 from array import array
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from moyu.engine.trace import NATIVE
 from moyu.kernels import cpu
 from moyu.methods.values import NOTHING, Rows
 
+Reads = Literal["plan", "all", "first bits"]  # of the weights
 GROW = 256  # tokens by which a cache's buffers grow at least
 
 
@@ -39,8 +40,9 @@ class DecodeRun:
         """`layers` are all decoder layers, in order; `ends` what is around them, where that is plain too."""
         self.session, self.layers, self.ends = session, layers, ends
         self.sequence_sites = [layer.sequence_site for layer in layers]
-        # Under the plan, dense, and what they point to beside the model's parameters.
-        self._decoders: tuple[Any, Any, list[Tensor]] | None = None
+        self._decoders: tuple[dict[Reads, Any], list[Tensor]] | None = (
+            None  # and what they point to beside the parameters
+        )
         self._watch: Watch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,14 +123,16 @@ class DecodeRun:
         """Take the pointers of the live parameters, laid out for this plan."""
         for lay_out_again in self.session.layouts:
             lay_out_again()
-        decoders = cpu.extension().Decoder(), cpu.extension().Decoder()
+        decoders: dict[Reads, Any] = {}
         kept: list[Tensor] = []
-        for dense, decoder in enumerate(decoders):
+        for reads in ("plan", "all", "first bits"):
+            decoder = decoders[reads] = cpu.extension().Decoder()
+            how = {"dense": reads != "plan", "first_bits": reads == "first bits"}
             for layer in self.layers:
-                decoder.add(layer.native(kept=kept, dense=bool(dense)))
+                decoder.add(layer.native(kept=kept, **how))
             if self.ends is not None:
-                decoder.ends = self.ends.native(dense=bool(dense))
-        self._decoders, self._watch = (*decoders, kept), Watch(self._modules())
+                decoder.ends = self.ends.native(**how)
+        self._decoders, self._watch = (decoders, kept), Watch(self._modules())
 
     def _modules(self) -> list[nn.Module]:
         """Those that a native step stands for."""
@@ -176,15 +180,18 @@ class DecodeRun:
         kernels.count("decode", read)
         return logits
 
-    def dense_logits(self, cache: KvCache, ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of the next tokens (B, T) of every sequence, with nothing skipped; they join the cache."""
+    def dense_logits(self, cache: KvCache, ids: Tensor, reads: Reads = "all") -> Tensor:
+        """Logits (B, T, V) of the next tokens (B, T) of every sequence, with nothing skipped; they join the cache.
+
+        reads: "all" bits, or "first bits" alone of the weights that are parted.
+        """
         assert self.ends is not None
         positions = (cache.lengths[:, None] + torch.arange(ids.shape[1])).flatten()
         angles = [each.at(positions, self.dtype) for each in self.ends.angles]
         logits = torch.empty((*ids.shape, self.ends.head.out_features), dtype=self.dtype)
         nothing = [None] * len(self.layers)
         kernels.count(
-            "decode", self.launch(cache, nothing, angles, None, ids=ids.contiguous(), logits=logits, dense=True)
+            "decode", self.launch(cache, nothing, angles, None, ids=ids.contiguous(), logits=logits, reads=reads)
         )
         return logits
 
@@ -199,12 +206,13 @@ class DecodeRun:
         hidden: Tensor | None = None,
         ids: Tensor | None = None,
         logits: Tensor | None = None,
-        dense: bool = False,
+        reads: Reads = "plan",
     ) -> int:
         """One step, which appends to the cache: `hidden` (B, 1, d) in place, or from `ids` (B, T) to `logits` (B, T, V).
 
-        `masks`: (B, f) a layer, or None where nothing is known before; `levels`: replayed and told afterwards; `dense`: nothing is
-        skipped; the others as `run_step` takes them. T is 1 on caches that are not MOYU's own. Returns the bytes read.
+        `masks`: (B, f) a layer, or None where nothing is known before; `levels`: replayed and told afterwards; `reads`: what the plan
+        keeps, or all of the weights, or their first bits; the others as `run_step` takes them. T is 1 on caches that are not MOYU's
+        own. Returns the bytes read.
         """
         if self._moved():
             self._make()
@@ -226,7 +234,7 @@ class DecodeRun:
                 given, row = mask.data_ptr(), mask.stride(0)
             memory.extend((*where, given, row, taken))
         read = run_step(
-            built[dense],
+            built[0][reads],
             room.past,
             room.capacity,
             angles,

@@ -17,7 +17,7 @@ from moyu.engine.choosers import Known
 from moyu.engine.memory import SequenceMemory, cache_field, cache_of, memory_of
 from moyu.engine.rows import rows_at, rows_of
 from moyu.engine.session import AUTOCAST, Pass, Session, autocasts
-from moyu.engine.steps.run import DecodeRun
+from moyu.engine.steps.run import DecodeRun, Reads
 from moyu.engine.steps.way import NotCompiled, Run
 from moyu.methods.values import NOTHING
 
@@ -77,11 +77,11 @@ def whole_step(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple[A
     return output(logits=logits, **{cache_field(output): cache}), None
 
 
-def dense_step(session: Session, cache: Cache, ids: Tensor) -> Tensor | None:
+def dense_step(session: Session, cache: Cache, ids: Tensor, reads: Reads = "all") -> Tensor | None:
     """Logits (B, T, V) of the next tokens of every sequence, ids (B, T) int64, in one native call; None where there is none.
 
     Nothing is skipped, whatever the plan. Keys and values join the cache, which is MOYU's own; what is known of the prompt stays.
-    B * T is at most `MOST_TOKENS`.
+    B * T is at most `MOST_TOKENS`. reads: "first bits" reads those alone of weights that are parted.
     """
     run = session.native
     if (
@@ -98,7 +98,7 @@ def dense_step(session: Session, cache: Cache, ids: Tensor) -> Tensor | None:
         or not run.untouched()
     ):
         return None
-    logits = run.dense_logits(cache, ids)
+    logits = run.dense_logits(cache, ids, reads)
     memory_of(cache).seen = int(cache.get_seq_length())
     session.traces.note(run.trace)
     return logits

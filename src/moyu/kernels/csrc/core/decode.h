@@ -125,7 +125,7 @@ class Decoding {
         if (a.ends) {
             load(a.ends->norm, my);
             T *logits = static_cast<T *>(a.logits);
-            if (a.ends->head.parted) words(a.ends->head, my, team, logits);
+            if (a.ends->head.parted && lists(a.ends->head)) words(a.ends->head, my, team, logits);
             else start(a.ends->head, kAllDecide.q, my.stored, my, team, logits, nullptr);
             if (a.ends->softcap != 0.0f) {
                 team.wait();
@@ -260,14 +260,14 @@ class Decoding {
                float *area) {
         LinearArgs args = {a.rows, a.threads, x, w.n, stored(w), nullptr, 0, w.bias, out};
         const bool in_blocks = w.kind != Format::plain;
-        if (w.first) {
+        if (w.first && !w.parted) {
             choose(w, levels, x, w.n, my, team);
             args.mask = my.mask, args.mask_stride = w.n;
             bytes[team.thread] += levels_share<T>(args, args.weight, round(x, w.n, my), team, area + team.thread * sums_size_of(w));
             return;
         }
         if (!w.by_columns) {
-            bytes[team.thread] += in_blocks ? grouped_rows_share<T>(args, args.weight, round(x, w.n, my), nullptr, w.q, team)
+            bytes[team.thread] += in_blocks ? grouped_rows_share<T>(args, args.weight, round(x, w.n, my), nullptr, w.q, team, w.parted && w.threshold == INFINITY)
                                             : rows_share<T>(args, my.x, nullptr, w.q, team);
             return;
         }
@@ -300,6 +300,8 @@ class Decoding {
                                      : write_sums<T, false>(area, team.threads, a.rows, n, w.bias, out, team);
     }
 
+    // Whether a parted head has a list of words, or all of their bits are read, or none but the first.
+    bool lists(const DecodeLinear &head) const { return fabsf(head.threshold) != INFINITY || a.words.given || a.words.taken; }
     // logits (rows, q) of a parted head: all bits of the words whose first ones come close to the largest, or that are given.
     void words(const DecodeLinear &head, Own &my, const Team &team, T *logits) {
         const Weight w = stored(head);

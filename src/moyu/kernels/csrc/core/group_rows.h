@@ -7,7 +7,7 @@ namespace {
 
 // out[c] = row w[c] · x for C rows of weights, in plain loops.
 template <class F, int C>
-MOYU_ONCE void dot_plainly(const uint8_t *const *w, const uint8_t *const *scales, const Rounded &x, int64_t groups, float *out) {
+MOYU_ONCE void dot_plainly(const typename F::Line *w, const uint8_t *const *scales, const Rounded &x, int64_t groups, float *out) {
     using S = typename F::Scales;
     constexpr int size = kGroup / S::halves;
     for (int c = 0; c < C; ++c) {
@@ -93,10 +93,10 @@ inline void beside(Count count, Fn f) {
 // product hold a group's integers in four parts; those of four rows are added up across lanes, so that the scales meet each
 // group once: in the same order whatever R is, and as in core/group_tiles.h.
 template <class F, int R>
-MOYU_ONCE void dot_groups(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *then, const Rounded &x,
+MOYU_ONCE void dot_groups(const typename F::Line *w, const uint8_t *const *scales, const typename F::Line *then, const Rounded &x,
                        int64_t groups, float *out, int64_t stride) {
     using S = typename F::Scales;
-    constexpr int H = S::halves, kAhead = 32 * F::bits;  // bytes of a line that 8 groups take
+    constexpr int H = S::halves;
     typename Wide::Reg sum[R];
     typename S::Fields fields[4];
     for (int c = 0; c < 4; ++c) fields[c] = S::of_row(scales[c], groups);
@@ -104,7 +104,7 @@ MOYU_ONCE void dot_groups(const uint8_t *const *w, const uint8_t *const *scales,
     by_eight(groups, [&](int64_t b, auto count) {
         FourScales<S> own;
         own.take(fields, b, count);
-        for (int c = 0; c < 4 && then; ++c) prefetch<kAhead>(then[c] + kAhead / 8 * b);
+        for (int c = 0; c < 4 && then; ++c) F::ahead(then[c], b);
         beside(count, [&](int k, int here) {
             Bytes front[4], back[4];
 #pragma GCC unroll 4
@@ -128,9 +128,21 @@ MOYU_ONCE void dot_groups(const uint8_t *const *w, const uint8_t *const *scales,
             }
         });
     });
-    for (int c = 0; c < 4 && then; ++c) prefetch<128>(then[c] + kAhead / 8 * groups);
+    for (int c = 0; c < 4 && then; ++c) F::ahead_of_end(then[c], groups);
     for (int r = 0; r < R; ++r) store_four(out + r * stride, sum[r]);
 }
 #endif
+
+// out[r * stride + c] = row w[c] · row r of x for four rows of weights and R rows of x; the lines `then` are prefetched, null = none.
+// groups: of a row.
+template <class F, int R>
+inline void dot_four(const typename F::Line *w, const uint8_t *const *scales, [[maybe_unused]] const typename F::Line *then,
+                     const Rounded &x, int64_t groups, float *out, int64_t stride) {
+#if MOYU_INTEGERS
+    dot_groups<F, R>(w, scales, then, x, groups, out, stride);
+#else
+    for (int r = 0; r < R; ++r) dot_plainly<F, 4>(w, scales, x.row(r), groups, out + r * stride);
+#endif
+}
 
 }  // namespace

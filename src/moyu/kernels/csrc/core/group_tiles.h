@@ -18,10 +18,10 @@ constexpr bool kTiles = kFourProducts;
 
 // out[r * stride + c] = row w[c] · row r of x, c in 0 .. 15; the lines `then` are prefetched.
 template <class F>
-MOYU_ONCE void dot_tile(const uint8_t *const *w, const uint8_t *const *scales, const uint8_t *const *then, const Rounded &x,
+MOYU_ONCE void dot_tile(const typename F::Line *w, const uint8_t *const *scales, const typename F::Line *then, const Rounded &x,
                      int64_t rows, int64_t groups, float *out, int64_t stride) {
     using S = typename F::Scales;
-    constexpr int H = S::halves, kAhead = 32 * F::bits, kFours = kTileLines / 4;
+    constexpr int H = S::halves, kFours = kTileLines / 4;
     alignas(64) float sum[kMostRows][kFours][kLanes];
     typename S::Fields fields[kTileLines];
     for (int c = 0; c < kTileLines; ++c) fields[c] = S::of_row(scales[c], groups);
@@ -30,7 +30,7 @@ MOYU_ONCE void dot_tile(const uint8_t *const *w, const uint8_t *const *scales, c
     by_eight(groups, [&](int64_t b, auto count) {
         FourScales<S> own[kFours];
         for (int four = 0; four < kFours; ++four) own[four].take(fields + 4 * four, b, count);
-        for (int c = 0; c < kTileLines; ++c) prefetch<kAhead>(then[c] + kAhead / 8 * b);
+        for (int c = 0; c < kTileLines; ++c) F::ahead(then[c], b);
         beside(count, [&](int k, int here) {
             Bytes codes[kFours][2][4];
             for (int four = 0; four < kFours; ++four) {
@@ -62,7 +62,7 @@ MOYU_ONCE void dot_tile(const uint8_t *const *w, const uint8_t *const *scales, c
             }
         });
     });
-    for (int c = 0; c < kTileLines; ++c) prefetch<128>(then[c] + kAhead / 8 * groups);
+    for (int c = 0; c < kTileLines; ++c) F::ahead_of_end(then[c], groups);
     for (int64_t r = 0; r < rows; ++r)
         for (int four = 0; four < kFours; ++four) store_four(out + r * stride + 4 * four, load_floats(sum[r][four]));
 }

@@ -8,6 +8,7 @@
 #include "core/activations.h"
 #include "core/formats.h"
 #include "core/neurons.h"
+#include "core/parted.h"
 #include "core/sums.h"
 
 namespace {
@@ -15,16 +16,19 @@ namespace {
 using moyu::ValuesArgs;
 
 // Rows of weights at once, and what is prefetched meanwhile.
-struct Lines {
-    const uint8_t *codes[kMostPieces], *scales[kMostPieces], *then[kMostPieces];
+template <class Line>
+struct LinesOf {
+    Line codes[kMostPieces], then[kMostPieces];
+    const uint8_t *scales[kMostPieces];
     int count = 0;
-    void add(const Weight &w, int64_t row, const uint8_t *after) { add(piece_of(w, row), scales_of(w, row), after); }
-    void add(const uint8_t *line, const uint8_t *its_scales, const uint8_t *after) {
+    void add(Line line, const uint8_t *its_scales, Line after) {
         codes[count] = line;
         scales[count] = its_scales;
         then[count++] = after;
     }
 };
+
+using Lines = LinesOf<const uint8_t *>;
 
 // Rows of weights to take at once beside so many rows of x.
 inline int lines_beside(int64_t rows) { return kTiles && rows >= kTileRows ? kTileLines : 4; }
@@ -33,23 +37,47 @@ inline int lines_beside(int64_t rows) { return kTiles && rows >= kTileRows ? kTi
 // in the cache. groups: of a row. In a four or a tile that is not full the last row stands for the missing ones; `stride` has room
 // for them.
 template <class F>
-void dot_lines(const Lines &lines, const Rounded &x, int64_t rows, int64_t groups, float *out, int64_t stride) {
+void dot_lines(const LinesOf<typename F::Line> &lines, const Rounded &x, int64_t rows, int64_t groups, float *out, int64_t stride) {
     const bool tile = lines_beside(rows) > 4 && lines.count > 4;
-    Lines full = lines;
+    auto full = lines;
     while (full.count % (tile ? kTileLines : 4) != 0)
         full.add(lines.codes[lines.count - 1], lines.scales[lines.count - 1], lines.then[lines.count - 1]);
-    if (tile) return F::tile(full.codes, full.scales, full.then, x, rows, groups, out, stride);
+#if MOYU_INTEGERS
+    if constexpr (kTiles)
+        if (tile) return dot_tile<F>(full.codes, full.scales, full.then, x, rows, groups, out, stride);
+#endif
     for (int c = 0; c < full.count; c += 4) {
         const auto some = [&](int64_t r, auto at_once, bool ahead) {
-            F::template dot<at_once()>(full.codes + c, full.scales + c, ahead ? full.then + c : nullptr, x.row(r), groups,
-                                       out + r * stride + c, stride);
+            dot_four<F, at_once()>(full.codes + c, full.scales + c, ahead ? full.then + c : nullptr, x.row(r), groups,
+                                   out + r * stride + c, stride);
         };
-        int64_t r = in_groups<kDotRows>(rows, [&](int64_t from, auto at_once, auto ahead) { some(from, at_once, ahead()); });
-        for (; r < rows; ++r) some(r, std::integral_constant<int, 1>{}, r == 0);
+        using std::integral_constant;
+        int64_t r = 0;
+        for (; r + kDotRows <= rows; r += kDotRows) some(r, integral_constant<int, kDotRows>{}, r == 0);
+        if (rows - r == 3) some(r, integral_constant<int, kDotRows == 4 ? 3 : 1>{}, r == 0);
+        if (rows - r == 2) some(r, integral_constant<int, 2>{}, r == 0);
+        if (rows - r == 1) some(r, integral_constant<int, 1>{}, r == 0);
     }
 }
 MOYU_ONCE void dot_rows_of(const Weight &w, const Lines &lines, const Rounded &x, int64_t rows, float *out, int64_t stride) {
     with_format(w.format, [&](auto f) { dot_lines<decltype(f)>(lines, x, rows, groups_of(w.inputs), out, stride); });
+}
+
+// The same of the rows that a step takes, by rows or parted; `first`: of a parted weight the first bits alone.
+MOYU_ONCE void dot_taken(const Weight &w, const Taken &taken, const Rounded &x, int64_t rows, bool first, float *out) {
+    const auto dot = [&](auto f, auto line) {
+        using F = decltype(f);
+        LinesOf<typename F::Line> lines;
+        for (int c = 0; c < taken.count; ++c) lines.add(line(taken.piece[c]), scales_of(w, taken.piece[c]), line(taken.next[c]));
+        dot_lines<F>(lines, x, rows, groups_of(w.inputs), out, kMostPieces);
+    };
+    if (w.order != moyu::Order::parted) return with_format(w.format, [&](auto f) { dot(f, [&](int64_t i) { return piece_of(w, i); }); });
+    with_parts(w.format, [&](auto f) {
+        using P = Parted<decltype(f)>;
+        using Whole = typename P::Whole;
+        if (first) dot(typename P::First{}, [&](int64_t i) { return first_of(w, i); });
+        else dot(Whole{}, [&](int64_t i) { return typename Whole::Line{first_of(w, i), piece_of(w, i)}; });
+    });
 }
 
 // The kept columns of one group, at most kGroup, and up to 8 lines that are read after them.
@@ -101,23 +129,21 @@ inline int64_t group_end(const int32_t *kept, int64_t i, int64_t end) {
     return k;
 }
 
-// out (rows, outputs): the kept rows of W that are this thread's. Returns the bytes read.
+// out (rows, outputs): the kept rows of W that are this thread's; `first`: with their first bits alone. Returns the bytes read.
 template <class T>
 int64_t grouped_rows_share(const LinearArgs &a, const Weight &w, const Rounded &x, const int32_t *kept, int64_t count,
-                           const moyu::Team &team) {
-    const int64_t bytes = row_bytes(w.format, w.inputs) + (a.bias ? bytes_of<T>(1) : 0);
+                           const moyu::Team &team, bool first = false) {
+    const int64_t bytes = (first ? part_bytes(w).first : row_bytes(w.format, w.inputs)) + (a.bias ? bytes_of<T>(1) : 0);
     const Share share(count, team);
     T *out = static_cast<T *>(a.out);
     const int64_t hop = Taken::hop(bytes);
     const int together = lines_beside(a.rows);
     for (int64_t step = 0; step < Taken::steps(share, together); ++step) {
         const Taken taken(kept, share, together, step, hop);
-        Lines lines;
-        for (int c = 0; c < taken.count; ++c) lines.add(w, taken.piece[c], piece_of(w, taken.next[c]));
         float value[kMostRows][kMostPieces];
-        dot_rows_of(w, lines, x, a.rows, value[0], kMostPieces);
+        dot_taken(w, taken, x, a.rows, first, value[0]);
         for (int64_t r = 0; r < a.rows; ++r)
-            for (int c = 0; c < lines.count; ++c) {
+            for (int c = 0; c < taken.count; ++c) {
                 const int64_t j = taken.piece[c];
                 if (a.mask == nullptr || a.rows == 1 || a.mask[r * a.mask_stride + j])
                     narrow(value[r][c] + bias_at<T>(a.bias, j), out[r * w.outputs + j]);
@@ -184,7 +210,7 @@ int64_t grouped_neurons_share(const NeuronsArgs &a, const Rounded &x, const int3
             Lines lines;
             for (int k = c; k < c + 4 && k < size; ++k) {
                 const int column = k + 4 - size + columns;
-                lines.add(w, neuron[k], column < columns ? piece_of(w, neuron[k + 4])
+                lines.add(piece_of(w, neuron[k]), scales_of(w, neuron[k]), column < columns ? piece_of(w, neuron[k + 4])
                                                          : piece_of(down, neuron[column < size ? column : 0]));
             }
             dot_rows_of(w, lines, x, a.rows, to[0] + c, kGroup);

@@ -91,7 +91,7 @@ struct DecodeLinear {
     int64_t scales_stride;
     const void *first;       // not null: in planes, all bits of the inputs that `by_columns` would keep are read; or parted
     int64_t first_stride;
-    bool parted;             // all bits of the outputs are read that are above the largest one plus the threshold
+    bool parted;             // all bits of the outputs are read that are above the largest one plus the threshold; infinite but of a head
     Weight rest;             // not null: columns that skipped inputs are multiplied with instead, where `by_columns`
 };
 

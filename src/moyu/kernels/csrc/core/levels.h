@@ -106,6 +106,20 @@ inline void prepare(LevelGroup &to, const int8_t *x, uint32_t chosen, const uint
     }
 }
 
+// What a row of x has for one group all of whose inputs are chosen: its integers by four, and their sum in each part.
+struct WholeGroup {
+    int32_t x[kGroup / 4], sum[2];
+};
+template <class F>
+inline void prepare(WholeGroup &to, const int8_t *x) {
+    std::memcpy(to.x, x, kGroup);
+    constexpr int size = 2 * Split<F>::pairs;
+    for (int part = 0; part < Split<F>::parts; ++part) {
+        to.sum[part] = 0;
+        for (int i = 0; i < size; ++i) to.sum[part] += x[size * part + i];
+    }
+}
+
 // A bit for each of `count` bytes that is not 0; null = all.
 inline uint32_t bits_of(const uint8_t *mask, int count) {
     const uint32_t all = count == kGroup ? ~0u : (1u << count) - 1;
@@ -158,10 +172,12 @@ inline Bytes field_of(Bytes codes, Bytes mask) {
 
 constexpr int kSums = 128 / kBytes;                    // registers of 16-bit sums for 64 outputs, in their order
 constexpr int kRowsTogether = kBytes == 64 ? 4 : 2;    // rows whose sums the registers hold
+constexpr int kWholeTogether = kBytes == 64 ? 4 : 1;   // the same where sums have 32 bits
+constexpr int64_t kWholeRows = kBytes == 64 ? 1 : 2;   // from which on joining codes is faster
 
-// sums of R rows += the units of a plane of P bits of one part of a group.
-template <int P, int pairs, int R>
-inline void add_units(const uint8_t *units, const LevelGroup *g, int part, Bytes (*sums)[kSums]) {
+// fn(pair, k, codes) for the pairs of inputs of one part of a group and the registers k of 64 outputs: what a plane of P bits has there.
+template <int P, int pairs, class Fn>
+inline void each_field(const uint8_t *units, Fn fn) {
     constexpr int count = pairs * P / 4, loads = 64 / kBytes;
     const Bytes mask = every((1 << P) - 1);
 #pragma GCC unroll 16
@@ -169,15 +185,7 @@ inline void add_units(const uint8_t *units, const LevelGroup *g, int part, Bytes
         Bytes codes[loads];
         for (int k = 0; k < loads; ++k) codes[k] = load_some(units + 64 * u + kBytes * k, kBytes);
         const auto field = [&](auto f) {
-            Bytes own[loads];
-            for (int k = 0; k < loads; ++k) own[k] = field_of<f() * P>(codes[k], mask);
-            for (int r = 0; r < R; ++r) {
-                const Bytes x = set_32(g[r].twice[pairs * part + f() / 2 * count + u]);
-                for (int k = 0; k < loads; ++k) {
-                    Bytes &sum = sums[r][f() % 2 * loads + k];
-                    sum = sum_16(sum, pairs_16(own[k], x));
-                }
-            }
+            for (int k = 0; k < loads; ++k) fn(u + f() / 2 * count, f() % 2 * loads + k, field_of<f() * P>(codes[k], mask));
         };
         using std::integral_constant;
         field(integral_constant<int, 0>{}), field(integral_constant<int, 1>{});
@@ -188,28 +196,105 @@ inline void add_units(const uint8_t *units, const LevelGroup *g, int part, Bytes
         }
     }
 }
+// The same of all first bits: fn(pair, k, codes, shift); the codes are of bits from `shift` on.
+template <class F, class Fn>
+inline void each_first(const uint8_t *tile, int part, Fn fn) {
+    using S = Split<F>;
+    constexpr int P = S::first == 3 ? 2 : S::first, size = 256 * P / S::parts;
+    each_field<P, S::pairs>(tile + size * part, [&](int pair, int k, Bytes codes) { fn(pair, k, codes, std::integral_constant<int, 0>{}); });
+    if constexpr (S::first == 3)
+        each_field<1, S::pairs>(tile + 512 + 256 / S::parts * part, [&](int pair, int k, Bytes codes) { fn(pair, k, codes, std::integral_constant<int, 2>{}); });
+}
+
+// Scales and offsets of 64 outputs from output o on, one part of a group.
+template <class S>
+struct TileScales {
+    static constexpr int count = kTileOutputs / kLanes;
+    typename Wide::Reg scale[count], offset[count];
+    TileScales(const typename S::Fields &fields, int64_t o) {
+        for (int i = 0; i < count; ++i) S::template columns<Wide>(fields, o + kLanes * i, scale[i], offset[i]);
+    }
+    // y[at .. at + kLanes) += integers and a rest, times the scales and what a row of x has for the group.
+    void add(int at, typename Wide::Reg levels, typename Wide::Reg by, typename Wide::Reg offset_by, float *y) const {
+        const int i = at / kLanes;
+        auto total = add_product(levels, Wide::times(scale[i], by), load_floats(y + at));
+        if (S::has_offset) total = add_product(offset[i], offset_by, total);
+        store_floats(y + at, total);
+    }
+};
+
+// y[0 .. 64) of `rows` rows += a tile of one group, all of whose bits are read: both planes are joined into codes once for all rows,
+// and an instruction multiplies four inputs. Their sum is exact, as it is in add_tile: the results are the same in every bit.
+template <class F>
+MOYU_ONCE void add_whole_tile(const WholeGroup *g, const uint8_t *const *lines, const uint8_t *tile, int64_t line_at,
+                              const typename F::Scales::Fields *fields, const float *by, int64_t rows, int64_t o, float *y,
+                              int64_t y_stride) {
+    using S = Split<F>;
+    constexpr int fours = S::pairs / 2, sums = 2 * kSums;
+    for (int part = 0; part < S::parts; ++part) {
+        Bytes first[S::pairs][kSums], codes[fours][sums];
+        each_first<F>(tile, part, [&](int pair, int k, Bytes some, auto shift) {
+            const Bytes moved = shifted_up<S::second + shift()>(some);
+            first[pair][k] = shift() == 0 ? moved : either_of(first[pair][k], moved);
+        });
+#pragma GCC unroll 16
+        for (int pair = 0; pair < S::pairs; ++pair) {
+            const uint8_t *const *two = lines + 2 * (S::pairs * part + pair);
+            two_lines<S::second>(two[0] + line_at, two[1] + line_at, [&](int k, Bytes some) {
+                first[pair][k] = either_of(first[pair][k], some);
+                if constexpr (F::stands_signed) first[pair][k] = opposite_signs(first[pair][k]);
+            });
+        }
+#pragma GCC unroll 8
+        for (int four = 0; four < fours; ++four)
+            for (int k = 0; k < kSums; ++k) {
+                codes[four][2 * k] = unpack_low_16(first[2 * four][k], first[2 * four + 1][k]);
+                codes[four][2 * k + 1] = unpack_high_16(first[2 * four][k], first[2 * four + 1][k]);
+            }
+        const TileScales<typename F::Scales> own(fields[part], o);
+        const auto some = [&](int64_t r, auto together) {
+            constexpr int R = together();
+            Bytes total[R][sums];
+            for (int i = 0; i < R; ++i)
+                for (auto &t : total[i]) t = set_32(-F::lift * g[r + i].sum[part]);
+#pragma GCC unroll 8
+            for (int four = 0; four < fours; ++four)
+                for (int i = 0; i < R; ++i) {
+                    const Bytes x = set_32(g[r + i].x[fours * part + four]);
+                    for (int k = 0; k < sums; ++k) total[i][k] = add_products<F::stands_signed>(total[i][k], codes[four][k], x);
+                }
+            for (int i = 0; i < R; ++i) {
+                const auto own_by = Wide::set(by[r + i]), offset_by = Wide::set(by[r + i] * static_cast<float>(g[r + i].sum[part]));
+                for (int k = 0; k < kSums; ++k)
+                    interleaved(total[i][2 * k], total[i][2 * k + 1], [&](int place, Bytes integers) {
+                        own.add(kTileOutputs / kSums * k + place, in_floats(integers), own_by, offset_by, y + (r + i) * y_stride);
+                    });
+            }
+        };
+        int64_t r = 0;
+        for (; r + kWholeTogether <= rows; r += kWholeTogether) some(r, std::integral_constant<int, kWholeTogether>{});
+        for (; r < rows; ++r) some(r, std::integral_constant<int, 1>{});
+    }
+}
 
 // y[0 .. 64) of R rows += a tile of one group.
 template <class F, int R>
 MOYU_ONCE void add_tile(const LevelGroup *g, const uint8_t *tile, int64_t line_at, const typename F::Scales::Fields *fields,
                         const float *by, int64_t o, float *y, int64_t y_stride) {
     using S = Split<F>;
-    using Floats = typename Wide::Reg;
     for (int part = 0; part < S::parts; ++part) {
-        Bytes first[R][kSums];
+        Bytes first[R][kSums], more[R][kSums];
         for (int r = 0; r < R; ++r)
-            for (auto &sum : first[r]) sum = set_16(-S::first_lift * g[r].sum[part]);
-        if constexpr (S::first == 3) {
-            Bytes more[R][kSums];
-            for (auto &row : more)
-                for (auto &sum : row) sum = set_16(0);
-            add_units<2, S::pairs, R>(tile + 512 / S::parts * part, g, part, first);
-            add_units<1, S::pairs, R>(tile + 512 + 256 / S::parts * part, g, part, more);
-            for (int r = 0; r < R; ++r)
-                for (int k = 0; k < kSums; ++k) first[r][k] = sum_16(first[r][k], shifted_up<2>(more[r][k]));
-        } else {
-            add_units<S::first, S::pairs, R>(tile + S::tile_bytes / S::parts * part, g, part, first);
-        }
+            for (int k = 0; k < kSums; ++k) first[r][k] = set_16(-S::first_lift * g[r].sum[part]), more[r][k] = set_16(0);
+        each_first<F>(tile, part, [&](int pair, int k, Bytes codes, auto shift) {
+            for (int r = 0; r < R; ++r) {
+                Bytes &sum = shift() == 0 ? first[r][k] : more[r][k];
+                sum = sum_16(sum, pairs_16(codes, set_32(g[r].twice[S::pairs * part + pair])));
+            }
+        });
+        for (int r = 0; r < R && S::first == 3; ++r)
+            for (int k = 0; k < kSums; ++k) first[r][k] = sum_16(first[r][k], shifted_up<2>(more[r][k]));
+        const TileScales<typename F::Scales> own(fields[part], o);
         for (int r = 0; r < R; ++r) {
             Bytes second[kSums];
             for (auto &sum : second) sum = set_16(-S::second_lift * g[r].chosen[part]);
@@ -222,20 +307,16 @@ MOYU_ONCE void add_tile(const LevelGroup *g, const uint8_t *tile, int64_t line_a
             }
             const Bytes weights = set_32(1 << 16 | 1 << S::second);
             const float rest = level_rest<F>(g[r], part, S::first_lift, S::second_lift);
-            const Floats own_by = Wide::set(by[r]), offset_by = Wide::set(by[r] * static_cast<float>(g[r].sum[part]));
+            const auto own_by = Wide::set(by[r]), offset_by = Wide::set(by[r] * static_cast<float>(g[r].sum[part]));
             for (int k = 0; k < kSums; ++k)
                 weighed_pairs(first[r][k], second[k], weights, [&](int place, Bytes integers) {
-                    const int64_t at = 64 / kSums * k + place;
-                    float *to = y + r * y_stride + at;
-                    Floats scale, offset, total = load_floats(to);
-                    F::Scales::template columns<Wide>(fields[part], o + at, scale, offset);
-                    total = add_product(plus(in_floats(integers), rest), Wide::times(scale, own_by), total);
-                    if (F::Scales::has_offset) total = add_product(offset, offset_by, total);
-                    store_floats(to, total);
+                    own.add(kTileOutputs / kSums * k + place, plus(in_floats(integers), rest), own_by, offset_by, y + r * y_stride);
                 });
         }
     }
 }
+#else
+constexpr int64_t kWholeRows = kMostRows + 1;  // never
 #endif
 
 // y (rows, stride) += the product, outputs of tiles `share` of the weight; rows: at most kMostRows. Returns how many inputs any row
@@ -256,20 +337,28 @@ MOYU_ONCE int64_t levels_of(const Weight &w, const Rounded &x, const uint8_t *ma
     for (int64_t g = 0; g < groups; ++g) {
         const uint8_t *own = first + g * w.first_stride, *scales = scales_of(w, g / F::Scales::span);
         const int64_t place = g % F::Scales::span;
-        LevelGroup group[kMostRows];
+        const int inputs = inputs_of_group(g);
+        const uint8_t *lines = piece_of(w, g * kGroup);
+        uint32_t bits[kMostRows], any = 0, every_row = ~0u;
         float by[kMostRows];
-        uint32_t any = 0;
         for (int64_t r = 0; r < rows; ++r) {
-            const uint32_t bits = bits_of(mask ? mask + r * mask_stride + g * kGroup : nullptr, inputs_of_group(g));
-            prepare<F>(group[r], x.row(r).ordered + g * kGroup, bits, piece_of(w, g * kGroup), w.stride);
+            bits[r] = bits_of(mask ? mask + r * mask_stride + g * kGroup : nullptr, inputs);
             by[r] = x.row(r).scale[g];
-            any |= bits;
+            any |= bits[r], every_row &= bits[r];
         }
         chosen += __builtin_popcount(any);
+        const bool tail = kTileOutputs * share.end > q, whole = kWholeRows <= rows && every_row == bits_of(nullptr, inputs);
+        LevelGroup group[kMostRows];
+        for (int64_t r = 0; r < rows && (tail || !whole); ++r)
+            prepare<F>(group[r], x.row(r).ordered + g * kGroup, bits[r], lines, w.stride);
         int64_t tile = share.begin;
 #if MOYU_INTEGERS
         typename F::Scales::Fields fields[S::parts];
         for (int part = 0; part < S::parts; ++part) fields[part] = F::Scales::of_columns(scales, place * S::parts + part, q);
+        WholeGroup all[kMostRows];
+        const uint8_t *line[kGroup];
+        for (int64_t r = 0; r < rows && whole; ++r) prepare<F>(all[r], x.row(r).ordered + g * kGroup);
+        for (int i = 0; i < kGroup && whole; ++i) line[i] = lines + (i < inputs ? i : 0) * w.stride;
         const int64_t later = g + ahead_lines;
         const uint32_t later_bits =
             later < groups ? bits_of(mask ? mask + later * kGroup : nullptr, inputs_of_group(later)) : 0;
@@ -281,6 +370,11 @@ MOYU_ONCE int64_t levels_of(const Weight &w, const Rounded &x, const uint8_t *ma
             if (line_at % kLineBytes == 0 || tile == share.begin)
                 for (uint32_t left = later_bits; left != 0; left &= left - 1)
                     prefetch<kLineBytes>(piece_of(w, later * kGroup + __builtin_ctz(left)) + line_at);
+            if (whole) {
+                add_whole_tile<F>(all, line, own + tile * S::tile_bytes, line_at, fields, by, rows, tile * kTileOutputs,
+                                  y + tile * kTileOutputs, y_stride);
+                continue;
+            }
             const auto add = [&](auto together, int64_t r) {
                 add_tile<F, together()>(group + r, own + tile * S::tile_bytes, line_at, fields, by + r, tile * kTileOutputs,
                                         y + r * y_stride + tile * kTileOutputs, y_stride);

@@ -291,7 +291,8 @@ struct Decoder {
             need(w.weight != nullptr && n > 0 && q > 0 && w.n == n && w.q == q,
                  std::string(name) + " must be (" + std::to_string(q) + ", " + std::to_string(n) + ") and have a weight");
             need(w.kind == Format::plain || w.scales != nullptr, std::string(name) + " is in blocks without scales");
-            need(!w.parted, std::string(name) + " is parted, which only a head can be");
+            need(!w.parted || w.first != nullptr, std::string(name) + " is parted and has no first bits");
+            need(!w.parted || !std::isfinite(w.threshold), std::string(name) + " is parted, and only a head lists its outputs");
             need(w.first == nullptr || (w.kind != Format::plain && !w.by_columns), std::string(name) + " has a first plane and does not lie in planes");
             widest = std::max({widest, n, q});
         };

@@ -1,67 +1,10 @@
-// Parted weights: the rows of a head, the first bits of every code apart from the others. All rows are multiplied with their first
-// bits; the further bits are read only for the rows that a mask keeps, or that come close to the largest product.
-//
-// A code of `bits` bits is first << s | further, and a weight is scale * (code - zero) + offset. So a row is the sum of two rows with
-// the same scales: one of the first bits in the middle of the codes that share them, and one of what the others are beside it.
+// Parted weights (core/parted.h) of which only some rows are read with all bits: all rows are multiplied with their first bits, and the
+// further ones are added for the rows that a mask keeps, or that come close to the largest product.
 #pragma once
 
 #include "core/grouped.h"
 
 namespace {
-
-// Scales of a code that counts kStep each, from kTwice / 2 on; `Keeps`: with the weight's own offsets.
-template <class S, int kStep, int kTwice, bool Keeps>
-struct Stepped {
-    static constexpr int halves = S::halves, span = S::span, bytes = S::bytes;
-    static constexpr bool has_offset = true;
-    using Fields = typename S::Fields;
-    static Fields of_row(const uint8_t *all, int64_t groups) { return S::of_row(all, groups); }
-    static ScaleAndOffset at(const Fields &f, int64_t i, int64_t j) {
-        const auto own = S::at(f, i, j);
-        return {own.scale * kStep, (Keeps ? own.offset : 0.0f) + own.scale * (0.5f * kTwice)};
-    }
-#if MOYU_INTEGERS
-    static void row(const Fields &f, int64_t b, int count, __m256 *scale, __m256 *offset) {
-        S::row(f, b, count, scale, offset);
-        for (int h = 0; h < halves; ++h) {
-            const __m256 more = Eight::times(scale[h], Eight::set(0.5f * kTwice));
-            offset[h] = Keeps && S::has_offset ? _mm256_add_ps(offset[h], more) : more;
-            scale[h] = Eight::times(scale[h], Eight::set(static_cast<float>(kStep)));
-        }
-    }
-#endif
-};
-
-template <class F>
-struct Parted {
-    static constexpr int further = F::further, first = F::bits - further, middle = (1 << further) - 1;  // twice the middle
-    using First = Planar<first, Stepped<typename F::Scales, 1 << further, middle - 2 * F::zero, true>>;
-    using Further = Planar<further, Stepped<typename F::Scales, 1, -middle, false>>;
-};
-
-// f(F{}) for the struct F of a format that can be parted.
-template <class Fn>
-inline void with_parts(Format format, Fn f) {
-    with_format(format, [&](auto of) {
-        using F = decltype(of);
-        if constexpr (F::splits && F::bits >= 4) f(of);
-        else moyu::fail("a weight whose format has no parts came to their loops");
-    });
-}
-
-inline const uint8_t *first_of(const Weight &w, int64_t row) { return at<uint8_t>(w.first, row * w.first_stride); }
-
-// Bytes of a row's first bits and scales, and of its further bits.
-struct PartBytes { int64_t first, further; };
-MOYU_ONCE PartBytes part_bytes(const Weight &w) {
-    PartBytes bytes{};
-    with_parts(w.format, [&](auto f) {
-        using F = decltype(f);
-        bytes.further = Parted<F>::Further::line_bytes(groups_of(w.inputs) * kGroup);
-        bytes.first = F::row_bytes(w.inputs) - bytes.further;
-    });
-    return bytes;
-}
 
 // to[0 .. inputs) = row i of a parted weight; `first`: what its first bits alone stand for.
 MOYU_ONCE void widen_parted(const Weight &w, int64_t i, bool first, float *to) {
@@ -122,12 +65,13 @@ inline void further_parts(const Weight &w, const Rounded &x, int64_t rows, const
         dot_parts<false>(w, lines, x, rows, value[0], kTogether);
         for (int64_t r = 0; r < rows; ++r)
             for (int c = 0; c < here; ++c)
-                if (mask == nullptr || mask[r * mask_stride + kept[i + c]]) y[r * stride + kept[i + c]] += value[r][c];
+                if (mask[r * mask_stride + kept[i + c]]) y[r * stride + kept[i + c]] += value[r][c];
     }
 }
 
 template <class T>
 int64_t grouped_words(const LinearArgs &a) {
+    if (a.mask == nullptr) return grouped_rows<T>(a);
     const Weight &w = a.weight;
     const int64_t q = w.outputs, stride = round_up(q);
     Rounded x;

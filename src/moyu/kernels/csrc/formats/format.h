@@ -7,8 +7,8 @@
 //   column_bytes(q)     bytes of the codes that a column of q outputs takes
 //   scale_bytes(q)      bytes of the scales that a group of 32 columns shares
 //   level(line, i, g)   the integer of input i of a row, or of output i of a column; the line has g groups of 32
-//   dot<R>(...)         four rows times R rows of x
-//   tile(...)           kTileLines rows times all rows of x, where kTiles
+//   Line                what is known of where a row's codes lie; codes(line, ...) gives them for products along a row
+//   ahead(line, b)      prefetches the codes of 8 groups from group b on
 //   add_columns(...)    columns of a group, times what x has for them
 //   widen(...)          a row in float
 #pragma once
@@ -27,6 +27,7 @@ template <int Bits, class ItsScales, int Zero = 0, class Table = NoTable>
 struct Planar {
     using Self = Planar;
     using Scales = ItsScales;
+    using Line = const uint8_t *;
     static constexpr int bits = Bits;
     static constexpr int zero = Bits == 8 ? 128 : Zero;  // the code that stands for 0, where codes are not signed
     static constexpr bool has_table = !std::is_same_v<Table, NoTable>;
@@ -37,6 +38,9 @@ struct Planar {
     static constexpr float middle = 0.5f * ((1 << further) - 1);
     static constexpr bool is_signed = has_table || Bits == 8;  // what codes stand for takes 8 bits with a sign
 
+    static void ahead(Line line, int64_t b) { prefetch<32 * Bits>(line + 4 * Bits * b); }
+    static void ahead_of_end(Line line, int64_t groups) { prefetch<128>(line + 4 * Bits * groups); }  // what follows a row: its scales
+
     static int64_t line_bytes(int64_t count) { return Bits == 8 ? count : groups_of(count) * 4 * Bits; }
     static int64_t row_bytes(int64_t n) {
         return line_bytes(groups_of(n) * kGroup) + (groups_of(n) + Scales::span - 1) / Scales::span * Scales::bytes;
@@ -44,7 +48,7 @@ struct Planar {
     static int64_t column_bytes(int64_t q) { return line_bytes(q); }
     static int64_t scale_bytes(int64_t q) { return (q * Scales::bytes + Scales::span - 1) / Scales::span; }
 
-    static int32_t level(const uint8_t *line, int64_t i, int64_t groups) {
+    static int32_t level(Line line, int64_t i, int64_t groups) {
         if constexpr (Bits == 8) return static_cast<int8_t>(line[i]);
         else if constexpr (has_table) return Table::levels[code_at<Bits>(line, i, groups)];
         else return code_at<Bits>(line, i, groups) - Zero;
@@ -102,7 +106,7 @@ struct Planar {
         if constexpr (has_table) codes = looked_up(Table::levels, codes);
         return is_signed ? lifted(codes) : codes;
     }
-    static void codes(const uint8_t *line, int64_t groups, int64_t g, int here, Bytes &front, Bytes &back) {
+    static void codes(Line line, int64_t groups, int64_t g, int here, Bytes &front, Bytes &back) {
         if constexpr (Bits == 8) {
             constexpr int whole = kBytes / kGroup;  // groups of a register
             const Bytes first = load_some(line + 32 * g, 32 * (here < whole ? here : whole));
@@ -124,24 +128,6 @@ struct Planar {
             store_floats(to + i, plus(stands_signed ? Wide::signed_bytes(bytes + i) : Wide::bytes(bytes + i), more));
     }
 #endif
-    // out[r * stride + c] = row w[c] · row r of x, c in 0 .. 4; the lines `then` are prefetched, null = none. groups: of a row.
-    template <int R>
-    static void dot(const uint8_t *const *w, const uint8_t *const *scales, [[maybe_unused]] const uint8_t *const *then,
-                    const Rounded &x, int64_t groups, float *out, int64_t stride) {
-#if MOYU_INTEGERS
-        dot_groups<Self, R>(w, scales, then, x, groups, out, stride);
-#else
-        for (int r = 0; r < R; ++r) dot_plainly<Self, 4>(w, scales, x.row(r), groups, out + r * stride);
-#endif
-    }
-    // The same of kTileLines rows, and all rows of x.
-    static void tile([[maybe_unused]] const uint8_t *const *w, [[maybe_unused]] const uint8_t *const *scales,
-                     [[maybe_unused]] const uint8_t *const *then, [[maybe_unused]] const Rounded &x, [[maybe_unused]] int64_t rows,
-                     [[maybe_unused]] int64_t groups, [[maybe_unused]] float *out, [[maybe_unused]] int64_t stride) {
-#if MOYU_INTEGERS
-        if constexpr (kTiles) dot_tile<Self>(w, scales, then, x, rows, groups, out, stride);
-#endif
-    }
 };
 
 }  // namespace

@@ -24,6 +24,7 @@ template <int n> inline Bytes shifted_up(Bytes a) { return _mm256_slli_epi16(a, 
 inline Bytes looked_up(const int8_t *table, Bytes codes) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table))), codes);
 }
+inline Bytes opposite_signs(Bytes bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }  // of signed bytes: + 128, as unsigned
 inline Bytes lifted(Bytes bytes) { return bytes; }
 
 inline __m128i load_up_to_16(const uint8_t *p, int count) {
@@ -146,11 +147,13 @@ inline void two_lines(const uint8_t *a, const uint8_t *b, Fn fn) {
         fn(2, both_of(shifted_down<4>(codes), mask)), fn(3, both_of(shifted_down<6>(codes), mask));
     }
 }
-// fn(place, integers) of neighbouring outputs from `place` on: the words of a and b, one after the other, times the words of `weights`.
+// fn(place, integers) of neighbouring outputs from `place` on, of integers of four outputs after the other in a and in b in turn.
+template <class Fn>
+inline void interleaved(Bytes a, Bytes b, Fn fn) { fn(0, lower(a, b)), fn(8, upper(a, b)); }
+// The same of the words of a and b, one after the other, times the words of `weights`.
 template <class Fn>
 inline void weighed_pairs(Bytes a, Bytes b, Bytes weights, Fn fn) {
-    const Bytes front = _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), weights), back = _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), weights);
-    fn(0, lower(front, back)), fn(8, upper(front, back));
+    interleaved(_mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), weights), _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), weights), fn);
 }
 // The i-th four bytes of each lane of 128 bits, four times.
 template <int i>

@@ -43,7 +43,8 @@ template <int n> inline Bytes shifted_up(Bytes a) { return _mm512_slli_epi16(a, 
 inline Bytes looked_up(const int8_t *table, Bytes codes) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table))), codes);
 }
-inline Bytes lifted(Bytes bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
+inline Bytes opposite_signs(Bytes bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }  // of signed bytes: + 128, as unsigned
+inline Bytes lifted(Bytes bytes) { return opposite_signs(bytes); }
 
 // See core/planes.h. Of each group: its 4 bytes shifted by 0 to 3, its 8 bytes by 0 and 2.
 inline Bytes spread_fours(const uint8_t *p, int groups) {
@@ -144,12 +145,16 @@ inline void two_lines(const uint8_t *a, const uint8_t *b, Fn fn) {
     }
     fn(0, both_of(codes, mask)), fn(1, both_of(shifted_down<4>(codes), mask));
 }
-// fn(place, integers) of neighbouring outputs from `place` on: the words of a and b, one after the other, times the words of `weights`.
+// fn(place, integers) of neighbouring outputs from `place` on, of integers of four outputs after the other in a and in b in turn.
+template <class Fn>
+inline void interleaved(Bytes a, Bytes b, Fn fn) {
+    fn(0, _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), b));
+    fn(16, _mm512_permutex2var_epi64(a, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), b));
+}
+// The same of the words of a and b, one after the other, times the words of `weights`.
 template <class Fn>
 inline void weighed_pairs(Bytes a, Bytes b, Bytes weights, Fn fn) {
-    const Bytes front = _mm512_madd_epi16(_mm512_unpacklo_epi16(a, b), weights), back = _mm512_madd_epi16(_mm512_unpackhi_epi16(a, b), weights);
-    fn(0, _mm512_permutex2var_epi64(front, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), back));
-    fn(16, _mm512_permutex2var_epi64(front, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), back));
+    interleaved(_mm512_madd_epi16(_mm512_unpacklo_epi16(a, b), weights), _mm512_madd_epi16(_mm512_unpackhi_epi16(a, b), weights), fn);
 }
 // The i-th four bytes of each lane of 128 bits, four times.
 template <int i>
