@@ -206,9 +206,12 @@ class Group(nn.Module):
 def _fits(layer: PlainLayer, part: Sequence[str], name: str) -> bool:
     """Whether a linear can be of one product with those of `part`."""
     names, pieces = [*part, name], [layer.block.pieces[n] for n in (*part, name)]
-    if any(p.blocks is not None or p.dtype != pieces[0].dtype for p in pieces):
-        return False
     states = [layer.state(skips="columns", linear=n) for n in names]
+    forms = {None if p.blocks is None else (p.blocks.format, p.blocks.order) for p in pieces}
+    if len(forms) > 1 or any(p.dtype != pieces[0].dtype for p in pieces):
+        return False
+    if forms != {None} and any(s is not None for s in states):
+        return False
     if any(s is None for s in states):
         return all(s is None for s in states)
     if len({id(s) for s in states}) == 1:
