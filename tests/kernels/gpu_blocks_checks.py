@@ -84,6 +84,48 @@ def check_bytes_and_what_is_not_served():
         product(x, weight_of("q5_k", 8, 256))
 
 
+def levels(x, weight, mask, bias=None):
+    moved = [None if t is None else t.to(DEVICE) for t in (x, mask, bias)]
+    with kernels.use("gpu"):
+        return kernels.levels(moved[0], there(weight), moved[1], bias=moved[2]).cpu()
+
+
+def assert_levels(x, weight, mask, bias=None):
+    """All bits of the chosen inputs, the first bits of the others; x is not rounded."""
+    planes = weight.laid_out("planes")
+    whole, first, wide = planes.values().double(), planes.first_values().double(), x.double()
+    truth = torch.where(mask, wide, 0) @ whole.t() + torch.where(mask, 0, wide) @ first.t()
+    size = wide.abs() @ whole.abs().t()
+    if bias is not None:
+        truth, size = truth + bias.double(), size + bias.double().abs()
+    y = levels(x, planes, mask, bias)
+    assert ((y.double() - truth).abs() <= TOLERANCE[x.dtype] * size + 1e-12).all()
+    assert torch.equal(y, levels(x, planes, mask, bias))
+
+
+def check_levels_of_every_kind():
+    for name, (dtype, rows, share) in itertools.product(
+        KINDS, ((torch.float32, 2, 0.2), (torch.bfloat16, 1, 1.0), (torch.float16, 1, 0.0))
+    ):
+        generator = torch.Generator().manual_seed(rows)
+        weight = weight_of(name, 128, 256, seed=rows)
+        x, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((rows, 256), (128,)))
+        assert_levels(x, weight, make_mask(rows, 256, share, generator), bias)
+
+
+def check_levels_of_widths_that_fill_no_group_or_tile():
+    generator = torch.Generator().manual_seed(0)
+    for outputs, inputs in ((64, 45), (70, 64)):
+        weight = FORMATS["q8_0"].store(torch.randn(outputs, inputs, generator=generator))
+        if outputs % 64 == 0:
+            assert_levels(torch.randn(1, inputs, generator=generator), weight, make_mask(1, inputs, 0.5, generator))
+        else:  # the reference serves it, which rounds x
+            x, mask = torch.randn(1, inputs, generator=generator), make_mask(1, inputs, 0.5, generator)
+            with kernels.use("reference"):
+                assert torch.allclose(levels(x, weight.laid_out("planes"), mask),
+                                      kernels.levels(x, weight.laid_out("planes"), mask))  # fmt: skip
+
+
 def main() -> None:
     """Every check, by name."""
     for name, check in list(globals().items()):

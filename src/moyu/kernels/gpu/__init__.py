@@ -1,7 +1,7 @@
 """The Triton kernels: float32, bfloat16 and float16 on a GPU, 1 to 16 rows with a selection each.
 
 `many` and `single` read plain weights, `packed` the formats `packed8` and `packed4`,
-`blocks` rows in formats of GGUF files. Triton is imported at the first call.
+`blocks` rows in formats of GGUF files, `planes` levels of them. Triton is imported at the first call.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moyu.kernels.backend import Backend, Neurons
+from moyu.kernels.backend import Backend, Neurons, Read, levels_read
 from moyu.kernels.gpu import packed
 from moyu.kernels.gpu.common import INTERPRETED, KINDS, tickets, unavailable, unsupported
-from moyu.kernels.reference import ACTIVATIONS
+from moyu.kernels.reference import ACTIVATIONS, Reference
 from moyu.weights import Format, Plain, Stored
 from moyu.weights.packed import Packed
 
@@ -32,7 +32,7 @@ class Gpu(Backend):
         return unavailable()
 
     def supports(self, op: str, format: Format, x: Tensor) -> str | None:
-        by_rows = op == "rows" and format.name in KINDS
+        by_rows = op in ("rows", "levels") and format.name in KINDS
         if not isinstance(format, Plain | Packed) and not by_rows:
             return f"it has no kernels for {op} of weights in {format.name}"
         return unsupported(x)
@@ -53,6 +53,14 @@ class Gpu(Backend):
             y = packed.rows(x, weight, mask, bias)
         each = weight.row_bytes + (0 if bias is None else bias.element_size())
         return y, lambda: (weight.shape[0] if mask is None else _kept(mask)) * each
+
+    def levels(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Read]:
+        from moyu.kernels.gpu import planes
+
+        if not planes.served(weight):
+            return Reference().levels(x, weight, mask, bias)
+        y = planes.levels(x, weight, mask, bias)
+        return y, lambda: levels_read(weight, mask) + (0 if bias is None else bias.nbytes)
 
     def columns(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Callable[[], int]]:
         from moyu.kernels.gpu import many, single

@@ -145,13 +145,14 @@ def _first_bits(
     part = (u * each // 8)[:, None]
     a = tl.zeros([BLOCK_U, BLOCK_T * 16], tl.float32)
     b, c, d = a, a, a
+    line = first + begin.to(tl.int64) * first_row
     for g in range(begin, end):
         own_a = tl.zeros([BLOCK_U, BLOCK_T * 16], tl.float32)
         own_b, own_c, own_d = own_a, own_a, own_a
         all_x = tl.zeros([BLOCK_U], tl.float32)
         for k in tl.static_range(each):
             unit = u * each + k
-            codes = tl.load(first + g.to(tl.int64) * first_row + place + unit[:, None] * 16, mask=inside, other=0)
+            codes = tl.load(line + place + unit[:, None] * 16, mask=inside, other=0)
             for h in tl.static_range(4 // BITS):
                 for parity in tl.static_range(2):
                     i = g * 32 + 2 * (h * units + unit) + parity
@@ -175,6 +176,7 @@ def _first_bits(
         if KIND == Q4_K:
             c -= rest * offset
             d -= rest * other
+        line += first_row
     o = t * 64 + m % 16 * 2
     there = t < q // 64
     tl.store(to + o, tl.sum(a, 0), mask=there)
