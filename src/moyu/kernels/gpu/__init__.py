@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moyu.kernels.backend import Backend, Neurons, Read, levels_read
+from moyu.kernels.backend import Backend, Neurons, Read, levels_read, words_read
 from moyu.kernels.gpu import packed
 from moyu.kernels.gpu.common import INTERPRETED, KINDS, tickets, unavailable, unsupported
 from moyu.kernels.reference import ACTIVATIONS, Reference
@@ -32,7 +32,7 @@ class Gpu(Backend):
         return unavailable()
 
     def supports(self, op: str, format: Format, x: Tensor) -> str | None:
-        by_rows = op in ("rows", "levels") and format.name in KINDS
+        by_rows = op in ("rows", "levels", "words") and format.name in KINDS
         if not isinstance(format, Plain | Packed) and not by_rows:
             return f"it has no kernels for {op} of weights in {format.name}"
         return unsupported(x)
@@ -61,6 +61,14 @@ class Gpu(Backend):
             return Reference().levels(x, weight, mask, bias)
         y = planes.levels(x, weight, mask, bias)
         return y, lambda: levels_read(weight, mask) + (0 if bias is None else bias.nbytes)
+
+    def words(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Read]:
+        from moyu.kernels.gpu import blocks
+
+        if not blocks.parted(weight):
+            return Reference().words(x, weight, mask, bias)
+        y = blocks.words(x, weight, mask, bias)
+        return y, lambda: words_read(weight, mask) + (0 if bias is None else bias.nbytes)
 
     def columns(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Callable[[], int]]:
         from moyu.kernels.gpu import many, single

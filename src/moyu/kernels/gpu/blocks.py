@@ -3,10 +3,11 @@
 x is taken as it is, not rounded to 8 bits as on a CPU. Products of one row are in float32; those of 2 to 16 rows run on the tensor
 cores on values rounded to x's dtype. Sums are float32, in a fixed order.
 
-One row: a program holds all of x in its registers and takes every P-th group of outputs; a thread reads 16 bytes of codes at
-once, a chunk, and the next ones before it multiplies. A code c of b bits goes into the high bits of the mantissa of 1.0, which makes
-1 + c / 2^b in a shift and one logical operation, where a conversion would take four; what the ones and the zero point add is the
-sum of the chunk's x times a constant. The first codes are on their way before the launch waits for the one that writes x.
+One row: a program takes every P-th group of outputs, for one segment of x after another, which it holds in registers. A thread reads
+16 bytes of codes at once, a chunk, and the next ones before it multiplies. A code c of b bits goes into the high bits of the mantissa of
+1.0, which makes 1 + c / 2^b in a shift and one logical operation, where a conversion would take four; what the ones and the zero point add
+is the sum of the chunk's x times a constant. Each warp adds up by itself and leaves its sum in memory, so that the loop has no
+exchange between warps; the program adds these up at its end. The first codes are on their way before the launch waits for x.
 """
 
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -23,6 +24,7 @@ from moyu.kernels.gpu.common import INTERPRETED, KINDS, inner, output, processor
 from moyu.kernels.gpu.many import _dot
 from moyu.kernels.gpu.overlap import EARLY, begin_next, wait_for_last
 from moyu.weights import Stored
+from moyu.weights.planes import SPLITS
 
 Q8, Q4, Q4_K, Q6_K = (tl.constexpr(KINDS[name]) for name in ("q8_0", "q4_0", "q4_k", "q6_k"))
 ONE, BEYOND = 0x3F800000, 0x4B000000  # the bits of 1.0 and of 2^23: a code goes into the high bits of the mantissa, a byte into the low
@@ -36,22 +38,59 @@ def rows(x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) ->
     y = output(x, q, x.dtype)
     if q == 0 or len(x) == 0:
         return y.to(x.dtype)
-    plain, halves = scales.view(torch.uint8), scales.view(torch.float16)
-    kept = None if mask is None else mask.view(torch.int8)
-    steps, kind = (plain.stride(0), halves.stride(0)), KINDS[weight.format.name]
     if len(x) == 1 and _aligned(codes):
-        words, bytes = codes.view(torch.int32), kind == Q8.value
-        chunks, units = triton.cdiv(n, 32) * (2 if bytes else 1), processors(x.device)
-        _one_row[lambda meta: (min(triton.cdiv(q, meta["BLOCK_J"]), units * meta["EACH"]),)](
-            x, words, plain, halves, kept, bias, y, q, words.stride(0), *steps, n, BEYOND if bytes else ONE,
-            KIND=kind, CHUNKS=triton.next_power_of_2(chunks), EVEN=chunks == triton.next_power_of_2(chunks), **EARLY,
-        )  # fmt: skip
+        bits, form = weight.format.bits, weight.format
+        zero = 0 if bits == 8 else form.zero  # pyright: ignore[reportAttributeAccessIssue] -- bytes are levels
+        _launch(x, codes, scales, mask, bias, y, bits, 1, -zero, KINDS[form.name])
     else:
+        plain, halves = scales.view(torch.uint8), scales.view(torch.float16)
+        kept = None if mask is None else mask.view(torch.int8)
         _rows[lambda meta: (triton.cdiv(q, meta["BLOCK_J"]),)](
-            x, codes, plain, halves, kept, bias, y, len(x), q,
-            x.stride(0), codes.stride(0), *steps, 0 if mask is None else mask.stride(0), y.stride(0), n, KIND=kind,
+            x, codes, plain, halves, kept, bias, y, len(x), q, x.stride(0), codes.stride(0), plain.stride(0), halves.stride(0),
+            0 if mask is None else mask.stride(0), y.stride(0), n, KIND=KINDS[weight.format.name],
         )  # fmt: skip
     return y.to(x.dtype)
+
+
+def parted(weight: Stored) -> bool:
+    """Whether `words` reads the weight: its first bits are four, and rows begin at multiples of 16 bytes."""
+    return SPLITS[weight.format.bits][0] == 4 and _aligned(weight.tensors[2])
+
+
+def words(x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> Tensor:
+    """`kernels.words`, of a weight that is `parted`: the first bits of every row, then what the further ones add to kept rows."""
+    x, mask = inner(x), inner(mask)
+    (second, scales, first), (q, n), form = weight.tensors, weight.shape, weight.format
+    own, further = SPLITS[form.bits]
+    middle, zero = ((1 << further) - 1) / 2, 128 if form.bits == 8 else form.zero  # pyright: ignore[reportAttributeAccessIssue]
+    y, kind = output(x, q, x.dtype), KINDS[form.name]
+    plain, halves = scales.view(torch.uint8), scales.view(torch.float16)
+    for r in range(len(x)):
+        base = torch.empty(1, q, dtype=torch.float32, device=x.device)
+        _launch(x[r : r + 1], first, scales, None, bias, base, own, 1 << further, middle - zero, kind)
+        _further[(triton.cdiv(q, 4),)](
+            x[r], second, plain, halves, mask[r].view(torch.int8), base, y[r], q, second.stride(0), plain.stride(0),
+            halves.stride(0), n, middle, KIND=kind, BITS=further, BLOCK_J=4, BLOCK_G=4, num_warps=1,
+        )  # fmt: skip
+    return y.to(x.dtype)
+
+
+def _launch(
+    x: Tensor, codes: Tensor, scales: Tensor, mask: Tensor | None, bias: Tensor | None, y: Tensor, bits: int, times: float,
+    plus: float, kind: int,
+) -> None:  # fmt: skip
+    """`_one_row` on codes of so many bits; a code stands for times * code + plus steps of its scale."""
+    plain, halves, words = scales.view(torch.uint8), scales.view(torch.float16), codes.view(torch.int32)
+    q, n = y.shape[1], x.shape[1]
+    chunks, units = triton.cdiv(n, 32) * (2 if bits == 8 else 1), processors(x.device)
+    wide = x.element_size() == 2 and n % 4 == 0 and x.data_ptr() % 8 == 0
+    segments = triton.cdiv(chunks, min(c.kwargs["BLOCK_C"] for c in ONE_ROW))
+    sums = torch.empty(q, segments * SMALLEST, dtype=torch.float32, device=x.device)
+    _one_row[lambda meta: (min(triton.cdiv(q, meta["BLOCK_J"]), units * meta["EACH"]),)](
+        x.view(torch.int64) if wide else x, words, plain, halves, None if mask is None else mask.view(torch.int8), bias, sums, y, q,
+        words.stride(0), plain.stride(0), halves.stride(0), n, BEYOND if bits == 8 else ONE, 1, float(times << bits),
+        plus - float(times << bits), KIND=kind, BITS=bits, HALF=x.dtype == torch.float16, WIDE=wide, **EARLY,
+    )  # fmt: skip
 
 
 def _aligned(codes: Tensor) -> bool:
@@ -66,43 +105,55 @@ def _configs(names: tuple[str, ...], options: tuple[tuple[int, ...], ...]) -> li
 
 
 ONE_ROW = _configs(
-    ("BLOCK_J", "EACH"),  # outputs that a program takes at once; programs a multiprocessor
-    ((4, 2, 4, 1), *((j, each, warps, 1) for warps in (1, 2, 4, 8, 16, 32) for j, each in ((4, 24), (2, 24), (8, 16), (4, 16)))),
+    ("BLOCK_J", "BLOCK_C", "EACH", "STAGES"),  # outputs and chunks that a program takes at once; programs a multiprocessor
+    ((4, 32, 2, 2, 1, 1), (4, 128, 8, 3, 4, 1), (2, 128, 8, 4, 4, 1), (8, 128, 4, 3, 4, 1), (4, 64, 12, 3, 2, 1)),
 )
+SMALLEST = 4  # warps of a candidate at most: so many sums has a segment
 TILES = _configs(
     ("BLOCK_J", "BLOCK_G"),  # outputs of a program, groups of 32 inputs that it takes at once
     ((16, 2, 4, 1), (16, 2, 4, 3), (16, 4, 4, 3), (32, 2, 4, 3), (32, 4, 4, 3), (64, 2, 4, 3), (64, 4, 8, 2)),
 )
 
 
-def _fitting(configs: list, named: dict, **sizes: int) -> list:
-    """A chunk a thread, or two where a row has more than there are threads."""
-    threads = min(1024, max(32, sizes["CHUNKS"]))
-    return [c for c in configs if 32 * c.num_warps == threads] or configs
+@triton.jit
+def _number_of(four, AT: tl.constexpr, HALF: tl.constexpr):
+    """Number AT of the four in 64 bits, float32. HALF: float16, not bfloat16."""
+    if HALF:
+        return (four >> (16 * AT)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return (((four >> (16 * AT)) & 65535) << 16).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _inputs(x, c, n, CHUNK: tl.constexpr, HALF: tl.constexpr):
-    """x of 16 numbers of each chunk c, one half of a group: the first of every word, the second ..., (C, 4) float32 each."""
+def _inputs(x, j, c, n, begin, CHUNK: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr):
+    """x of 16 numbers of each chunk c from `begin` on: the first of every word, the second ..., (C, 4) float32 each.
+
+    WIDE: four numbers of 16 bits in one. They are loaded in the shape of the words of outputs j, so that threads that multiply them
+    have them: of the first output only, and added up with the zeros of the others.
+    """
     k = tl.arange(0, 4)
-    i = c[:, None, None] * CHUNK + 16 * HALF + k[None, :, None] * 4 + k[None, None, :]
-    parts = tl.load(x + i, mask=i < n, other=0.0)
-    even, odd = tl.split(tl.reshape(parts, (parts.shape[0], 4, 2, 2)))
-    one, three = tl.split(even)
-    two, four = tl.split(odd)
-    return one.to(tl.float32), two.to(tl.float32), three.to(tl.float32), four.to(tl.float32)
+    i = c[:, None] * CHUNK + begin + k[None, :] * 4
+    if WIDE:
+        there = (tl.arange(0, j.shape[0]) == 0)[:, None, None] & (i < n)[None]
+        four = tl.sum(tl.load(x + (i // 4)[None] + (j * 0)[:, None, None], mask=there, other=0), 0)
+        return _number_of(four, 0, HALF), _number_of(four, 1, HALF), _number_of(four, 2, HALF), _number_of(four, 3, HALF)
+    return (
+        tl.load(x + i, mask=i < n, other=0.0).to(tl.float32),
+        tl.load(x + i + 1, mask=i + 1 < n, other=0.0).to(tl.float32),
+        tl.load(x + i + 2, mask=i + 2 < n, other=0.0).to(tl.float32),
+        tl.load(x + i + 3, mask=i + 3 < n, other=0.0).to(tl.float32),
+    )
 
 
 @triton.jit
-def _level(words, more, one, KIND: tl.constexpr, PLACE: tl.constexpr):
+def _level(words, more, one, BITS: tl.constexpr, PLACE: tl.constexpr):
     """Of number PLACE (of 4, or 8) of each word: its signed byte, or 1 + c / 2^b of its code c of b bits; float32.
 
     one: the bits of the float that codes go into: not a constant, so that `and` and `or` become one instruction. more: where codes
     have six bits, words with the upper two.
     """
-    if KIND == Q8:
+    if BITS == 8:
         level = (((words >> 8 * PLACE) & 255) | one).to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128
-    elif KIND == Q6_K:
+    elif BITS == 6:
         low = (words << 17 if PLACE == 0 else words >> (4 * PLACE - 17) if PLACE > 4 else words << (17 - 4 * PLACE))
         at: tl.constexpr = 8 * (PLACE // 2) + 2 * 2 * (PLACE % 2)  # pyright: ignore
         high = more << (21 - at) if at <= 21 else more >> (at - 21)
@@ -114,18 +165,21 @@ def _level(words, more, one, KIND: tl.constexpr, PLACE: tl.constexpr):
 
 
 @triton.jit
-def _tile(words, plain, halves, j, c, here, groups, words_row, plain_row, halves_row, n, KIND: tl.constexpr):
-    """Of chunks c of outputs j: words (J, C, 4), those of upper bits, scale of one half and of the other and offset (J, C)."""
+def _tile(words, plain, halves, j, c, here, groups, words_row, plain_row, halves_row, n, beside, KIND: tl.constexpr, BITS: tl.constexpr):
+    """Of chunks c of outputs j: words (J, C, 4), those of upper bits, scale of one half and of the other and offset (J, C).
+
+    beside: 1, but no constant: scales that the compiler took for neighbours would be loaded by other threads than need them.
+    """
     k = tl.arange(0, 4)
     j = j[:, None].to(tl.int64)
     own = tl.load(
         words + (j * words_row + (c * 4)[None, :])[:, :, None] + k[None, None, :], mask=here[:, :, None], other=0
     )
     upper = own
-    if KIND == Q6_K:
+    if BITS == 6:
         at = (j * words_row + (groups * 4 + c * 2)[None, :])[:, :, None] + (k % 2)[None, None, :]
         upper = tl.load(words + at, mask=here[:, :, None], other=0) >> (k // 2 * 2)[None, None, :]
-    g = (c // 2 if KIND == Q8 else c)[None, :]
+    g = (c // 2 if BITS == 8 else c)[None, :] * beside
     scale, offset = _scale(plain, halves, j, g, 0, here, plain_row, halves_row, n, KIND)
     second = scale
     if KIND == Q6_K:
@@ -133,79 +187,122 @@ def _tile(words, plain, halves, j, c, here, groups, words_row, plain_row, halves
     return own, upper, scale, second, offset
 
 
-@triton.autotune(ONE_ROW, key=["n", "q", "KIND"], prune_configs_by={"early_config_prune": _fitting},
-                 cache_results=not INTERPRETED)  # fmt: skip
-@triton.jit
+@triton.autotune(ONE_ROW, key=["n", "q", "KIND", "BITS"], cache_results=not INTERPRETED)
+@triton.jit(do_not_specialize=["beside"])
 def _one_row(
-    x, words, plain, halves, mask, bias, y, q, words_row, plain_row, halves_row, n, one, EACH,
-    KIND: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_J: tl.constexpr,
+    x, words, plain, halves, mask, bias, sums, y, q, words_row, plain_row, halves_row, n, one, beside, times, less, EACH,
+    KIND: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y[j] = x . w[j] + bias[j] where the mask keeps it, else 0; a program takes every P-th BLOCK_J outputs."""
+    """y[j] = x . w[j] + bias[j] where the mask keeps it, else 0; a program takes every P-th BLOCK_J outputs.
+
+    times, less: 2^b steps of the codes, and what they stand for beside that less 2^b: see `_launch`.
+    """
     begin_next()
     groups = (n + 31) // 32
-    per: tl.constexpr = 16 if KIND == Q8 else 32  # pyright: ignore -- inputs of a chunk
-    c = tl.arange(0, CHUNKS)
-    whole = ((c < groups * (32 // per)) | EVEN)[None, :]
+    per: tl.constexpr = 16 if BITS == 8 else 32  # pyright: ignore -- inputs of a chunk
+    warps: tl.constexpr = BLOCK_C // 32
+    chunks = groups * (32 // per)
+    parts = (chunks + BLOCK_C - 1) // BLOCK_C * warps  # sums of an output
     step = tl.num_programs(0) * BLOCK_J
     begin = tl.program_id(0) * BLOCK_J
-    j = begin + tl.arange(0, BLOCK_J)
-    keep = j < q
-    if mask is not None:
-        wait_for_last()
-        keep = keep & (tl.load(mask + j, mask=keep, other=0) != 0)
-    own, upper, scale, second, offset = _tile(
-        words, plain, halves, j, c, keep[:, None] & whole, groups, words_row, plain_row, halves_row, n, KIND
-    )
-    if mask is None:
-        wait_for_last()
-    x0, x1, x2, x3 = _inputs(x, c, n, per, 0)
-    if KIND != Q8:
-        x4, x5, x6, x7 = _inputs(x, c, n, per, 1)
-        all_x = tl.sum(x0 + x1 + x2 + x3, 1)[None, :]
-        more_x = tl.sum(x4 + x5 + x6 + x7, 1)[None, :]
-        if KIND != Q6_K:
-            all_x += more_x
-    for start in range(begin, q, step):
-        kept = keep
-        j = start + step + tl.arange(0, BLOCK_J)
-        keep = j < q
+    c = tl.arange(0, BLOCK_C)
+    w, lane = tl.arange(0, warps), tl.arange(0, 32)
+    wait_for_last()
+    for first in range(0, chunks, BLOCK_C):
+        behind = first + c
+        j = begin + tl.arange(0, BLOCK_J)
+        x0, x1, x2, x3 = _inputs(x, j, behind, n, 0, per, HALF, WIDE)
+        if BITS != 8:
+            x4, x5, x6, x7 = _inputs(x, j, behind, n, 16, per, HALF, WIDE)
+            all_x = tl.sum(x0 + x1 + x2 + x3, 1)[None, :]
+            more_x = tl.sum(x4 + x5 + x6 + x7, 1)[None, :]
+            if KIND != Q6_K:
+                all_x += more_x
+        for start in tl.range(begin, q, step, num_stages=STAGES):
+            j = start + tl.arange(0, BLOCK_J)
+            keep = j < q
+            if mask is not None:
+                keep = keep & (tl.load(mask + j, mask=keep, other=0) != 0)
+            here = keep[:, None] & (behind < chunks)[None, :]
+            own, upper, scale, second, offset = _tile(
+                words, plain, halves, j, behind, here, groups, words_row, plain_row, halves_row, n, beside, KIND, BITS
+            )
+            if BITS == 8:
+                own = own ^ -2139062144  # 0x80808080: from -128 .. 127 to 0 .. 255
+                part = _level(own, own, one, BITS, 0) * x0[None]
+                part += _level(own, own, one, BITS, 1) * x1[None]
+                part += _level(own, own, one, BITS, 2) * x2[None]
+                part += _level(own, own, one, BITS, 3) * x3[None]
+                total = tl.sum(part, 2) * scale
+            else:
+                part = _level(own, upper, one, BITS, 0) * x0[None]
+                part += _level(own, upper, one, BITS, 2) * x1[None]
+                part += _level(own, upper, one, BITS, 4) * x2[None]
+                part += _level(own, upper, one, BITS, 6) * x3[None]
+                if KIND == Q6_K:
+                    total = (tl.sum(part, 2) * times + all_x * less) * scale
+                    part = _level(own, upper, one, BITS, 1) * x4[None]
+                else:
+                    part += _level(own, upper, one, BITS, 1) * x4[None]
+                part += _level(own, upper, one, BITS, 3) * x5[None]
+                part += _level(own, upper, one, BITS, 5) * x6[None]
+                part += _level(own, upper, one, BITS, 7) * x7[None]
+                if KIND == Q6_K:
+                    total += (tl.sum(part, 2) * times + more_x * less) * second
+                else:
+                    total = (tl.sum(part, 2) * times + all_x * less) * scale
+                    if KIND == Q4_K:
+                        total += offset * all_x
+            each = tl.sum(tl.reshape(total, (BLOCK_J, warps, 32)), 2, keep_dims=True)
+            to = j[:, None, None] * parts + ((first // 32 + w) * beside)[None, :, None] + (lane * 0)[None, None, :]
+            at = (j < q)[:, None, None] & (w >= 0)[None, :, None] & (lane == 0)[None, None, :]
+            tl.store(sums + to, tl.broadcast_to(each, (BLOCK_J, warps, 32)), mask=at)
+    tl.debug_barrier()  # the sums are read by other threads than wrote them
+    rows: tl.constexpr = 16 * BLOCK_J  # pyright: ignore
+    r = tl.arange(0, rows)
+    for start in range(begin, q, 16 * step):
+        o = start + r // BLOCK_J * step + r % BLOCK_J
+        inside = o < q
+        result = tl.zeros([rows], tl.float32)
+        for p in range(0, parts, warps):
+            at = (o[:, None] * parts + p) + w[None, :]
+            result += tl.sum(tl.load(sums + at, mask=inside[:, None] & (w >= 0)[None, :], other=0.0), 1)
+        kept = inside
         if mask is not None:
-            keep = keep & (tl.load(mask + j, mask=keep, other=0) != 0)
-        next_own, next_upper, next_scale, next_second, next_offset = _tile(
-            words, plain, halves, j, c, keep[:, None] & whole, groups, words_row, plain_row, halves_row, n, KIND
-        )
-        if KIND == Q8:
-            own = own ^ -2139062144  # 0x80808080: from -128 .. 127 to 0 .. 255
-            part = _level(own, own, one, KIND, 0) * x0[None]
-            part += _level(own, own, one, KIND, 1) * x1[None]
-            part += _level(own, own, one, KIND, 2) * x2[None]
-            part += _level(own, own, one, KIND, 3) * x3[None]
-            sums = tl.sum(part, 2) * scale
-        else:
-            part = _level(own, upper, one, KIND, 0) * x0[None]
-            part += _level(own, upper, one, KIND, 2) * x1[None]
-            part += _level(own, upper, one, KIND, 4) * x2[None]
-            part += _level(own, upper, one, KIND, 6) * x3[None]
-            if KIND == Q6_K:
-                sums = (tl.sum(part, 2) * 64.0 - all_x * 96.0) * scale
-                part = _level(own, upper, one, KIND, 1) * x4[None]
-            else:
-                part += _level(own, upper, one, KIND, 1) * x4[None]
-            part += _level(own, upper, one, KIND, 3) * x5[None]
-            part += _level(own, upper, one, KIND, 5) * x6[None]
-            part += _level(own, upper, one, KIND, 7) * x7[None]
-            if KIND == Q6_K:
-                sums += (tl.sum(part, 2) * 64.0 - more_x * 96.0) * second
-            elif KIND == Q4:
-                sums = (tl.sum(part, 2) * 16.0 - all_x * 24.0) * scale
-            else:
-                sums = (tl.sum(part, 2) * 16.0 - all_x * 16.0) * scale + offset * all_x
-        total = tl.sum(sums, 1)
-        j = start + tl.arange(0, BLOCK_J)
+            kept = inside & (tl.load(mask + o, mask=inside, other=0) != 0)
         if bias is not None:
-            total += tl.load(bias + j, mask=kept, other=0.0).to(tl.float32)
-        tl.store(y + j, tl.where(kept, total, 0.0).to(y.dtype.element_ty), mask=j < q)
-        own, upper, scale, second, offset = next_own, next_upper, next_scale, next_second, next_offset
+            result += tl.load(bias + o, mask=kept, other=0.0).to(tl.float32)
+        tl.store(y + o, tl.where(kept, result, 0.0).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _further(
+    x, second, plain, halves, mask, base, y, q, second_row, plain_row, halves_row, n, middle,
+    KIND: tl.constexpr, BITS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """y[j] = base[j], and for the rows that the mask keeps what further bits of BITS bits add."""
+    groups = (n + 31) // 32
+    bytes: tl.constexpr = 4 * BITS  # of a group
+    j = tl.program_id(0).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
+    inside = j < q
+    keep = inside & (tl.load(mask + j, mask=inside, other=0) != 0)
+    total = tl.load(base + j, mask=inside, other=0.0)
+    if tl.max(keep.to(tl.int32), 0) != 0:
+        b, jj = tl.arange(0, 16), j[:, None]
+        for start in range(0, groups, BLOCK_G):
+            g = start + tl.arange(0, BLOCK_G)
+            there = keep[:, None] & (g < groups)[None, :]
+            for half in tl.static_range(2):
+                i = half * 16 + b
+                at = (g * bytes)[None, :, None] + (i % bytes)[None, None, :]
+                byte = tl.load(second + jj[:, :, None] * second_row + at, mask=there[:, :, None], other=0).to(tl.int32)
+                code = (byte >> (i // bytes * BITS)[None, None, :]) & ((1 << BITS) - 1)
+                place = g[:, None] * 32 + i[None, :]
+                value = tl.load(x + place, mask=place < n, other=0.0).to(tl.float32)
+                scale, _ = _scale(plain, halves, jj, g[None, :], half, there, plain_row, halves_row, n, KIND)
+                total += tl.sum(tl.sum((code.to(tl.float32) - middle) * value[None], 2) * scale, 1)
+    tl.store(y + j, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -23,10 +23,10 @@ from moyu.weights import Stored
 from moyu.weights.planes import OUTPUTS, SPLITS
 
 CONFIGS = [
-    triton.Config({"BLOCK_T": t, "BLOCK_U": u, "GROUPS": g, "BLOCK_L": lines, "CHUNK": chunk}, num_warps=warps, num_stages=1)
-    for t, u, g, lines, chunk, warps in (
-        (1, 2, 3, 4, 32, 4),
-        (8, 4, 4, 16, 512, 4), (8, 4, 8, 16, 512, 4), (4, 8, 8, 32, 1024, 4), (4, 4, 4, 16, 512, 2),
+    triton.Config(dict(zip(("BLOCK_T", "BLOCK_U", "GROUPS", "BLOCK_L", "CHUNK", "STAGES"), sizes, strict=False)), num_warps=sizes[-1],
+                  num_stages=1)
+    for sizes in (
+        (1, 2, 3, 4, 32, 2, 4), (4, 4, 8, 32, 128, 3, 4), (4, 4, 4, 32, 128, 3, 4), (4, 4, 8, 16, 128, 3, 2), (8, 4, 8, 32, 256, 3, 4),
     )
 ]  # fmt: skip
 CONFIGS = CONFIGS[:1] if INTERPRETED else CONFIGS[1:]
@@ -132,7 +132,7 @@ def _scales_of_four(wide, words, g, part, at, inside, q, row, KIND: tl.constexpr
 @triton.jit
 def _first_bits(
     x, first, words, shorts, to, tile, begin, end, n, q, first_row, words_row, one, times, less,
-    KIND: tl.constexpr, BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_U: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_U: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """to[outputs of these tiles] = their sums over groups begin .. end. A word is of two outputs, and of two more 32 further on."""
     units: tl.constexpr = 4 * BITS  # pieces of 64 bytes of a group and tile, each of pairs of inputs
@@ -146,13 +146,15 @@ def _first_bits(
     a = tl.zeros([BLOCK_U, BLOCK_T * 16], tl.float32)
     b, c, d = a, a, a
     line = first + begin.to(tl.int64) * first_row
-    for g in range(begin, end):
+    for g in tl.range(begin, end, num_stages=STAGES):
         own_a = tl.zeros([BLOCK_U, BLOCK_T * 16], tl.float32)
         own_b, own_c, own_d = own_a, own_a, own_a
         all_x = tl.zeros([BLOCK_U], tl.float32)
         for k in tl.static_range(each):
             unit = u * each + k
-            codes = tl.load(line + place + unit[:, None] * 16, mask=inside, other=0)
+            codes = tl.load(
+                line + (g - begin) * first_row + place + unit[:, None] * 16, mask=inside, other=0
+            )
             for h in tl.static_range(4 // BITS):
                 for parity in tl.static_range(2):
                     i = g * 32 + 2 * (h * units + unit) + parity
@@ -176,7 +178,6 @@ def _first_bits(
         if KIND == Q4_K:
             c -= rest * offset
             d -= rest * other
-        line += first_row
     o = t * 64 + m % 16 * 2
     there = t < q // 64
     tl.store(to + o, tl.sum(a, 0), mask=there)
@@ -259,7 +260,7 @@ def _further_bits(
 def _levels(
     x, mask, first, second, wide, words, shorts, bias, picks, partial, tickets, y, n, q, first_row, second_row, row, one, times,
     less, centre, KIND: tl.constexpr, FIRST: tl.constexpr, FURTHER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_U: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_L: tl.constexpr, CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_L: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = sum over i of x_i w_i + bias, w_i with its further bits where the mask says so. row: int64 words of a line of scales."""
     begin_next()
@@ -271,7 +272,7 @@ def _levels(
         begin = split * GROUPS
         _first_bits(
             x, first, words, shorts, partial + split * q, tile, begin, tl.minimum(begin + GROUPS, groups), n, q, first_row,
-            2 * row, one, times, less, KIND, FIRST, BLOCK_T, BLOCK_U,
+            2 * row, one, times, less, KIND, FIRST, BLOCK_T, BLOCK_U, STAGES,
         )  # fmt: skip
     else:
         chunk = split - firsts
