@@ -56,6 +56,11 @@ class Compiled:
             parts = session.plan.parts_of(block.layer, block.expert) if session.plan is not None else ()
             for site, _ in parts:
                 if site.further or site.skips == "words":
+                    pieces = [block.pieces[n] for n in site.linears]
+                    blocks = [(p.blocks.format, p.shape[0]) for p in pieces if p.blocks is not None]
+                    why = next((w for b in blocks if (w := gpu.unread(b[0], site.skips, b[1]))), None)
+                    if why is not None and "cpu" not in {d.type for d in devices}:
+                        return f"no GPU kernel reads {why}"
                     continue
                 names = ("gate", "up", "down") if site.skips in ("rows", "neurons") else site.linears
                 kinds = {p.blocks.format.name for n in names if (p := block.pieces.get(n)) and p.blocks is not None}

@@ -16,9 +16,11 @@ from moyu.kernels.gpu import packed
 from moyu.kernels.gpu.common import INTERPRETED, KINDS, tickets, unavailable, unsupported
 from moyu.kernels.reference import ACTIVATIONS, Reference
 from moyu.weights import Format, Plain, Stored
+from moyu.weights.grouped import Grouped
 from moyu.weights.packed import Packed
+from moyu.weights.planes import OUTPUTS, SPLITS
 
-__all__ = ["INTERPRETED", "Gpu", "columns_above", "reserve", "unavailable", "unsupported"]
+__all__ = ["INTERPRETED", "Gpu", "columns_above", "reserve", "unavailable", "unread", "unsupported"]
 
 ONE_ROW_WIDEST = 8192  # of d: x and a whole row of gate and up live in the registers of a program of `single`
 
@@ -122,6 +124,14 @@ def columns_above(x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | 
     if len(x) == 1:
         return single.columns_above(x, weight, thresholds, bias)
     return many.combine(x, weight, None, bias, x.dtype, thresholds.to(x.dtype))
+
+
+def unread(format: Format, skips: str, outputs: int) -> str | None:
+    """Why no kernel reads first and further bits of a weight apart, where a site skips further ones; None = one does."""
+    if skips == "words":
+        fits = not isinstance(format, Grouped) or SPLITS[format.bits][0] == 4
+        return None if fits else f"the first bits of words in {format.name}"
+    return None if outputs % OUTPUTS == 0 else f"planes of {outputs} outputs, which are no whole tiles of {OUTPUTS}"
 
 
 def reserve(device: torch.device) -> None:

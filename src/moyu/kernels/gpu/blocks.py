@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from moyu.kernels.gpu.common import INTERPRETED, KINDS, inner, output, processors
 from moyu.kernels.gpu.many import _dot
@@ -87,10 +88,16 @@ def _launch(
     segments = triton.cdiv(chunks, min(c.kwargs["BLOCK_C"] for c in ONE_ROW))
     sums = torch.empty(q, segments * SMALLEST, dtype=torch.float32, device=x.device)
     _one_row[lambda meta: (min(triton.cdiv(q, meta["BLOCK_J"]), units * meta["EACH"]),)](
-        x.view(torch.int64) if wide else x, words, plain, halves, None if mask is None else mask.view(torch.int8), bias, sums, y, q,
+        x.view(torch.int64) if wide else _by_place(x, 1 if bits == 8 else 2), words, plain, halves, None if mask is None else mask.view(torch.int8), bias, sums, y, q,
         words.stride(0), plain.stride(0), halves.stride(0), n, BEYOND if bits == 8 else ONE, 1, float(times << bits),
         plus - float(times << bits), KIND=kind, BITS=bits, HALF=x.dtype == torch.float16, WIDE=wide, **EARLY,
     )  # fmt: skip
+
+
+def _by_place(x: Tensor, halves: int) -> Tensor:
+    """x (1, n) as (halves, 4, chunks, 4): number b of word k of a half of chunk c at [half, b, c, k], filled up with zeros."""
+    x = functional.pad(x, (0, -x.shape[1] % 32))
+    return x.view(-1, halves, 4, 4).permute(1, 3, 0, 2).contiguous()
 
 
 def _aligned(codes: Tensor) -> bool:
@@ -124,23 +131,27 @@ def _number_of(four, AT: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x, j, c, n, begin, CHUNK: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr):
-    """x of 16 numbers of each chunk c from `begin` on: the first of every word, the second ..., (C, 4) float32 each.
+def _inputs(x, j, c, n, chunks, SECOND: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr):
+    """x of 16 numbers of each chunk c, SECOND: of its second half: the first of every word, the second ..., (C, 4) float32 each.
 
-    WIDE: four numbers of 16 bits in one. They are loaded in the shape of the words of outputs j, so that threads that multiply them
-    have them: of the first output only, and added up with the zeros of the others.
+    WIDE: x (n / 4,), four numbers of 16 bits in one. Else x (halves, 4, chunks, 4), as `_by_place` has it. They are loaded in the shape
+    of the words of outputs j, so that the threads that multiply them have them: of the first output only, and added up with the
+    zeros of the others.
     """
     k = tl.arange(0, 4)
-    i = c[:, None] * CHUNK + begin + k[None, :] * 4
+    none = (j * 0)[:, None, None]
+    only = (tl.arange(0, j.shape[0]) == 0)[:, None, None]
     if WIDE:
-        there = (tl.arange(0, j.shape[0]) == 0)[:, None, None] & (i < n)[None]
-        four = tl.sum(tl.load(x + (i // 4)[None] + (j * 0)[:, None, None], mask=there, other=0), 0)
+        i = c[:, None] * (CHUNK // 4) + 4 * SECOND + k[None, :]
+        four = tl.sum(tl.load(x + i[None] + none, mask=only & (i * 4 < n)[None], other=0), 0)
         return _number_of(four, 0, HALF), _number_of(four, 1, HALF), _number_of(four, 2, HALF), _number_of(four, 3, HALF)
+    i = ((SECOND * 16 * chunks + c[:, None] * 4) + k[None, :])[None] + none
+    there = only & ((c < chunks)[:, None] & (k >= 0)[None, :])[None]
     return (
-        tl.load(x + i, mask=i < n, other=0.0).to(tl.float32),
-        tl.load(x + i + 1, mask=i + 1 < n, other=0.0).to(tl.float32),
-        tl.load(x + i + 2, mask=i + 2 < n, other=0.0).to(tl.float32),
-        tl.load(x + i + 3, mask=i + 3 < n, other=0.0).to(tl.float32),
+        tl.sum(tl.load(x + i, mask=there, other=0.0), 0).to(tl.float32),
+        tl.sum(tl.load(x + i + 4 * chunks, mask=there, other=0.0), 0).to(tl.float32),
+        tl.sum(tl.load(x + i + 8 * chunks, mask=there, other=0.0), 0).to(tl.float32),
+        tl.sum(tl.load(x + i + 12 * chunks, mask=there, other=0.0), 0).to(tl.float32),
     )
 
 
@@ -212,9 +223,9 @@ def _one_row(
     for first in range(0, chunks, BLOCK_C):
         behind = first + c
         j = begin + tl.arange(0, BLOCK_J)
-        x0, x1, x2, x3 = _inputs(x, j, behind, n, 0, per, HALF, WIDE)
+        x0, x1, x2, x3 = _inputs(x, j, behind, n, chunks, 0, per, HALF, WIDE)
         if BITS != 8:
-            x4, x5, x6, x7 = _inputs(x, j, behind, n, 16, per, HALF, WIDE)
+            x4, x5, x6, x7 = _inputs(x, j, behind, n, chunks, 1, per, HALF, WIDE)
             all_x = tl.sum(x0 + x1 + x2 + x3, 1)[None, :]
             more_x = tl.sum(x4 + x5 + x6 + x7, 1)[None, :]
             if KIND != Q6_K:

@@ -26,7 +26,7 @@ CONFIGS = [
     triton.Config(dict(zip(("BLOCK_T", "BLOCK_U", "GROUPS", "BLOCK_L", "CHUNK", "STAGES"), sizes, strict=False)), num_warps=sizes[-1],
                   num_stages=1)
     for sizes in (
-        (1, 2, 3, 4, 32, 2, 4), (4, 4, 8, 32, 128, 3, 4), (4, 4, 4, 32, 128, 3, 4), (4, 4, 8, 16, 128, 3, 2), (8, 4, 8, 32, 256, 3, 4),
+        (1, 2, 3, 4, 32, 2, 4), (4, 4, 8, 32, 128, 3, 4), (4, 4, 4, 32, 128, 3, 4), (4, 4, 8, 16, 128, 3, 2), (8, 4, 8, 16, 128, 3, 4),
     )
 ]  # fmt: skip
 CONFIGS = CONFIGS[:1] if INTERPRETED else CONFIGS[1:]
