@@ -5,7 +5,8 @@
 `checks` runs the checks of tests/kernels compiled, and 1 to 16 rows of the 8B widths beside float32 products. `kernels` times
 the feed-forward network of the widths of Llama-3.2-1B, 3-8B and 70B as one CUDA graph over several layers, beside the copy
 rate: dense by torch, skipped by a mask a row (`kept`), and cut to what one mask keeps (`cut`, dense products by torch).
-`packed` does the same with 8- and 4-bit weights, `stored` times products and whole steps with formats of GGUF files. `steps`
+`packed` does the same with 8- and 4-bit weights, `stored` times products and whole steps with formats of GGUF files, also with
+further bits of a fifth of the inputs (`levels`). `steps`
 times decode steps: transformers' eager loop, dense compiled (the baseline: torch.compile, reduce-overhead, static cache), and
 MOYU's as the commands take them: the general step, the compiled one with nothing skipped (`joined`: one product for linears
 that share an input) and skipping; `loop_ms` is a token of `moyu.generate`, `ready_s` the time from applying a plan to the end
@@ -42,9 +43,11 @@ from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
 from moyu.engine.generate import generate, join, new_cache, read, step
 from moyu.measure.windows import Windows
+from moyu.kernels.backend import levels_read
 from moyu.model import loading
 from moyu.plan import Plan
-from moyu.weights import Stored, named
+from moyu.weights import QUANTISED, Stored, named
+from moyu.weights.grouped import Grouped
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {"llama-3.2-1b": (2048, 8192, 8), "llama-3-8b": (4096, 14336, 4), "llama-3-70b": (8192, 28672, 2)}
@@ -269,45 +272,93 @@ def packed_rates(run: Run, shapes: list[str]) -> None:
             gc.collect()
 
 
+def random_weight(run: Run, kind: str, q: int, n: int) -> Stored:
+    """A weight (q, n) of random codes by rows; its scales are finite."""
+    form = named(kind)
+    assert isinstance(form, Grouped)
+    tensors = []
+    for size, dtype in form.tensors_of((q, n), "rows"):
+        if dtype == torch.float16:
+            tensors.append((torch.randn(size, device=run.device) * 0.01).half())
+        else:
+            tensors.append(torch.randint(0, 256, size, dtype=torch.uint8, device=run.device).view(dtype))
+    if len(form.fields) > 1:  # the float16 fields come first
+        count = sum(c for dtype, c in form.fields if dtype == torch.float16) * (n // form.block)
+        tensors[1][:, : 2 * count] = (torch.randn(q, count, device=run.device) * 0.001).half().view(torch.uint8)
+    return Stored(form, "rows", tuple(tensors), (q, n))
+
+
+def levels_products(x: Tensor, weights: list[Stored], mask: Tensor) -> None:
+    """Products with further bits of chosen inputs."""
+    for weight in weights:
+        kernels.levels(x, weight, mask)
+
+
+def stored_rates(run: Run, d: int, f: int, layers: int, kinds: list[str], best: float) -> None:
+    """Products with weights in formats of GGUF files beside bfloat16's and the copy rate, and with the further bits of a part."""
+    for kind in kinds:
+        for q, n in ((2 * f, d), (f, d), (d, f), (d, d)):
+            count = max(2, min(24, layers * 8 * f * d // (q * n)))
+            made = [random_weight(run, kind, q, n) for _ in range(count)]
+            planes = [w.laid_out("planes") for w in made[:2]]
+            planes = [Stored(p.format, p.order, tuple(t.clone() for t in p.tensors), p.shape) for p in (planes * count)[:count]]
+            plain = [torch.randn(q, n, device=run.device).mul_(n**-0.5).to(run.dtype) for _ in range(max(2, count // 2))]
+            for batch in (1, 4) if (q, n) == (f, d) else (1,):
+                x = torch.randn(batch, n, device=run.device).to(run.dtype)
+                calls = {"bfloat16": run.graph(partial(products, x, plain)), "rows": run.graph(partial(stored_products, x, made))}
+                counts, sizes = {"bfloat16": len(plain), "rows": count}, {"bfloat16": plain[0].nbytes, "rows": made[0].nbytes}
+                for kept in (0.5, 0.2) if batch == 1 else ():
+                    mask, name = torch.rand(batch, n, device=run.device) < kept, f"levels {kept}"
+                    calls[name], counts[name] = run.graph(partial(levels_products, x, planes, mask)), count
+                    sizes[name] = levels_read(planes[0], mask)
+                whole = made[0].values().float()
+                wide, size = x.float() @ whole.t(), x.float().abs() @ whole.abs().t()
+                error = float(((kernels.rows(x, made[0]).float() - wide).abs() / size).max())
+                same = torch.equal(kernels.rows(x, made[0]), kernels.rows(x, made[0]))
+                found = {name: t / counts[name] for name, t in run.seconds(calls).items()}
+                for name, seconds in found.items():
+                    run.row(
+                        part="stored", op="product", kind=kind, shape=[q, n], batch=batch, variant=name, us=seconds * 1e6,
+                        gb_s=sizes[name] / seconds / 1e9, share=sizes[name] / seconds / best, against_rows=found["rows"] / seconds,
+                        against_bfloat16=found["bfloat16"] / seconds, error=error if name == "rows" else None, same_bits=same,
+                    )  # fmt: skip
+                del calls, whole, wide, size
+            del made, planes, plain
+            gc.collect()
+
+
 @torch.no_grad()
-def stored(run: Run, shapes: list[str], kinds: list[str]) -> None:
-    """Weights in formats of GGUF files: products beside the copy rate, and MOYU's whole step with all linears in one of them."""
+def stored(run: Run, shapes: list[str], kinds: list[str], levels: list[str]) -> None:
+    """Weights in formats of GGUF files: products, and whole steps beside the compiled step of the same shape in bfloat16."""
     best = ceiling(run)
     for shape in shapes:
-        d, f, layers = (256, 512, 2) if run.dry else WIDTHS[shape]
-        for kind in kinds:
-            form = named(kind)
-            made = [form.store(torch.randn(f, d, device=run.device) * d**-0.5) for _ in range(4 * layers)]
-            for batch in (1, 4):
-                x = torch.randn(batch, d, device=run.device).to(run.dtype)
-                with kernels.use("gpu"):
-                    y = kernels.rows(x, made[0]).float()
-                    truth, size = (g(x.float()) @ g(made[0].values()).t() for g in (torch.clone, torch.abs))
-                    error = float(((y - truth).abs() / size).max())
-                    found = run.seconds({"rows": run.graph(partial(stored_products, x, made))})["rows"]
-                rate = len(made) * made[0].nbytes / found
-                run.row(
-                    part="stored",
-                    op="rows",
-                    kind=kind,
-                    shape=[f, d],
-                    batch=batch,
-                    error=error,
-                    gb_s=rate / 1e9,
-                    share=rate / best,
+        stored_rates(run, *((256, 512, 2) if run.dry else WIDTHS[shape]), kinds, best)
+    for shape in shapes:
+        known = "tiny" if run.dry else shape
+        model = loading.random_model(known, dtype=run.dtype, device=run.device)
+        ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(run.device)
+        dense = Transformers(run, model, ids, compiled=True)
+        formats, models = [*(k for k in kinds if k in QUANTISED), "bfloat16"], {}
+        for kind, method in (*((k, None) for k in formats), *((k, "levels") for k in levels if k in formats)):
+            if kind not in models:
+                models[kind] = loading.random_model(known, dtype=run.dtype, device=run.device)
+                if kind in QUANTISED:
+                    loading.quantise_model(models[kind], kind)
+            plan = None
+            if method:
+                plan = calibrate(
+                    models[kind], methods.method(method), Windows(ids, PROMPT // 2), sparsity=0.8, name=shape
                 )
-            del made
-            model = loading.random_model("tiny" if run.dry else shape, dtype=run.dtype, device=run.device)
-            loading.quantise_model(model, kind)
-            ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
             start = time.perf_counter()
-            with Moyu(run, model, None, ids.to(run.device), general=False) as own:
+            with Moyu(run, models[kind], plan, ids, general=False) as own:
                 ready = time.perf_counter() - start
-                own.begin()
-                found = run.seconds({"step": own}, rounds=8, repeat=8)["step"]
-                run.row(part="stored", op="step", kind=kind, shape=shape, batch=1, ms=found * 1e3, loop_ms=own.loop() * 1e3, ready_s=ready,
-                        trace=own.trace)  # fmt: skip
-            del model, own
+                dense.begin(), own.begin()
+                found = run.seconds({"dense": dense, "own": own}, rounds=8, repeat=8)
+                run.row(
+                    part="stored", op="step", kind=kind, method=method, shape=shape, batch=1, ms=found["own"] * 1e3,
+                    dense_ms=found["dense"] * 1e3, against_dense=found["dense"] / found["own"], loop_ms=own.loop() * 1e3,
+                    ready_s=ready, trace=own.trace, because=own.session.general_because,
+                )  # fmt: skip
 
 
 def column_rates(run: Run, d: int, f: int, layers: int, best: float) -> None:
@@ -344,6 +395,8 @@ def steps(run: Run, shapes: list[str], batches: list[int], shares: list[float], 
             *((f"neurons {share:.0%}", "griffin", share) for share in shares),
             ("columns 50%", "teal", 0.5),
         ):
+            if chosen is not None and name not in chosen:
+                continue
             windows = Windows(ids, PROMPT // 2)
             plans[name] = calibrate(other, methods.method(method), windows, sparsity=sparsity, name=shape)
         for batch in batches:
@@ -456,7 +509,8 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", help='of steps: eager, general, joined, "neurons 50%%", "columns 50%%"'
     )
-    parser.add_argument("--kinds", nargs="+", default=["q8_0", "q4_0"], help="formats of `stored`")
+    parser.add_argument("--kinds", nargs="+", default=["q8_0", "q4_0", "q4_k", "q6_k"], help="formats of `stored`")
+    parser.add_argument("--levels", nargs="*", default=["q8_0"], help="formats whose steps `stored` also times with levels")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
@@ -468,7 +522,7 @@ def main() -> None:
     if "packed" in options.part:
         packed_rates(run, [s for s in options.shapes if s == "llama-3-8b"])
     if "stored" in options.part:
-        stored(run, [s for s in options.shapes if s in loading.SHAPES], options.kinds)
+        stored(run, [s for s in options.shapes if s in loading.SHAPES], options.kinds, options.levels)
     if "steps" in options.part:
         shapes = [s for s in options.shapes if s in loading.SHAPES]
         steps(run, shapes, options.batches, options.shares, options.variants)

@@ -34,11 +34,14 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", default=["dense", "griffin", "teal"], help="dense, or methods at 50 %%"
     )
+    parser.add_argument("--kind", help="a format of GGUF files that all linears are in")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     run, known = shared.Run(options), "tiny" if options.dry_run else options.shape
     model = loading.random_model(known, layers=options.layers, dtype=run.dtype, device=run.device)
+    if options.kind:
+        loading.quantise_model(model, options.kind)
     ids = torch.randint(3, model.config.vocab_size, (1, shared.PROMPT), generator=torch.Generator().manual_seed(0))
     ids = ids.to(run.device)
     for name in options.variants:
@@ -69,7 +72,7 @@ def show(run: shared.Run, options: argparse.Namespace, name: str, step: shared.M
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kernels[event.name].append(event.device_time)
     busy = sum(map(sum, kernels.values())) / STEPS
-    run.row(part="profile", shape=options.shape, layers=options.layers, variant=name,
+    run.row(part="profile", shape=options.shape, layers=options.layers, variant=name, format=options.kind,
             busy_us=busy, step_us=rates[name] * 1e6, host_us=host * 1e6,
             kernels=sum(map(len, kernels.values())) // STEPS)  # fmt: skip
     for kernel, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:14]:

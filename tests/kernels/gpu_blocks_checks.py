@@ -11,11 +11,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kernel_cases import DTYPES, TOLERANCE, linear_truth, make_mask
+from kernel_cases import DTYPES, TOLERANCE, linear_truth, make_mask, one_candidate
 from raw_weights import extreme, weight_of
 
 from moyu import kernels
 from moyu.kernels import gpu
+from moyu.kernels.gpu import blocks, planes
 from moyu.kernels.gpu.common import KINDS
 from moyu.weights import FORMATS, Stored
 
@@ -84,10 +85,92 @@ def check_bytes_and_what_is_not_served():
         product(x, weight_of("q5_k", 8, 256))
 
 
+def levels(x, weight, mask, bias=None):
+    moved = [None if t is None else t.to(DEVICE) for t in (x, mask, bias)]
+    with kernels.use("gpu"):
+        return kernels.levels(moved[0], there(weight), moved[1], bias=moved[2]).cpu()
+
+
+def assert_levels(x, weight, mask, bias=None):
+    """All bits of the chosen inputs, the first bits of the others; x is not rounded."""
+    planes = weight.laid_out("planes")
+    whole, first, wide = planes.values().double(), planes.first_values().double(), x.double()
+    truth = torch.where(mask, wide, 0) @ whole.t() + torch.where(mask, 0, wide) @ first.t()
+    size = wide.abs() @ whole.abs().t()
+    if bias is not None:
+        truth, size = truth + bias.double(), size + bias.double().abs()
+    y = levels(x, planes, mask, bias)
+    assert ((y.double() - truth).abs() <= TOLERANCE[x.dtype] * size + 1e-12).all()
+    assert torch.equal(y, levels(x, planes, mask, bias))
+
+
+def check_levels_of_every_kind():
+    for name, (dtype, rows, share) in itertools.product(
+        KINDS, ((torch.float32, 2, 0.2), (torch.bfloat16, 1, 1.0), (torch.float16, 1, 0.0))
+    ):
+        generator = torch.Generator().manual_seed(rows)
+        weight = weight_of(name, 128, 256, seed=rows)
+        x, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((rows, 256), (128,)))
+        assert_levels(x, weight, make_mask(rows, 256, share, generator), bias)
+
+
+def check_levels_of_widths_that_fill_no_group_or_tile():
+    generator = torch.Generator().manual_seed(0)
+    for outputs, inputs in ((64, 45), (70, 64)):
+        weight = FORMATS["q8_0"].store(torch.randn(outputs, inputs, generator=generator))
+        if outputs % 64 == 0:
+            assert_levels(torch.randn(1, inputs, generator=generator), weight, make_mask(1, inputs, 0.5, generator))
+        else:  # the reference serves it, which rounds x
+            x, mask = torch.randn(1, inputs, generator=generator), make_mask(1, inputs, 0.5, generator)
+            with kernels.use("reference"):
+                assert torch.allclose(levels(x, weight.laid_out("planes"), mask),
+                                      kernels.levels(x, weight.laid_out("planes"), mask))  # fmt: skip
+
+
+def check_words_of_every_kind_that_can_be_parted():
+    for name, (dtype, rows, share) in itertools.product(
+        ("q8_0", "q6_k"), ((torch.float32, 2, 0.1), (torch.bfloat16, 1, 1.0), (torch.float16, 1, 0.0))
+    ):
+        generator = torch.Generator().manual_seed(rows)
+        weight = weight_of(name, 70, 512, seed=rows).laid_out("parted")
+        x, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((rows, 512), (70,)))
+        mask, wide = make_mask(rows, 70, share, generator), x.double()
+        with kernels.use("gpu"):
+            y, again = (
+                kernels.words(x.to(DEVICE), there(weight), mask.to(DEVICE), bias=bias.to(DEVICE)).cpu() for _ in range(2)
+            )
+        truth = torch.where(mask, wide @ weight.values().double().t(), wide @ weight.first_values().double().t())
+        size = wide.abs() @ weight.values().double().abs().t() + bias.double().abs()
+        assert ((y.double() - truth - bias.double()).abs() <= TOLERANCE[dtype] * size + 1e-12).all()
+        assert torch.equal(y, again)
+
+
+def check_every_candidate():
+    """On a GPU: the bits of one candidate are right in the other checks."""
+    if gpu.INTERPRETED:
+        return
+    generator = torch.Generator().manual_seed(0)
+    for kernel, candidates in CANDIDATES.items():
+        for name, candidate in itertools.product(KINDS, candidates):
+            kernel.configs[:], _ = [candidate], kernel.cache.clear()
+            weight = weight_of(name, 192, 1024, seed=1)
+            x = torch.randn(1, 1024, generator=generator).bfloat16()
+            if kernel is blocks._one_row:
+                assert_right(product(x, weight), x, weight, None, None)
+            elif kernel is planes._levels:
+                assert_levels(x, weight, make_mask(1, 1024, 0.2, generator))
+            else:
+                assert_right(product(x.expand(3, -1), weight), x.expand(3, -1), weight, None, None)
+        kernel.configs[:] = candidates[:1]
+
+
+CANDIDATES = {} if gpu.INTERPRETED else one_candidate(blocks, planes)
+
+
 def main() -> None:
-    """Every check, by name."""
+    """Every check, by name, or those that are named."""
     for name, check in list(globals().items()):
-        if name.startswith("check_"):
+        if name.startswith("check_") and (not sys.argv[1:] or name in sys.argv[1:]):
             check()
             print(name, flush=True)
 

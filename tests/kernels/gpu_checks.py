@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kernel_cases import DTYPES, FORMS, assert_close, linear_truth, make_mask, make_neurons
+from kernel_cases import DTYPES, FORMS, assert_close, linear_truth, make_mask, make_neurons, one_candidate
 
 from moyu import kernels
 from moyu.kernels import gpu
-from moyu.kernels.gpu import common, many
+from moyu.kernels.gpu import common, many, single
 
 DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
 BATCHES = (1, 2, 5, 16)
@@ -111,8 +111,7 @@ def check_a_corrupted_kernel_fails():
 
 def main() -> None:
     """Every check, by name, with one configuration of each kernel: which one is fastest is not looked for here."""
-    for kernel in (many._project, many._combine):
-        kernel.configs = kernel.configs[:1]
+    one_candidate(many, single)
     with kernels.use("gpu"):
         for name, check in list(globals().items()):
             if name.startswith("check_"):

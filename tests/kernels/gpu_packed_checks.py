@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kernel_cases import DTYPES, FORMS, Neurons, assert_close, linear_truth, make_mask, make_neurons
+from kernel_cases import DTYPES, FORMS, Neurons, assert_close, linear_truth, make_mask, make_neurons, one_candidate
 
 from moyu import kernels
 from moyu.kernels import gpu
-from moyu.kernels.gpu import single
+from moyu.kernels.gpu import many, packed_many, packed_single, single
 from moyu.weights import Stored, named
 
 DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
@@ -118,6 +118,7 @@ def one_row(case):
 
 def main() -> None:
     """Every check, by name."""
+    one_candidate(many, packed_many, packed_single, single)
     with kernels.use("gpu"):
         for name, check in list(globals().items()):
             if name.startswith("check_"):

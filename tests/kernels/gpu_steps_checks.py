@@ -4,17 +4,26 @@ PYTHONPATH=src python tests/kernels/gpu_steps_checks.py
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
+import gguf
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import gguf_files
+from kernel_cases import one_candidate
 from moyu import methods
 from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
 from moyu.engine.generate import generate, join, new_cache, read, step
 from moyu.measure.windows import Windows
+from moyu.kernels.gpu import blocks, many, planes, single
 from moyu.model import loading
+from moyu.model.gguf.loading import load_model
+from moyu.model.gguf.reader import read as read_file
+from moyu.model.quantised import QuantisedLinear
 from tiny import build, tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +47,8 @@ def logits(applied, prompts):
     return torch.stack([step(applied, cache, given[t]) for t in range(STEPS)])
 
 
-def compare(model, plan, what):
+def compare(model, plan, what, edges=False):
+    """edges: levels round x differently on a CPU, and an input on the edge of a threshold may go the other way."""
     for batch in (1, 3):
         prompts = [fresh(5 + 2 * n, seed=n) for n in range(batch)]
         with Applied(model, plan) as applied:
@@ -52,7 +62,8 @@ def compare(model, plan, what):
         error = float((compiled - general).abs().max() / general.abs().max())
         print(f"{what} of {batch}: {trace}, {error:.1e} apart", file=sys.stderr, flush=True)
         assert trace == ("compiled" if DEVICE == "cuda" else "native")
-        assert error <= TOLERANCE and torch.equal(text, other), what
+        assert error <= (0.1 if edges else TOLERANCE), what
+        assert edges or torch.equal(text, other), what
 
 
 def check_families():
@@ -71,10 +82,49 @@ def check_weights_in_blocks():
         compare(model, None, kind)
 
 
+def tiled():
+    """A tiny model whose linears have whole tiles of 64 outputs."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, max_position_embeddings=128)).eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def check_levels_and_shortlists():
+    for kind, name in (("q8_0", "levels"), ("q8_0", "shortlist")):
+        model = tiled().to(DEVICE)
+        loading.quantise_model(model, kind)
+        windows = Windows(tokens(6, 40, vocabulary=64).to(DEVICE), 20)
+        plan = calibrate(model, methods.method(name), windows, sparsity=0.5, name="tiny")
+        compare(model, plan, f"{name} of {kind}", edges=True)
+
+
+def check_a_file():
+    """A GGUF file: weights reach the device packed, and steps read them there."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain, path = build("llama", torch.float32), Path(folder) / "tiny.gguf"
+        tensors = {}
+        for name, weight in plain.named_parameters():
+            value = gguf_files.as_stored(plain, name)
+            packed = gguf.quants.quantize(value.numpy(), gguf.GGMLQuantizationType.Q8_0) if weight.dim() == 2 else value
+            content = packed.tobytes() if weight.dim() == 2 else gguf_files.stored(value, "F32")
+            tensors[gguf_files.name_of(name)] = ("Q8_0" if weight.dim() == 2 else "F32", tuple(weight.shape), content)
+        path.write_bytes(gguf_files.file_of(gguf_files.metadata_of(plain), tensors))
+        model = load_model(read_file(path)).to(DEVICE)
+    linears = [m for m in model.modules() if isinstance(m, QuantisedLinear)]
+    assert len(linears) == 7 * model.config.num_hidden_layers + 1 and all(m.blocks.device.type == DEVICE for m in linears)
+    assert not any(p.dim() > 1 for p in model.parameters())
+    compare(model, None, "a file")
+
+
 def main() -> None:
-    """Every check, by name."""
+    """Every check, by name, or those that are named."""
+    one_candidate(blocks, many, planes, single)
     for name, check in list(globals().items()):
-        if name.startswith("check_"):
+        if name.startswith("check_") and (not sys.argv[1:] or name in sys.argv[1:]):
             check()
             print(name, flush=True)
 

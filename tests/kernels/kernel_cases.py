@@ -19,6 +19,18 @@ def examples(usual: int) -> int:
     return int(os.environ.get("KERNEL_EXAMPLES", usual))
 
 
+def one_candidate(*modules: object) -> dict[object, list]:
+    """Let every tuned kernel of these modules take its first candidate: a GPU else compiles and times all of them for each case.
+
+    Returns what candidates each had.
+    """
+    tuned = [kernel for module in modules for kernel in vars(module).values() if hasattr(kernel, "configs")]
+    had = {kernel: list(kernel.configs) for kernel in tuned}
+    for kernel in tuned:
+        del kernel.configs[1:]
+    return had
+
+
 @dataclass(frozen=True)
 class Neurons:
     """The arguments of one call of ``kernels.neurons``."""

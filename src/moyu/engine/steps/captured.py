@@ -38,7 +38,10 @@ FORMS = 64  # of layers and slabs that are compiled in a process; torch stops at
 class Compiled:
     """`Way`, compiled."""
 
-    CAN = frozenset({"columns by magnitude", "rows by magnitude", "neurons by masks", "factors", "bias"})
+    CAN = frozenset(
+        {"columns by magnitude", "rows by magnitude", "neurons by masks", "factors", "bias", "further bits"}
+        | {"words by score"}  # of the one method that has such sites, `shortlist`
+    )
 
     def why_not(self, session: Session) -> str | None:
         """Why it cannot run the model."""
@@ -52,6 +55,13 @@ class Compiled:
         for block in session.anatomy.places() if session.plan is not None else ():
             parts = session.plan.parts_of(block.layer, block.expert) if session.plan is not None else ()
             for site, _ in parts:
+                if site.further or site.skips == "words":
+                    pieces = [block.pieces[n] for n in site.linears]
+                    blocks = [(p.blocks.format, p.shape[0]) for p in pieces if p.blocks is not None]
+                    why = next((w for b in blocks if (w := gpu.unread(b[0], site.skips, b[1]))), None)
+                    if why is not None and "cpu" not in {d.type for d in devices}:
+                        return f"no GPU kernel reads {why}"
+                    continue
                 names = ("gate", "up", "down") if site.skips in ("rows", "neurons") else site.linears
                 kinds = {p.blocks.format.name for n in names if (p := block.pieces.get(n)) and p.blocks is not None}
                 if kinds:
@@ -157,6 +167,7 @@ class CompiledRun:
         levels = None
         if rows is not None:
             states = [state for layer in self.layers for state in layer.states]
+            states += [] if self.ends.words is None else [self.ends.words]
             levels = Levels(states, self.session.chooser, rows, slab.places)  # pyright: ignore[reportArgumentType]
         with kernels.use(self.session.backend):
             logits = slab.step(levels)[: len(ids), None].clone()
@@ -363,7 +374,7 @@ def _layer(step: LayerStep, x: Tensor, *args: Any) -> Tensor:
 
 
 def _ends(step: EndsStep, x: Tensor, levels: Levels | None) -> Tensor:
-    return _compile(x, levels)(step, x)
+    return _compile(x, levels)(step, x, levels)
 
 
 def _compile(x: Tensor, levels: Levels | None) -> Callable[..., Tensor]:

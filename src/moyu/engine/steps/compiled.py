@@ -85,7 +85,9 @@ class _Operand(nn.Module):
     """A live weight as the operators take it."""
 
     def __init__(self, weight: Tensor | Stored, order: Any) -> None:
+        """order: of a plain weight; one in a format is read as it lies."""
         super().__init__()
+        self.order = order = weight.order if isinstance(weight, Stored) else order
         tensors, self.format, shape = operators.opened("decode", "a weight", weight, order)
         self.shape = list(shape)
         self.names = [f"part_{i}" for i in range(len(tensors))]
@@ -122,7 +124,7 @@ class _Decision(nn.Module):
 
 
 class Product(nn.Module):
-    """Linears that read the same input as one product, whole or without the inputs that their sites skip."""
+    """Linears that read the same input as one product: whole, or without the inputs, or the further bits, that their sites skip."""
 
     weight: Any  # a Tensor, or None where it is stored in a format
     bias: Tensor | None
@@ -154,7 +156,7 @@ class Product(nn.Module):
     def forward(self, x: Tensor, levels: Levels | None) -> tuple[Tensor, ...]:
         """(N, n) -> of each linear (N, q)."""
         if self.operand is not None:
-            y = operators.rows(x, *self.operand.opened, None, self.bias)
+            y = self._stored(x, self.operand, levels)
         elif not self.skips:
             y = functional.linear(x, self.weight, self.bias)
         elif levels is None and self.thresholds is not None:
@@ -166,6 +168,15 @@ class Product(nn.Module):
             parts = zip(self.weight.split(self.sizes), self.decisions, biases, strict=True)
             return tuple(kernels.columns(x, w, decide(x, levels), bias=b) for w, decide, b in parts)
         return y.split(self.sizes, -1)
+
+    def _stored(self, x: Tensor, operand: _Operand, levels: Levels | None) -> Tensor:
+        """The product with weights in a format: by rows, or in planes with the further bits of chosen inputs, or of all."""
+        if operand.order == "rows":
+            return operators.rows(x, *operand.opened, None, self.bias)
+        every = torch.ones_like(x, dtype=torch.bool)
+        return operators.levels(
+            x, *operand.opened, self.decisions[0](x, levels) if self.skips else every, self.bias
+        )
 
 
 def _whole_bias(layer: PlainLayer, name: str) -> Tensor | None:
@@ -206,9 +217,12 @@ class Group(nn.Module):
 def _fits(layer: PlainLayer, part: Sequence[str], name: str) -> bool:
     """Whether a linear can be of one product with those of `part`."""
     names, pieces = [*part, name], [layer.block.pieces[n] for n in (*part, name)]
-    if any(p.blocks is not None or p.dtype != pieces[0].dtype for p in pieces):
-        return False
     states = [layer.state(skips="columns", linear=n) for n in names]
+    forms = {None if p.blocks is None else (p.blocks.format, p.blocks.order) for p in pieces}
+    if len(forms) > 1 or any(p.dtype != pieces[0].dtype for p in pieces):
+        return False
+    if forms != {None} and (forms != {(pieces[0].blocks.format, "rows")} or any(s is not None for s in states)):  # pyright: ignore
+        return False
     if any(s is None for s in states):
         return all(s is None for s in states)
     if len({id(s) for s in states}) == 1:
@@ -341,22 +355,39 @@ class EndsStep(nn.Module):
 
     weight: Any
     bias: Tensor | None
+    threshold: Tensor
 
     def __init__(self, ends: Ends) -> None:
         """The weights of the live modules."""
         super().__init__()
         self.norm, self.softcap = _Norm(ends.norm), ends.softcap
+        self.words = None if ends.words is None else ends.words.site.key
+        if ends.words is not None:
+            dtype = ends.norm.module.weight.dtype
+            least = torch.tensor(threshold(ends.words, dtype), dtype=dtype, device=ends.norm.module.weight.device)
+            self.register_buffer("threshold", least, persistent=False)
         weight = getattr(ends.head, "blocks", None)
         self.operand = None if weight is None else _Operand(weight, "rows")
         bias = ends.head.bias
         self.register_buffer("weight", ends.head.weight.detach() if weight is None else None, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, levels: Levels | None = None) -> Tensor:
         """(P, d) -> (P, V)."""
         x = self.norm(x)
         if self.operand is None:
             logits = functional.linear(x, self.weight, self.bias)
-        else:
+        elif self.operand.order == "rows":
             logits = operators.rows(x, *self.operand.opened, None, self.bias)
+        else:
+            logits = operators.words(x, *self.operand.opened, self._kept(x, self.operand, levels), self.bias)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+    def _kept(self, x: Tensor, operand: _Operand, levels: Levels | None) -> Tensor:
+        """Which words have all their bits read, (P, V) bool: all where no site chooses, else those that first bits make likely."""
+        mask = torch.ones(len(x), operand.shape[0], dtype=torch.bool, device=x.device)
+        if self.words is None:
+            return mask
+        first = operators.words(x, *operand.opened, ~mask, self.bias)
+        mask = first - first.amax(1, keepdim=True) > self.threshold
+        return mask if levels is None else levels.level(self.words, mask)

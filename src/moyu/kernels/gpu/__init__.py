@@ -1,7 +1,7 @@
 """The Triton kernels: float32, bfloat16 and float16 on a GPU, 1 to 16 rows with a selection each.
 
 `many` and `single` read plain weights, `packed` the formats `packed8` and `packed4`,
-`blocks` rows in formats of GGUF files. Triton is imported at the first call.
+`blocks` rows in formats of GGUF files, `planes` levels of them. Triton is imported at the first call.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moyu.kernels.backend import Backend, Neurons
+from moyu.kernels.backend import Backend, Neurons, Read, levels_read, words_read
 from moyu.kernels.gpu import packed
 from moyu.kernels.gpu.common import INTERPRETED, KINDS, tickets, unavailable, unsupported
-from moyu.kernels.reference import ACTIVATIONS
+from moyu.kernels.reference import ACTIVATIONS, Reference
 from moyu.weights import Format, Plain, Stored
+from moyu.weights.grouped import Grouped
 from moyu.weights.packed import Packed
+from moyu.weights.planes import OUTPUTS, SPLITS
 
-__all__ = ["INTERPRETED", "Gpu", "columns_above", "reserve", "unavailable", "unsupported"]
+__all__ = ["INTERPRETED", "Gpu", "columns_above", "reserve", "unavailable", "unread", "unsupported"]
 
 ONE_ROW_WIDEST = 8192  # of d: x and a whole row of gate and up live in the registers of a program of `single`
 
@@ -32,7 +34,7 @@ class Gpu(Backend):
         return unavailable()
 
     def supports(self, op: str, format: Format, x: Tensor) -> str | None:
-        by_rows = op == "rows" and format.name in KINDS
+        by_rows = op in ("rows", "levels", "words") and format.name in KINDS
         if not isinstance(format, Plain | Packed) and not by_rows:
             return f"it has no kernels for {op} of weights in {format.name}"
         return unsupported(x)
@@ -53,6 +55,22 @@ class Gpu(Backend):
             y = packed.rows(x, weight, mask, bias)
         each = weight.row_bytes + (0 if bias is None else bias.element_size())
         return y, lambda: (weight.shape[0] if mask is None else _kept(mask)) * each
+
+    def levels(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Read]:
+        from moyu.kernels.gpu import planes
+
+        if not planes.served(weight):
+            return Reference().levels(x, weight, mask, bias)
+        y = planes.levels(x, weight, mask, bias)
+        return y, lambda: levels_read(weight, mask) + (0 if bias is None else bias.nbytes)
+
+    def words(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Read]:
+        from moyu.kernels.gpu import blocks
+
+        if not blocks.parted(weight):
+            return Reference().words(x, weight, mask, bias)
+        y = blocks.words(x, weight, mask, bias)
+        return y, lambda: words_read(weight, mask) + (0 if bias is None else bias.nbytes)
 
     def columns(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Callable[[], int]]:
         from moyu.kernels.gpu import many, single
@@ -106,6 +124,14 @@ def columns_above(x: Tensor, weight: Tensor, thresholds: Tensor, bias: Tensor | 
     if len(x) == 1:
         return single.columns_above(x, weight, thresholds, bias)
     return many.combine(x, weight, None, bias, x.dtype, thresholds.to(x.dtype))
+
+
+def unread(format: Format, skips: str, outputs: int) -> str | None:
+    """Why no kernel reads first and further bits of a weight apart, where a site skips further ones; None = one does."""
+    if skips == "words":
+        fits = not isinstance(format, Grouped) or SPLITS[format.bits][0] == 4
+        return None if fits else f"the first bits of words in {format.name}"
+    return None if outputs % OUTPUTS == 0 else f"planes of {outputs} outputs, which are no whole tiles of {OUTPUTS}"
 
 
 def reserve(device: torch.device) -> None:

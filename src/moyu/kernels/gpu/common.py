@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,12 @@ def output(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 def tile_rows(x: Tensor) -> int:
     """1: products on the ordinary units; 16: on the tensor cores, the smallest tile they take."""
     return 1 if len(x) == 1 else 16
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; of the interpreter 2, so that programs take turns."""
+    return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 all_tickets: dict[torch.device, Tensor] = {}

@@ -16,13 +16,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moyu.kernels.gpu.common import ACTS, INTERPRETED, inner, tickets
 from moyu.kernels.gpu.many import _activation
+from moyu.kernels.gpu.overlap import EARLY, begin_next, wait_for_last
 
 SHARE = 1024  # neurons that a program lists
-EARLY = {} if INTERPRETED else {"launch_pdl": True}
 
 
 def neurons(
@@ -120,21 +119,11 @@ SUMS = _configs(
 )  # fmt: skip
 
 
-OVERLAPPED = tl.constexpr(bool(EARLY))
-
-
-@triton.jit
-def _begin():
-    """Lets the next launch begin, and waits until the one before is over."""
-    if OVERLAPPED:
-        gdc_launch_dependents()
-        gdc_wait()
-
-
 @triton.jit
 def _list(mask, picks, f, EVERY: tl.constexpr, PART: tl.constexpr):
     """picks[1:] = the kept neurons in their order, picks[0] = how many; a program lists PART and counts those before."""
-    _begin()
+    begin_next()
+    wait_for_last()
     p = tl.program_id(0)
     every = tl.arange(0, EVERY)
     before = tl.sum((tl.load(mask + every, mask=every < p * PART, other=0) != 0).to(tl.int32), 0)
@@ -153,7 +142,8 @@ def _values(
     ACT: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """values[k] = act(first_j . x + bias) * (second_j . x + bias) * given_j for the k-th kept neuron j."""
-    _begin()
+    begin_next()
+    wait_for_last()
     step: tl.constexpr = PROGRAMS * BLOCK_J
     i = tl.arange(0, D)
     inputs = tl.load(x + i, mask=i < d, other=0.0).to(tl.float32)[None, :]
@@ -191,7 +181,8 @@ def _sum(
     LISTED: tl.constexpr, CHUNK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y = sum over the kept j of values_j * w_j + bias; BLOCK_D outputs and one of the splits a program."""
-    _begin()
+    begin_next()
+    wait_for_last()
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     d = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     if LISTED:
@@ -229,6 +220,12 @@ def _sum(
 def _bring_together(own, partial, tickets, bias, y, d, q, tile, split, splits, BLOCK_D: tl.constexpr):
     """y[d] = the sum over splits of what each calls with as `own`, + bias: the last one to arrive adds them up in order."""
     tl.store(partial + split * q + d, own, mask=d < q)
+    _last_adds_up(partial, tickets, bias, y, d, q, tile, splits, BLOCK_D)
+
+
+@triton.jit
+def _last_adds_up(partial, tickets, bias, y, d, q, tile, splits, BLOCK_D: tl.constexpr):
+    """y[d] = the sum over splits of partial[s, d], + bias, by the last program of a tile that calls; all have written theirs."""
     tl.debug_barrier()  # all of this program's partial sums are written before its ticket
     ticket = tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu")
     if ticket == splits - 1:
