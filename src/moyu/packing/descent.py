@@ -35,7 +35,7 @@ def _values(place: Place, part: int) -> Tensor:
 
 def _levels(place: Place, part: int, here: Tensor, near: Tensor) -> None:
     """Move the levels of a group; here: H d of its inputs (size, R), which follows."""
-    scale, offset = place.scale(part), place.offset(part)
+    scale = place.scale(part)
     low, high = place.grid.levels
     start = part * place.grid.size
     step = torch.where(scale == 0, 0.0, 1 / scale)

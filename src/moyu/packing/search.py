@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moyu.packing.grid import Grid, half
 
-ONE_SIDED = torch.linspace(0.7, 1.2, 18).tolist()  # of the range of the largest weight
+ONE_SIDED = tuple(n / 32 for n in range(22, 39))  # of the range of the largest weight
 CUTS = (-0.03, 0.03, 0.09, 0.16, 0.25)  # of the whole range, at either end
 COARSE = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # of a block's largest scale, as the range of its integers
 AGAIN = 2  # times that the best is rounded and fitted again

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,7 +30,8 @@ ELSEWHERE = "convert it with llama.cpp's `convert_hf_to_gguf.py` and give the GG
 BYTE_TOKEN = 6  # the type of SentencePiece's tokens of single bytes
 PROBES = (
     "The year 2024 had 366 days; it's 12,345.67 \u20ac, isn't it?  I'LL  say so.\n\n\tdef f(x_1):\n        return x_1 + 1  # a\n",
-    "na\u00efve \u4e2d\u6587\u5b57 \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u0639\u0631\u0628 \U0001f600\U0001f680 e\u0301 ...!!! (a)[b]{c}\r\n \r\n  x",
+    "na\u00efve \u4e2d\u6587\u5b57 \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u0639\u0631\u0628 \U0001f600\U0001f680 e\u0301"
+    " ...!!! (a)[b]{c}\r\n \r\n  x",
 )
 _TYPES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -98,7 +98,9 @@ def _tensors(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
         value = tensor.detach()
         if ARCHITECTURES[kind].paired and part in heads:
             value = in_pairs(value, heads[part])
-        found[f"blk.{match[1]}.{part}.{end}" if match else f"{part}.{end}"] = value if value.dim() > 1 else value.float()
+        found[f"blk.{match[1]}.{part}.{end}" if match else f"{part}.{end}"] = (
+            value if value.dim() > 1 else value.float()
+        )
     return found
 
 
