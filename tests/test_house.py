@@ -10,8 +10,8 @@ import moyu
 
 SOURCE = Path(moyu.__file__).parent
 FLOORS = (
-    "errors", "files", "weights", "kernels", "model", "methods", "plan", "engine", "measure", "records", "calibration", "reporting",
-    "integrations", "research", "commands", "__main__",
+    "errors", "files", "weights", "kernels", "model", "methods", "plan", "engine", "measure", "records", "calibration", "packing",
+    "reporting", "integrations", "research", "commands", "__main__",
 )  # fmt: skip
 COMPILED = "kernels._cpu"  # a module that is no file of Python
 

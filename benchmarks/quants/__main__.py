@@ -28,9 +28,14 @@ def wanted(options: argparse.Namespace) -> list[Asked]:
             raise UserError(f"{kind!r} is no type of files that MOYU reads", f"there are {', '.join(TYPES)}")
         ways = (False,) if kind in INDIFFERENT else IMPORTANCE[options.importance]
         found += [Asked(kind, way) for way in ways]
+    for given in options.file:
+        name, _, path = given.rpartition("=")
+        found.append(Asked(name or Path(path).stem, given=Path(path)))
     for plan in options.plan:
         name, _, folder = plan.rpartition("=")
-        found.append(Asked(name or Path(folder).name, plan=Path(folder), nulls=options.nulls))
+        folder, _, of = folder.partition(":")
+        whose = Path(of) if of else None
+        found.append(Asked(name or Path(folder).name, plan=Path(folder), nulls=options.nulls, of=whose))
     return found
 
 
@@ -50,7 +55,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="records; rows that are there are not measured again")
     parser.add_argument("--types", default=",".join(TYPES), help="with commas; empty: no files")
     parser.add_argument("--importance", default="both", choices=list(IMPORTANCE))
-    parser.add_argument("--plan", action="append", default=[], metavar="[NAME=]FOLDER", help="a plan on the source")
+    parser.add_argument(
+        "--plan",
+        action="append",
+        default=[],
+        metavar="[NAME=]FOLDER[:FILE]",
+        help="a plan on the source, or on a --file",
+    )
+    parser.add_argument(
+        "--file", action="append", default=[], metavar="[NAME=]FILE", help="a file that `moyu pack` made"
+    )
     parser.add_argument(
         "--nulls", action="store_true", help="plans beside a random and the best choice of as many units"
     )

@@ -47,6 +47,8 @@ class Asked:
     importance: bool = False
     plan: Path | None = None
     nulls: bool = False
+    given: Path | None = None  # a file of the same model that was made elsewhere, as by `moyu pack`
+    of: Path | None = None  # the given file that a plan is of; None: the source
 
     def making(self) -> dict[str, Any]:
         """Of a file, what llama.cpp's quantiser is told."""
@@ -98,6 +100,8 @@ class Table:
             text=[self.texts.scored.digest, self.texts.calibration.digest if asked.importance else None],
             settings=[asked.row, asked.nulls, None if asked.plan is None else Plan.load(asked.plan).hash],
             definition=DEFINITION,
+            **({} if asked.given is None else {"file": sha256_of(asked.given)}),
+            **({} if asked.of is None else {"of": sha256_of(asked.of)}),
         )
 
     def make(self, asked: Asked, path: Path) -> Path:
@@ -113,19 +117,19 @@ class Table:
         if asked.row == "source":
             file, model, anatomy, size = self._opened
             return [self._row(asked, "source", model, anatomy, size, self._scores(), file=file)]
-        path = self.make(asked, self.work / f"{self.sha256[:16]}-{asked.file}")
+        path = asked.given or self.make(asked, self.work / f"{self.sha256[:16]}-{asked.file}")
         file, model, anatomy, size = opened(path)
-        made = {"file_sha256": sha256_of(path), "made_by": made_by()}
+        made = {"file_sha256": sha256_of(path), "made_by": made_by() if asked.given is None else "moyu pack"}
         if asked.importance:
             made["importance"] = self.texts.calibration.digest
         row = self._row(asked, "file", model, anatomy, size, self._scores(model), file=file, **made)
-        if not self.keep:
+        if not self.keep and asked.given is None:
             path.unlink()
         return [row]
 
     def _plan(self, asked: Asked, plan: Plan) -> list[Comparison]:
         """A plan on the source: its own choice and, where they are asked for, the matched random and oracle's."""
-        file, model, anatomy, size = self._opened
+        file, model, anatomy, size = self._opened if asked.of is None else opened(asked.of)
         found = evaluation.evaluate(
             model,
             plan,

@@ -21,6 +21,7 @@ from moyu.commands.fit import fit
 from moyu.commands.generate import generate
 from moyu.commands.info import info
 from moyu.commands.methods import list_methods
+from moyu.commands.pack import pack
 from moyu.commands.profile import profile
 from moyu.commands.report import report
 from moyu.commands.run import run
@@ -64,6 +65,7 @@ app.command(rich_help_panel=START)(run)
 app.command(rich_help_panel=START)(generate)
 app.command(rich_help_panel=START)(chat)
 app.command(rich_help_panel=START)(serve)
+app.command(rich_help_panel=STEPS)(pack)
 app.command(rich_help_panel=STEPS)(profile)
 app.command(rich_help_panel=STEPS)(calibrate)
 app.command(rich_help_panel=STEPS)(fit)

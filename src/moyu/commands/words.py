@@ -19,6 +19,7 @@ BACKENDS = ("auto", "cpu", "gpu", "reference")  # auto, and kernels.BACKENDS
 WEIGHTS = ("bf16", "q8_0", "q4_0")  # machine.WEIGHTS
 ALLOCATIONS = ("uniform", "greedy", "search", "fisher")  # settings.ALLOCATIONS
 SHAPES = ("llama-3.2-1b", "llama-3.2-3b", "llama-3-8b", "qwen2.5-0.5b", "tiny")  # loading.SHAPES
+PACKED = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")  # packer.TYPES
 DEVICE = r"(cpu|cuda|mps|xpu|hpu|xla|meta)(:\d+)?"
 
 
@@ -36,6 +37,7 @@ def one_of(kind: str, legal: Sequence[str]) -> Callable[[str | None], str | None
 backend = one_of("back end is", BACKENDS)
 weights = one_of("weights are", WEIGHTS)
 allocation = one_of("allocation is", ALLOCATIONS)
+packed = one_of("type is", PACKED)
 shape = one_of("shape is", SHAPES)
 shape_or_none = one_of("shape is", (*SHAPES, "none"))
 

@@ -41,6 +41,7 @@ class Grouped(Format):
     """A format of integers.
 
     zero, table: what codes stand for. code: the type of the tensor of codes.
+    minimum: whether a group has an offset of its own. steps: the integers that scales of a block are multiples by, None: any scale.
     fields: the type of each field of the scales, and how many a block of `span` groups has of it.
     """
 
@@ -49,6 +50,8 @@ class Grouped(Format):
     code: torch.dtype = BYTE
     zero: int = 0
     table: tuple[int, ...] | None = None
+    minimum: bool = False
+    steps: tuple[int, int] | None = None
     halves: int = 1
     span: int = 1
     fields: tuple[tuple[torch.dtype, int], ...] = ((HALF, 1),)
@@ -56,6 +59,18 @@ class Grouped(Format):
     @abstractmethod
     def split(self, blocks: Tensor) -> tuple[Tensor, ...]:
         """Blocks of a file (q, B, bytes) uint8 as codes (q, n) and as many fields (q, B, count) as the format has."""
+
+    def fields_of(self, d: Tensor, e: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """The fields of blocks whose scales are d s and whose offsets are e t: d and e (q, B, 1), integers s and t (q, B, count)."""
+        if self.steps is None:
+            return (d, e) if self.minimum else (d,)
+        if not self.minimum:
+            return d, s.to(SIGNED)
+        return d, e, s.to(BYTE), (-t).to(BYTE)
+
+    def joined(self, codes: Tensor, *fields: Tensor) -> Tensor:
+        """The inverse of `split`: codes (q, n) uint8 and fields (q, B, count) as blocks (q, B, bytes). ValueError: none are made."""
+        raise ValueError(f"MOYU reads weights in {self.name} but does not make them; use llama.cpp's `llama-quantize`")
 
     def rounded(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (q, G, 32) of values, and the scales (q, G) float32. ValueError: MOYU does not quantise to this format."""
@@ -380,6 +395,17 @@ def numbers(lines: Tensor, bits: int) -> Tensor:
     """Numbers of `bits` bits, the lowest first, of bytes (..., k): (..., 8 / bits, k)."""
     shifts = torch.arange(0, 8, bits, dtype=BYTE, device=lines.device)
     return lines[..., None, :] >> shifts[:, None] & (1 << bits) - 1
+
+
+def spread(numbers: Tensor, bits: int) -> Tensor:
+    """The inverse: bytes (..., k) of numbers (..., 8 / bits, k)."""
+    shifts = torch.arange(0, 8, bits, dtype=BYTE, device=numbers.device)
+    return (numbers << shifts[:, None]).sum(-2, dtype=BYTE)
+
+
+def two_bytes(value: Tensor) -> Tensor:
+    """The bytes (..., 2) of a float16 (..., 1)."""
+    return _copy(value.to(HALF)).view(BYTE)
 
 
 def half(raw: Tensor) -> Tensor:

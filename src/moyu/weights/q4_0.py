@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from moyu.weights.grouped import Grouped, half, inverse, numbers
+from moyu.weights.grouped import Grouped, half, inverse, numbers, spread, two_bytes
 
 
 class Q4(Grouped):
@@ -21,6 +22,9 @@ class Q4(Grouped):
 
     def split(self, blocks: Tensor) -> tuple[Tensor, ...]:
         return numbers(blocks[..., 2:], 4).flatten(1), half(blocks[..., :2])
+
+    def joined(self, codes: Tensor, *fields: Tensor) -> Tensor:
+        return torch.cat([two_bytes(fields[0]), spread(codes.unflatten(1, (-1, 2, 16)), 4)], -1)
 
 
 Q4_0 = Q4()

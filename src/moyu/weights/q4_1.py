@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from moyu.weights.grouped import HALF, Grouped, half, numbers
+from moyu.weights.grouped import HALF, Grouped, half, numbers, spread, two_bytes
 
 
 class Q41(Grouped):
@@ -13,10 +14,14 @@ class Q41(Grouped):
     name = native = "q4_1"
     bits = 4
     ggml = 3
+    minimum = True
     fields = (HALF, 1), (HALF, 1)  # d, m
 
     def split(self, blocks: Tensor) -> tuple[Tensor, ...]:
         return numbers(blocks[..., 4:], 4).flatten(1), half(blocks[..., :2]), half(blocks[..., 2:4])
+
+    def joined(self, codes: Tensor, *fields: Tensor) -> Tensor:
+        return torch.cat([*map(two_bytes, fields), spread(codes.unflatten(1, (-1, 2, 16)), 4)], -1)
 
     def scaled(self, *fields: Tensor) -> tuple[Tensor, Tensor | None]:
         return fields[0].float(), fields[1].float()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from moyu.weights.grouped import half
+from moyu.weights.grouped import half, two_bytes
 from moyu.weights.q4_1 import Q41
-from moyu.weights.q5_0 import five_bits
+from moyu.weights.q5_0 import five_bits, of_five_bits
 
 
 class Q51(Q41):
@@ -18,6 +19,9 @@ class Q51(Q41):
 
     def split(self, blocks: Tensor) -> tuple[Tensor, ...]:
         return five_bits(blocks[..., 4:]), half(blocks[..., :2]), half(blocks[..., 2:4])
+
+    def joined(self, codes: Tensor, *fields: Tensor) -> Tensor:
+        return torch.cat([*map(two_bytes, fields), of_five_bits(codes)], -1)
 
 
 Q5_1 = Q51()

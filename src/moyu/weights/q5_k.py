@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from moyu.weights.grouped import half, numbers
-from moyu.weights.q4_k import Q4K, six_bits
+from moyu.weights.grouped import half, numbers, spread, two_bytes
+from moyu.weights.q4_k import Q4K, of_six_bits, six_bits
 
 
 class Q5K(Q4K):
@@ -20,6 +21,12 @@ class Q5K(Q4K):
         low = numbers(blocks[..., 48:].unflatten(-1, (4, 32)), 4).flatten(-3, -2)  # (q, B, 8, 32)
         codes = low | numbers(blocks[..., 16:48], 1) << 4
         return codes.flatten(1), half(blocks[..., :2]), half(blocks[..., 2:4]), *six_bits(blocks[..., 4:16])
+
+    def joined(self, codes: Tensor, *fields: Tensor) -> Tensor:
+        d, dmin, s, m = fields
+        high = spread((codes >> 4).unflatten(1, (-1, 8, 32)), 1)
+        low = spread((codes & 15).unflatten(1, (-1, 4, 2, 32)), 4).flatten(2)
+        return torch.cat([two_bytes(d), two_bytes(dmin), of_six_bits(s, m), high, low], -1)
 
 
 Q5_K = Q5K()

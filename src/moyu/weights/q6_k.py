@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from moyu.weights.grouped import HALF, SIGNED, Grouped, half, numbers
+from moyu.weights.grouped import BYTE, HALF, SIGNED, Grouped, half, numbers, spread, two_bytes
 
 
 class Q6K(Grouped):
@@ -14,6 +15,7 @@ class Q6K(Grouped):
     bits = 6
     ggml = 14
     zero = 32
+    steps = -128, 127
     halves, span = 2, 8
     fields = (HALF, 1), (SIGNED, 16)  # d, s
 
@@ -23,6 +25,11 @@ class Q6K(Grouped):
         )  # (q, B, 2, 4, 32)
         high = numbers(blocks[..., 128:192].unflatten(-1, (2, 32)), 2)
         return (low | high << 4).flatten(1), half(blocks[..., 208:]), blocks[..., 192:208].view(SIGNED)
+
+    def joined(self, codes: Tensor, *fields: Tensor) -> Tensor:
+        low = spread((codes & 15).unflatten(1, (-1, 2, 2, 64)), 4).flatten(2)
+        high = spread((codes >> 4).unflatten(1, (-1, 2, 4, 32)), 2).flatten(2)
+        return torch.cat([low, high, fields[1].view(BYTE), two_bytes(fields[0])], -1)
 
 
 Q6_K = Q6K()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moyu.weights.grouped import SIGNED, Grouped, half, inverse
+from moyu.weights.grouped import SIGNED, Grouped, half, inverse, two_bytes
 
 
 class Q8(Grouped):
@@ -22,6 +22,9 @@ class Q8(Grouped):
 
     def split(self, blocks: Tensor) -> tuple[Tensor, ...]:
         return blocks[..., 2:].flatten(1), half(blocks[..., :2])
+
+    def joined(self, codes: Tensor, *fields: Tensor) -> Tensor:
+        return torch.cat([two_bytes(fields[0]), codes.unflatten(1, (-1, 32))], -1)
 
 
 def _round(x: Tensor) -> Tensor:

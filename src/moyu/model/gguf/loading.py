@@ -114,3 +114,8 @@ class _Scaled(QuantisedEmbedding):
 def in_halves(rows: Tensor, heads: int) -> Tensor:
     """Reorder rows (heads * head_dim, ...) of q or k from llama.cpp's rotation pairs to transformers' two halves."""
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def in_pairs(rows: Tensor, heads: int) -> Tensor:
+    """The inverse."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
