@@ -42,8 +42,8 @@ from moyu import kernels, methods
 from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
 from moyu.engine.generate import generate, join, new_cache, read, step
-from moyu.measure.windows import Windows
 from moyu.kernels.backend import levels_read
+from moyu.measure.windows import Windows
 from moyu.model import loading
 from moyu.plan import Plan
 from moyu.weights import QUANTISED, Stored, named
@@ -301,12 +301,23 @@ def stored_rates(run: Run, d: int, f: int, layers: int, kinds: list[str], best: 
             count = max(2, min(24, layers * 8 * f * d // (q * n)))
             made = [random_weight(run, kind, q, n) for _ in range(count)]
             planes = [w.laid_out("planes") for w in made[:2]]
-            planes = [Stored(p.format, p.order, tuple(t.clone() for t in p.tensors), p.shape) for p in (planes * count)[:count]]
-            plain = [torch.randn(q, n, device=run.device).mul_(n**-0.5).to(run.dtype) for _ in range(max(2, count // 2))]
+            planes = [
+                Stored(p.format, p.order, tuple(t.clone() for t in p.tensors), p.shape)
+                for p in (planes * count)[:count]
+            ]
+            plain = [
+                torch.randn(q, n, device=run.device).mul_(n**-0.5).to(run.dtype) for _ in range(max(2, count // 2))
+            ]
             for batch in (1, 4) if (q, n) == (f, d) else (1,):
                 x = torch.randn(batch, n, device=run.device).to(run.dtype)
-                calls = {"bfloat16": run.graph(partial(products, x, plain)), "rows": run.graph(partial(stored_products, x, made))}
-                counts, sizes = {"bfloat16": len(plain), "rows": count}, {"bfloat16": plain[0].nbytes, "rows": made[0].nbytes}
+                calls = {
+                    "bfloat16": run.graph(partial(products, x, plain)),
+                    "rows": run.graph(partial(stored_products, x, made)),
+                }
+                counts, sizes = (
+                    {"bfloat16": len(plain), "rows": count},
+                    {"bfloat16": plain[0].nbytes, "rows": made[0].nbytes},
+                )
                 for kept in (0.5, 0.2) if batch == 1 else ():
                     mask, name = torch.rand(batch, n, device=run.device) < kept, f"levels {kept}"
                     calls[name], counts[name] = run.graph(partial(levels_products, x, planes, mask)), count
@@ -336,7 +347,9 @@ def stored(run: Run, shapes: list[str], kinds: list[str], levels: list[str]) -> 
     for shape in shapes:
         known = "tiny" if run.dry else shape
         model = loading.random_model(known, dtype=run.dtype, device=run.device)
-        ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(run.device)
+        ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(
+            run.device
+        )
         dense = Transformers(run, model, ids, compiled=True)
         formats, models = [*(k for k in kinds if k in QUANTISED), "bfloat16"], {}
         for kind, method in (*((k, None) for k in formats), *((k, "levels") for k in levels if k in formats)):
@@ -510,7 +523,9 @@ def main() -> None:
         "--variants", nargs="+", help='of steps: eager, general, joined, "neurons 50%%", "columns 50%%"'
     )
     parser.add_argument("--kinds", nargs="+", default=["q8_0", "q4_0", "q4_k", "q6_k"], help="formats of `stored`")
-    parser.add_argument("--levels", nargs="*", default=["q8_0"], help="formats whose steps `stored` also times with levels")
+    parser.add_argument(
+        "--levels", nargs="*", default=["q8_0"], help="formats whose steps `stored` also times with levels"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()

@@ -137,7 +137,8 @@ def check_words_of_every_kind_that_can_be_parted():
         mask, wide = make_mask(rows, 70, share, generator), x.double()
         with kernels.use("gpu"):
             y, again = (
-                kernels.words(x.to(DEVICE), there(weight), mask.to(DEVICE), bias=bias.to(DEVICE)).cpu() for _ in range(2)
+                kernels.words(x.to(DEVICE), there(weight), mask.to(DEVICE), bias=bias.to(DEVICE)).cpu()
+                for _ in range(2)
             )
         truth = torch.where(mask, wide @ weight.values().double().t(), wide @ weight.first_values().double().t())
         size = wide.abs() @ weight.values().double().abs().t() + bias.double().abs()

@@ -11,15 +11,17 @@ import gguf
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-import gguf_files
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernel_cases import one_candidate
+
+import gguf_files
 from moyu import methods
 from moyu.calibration.walk import calibrate
 from moyu.engine.applied import Applied
 from moyu.engine.generate import generate, join, new_cache, read, step
-from moyu.measure.windows import Windows
 from moyu.kernels.gpu import blocks, many, planes, single
+from moyu.measure.windows import Windows
 from moyu.model import loading
 from moyu.model.gguf.loading import load_model
 from moyu.model.gguf.reader import read as read_file
@@ -84,7 +86,13 @@ def check_weights_in_blocks():
 
 def tiled():
     """A tiny model whose linears have whole tiles of 64 outputs."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, max_position_embeddings=128)).eval()
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -115,7 +123,9 @@ def check_a_file():
         path.write_bytes(gguf_files.file_of(gguf_files.metadata_of(plain), tensors))
         model = load_model(read_file(path)).to(DEVICE)
     linears = [m for m in model.modules() if isinstance(m, QuantisedLinear)]
-    assert len(linears) == 7 * model.config.num_hidden_layers + 1 and all(m.blocks.device.type == DEVICE for m in linears)
+    assert len(linears) == 7 * model.config.num_hidden_layers + 1 and all(
+        m.blocks.device.type == DEVICE for m in linears
+    )
     assert not any(p.dim() > 1 for p in model.parameters())
     compare(model, None, "a file")
 

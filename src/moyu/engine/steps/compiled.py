@@ -174,9 +174,7 @@ class Product(nn.Module):
         if operand.order == "rows":
             return operators.rows(x, *operand.opened, None, self.bias)
         every = torch.ones_like(x, dtype=torch.bool)
-        return operators.levels(
-            x, *operand.opened, self.decisions[0](x, levels) if self.skips else every, self.bias
-        )
+        return operators.levels(x, *operand.opened, self.decisions[0](x, levels) if self.skips else every, self.bias)
 
 
 def _whole_bias(layer: PlainLayer, name: str) -> Tensor | None:

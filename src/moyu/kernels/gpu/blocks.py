@@ -4,10 +4,10 @@ x is taken as it is, not rounded to 8 bits as on a CPU. Products of one row are 
 cores on values rounded to x's dtype. Sums are float32, in a fixed order.
 
 One row: a program takes every P-th group of outputs, for one segment of x after another, which it holds in registers. A thread reads
-16 bytes of codes at once, a chunk, and the next ones before it multiplies. A code c of b bits goes into the high bits of the mantissa of
+16 bytes of codes at once, a chunk. A code c of b bits goes into the high bits of the mantissa of
 1.0, which makes 1 + c / 2^b in a shift and one logical operation, where a conversion would take four; what the ones and the zero point add
 is the sum of the chunk's x times a constant. Each warp adds up by itself and leaves its sum in memory, so that the loop has no
-exchange between warps; the program adds these up at its end. The first codes are on their way before the launch waits for x.
+exchange between warps; the program adds these up at its end. Codes are copied to shared memory a few groups of outputs ahead.
 """
 
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -28,7 +28,10 @@ from moyu.weights import Stored
 from moyu.weights.planes import SPLITS
 
 Q8, Q4, Q4_K, Q6_K = (tl.constexpr(KINDS[name]) for name in ("q8_0", "q4_0", "q4_k", "q6_k"))
-ONE, BEYOND = 0x3F800000, 0x4B000000  # the bits of 1.0 and of 2^23: a code goes into the high bits of the mantissa, a byte into the low
+ONE, BEYOND = (
+    0x3F800000,
+    0x4B000000,
+)  # the bits of 1.0 and of 2^23: a code goes into the high bits of the mantissa, a byte into the low
 
 
 def rows(x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -86,9 +89,10 @@ def _launch(
     chunks, units = triton.cdiv(n, 32) * (2 if bits == 8 else 1), processors(x.device)
     wide = x.element_size() == 2 and n % 4 == 0 and x.data_ptr() % 8 == 0
     segments = triton.cdiv(chunks, min(c.kwargs["BLOCK_C"] for c in ONE_ROW))
-    sums = torch.empty(q, segments * SMALLEST, dtype=torch.float32, device=x.device)
+    sums = torch.empty(q, segments * MOST_WARPS, dtype=torch.float32, device=x.device)
+    kept = None if mask is None else mask.view(torch.int8)
     _one_row[lambda meta: (min(triton.cdiv(q, meta["BLOCK_J"]), units * meta["EACH"]),)](
-        x.view(torch.int64) if wide else _by_place(x, 1 if bits == 8 else 2), words, plain, halves, None if mask is None else mask.view(torch.int8), bias, sums, y, q,
+        x.view(torch.int64) if wide else _by_place(x, 1 if bits == 8 else 2), words, plain, halves, kept, bias, sums, y, q,
         words.stride(0), plain.stride(0), halves.stride(0), n, BEYOND if bits == 8 else ONE, 1, float(times << bits),
         plus - float(times << bits), KIND=kind, BITS=bits, HALF=x.dtype == torch.float16, WIDE=wide, **EARLY,
     )  # fmt: skip
@@ -112,10 +116,15 @@ def _configs(names: tuple[str, ...], options: tuple[tuple[int, ...], ...]) -> li
 
 
 ONE_ROW = _configs(
-    ("BLOCK_J", "BLOCK_C", "EACH", "STAGES"),  # outputs and chunks that a program takes at once; programs a multiprocessor
+    (
+        "BLOCK_J",
+        "BLOCK_C",
+        "EACH",
+        "STAGES",
+    ),  # outputs and chunks that a program takes at once; programs a multiprocessor
     ((4, 32, 2, 2, 1, 1), (4, 128, 8, 3, 4, 1), (2, 128, 8, 4, 4, 1), (8, 128, 4, 3, 4, 1), (4, 64, 12, 3, 2, 1)),
 )
-SMALLEST = 4  # warps of a candidate at most: so many sums has a segment
+MOST_WARPS = 4  # of a candidate: so many sums has a segment at most
 TILES = _configs(
     ("BLOCK_J", "BLOCK_G"),  # outputs of a program, groups of 32 inputs that it takes at once
     ((16, 2, 4, 1), (16, 2, 4, 3), (16, 4, 4, 3), (32, 2, 4, 3), (32, 4, 4, 3), (64, 2, 4, 3), (64, 4, 8, 2)),
@@ -144,7 +153,12 @@ def _inputs(x, j, c, n, chunks, SECOND: tl.constexpr, CHUNK: tl.constexpr, HALF:
     if WIDE:
         i = c[:, None] * (CHUNK // 4) + 4 * SECOND + k[None, :]
         four = tl.sum(tl.load(x + i[None] + none, mask=only & (i * 4 < n)[None], other=0), 0)
-        return _number_of(four, 0, HALF), _number_of(four, 1, HALF), _number_of(four, 2, HALF), _number_of(four, 3, HALF)
+        return (
+            _number_of(four, 0, HALF),
+            _number_of(four, 1, HALF),
+            _number_of(four, 2, HALF),
+            _number_of(four, 3, HALF),
+        )
     i = ((SECOND * 16 * chunks + c[:, None] * 4) + k[None, :])[None] + none
     there = only & ((c < chunks)[:, None] & (k >= 0)[None, :])[None]
     return (
@@ -165,7 +179,7 @@ def _level(words, more, one, BITS: tl.constexpr, PLACE: tl.constexpr):
     if BITS == 8:
         level = (((words >> 8 * PLACE) & 255) | one).to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128
     elif BITS == 6:
-        low = (words << 17 if PLACE == 0 else words >> (4 * PLACE - 17) if PLACE > 4 else words << (17 - 4 * PLACE))
+        low = words << 17 if PLACE == 0 else words >> (4 * PLACE - 17) if PLACE > 4 else words << (17 - 4 * PLACE)
         at: tl.constexpr = 8 * (PLACE // 2) + 2 * 2 * (PLACE % 2)  # pyright: ignore
         high = more << (21 - at) if at <= 21 else more >> (at - 21)
         level = ((low & 0x1E0000) | ((high & 0x600000) | one)).to(tl.float32, bitcast=True)
@@ -176,7 +190,22 @@ def _level(words, more, one, BITS: tl.constexpr, PLACE: tl.constexpr):
 
 
 @triton.jit
-def _tile(words, plain, halves, j, c, here, groups, words_row, plain_row, halves_row, n, beside, KIND: tl.constexpr, BITS: tl.constexpr):
+def _tile(
+    words,
+    plain,
+    halves,
+    j,
+    c,
+    here,
+    groups,
+    words_row,
+    plain_row,
+    halves_row,
+    n,
+    beside,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+):
     """Of chunks c of outputs j: words (J, C, 4), those of upper bits, scale of one half and of the other and offset (J, C).
 
     beside: 1, but no constant: scales that the compiler took for neighbours would be loaded by other threads than need them.
@@ -378,7 +407,9 @@ def _rows(
         there = keep[None, :] & (g < groups)[:, None]  # (K, J)
         for half in tl.static_range(parts):
             i = g * 32 + half * 16 + b
-            value = tl.load(x + r[:, None] * x_row + i[None, :], mask=(r < count)[:, None] & (i < n)[None, :], other=0.0)
+            value = tl.load(
+                x + r[:, None] * x_row + i[None, :], mask=(r < count)[:, None] & (i < n)[None, :], other=0.0
+            )
             level = _codes(codes, j[None, :], g[:, None], b[:, None], half, there, codes_row, groups, KIND)
             scale, offset = _scale(plain, halves, j[None, :], g[:, None], half, there, plain_row, halves_row, n, KIND)
             total = _dot(value, (level * scale + offset).to(x.dtype.element_ty), total)

@@ -117,7 +117,7 @@ def _scales_of_two(words, shorts, g, part, at, inside, q, row, KIND: tl.constexp
 @triton.jit
 def _scales_of_four(wide, words, g, part, at, inside, q, row, KIND: tl.constexpr):
     """Scales of outputs 4 at to 4 at + 3 in groups g. row: int64 words of a line."""
-    base = g // 8 * row if KIND == Q4_K or KIND == Q6_K else g * row
+    base = g // 8 * row if KIND == Q4_K or KIND == Q6_K else g * row  # noqa: SIM109 -- Triton knows no `in`
     d = tl.load(wide + base + at, mask=inside, other=0)
     a, b, c, e = _half(d, 0), _half(d, 16), _half(d, 32), _half(d, 48)
     if KIND == Q4_K:
@@ -152,9 +152,7 @@ def _first_bits(
         all_x = tl.zeros([BLOCK_U], tl.float32)
         for k in tl.static_range(each):
             unit = u * each + k
-            codes = tl.load(
-                line + (g - begin) * first_row + place + unit[:, None] * 16, mask=inside, other=0
-            )
+            codes = tl.load(line + (g - begin) * first_row + place + unit[:, None] * 16, mask=inside, other=0)
             for h in tl.static_range(4 // BITS):
                 for parity in tl.static_range(2):
                     i = g * 32 + 2 * (h * units + unit) + parity
