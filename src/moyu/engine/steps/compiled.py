@@ -361,8 +361,8 @@ class EndsStep(nn.Module):
         self.norm, self.softcap = _Norm(ends.norm), ends.softcap
         self.words = None if ends.words is None else ends.words.site.key
         if ends.words is not None:
-            dtype = ends.norm.module.weight.dtype
-            least = torch.tensor(threshold(ends.words, dtype), dtype=dtype, device=ends.norm.module.weight.device)
+            like: Any = ends.norm.module.weight
+            least = torch.tensor(threshold(ends.words, like.dtype), dtype=like.dtype, device=like.device)
             self.register_buffer("threshold", least, persistent=False)
         weight = getattr(ends.head, "blocks", None)
         self.operand = None if weight is None else _Operand(weight, "rows")

@@ -80,7 +80,7 @@ def words(x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> Tenso
 
 
 def _launch(
-    x: Tensor, codes: Tensor, scales: Tensor, mask: Tensor | None, bias: Tensor | None, y: Tensor, bits: int, times: float,
+    x: Tensor, codes: Tensor, scales: Tensor, mask: Tensor | None, bias: Tensor | None, y: Tensor, bits: int, times: int,
     plus: float, kind: int,
 ) -> None:  # fmt: skip
     """`_one_row` on codes of so many bits; a code stands for times * code + plus steps of its scale."""

@@ -6,6 +6,7 @@ the last program of a tile to arrive, in their order. Codes become floats as in 
 """
 
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 # (Triton's launches and constant arguments have no types.)
 
 from __future__ import annotations
