@@ -4,13 +4,13 @@ x is taken as it is, not rounded to 8 bits as on a CPU. Products of one row are 
 cores on values rounded to x's dtype. Sums are float32, in a fixed order.
 
 One row: a program takes every P-th group of outputs, for one segment of x after another, which it holds in registers. A thread reads
-16 bytes of codes at once, a chunk, and the next ones before it multiplies. A code c of b bits goes into the high bits of the mantissa of
+16 bytes of codes at once, a chunk. A code c of b bits goes into the high bits of the mantissa of
 1.0, which makes 1 + c / 2^b in a shift and one logical operation, where a conversion would take four; what the ones and the zero point add
 is the sum of the chunk's x times a constant. Each warp adds up by itself and leaves its sum in memory, so that the loop has no
-exchange between warps; the program adds these up at its end. The first codes are on their way before the launch waits for x.
+exchange between warps; the program adds these up at its end. Codes are copied to shared memory a few groups of outputs ahead.
 """
 
-# pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # (Triton's launches and constant arguments have no types.)
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def words(x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> Tenso
 
 
 def _launch(
-    x: Tensor, codes: Tensor, scales: Tensor, mask: Tensor | None, bias: Tensor | None, y: Tensor, bits: int, times: float,
+    x: Tensor, codes: Tensor, scales: Tensor, mask: Tensor | None, bias: Tensor | None, y: Tensor, bits: int, times: int,
     plus: float, kind: int,
 ) -> None:  # fmt: skip
     """`_one_row` on codes of so many bits; a code stands for times * code + plus steps of its scale."""
@@ -89,10 +89,10 @@ def _launch(
     chunks, units = triton.cdiv(n, 32) * (2 if bits == 8 else 1), processors(x.device)
     wide = x.element_size() == 2 and n % 4 == 0 and x.data_ptr() % 8 == 0
     segments = triton.cdiv(chunks, min(c.kwargs["BLOCK_C"] for c in ONE_ROW))
-    sums = torch.empty(q, segments * SMALLEST, dtype=torch.float32, device=x.device)
+    sums = torch.empty(q, segments * MOST_WARPS, dtype=torch.float32, device=x.device)
+    kept = None if mask is None else mask.view(torch.int8)
     _one_row[lambda meta: (min(triton.cdiv(q, meta["BLOCK_J"]), units * meta["EACH"]),)](
-        x.view(torch.int64) if wide else _by_place(x, 1 if bits == 8 else 2), words, plain, halves,
-        None if mask is None else mask.view(torch.int8), bias, sums, y, q,
+        x.view(torch.int64) if wide else _by_place(x, 1 if bits == 8 else 2), words, plain, halves, kept, bias, sums, y, q,
         words.stride(0), plain.stride(0), halves.stride(0), n, BEYOND if bits == 8 else ONE, 1, float(times << bits),
         plus - float(times << bits), KIND=kind, BITS=bits, HALF=x.dtype == torch.float16, WIDE=wide, **EARLY,
     )  # fmt: skip
@@ -124,7 +124,7 @@ ONE_ROW = _configs(
     ),  # outputs and chunks that a program takes at once; programs a multiprocessor
     ((4, 32, 2, 2, 1, 1), (4, 128, 8, 3, 4, 1), (2, 128, 8, 4, 4, 1), (8, 128, 4, 3, 4, 1), (4, 64, 12, 3, 2, 1)),
 )
-SMALLEST = 4  # warps of a candidate at most: so many sums has a segment
+MOST_WARPS = 4  # of a candidate: so many sums has a segment at most
 TILES = _configs(
     ("BLOCK_J", "BLOCK_G"),  # outputs of a program, groups of 32 inputs that it takes at once
     ((16, 2, 4, 1), (16, 2, 4, 3), (16, 4, 4, 3), (32, 2, 4, 3), (32, 4, 4, 3), (64, 2, 4, 3), (64, 4, 8, 2)),

@@ -5,7 +5,8 @@ those of the further bits list which of their inputs are chosen and read only th
 the last program of a tile to arrive, in their order. Codes become floats as in `blocks`; x is not rounded, sums are float32.
 """
 
-# pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 # (Triton's launches and constant arguments have no types.)
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def _scales_of_two(words, shorts, g, part, at, inside, q, row, KIND: tl.constexp
 @triton.jit
 def _scales_of_four(wide, words, g, part, at, inside, q, row, KIND: tl.constexpr):
     """Scales of outputs 4 at to 4 at + 3 in groups g. row: int64 words of a line."""
-    base = g // 8 * row if KIND == Q4_K or KIND == Q6_K else g * row  # noqa: SIM109 - Triton has no `in`
+    base = g // 8 * row if KIND == Q4_K or KIND == Q6_K else g * row  # noqa: SIM109 -- Triton knows no `in`
     d = tl.load(wide + base + at, mask=inside, other=0)
     a, b, c, e = _half(d, 0), _half(d, 16), _half(d, 32), _half(d, 48)
     if KIND == Q4_K:
