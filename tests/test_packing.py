@@ -80,13 +80,6 @@ def test_moving_never_makes_it_worse():
             before = after
 
 
-def test_a_weight_that_lies_on_the_grid_stays_as_it_is():
-    """Of a file's own blocks nothing is lost, where inputs do not go together."""
-    first = packer.rounded(matrix(16, 256)[0], "q8_0", None, None)[0]
-    again = packer.rounded(first, "q8_0", torch.eye(256), None)[0]
-    assert torch.allclose(first, again, atol=1e-4 * float(first.abs().max()))
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The embedded model as a GGUF file of 16 bits, its model and tokenizer."""

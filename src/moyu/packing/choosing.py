@@ -20,7 +20,7 @@ from moyu.model.gguf.reader import File
 from moyu.model.gguf.writing import nbytes
 from moyu.packing import feedback
 from moyu.packing.grid import Grid
-from moyu.packing.packer import DAMPING, HEAD, TYPES, Stage, kind_of, kinds, linears_of, weight_bytes
+from moyu.packing.packer import HEAD, TYPES, Stage, kind_of, kinds, linears_of, steadied, weight_bytes
 from moyu.packing.streams import Streams
 from moyu.weights import FORMATS
 from moyu.weights.grouped import Grouped
@@ -131,8 +131,7 @@ def _costs(
 
 
 def _of_types(weight: Tensor, x: Tensor, fisher: Tensor) -> dict[str, float]:
-    second = x.t() @ x / len(x)
-    second += (DAMPING * float(second.diagonal().mean()) or 1.0) * torch.eye(len(second))
+    second = steadied(x.t() @ x / len(x))
     upper = feedback.factor(second)
     rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long()
     some, share = weight[rows].float().t().contiguous(), fisher[rows]

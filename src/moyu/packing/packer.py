@@ -34,6 +34,9 @@ from moyu.weights import FORMATS
 from moyu.weights.grouped import Grouped
 
 Stage = Callable[[str, int, int], None]
+# How far second moments of different inputs are drawn to 0: those of a short text are half chance. On the embedded swiglu (Q4_0, head
+# whole, 1,024 and 8,192 tokens) KL is .031 and .017 without, .0120 and .0116 with; rounding weight by weight has .0186.
+SHRINK = 0.3
 DAMPING = 0.01  # of the mean second moment, added to all
 SWEEPS = 3
 HEAD, TABLE = "output.weight", "token_embd.weight"
@@ -152,12 +155,10 @@ def rounded(
     blocks = torch.empty(len(weight), form.block_bytes * weight.shape[1] // form.block, dtype=torch.uint8)
     upper = aim = None
     if second is not None:
-        lowest = DAMPING * float(second.diagonal().mean()) or 1.0
-        second = second + lowest * torch.eye(len(second))
+        second = steadied(second)
         upper = feedback.factor(second)
         if cross is not None:
-            solved = torch.linalg.solve(second.double(), (cross.double() + lowest * torch.eye(len(second))).t())
-            aim = weight @ solved.t().float()
+            aim = weight @ torch.linalg.solve(second.double(), steadied(cross).double().t()).t().float()
     aim = weight if aim is None else aim
 
     def part(rows: slice) -> None:
@@ -179,6 +180,12 @@ def rounded(
         change = weight - values
         lost = float((change @ second * change).sum() / (weight @ second * weight).sum().clamp(min=1e-30))
     return values, blocks, Error(kind, lost)
+
+
+def steadied(moments: Tensor) -> Tensor:
+    """Second moments (n, n) of a text, fit to be trusted: shrunk, and positive definite."""
+    own = moments.diagonal()
+    return moments * (1 - SHRINK) + torch.diag(SHRINK * own + (DAMPING * float(own.mean()) or 1.0))
 
 
 @contextlib.contextmanager
