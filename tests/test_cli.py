@@ -476,7 +476,7 @@ def test_all_commands_that_run_a_model_say_where():
     shown = {" ".join(name): command.params for name, command in _commands(typer.main.get_command(cli.app))}
     placed = {name for name, params in shown.items() if {"device", "backend"} <= {p.name for p in params}}
     assert placed == {words[0] for words in RUNS_A_MODEL}
-    assert set(shown) - placed == {"coverage", "doctor", "info", "methods", "report", "zoo", "zoo train"}
+    assert set(shown) - placed == {"coverage", "doctor", "info", "methods", "pack", "report", "zoo", "zoo train"}
 
 
 def _commands(group, before=()):
