@@ -227,8 +227,8 @@ def corrupt(monkeypatch, change):
     """Let the native step, and nothing else, have what `change` makes of each layer. The proof comes before."""
     original = PlainLayer.native
 
-    def native(self, masked=True, kept=None, dense=False):
-        layer = original(self, masked, kept, dense)
+    def native(self, masked=True, kept=None, **reads):
+        layer = original(self, masked, kept, **reads)
         if kept is not None:
             change(self, layer, kept)
         return layer
