@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def test_no_module_imports_from_a_higher_floor():
     arrows = [(name, to) for name, modules in imports().items() if name != "__init__" for to in modules]
     assert len(arrows) > 100, "the arrows were not found"
     assert [(a, b) for a, b in arrows if floor[a.partition(".")[0]] < floor[b.partition(".")[0]]] == []
+
+
+def test_no_file_holds_the_marks_of_a_merge():
+    root = SOURCE.parents[1]
+    files = [p for place in ("src", "tests", "docs", "benchmarks", "scripts") for p in (root / place).rglob("*")]
+    kept = [p for p in (*files, *root.glob("*")) if p.suffix in (".py", ".md", ".h", ".cpp", ".toml", ".yml", ".txt")]
+    assert len(kept) > 400, "the files were not found"
+    assert [p for p in kept if re.search(r"^(<{7}|>{7}) ", p.read_text(errors="replace"), re.MULTILINE)] == []
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -119,9 +119,11 @@ def _costs(
             stage("choose types", index, len(streams.layers))
         for modules, x in streams.stages(index):
             torch.set_num_threads(1)
-            for module in modules:
-                measure(module, x)
-            torch.set_num_threads(before)
+            try:
+                for module in modules:
+                    measure(module, x)
+            finally:
+                torch.set_num_threads(before)
         streams.advance(index)
     head = model.get_output_embeddings()
     measure(head, streams.head_inputs(head)[0])

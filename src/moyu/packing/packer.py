@@ -195,8 +195,10 @@ def one_thread() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(
         max(1, min(before, os.cpu_count() or 1)), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        yield pool
-    torch.set_num_threads(before)
+        try:
+            yield pool
+        finally:
+            torch.set_num_threads(before)
 
 
 def _moments(met: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

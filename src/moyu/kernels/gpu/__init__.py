@@ -64,12 +64,13 @@ class Gpu(Backend):
         y = planes.levels(x, weight, mask, bias)
         return y, lambda: levels_read(weight, mask) + (0 if bias is None else bias.nbytes)
 
-    def words(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Read]:
+    def words(self, x: Tensor, weight: Stored, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Read]:
         from moyu.kernels.gpu import blocks
 
         if not blocks.parted(weight):
             return Reference().words(x, weight, mask, bias)
-        y = blocks.words(x, weight, mask, bias)
+        every = x.new_ones(len(x), weight.shape[0], dtype=torch.bool) if mask is None else mask
+        y = blocks.words(x, weight, every, bias)
         return y, lambda: words_read(weight, mask) + (0 if bias is None else bias.nbytes)
 
     def columns(self, x: Tensor, weight: Stored, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Callable[[], int]]:
